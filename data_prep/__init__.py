@@ -1,0 +1,1 @@
+"""From raw text to memory-mapped token files. Stands alone: numpy, tiktoken, datasets; no torch."""

@@ -1,0 +1,225 @@
+"""Text to ids and back: a tiktoken encoding that is known by its files, not by its name."""
+
+import os
+import re
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha1
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, ClassVar
+
+import numpy as np
+import tiktoken
+from omegaconf import MISSING
+
+from data_prep.bpe import PATTERNS, SMALLEST_VOCAB, train_bpe
+from data_prep.errors import DataError, headline
+from data_prep.tokenizer_spec import TokenizerSpec, read_ranks
+
+LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
+_BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
+_RUN_PIECES = re.compile(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}")
+DOWNLOAD_TIMEOUT = 30.0  # seconds; tiktoken itself sets none
+
+_BLOB = "https://openaipublic.blob.core.windows.net/"
+_URLS = {
+    "gpt2": [_BLOB + "gpt-2/encodings/main/vocab.bpe", _BLOB + "gpt-2/encodings/main/encoder.json"],
+    "p50k_edit": [_BLOB + "encodings/p50k_base.tiktoken"],
+    "o200k_harmony": [_BLOB + "encodings/o200k_base.tiktoken"],
+}
+
+
+class Tokenizer:
+    """A tokenizer ready for use. `encode` and `decode_bytes` are inverse to each other on any text."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self.spec = spec
+        try:
+            self._encoding = tiktoken.Encoding(
+                spec.name,
+                pat_str=spec.pattern,
+                mergeable_ranks=spec.ranks,
+                special_tokens=spec.special_tokens,
+            )
+        except ValueError as error:
+            raise DataError(f"tokenizer {spec.name}: {headline(error)}") from error
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """From a folder with `ranks.tiktoken` and `spec.json`. DataError where they are missing or wrong."""
+        return cls(TokenizerSpec.load(Path(folder)))
+
+    @classmethod
+    def named(cls, name: str) -> "Tokenizer":
+        """tiktoken's encoding of that name. DataError, saying which file to put where, if it cannot be had."""
+        known = tiktoken.list_encoding_names()
+        if name not in known:
+            raise DataError(f"tokenizer.name={name} must be one of {', '.join(sorted(known))}")
+        try:
+            with _socket_timeout(DOWNLOAD_TIMEOUT):
+                encoding = tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+            raise DataError(_how_to_get(name, error)) from error
+        ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        return cls(TokenizerSpec(name, encoding._pat_str, special_tokens, ranks))
+
+    def save(self, folder: Path | str) -> None:
+        self.spec.save(Path(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that a model needs: the largest id + 1."""
+        return self.spec.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+    @property
+    def end_of_document(self) -> int:
+        return self.spec.end_of_document
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, uint32 [tokens]. A special token's name in the text is ordinary text.
+
+        A run of more than 65,536 spaces, or of characters that are not, is encoded in pieces of that length.
+        """
+        if not _may_have_long_run(text):
+            return self._encode(text)
+        return np.concatenate([self._encode(piece) for piece in _pieces(text)])
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes. DataError on an id that no token has."""
+        try:
+            return self._encoding.decode_bytes([int(id) for id in ids])
+        except KeyError as error:
+            raise DataError(f"tokenizer {self.spec.name}: {headline(error)}") from error
+
+
+def _may_have_long_run(text: str) -> bool:
+    """False only where no run of spaces, or of other characters, passes LONGEST_RUN. Costs nearly nothing."""
+    for start in range(0, len(text) - _BLOCK + 1, _BLOCK):
+        block = text[start : start + _BLOCK]
+        if block.isspace() or len(block.split(None, 1)[0]) == _BLOCK:
+            return True
+    return False
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text cut inside its long runs, nowhere else."""
+    start = 0
+    for run in _RUN_PIECES.finditer(text):
+        if len(run.group()) == LONGEST_RUN:
+            yield text[start : run.end()]
+            start = run.end()
+    if start < len(text):
+        yield text[start:]
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _how_to_get(name: str, error: Exception) -> str:
+    urls = _URLS.get(name, [f"{_BLOB}encodings/{name}.tiktoken"])
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    where = Path(folder) if folder else Path(gettempdir()) / "data-gym-cache"
+    files = " and ".join(f"{url} as {where / sha1(url.encode()).hexdigest()}" for url in urls)
+    return (
+        f"tokenizer {name} cannot be downloaded ({type(error).__name__}). On a machine with network fetch {files}"
+        " (TIKTOKEN_CACHE_DIR sets that folder), or use tokenizer=file tokenizer.path=..."
+    )
+
+
+@dataclass
+class TokenizerConfig(ABC):
+    """The group `tokenizer`: one subclass an option."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """The tokenizer. `texts` opens the training documents; only a trained tokenizer reads them."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the tokenizer depends on, for the manifest."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass
+class BpeTokenizer(TokenizerConfig):
+    """A byte-level BPE trained on an even sample of the corpus."""
+
+    kind: ClassVar[str] = "bpe"
+    vocab_size: int = 8192  # rows, <|endoftext|> included
+    pattern: str = "cl100k"  # a name in bpe.PATTERNS, or a regular expression
+    sample_mib: float = 16.0  # text to train on
+    sample_within_mib: float = 4096.0  # the sample is drawn evenly from that much of the corpus
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < SMALLEST_VOCAB:
+            raise DataError(
+                f"tokenizer.vocab_size={self.vocab_size} must be at least {SMALLEST_VOCAB}: 256 bytes, <|endoftext|>"
+            )
+        for key in ("sample_mib", "sample_within_mib"):
+            if not getattr(self, key) > 0:
+                raise DataError(f"tokenizer.{key}={getattr(self, key)} must be positive")
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        pattern = PATTERNS.get(self.pattern, self.pattern)
+        sample_bytes, within_bytes = int(self.sample_mib * 2**20), int(self.sample_within_mib * 2**20)
+        return Tokenizer(train_bpe(texts(), self.vocab_size, pattern, sample_bytes, within_bytes))
+
+
+@dataclass
+class NamedTokenizer(TokenizerConfig):
+    """One of tiktoken's own encodings."""
+
+    kind: ClassVar[str] = "named"
+    name: str = MISSING
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        return Tokenizer.named(self.name)
+
+
+@dataclass
+class FileTokenizer(TokenizerConfig):
+    """A tokenizer on disk: a folder written by this program, or a bare `.tiktoken` file with the keys below."""
+
+    kind: ClassVar[str] = "file"
+    path: str = MISSING
+    pattern: str = ""  # for a bare file: a name in bpe.PATTERNS, or a regular expression
+    special_tokens: dict[str, int] = field(default_factory=dict)  # for a bare file: '{"<|endoftext|>": 100257}'
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        path = Path(self.path)
+        if path.is_dir():
+            if self.pattern or self.special_tokens:
+                raise DataError(f"tokenizer.path={path} is a folder: its spec.json has the pattern and special tokens")
+            return Tokenizer.load(path)
+        for key in ("pattern", "special_tokens"):
+            if not getattr(self, key):
+                raise DataError(f"tokenizer.path={path} is a bare file of ranks: tokenizer.{key}= must be given")
+        pattern = PATTERNS.get(self.pattern, self.pattern)
+        return Tokenizer(TokenizerSpec(path.stem, pattern, dict(self.special_tokens), read_ranks(path)))
+
+    def describe(self) -> dict[str, Any]:
+        """By content: the file may change under its name, and may move."""
+        return {"kind": self.kind, "fingerprint": self.build(tuple).fingerprint}

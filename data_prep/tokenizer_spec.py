@@ -1,0 +1,107 @@
+"""A tokenizer as files: `ranks.tiktoken` and `spec.json`. No tiktoken here, so that the trainer can check them."""
+
+import base64
+import binascii
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.durable import durable
+from data_prep.errors import DataError, headline
+
+RANKS_FILE = "ranks.tiktoken"
+SPEC_FILE = "spec.json"
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """All that defines a tokenizer: the ranks of its byte strings, its split pattern, its special tokens.
+
+    Raises DataError where a single byte has no rank, where a special token's id is taken, or where the
+    end-of-document token is missing.
+    """
+
+    name: str
+    pattern: str
+    special_tokens: dict[str, int]
+    ranks: dict[bytes, int]
+
+    def __post_init__(self) -> None:
+        for byte in range(256):
+            if bytes([byte]) not in self.ranks:
+                raise DataError(f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one")
+        ids = [*self.ranks.values(), *self.special_tokens.values()]
+        if len(set(ids)) != len(ids) or min(ids) < 0:
+            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative")
+        if END_OF_DOCUMENT not in self.special_tokens:
+            raise DataError(f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that a model needs: the largest id + 1."""
+        return max(*self.ranks.values(), *self.special_tokens.values()) + 1
+
+    @property
+    def end_of_document(self) -> int:
+        return self.special_tokens[END_OF_DOCUMENT]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over ranks, pattern and special tokens, each in one canonical form. The name is not part of it."""
+        rest = {"pattern": self.pattern, "special_tokens": self.special_tokens}
+        digest = hashlib.sha256(format_ranks(self.ranks))
+        digest.update(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write both files, each whole or not at all, `spec.json` last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        spec = {"name": self.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
+        with durable(folder / RANKS_FILE) as file:
+            file.write(format_ranks(self.ranks))
+        with durable(folder / SPEC_FILE) as file:
+            file.write(json.dumps(spec, indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizerSpec":
+        """Read both files. DataError names the file that is missing or wrong."""
+        path = folder / SPEC_FILE
+        try:
+            spec = json.loads(path.read_bytes())
+            name, pattern = str(spec["name"]), str(spec["pattern"])
+            special_tokens = {str(token): int(id) for token, id in spec["special_tokens"].items()}
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: a tokenizer folder has {RANKS_FILE} and {SPEC_FILE}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path} must hold name, pattern and special_tokens: {type(error).__name__} {headline(error)}"
+            ) from error
+        return cls(name, pattern, special_tokens, read_ranks(folder / RANKS_FILE))
+
+
+def format_ranks(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken's file format: a line a token, base64 and rank, in the order of the ranks."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Parse a `.tiktoken` file. (tiktoken's own reader caches by path: a changed file would go unseen.)"""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise DataError(f"{path}, line {number}: not a base64 token and its rank") from None
+    if not ranks:
+        raise DataError(f"{path} is empty")
+    return ranks

@@ -1,0 +1,88 @@
+"""The ranks and their two axes, `dp` × `vocab`. The only reader of the rank's environment variables."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """world = dp × vocab ranks, each with tokens of its own.
+
+    Ranks of one `vocab` group are neighbours and share one copy of the matrix; ranks of one `dp` group hold
+    the same rows. `axes` is the 2-d mesh (dp, vocab), `flat` the same ranks in one dim: what the engine
+    shards the body over.
+    """
+
+    axes: DeviceMesh
+    flat: DeviceMesh
+    device: torch.device
+
+    @classmethod
+    def of(cls, vocab: int, device: torch.device) -> "Mesh":
+        """The mesh over all ranks of the default group. Raises ValueError if `vocab` does not divide them."""
+        world = dist.get_world_size()
+        if world % vocab:
+            raise ValueError(f"vocab.parallel={vocab} must divide the number of ranks, {world}")
+        axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=("dp", "vocab"))
+        flat = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
+        return cls(axes, flat, device)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        return self.flat.size()
+
+    @property
+    def vocab_group(self) -> dist.ProcessGroup:
+        return self.axes.get_group("vocab")
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.axes.get_group("dp")
+
+    @property
+    def vocab_rank(self) -> int:
+        return self.axes.get_local_rank("vocab")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.axes.get_local_rank("dp")
+
+    @property
+    def vocab_size(self) -> int:
+        """p: ranks of the vocab axis."""
+        return self.axes["vocab"].size()
+
+    @property
+    def dp_size(self) -> int:
+        return self.axes["dp"].size()
+
+
+@contextmanager
+def ranks(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
+    """Starts the process group of this rank (nccl where there are GPUs, else gloo) and stops it at the end.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without them this
+    process is a world of one. Yields the rank's device.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

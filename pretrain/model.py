@@ -1,0 +1,126 @@
+"""GPT-2 as pure maths: the body between the two uses of the matrix, and the two together.
+
+B sequences, T positions, D width, H heads. No torch.distributed: engines receive a body and return a callable.
+Architecture and initial values: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and
+its published code.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vocab import VocabLoss, VocabParallelEmbedding, seeded_normal
+
+
+@dataclass
+class GPT2Config:
+    """GPT-2. layers: blocks; width: D; heads: of D / heads each; context: the most positions it can see."""
+
+    family: str = "gpt2"
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    context: int = 1024
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "width", "heads", "context"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}")
+
+    def body(self) -> "Body":
+        return Body(self)
+
+
+class LanguageModel:
+    """vocab + body: tokens in, loss out."""
+
+    def __init__(self, vocab: VocabParallelEmbedding, body: Callable[[Tensor], Tensor]) -> None:
+        self.vocab = vocab
+        self.body = body
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> VocabLoss:
+        """Sum of the loss over this rank's targets. Collectives: the vocabulary's and the engine's."""
+        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT)), targets_BT)
+
+
+class Body(nn.Module):
+    """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D]."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.positions = nn.Parameter(torch.empty(config.context, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        hidden_BTD = hidden_BTD + self.positions[: hidden_BTD.shape[1]]
+        for block in self.blocks:
+            hidden_BTD = block(hidden_BTD)
+        return self.norm(hidden_BTD)
+
+    def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the parameter's initial value, fp32, on the CPU; the same for any split.
+
+        Weights are normal with std 0.02, positions 0.01; the two projections that write to the residual stream
+        are scaled by 1/sqrt(2 L), so that its variance does not grow with depth. Biases 0, norm scales 1.
+        """
+        shape = self.get_parameter(name).shape
+        if name.endswith("bias"):
+            return torch.zeros(stop - start)
+        if len(shape) == 1:
+            return torch.ones(stop - start)
+        std = 0.01 if name == "positions" else 0.02
+        if name.endswith((".attention.out.weight", ".mlp.down.weight")):
+            std /= math.sqrt(2 * self.config.layers)
+        return seeded_normal(name, seed, start, stop, shape[1], std)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD))
+        return hidden_BTD + self.mlp(self.norm2(hidden_BTD))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        queries, keys, values = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.qkv(hidden_BTD).chunk(3, dim=-1)
+        )
+        mixed_BHTd = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.out(mixed_BHTd.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """D -> 4D -> D with the tanh form of GELU."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(hidden_BTD), approximate="tanh"))

@@ -1,0 +1,130 @@
+"""Parameter groups, the schedule, and the exact clip over both owners: the engine's body and the matrix."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .mesh import Mesh
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) and its learning rate over the steps of the run.
+
+    schedule: "cosine" falls to min_lr_ratio·lr at the last step; "wsd" (warm-up, stable, decay; Hu et al.,
+    arXiv:2404.06395) holds lr and falls linearly over the last decay_fraction of the steps. clip: the largest
+    norm of the whole gradient, 0 for none. Weight decay reaches tensors of two dims only.
+    """
+
+    lr: float = 6e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"optim.schedule={self.schedule} must be cosine or wsd")
+        for key in ("lr", "eps"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be positive")
+        for key in ("warmup_steps", "clip", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must not be negative")
+        for key in ("min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1]")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1)")
+
+    def adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """One fused AdamW with a decaying and an undecayed group (biases and norms); lr is set at each step."""
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=True,
+        )
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of the step, counted from 0, in a schedule of that many steps."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        floor = self.lr * self.min_lr_ratio
+        if self.schedule == "cosine":
+            done = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
+            return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        decay_steps = max(1, round(self.decay_fraction * steps))
+        left = (steps - step) / decay_steps
+        return floor + (self.lr - floor) * min(1.0, max(0.0, left))
+
+
+class MatrixOptimizer:
+    """AdamW on this rank's rows. The rows are replicated over `dp`, and stay equal: same gradient, same step."""
+
+    def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh) -> None:
+        self.rows = list(rows)
+        self.mesh = mesh
+        self.adamw = config.adamw(self.rows)
+
+    def reduce_gradients(self) -> None:
+        """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`."""
+        if self.mesh.dp_size > 1:
+            for row in self.rows:
+                dist.all_reduce(row.grad, group=self.mesh.dp_group)
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole matrix's gradient, fp32 scalar. One all-reduce of a number over `vocab`."""
+        square = sum_of_squares([row.grad for row in self.rows if row.grad is not None], self.mesh.device)
+        dist.all_reduce(square, group=self.mesh.vocab_group)
+        return square.sqrt()
+
+    def step(self, lr: float, clip: float) -> None:
+        apply_clip([row.grad for row in self.rows if row.grad is not None], clip)
+        step_at(self.adamw, lr)
+
+
+def clip_factor(body_norm: Tensor, matrix_norm: Tensor, clip: float) -> tuple[float, float]:
+    """Norm of the whole gradient, and what to multiply it with so that it does not exceed `clip` (0: 1.0).
+
+    `torch.nn.utils.clip_grad_norm_` cannot do this: it refuses DTensors of different meshes.
+    """
+    norm = math.hypot(float(body_norm), float(matrix_norm))
+    return norm, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+
+
+def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Σx² over local tensors, a scalar in at least fp32; 0 for none."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    norms = torch.stack(torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
+    return norms.square().sum()
+
+
+def apply_clip(gradients: list[Tensor], factor: float) -> None:
+    if factor != 1.0 and gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def step_at(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step at this learning rate; the gradients are gone afterwards."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,19 @@
+"""The vocabulary-parallel matrix: who owns which rows, the lookup, the loss, and sampling. Imports torch alone."""
+
+from .embedding import VocabConfig, VocabParallelEmbedding
+from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
+from .lookup import vocab_parallel_lookup
+from .readout import sample
+from .shard import VocabShard, seeded_normal, stable_seed
+
+__all__ = [
+    "VocabConfig",
+    "VocabLoss",
+    "VocabParallelEmbedding",
+    "VocabShard",
+    "sample",
+    "seeded_normal",
+    "stable_seed",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_lookup",
+]

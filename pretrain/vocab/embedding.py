@@ -1,0 +1,118 @@
+"""The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
+from .lookup import vocab_parallel_lookup
+from .shard import VocabShard
+
+
+@dataclass
+class VocabConfig:
+    """The vocabulary and how its matrix is held.
+
+    size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
+    that share one copy of the matrix; "auto" is the whole world. tie: one matrix for input and output, or two.
+    """
+
+    size: int | None = None
+    multiple: int = 128
+    parallel: str = "auto"
+    tie: str = "tied"
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"vocab.size={self.size} must be at least 1 (or null: the tokenizer's)")
+        if self.multiple < 1:
+            raise ValueError(f"vocab.multiple={self.multiple} must be at least 1")
+        if self.parallel != "auto" and not (self.parallel.isdigit() and int(self.parallel) >= 1):
+            raise ValueError(f"vocab.parallel={self.parallel} must be auto or a positive number of ranks")
+        if self.tie not in ("tied", "untied"):
+            raise ValueError(f"vocab.tie={self.tie} must be tied or untied")
+        if self.z_loss < 0:
+            raise ValueError(f"vocab.z_loss={self.z_loss} must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"vocab.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
+
+    def ranks(self, world: int) -> int:
+        """Size of the `vocab` axis in a world of that many ranks. Raises ValueError if it does not divide it."""
+        ranks = world if self.parallel == "auto" else int(self.parallel)
+        if world % ranks:
+            raise ValueError(f"vocab.parallel={ranks} must divide the number of ranks, {world}")
+        return ranks
+
+
+class VocabParallelEmbedding(nn.Module):
+    """This rank's rows of the matrix: `weight` [v, D], and `head_weight` [v, D] where it is untied.
+
+    Both are main weights (fp32, unless said otherwise) and no engine sees them. `compute_dtype` is what the
+    lookup hands out and what the loss multiplies in.
+    """
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        width: int,
+        *,
+        tie: Literal["tied", "untied"],
+        seed: int,
+        std: float = 0.02,
+        group: dist.ProcessGroup | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.shard, self.group, self.compute_dtype = shard, group, compute_dtype
+        self.z_loss, self.label_smoothing, self.softcap = z_loss, label_smoothing, softcap
+
+        def rows(name: str) -> nn.Parameter:
+            return nn.Parameter(shard.initial_rows(name, seed, width, std).to(device, dtype))
+
+        self.weight = rows("embedding.weight")
+        self.head_weight = rows("head.weight") if tie == "untied" else None
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The rows that make the logits, [v, D]."""
+        return self.weight if self.head_weight is None else self.head_weight
+
+    def lookup(self, tokens_BT: Tensor) -> Tensor:
+        """hidden [B, T, D] in the compute dtype. Collectives: see `vocab_parallel_lookup`."""
+        hidden_ND = vocab_parallel_lookup(
+            tokens_BT.flatten(), self.weight, shard=self.shard, group=self.group, dtype=self.compute_dtype
+        )
+        return hidden_ND.unflatten(0, tokens_BT.shape)
+
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> VocabLoss:
+        """Sum of the loss over this rank's targets. Collectives: see `vocab_parallel_linear_cross_entropy`."""
+        return vocab_parallel_linear_cross_entropy(
+            hidden_BTD.flatten(0, 1).to(self.compute_dtype),
+            self.output_weight,
+            targets_BT.flatten(),
+            shard=self.shard,
+            group=self.group,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+        )
+
+    def named_rows(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names in a checkpoint, those of the unsharded model."""
+        rows = {"embedding.weight": self.weight}
+        if self.head_weight is not None:
+            rows["head.weight"] = self.head_weight
+        return rows

@@ -1,0 +1,89 @@
+"""Runs a function on gloo ranks: real processes that die with a stack trace when they hang.
+
+The ranks are forked from a server that has imported torch but started no thread, so that a test with four
+ranks costs a fraction of a second. The function must be importable (defined at the top of a test module).
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """`function(rank, world, *args)` on each rank of a gloo group; the results in rank order.
+
+    Raises AssertionError with the first failing rank's traceback. A rank still running after `timeout` seconds
+    prints the stack of all its threads and dies.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, pipes = [], []
+        for rank in range(world):
+            receive, send = context.Pipe(duplex=False)
+            arguments = (rank, world, Path(folder) / "rendezvous", send, timeout, function, args)
+            process = context.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            send.close()
+            ranks.append(process)
+            pipes.append(receive)
+        try:
+            return _collect(pipes)
+        finally:
+            for process in ranks:
+                process.join(timeout=2)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in results]):
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                good, value = False, "died without a word (see its stack trace above)"
+            assert good, f"rank {rank} of {len(pipes)}: {value}"
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    rank: int, world: int, rendezvous: Path, send: Connection, timeout: float, function: Callable[..., Any], args: Any
+) -> None:
+    faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )
+        # plain pickle: a Connection would send a tensor as a handle to this process, which is about to end
+        send.send_bytes(pickle.dumps((True, function(rank, world, *args))))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        send.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        send.close()
