@@ -9,7 +9,7 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 SMALLEST_VOCAB = 257
 PIECE_CHARACTERS = 1 << 16  # the sample is made of pieces, so that one huge document is sampled too
 
-# What each text is split by before merging; written for both regular-expression engines, tiktoken's and Oniguruma.
+# What a text is split by before merging; written for both engines, tiktoken's and Oniguruma.
 PATTERNS = {
     "cl100k": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -22,7 +22,7 @@ PATTERNS = {
 def train_bpe(
     texts: Iterable[str], vocab_size: int, pattern: str, sample_bytes: int, within_bytes: int
 ) -> TokenizerSpec:
-    """A BPE of at most `vocab_size` rows, <|endoftext|> the last; fewer where the sample has no more pairs to merge.
+    """A BPE of at most `vocab_size` rows, <|endoftext|> the last; fewer where the sample has no more pairs.
 
     The same texts give the same tokenizer. DataError where there is no text, or the pattern does not compile.
     """
@@ -35,8 +35,12 @@ def train_bpe(
     try:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"tokenizer.pattern={pattern!r} must be a regular expression: {headline(error)}") from error
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        raise DataError(
+            f"tokenizer.pattern={pattern!r} must be a regular expression: {headline(error)}"
+        ) from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -49,10 +53,10 @@ def train_bpe(
 
 
 def even_sample(texts: Iterable[str], sample_bytes: int, within_bytes: int) -> list[str]:
-    """Pieces of the first `within_bytes` of text, `sample_bytes` or a little less, in order; the same each time.
+    """Pieces of the first `within_bytes` of text, `sample_bytes` at most, in order; always the same.
 
-    A piece stays while its hash is below a threshold, which halves whenever the sample has grown too large. So one
-    pass, in the memory of the sample, draws evenly from a corpus of any length.
+    A piece stays while its hash is below a threshold, which halves whenever the sample has grown too large.
+    So one pass, in the memory of the sample, draws evenly from a corpus of any length.
     """
     threshold, kept_bytes, seen_bytes = 1 << 64, 0, 0
     kept: list[tuple[int, int, str]] = []
@@ -79,7 +83,11 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: each byte as a printable character; those that are none take the code points from 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """GPT-2's table: each byte as a printable character; the others take the code points from 256."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -20,7 +20,7 @@ class DurableFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
-        self._stream = open(self.temporary, "wb", buffering=BUFFER_BYTES)
+        self._stream = open(self.temporary, "wb", buffering=BUFFER_BYTES)  # noqa: SIM115
         self._hash = hashlib.sha256()
 
     @property

@@ -5,9 +5,9 @@
     OUT/tokenizer/              ranks.tiktoken, spec.json
     OUT/manifest.json           written last: a folder that has it is whole
 
-All numbers are little-endian. `.bin`: the ids, uint16 for a vocabulary below 65,500 rows, else int32. `.idx`: magic,
-version uint64, dtype code uint8, sequences uint64, documents + 1 uint64; then for each sequence its length (int32)
-and its byte offset (int64), and the first sequence of each document and the end (int64).
+All numbers are little-endian. `.bin`: the ids, uint16 for a vocabulary below 65,500 rows, else int32. `.idx`:
+magic, version uint64, dtype code uint8, sequences uint64, documents + 1 uint64; then for each sequence its
+length (int32) and its byte offset (int64), and the first sequence of each document and the end (int64).
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from data_prep.tokenizer_spec import TokenizerSpec
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {code: np.dtype(name) for code, name in enumerate("u1 i1 <i2 <i4 <i8 <f8 <f4 <u2".split(), start=1)}
+DTYPE_NAMES = ("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2")  # Megatron's codes 1 to 8
+DTYPES = {code: np.dtype(name) for code, name in enumerate(DTYPE_NAMES, start=1)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_ROWS = 65_500  # Megatron's bound
 FORMAT_VERSION = 1
@@ -50,8 +51,8 @@ def index_bytes(sequences: int, documents: int) -> int:
 class TokenFileWriter:
     """Writes PREFIX.bin and PREFIX.idx, one document at a time; a context manager.
 
-    Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an id
-    outside [0, vocab_size), OSError on a full disk.
+    Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an
+    id outside [0, vocab_size), OSError on a full disk.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -114,9 +115,9 @@ class TokenFileWriter:
 class TokenFile:
     """A pair PREFIX.bin and PREFIX.idx, ours or Megatron's, memory-mapped.
 
-    `tokens`: 1-D memmap of all tokens; `lengths`: int32 [sequences]; `pointers`: int64 [sequences], byte offsets;
-    `document_indices`: int64 [documents + 1]. Raises DataError, naming file and rule, where a file is missing, is of
-    another kind, or has a size that does not fit its header.
+    `tokens`: 1-D memmap of all tokens; `lengths`: int32 [sequences]; `pointers`: int64 [sequences], byte
+    offsets; `document_indices`: int64 [documents + 1]. Raises DataError, naming file and rule, where a file
+    is missing, is of another kind, or has a size that does not fit its header.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -215,7 +216,9 @@ class Manifest:
             values = {field.name: content[field.name] for field in fields(cls)}
             values["files"] = tuple(TokenFileEntry(**entry) for entry in values["files"])
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
+            raise DataError(
+                f"{path} is missing: the folder was never finished, or is not one of token files"
+            ) from None
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
@@ -312,7 +315,7 @@ def _content_faults(folder: Path, manifest: Manifest, entry: TokenFileEntry) -> 
     except DataError as error:
         return [*faults, str(error)]
     faults += file.index_faults()
-    largest = int(file.tokens.max(initial=-1))
+    largest = int(file.tokens.max()) if len(file.tokens) else -1
     if largest != entry.largest_id:
         faults.append(f"{prefix}.bin: largest id {largest}, but the manifest says {entry.largest_id}")
     if largest >= manifest.vocab_size:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Turn a corpus into token files: `python data_prep/tokenize.py --help`.
 
-This file has the name of a module of the standard library. Python puts a script's own folder (or, for `-c` and for
-spawned workers, the current one) first on sys.path, so inspect, linecache and with them torch would import this file
-in place of the true `tokenize`. Hence, before any other import, this folder is taken off sys.path; and if the file is
-imported as `tokenize` all the same, it loads the true module and leaves its place to it.
+This file has the name of a module of the standard library. Python puts a script's own folder (or, for `-c`
+and for spawned workers, the current one) first on sys.path, so inspect, linecache and with them torch would
+import this file in place of the true `tokenize`. Hence, before any other import, this folder is taken off
+sys.path; and if the file is imported as `tokenize` all the same, it loads the true module and leaves its
+place to it.
 """
 
 import os

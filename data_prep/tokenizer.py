@@ -6,7 +6,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha1
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tiktoken
-from omegaconf import MISSING
 
 from data_prep.bpe import PATTERNS, SMALLEST_VOCAB, train_bpe
 from data_prep.errors import DataError, headline
-from data_prep.tokenizer_spec import TokenizerSpec, read_ranks
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec, read_ranks
 
-LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
+LONGEST_RUN = (
+    1 << 16
+)  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
 _BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
 _RUN_PIECES = re.compile(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}")
 DOWNLOAD_TIMEOUT = 30.0  # seconds; tiktoken itself sets none
@@ -55,7 +56,7 @@ class Tokenizer:
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
-        """tiktoken's encoding of that name. DataError, saying which file to put where, if it cannot be had."""
+        """tiktoken's encoding of that name. DataError, saying which file to put where, if it has none."""
         known = tiktoken.list_encoding_names()
         if name not in known:
             raise DataError(f"tokenizer.name={name} must be one of {', '.join(sorted(known))}")
@@ -143,7 +144,7 @@ def _how_to_get(name: str, error: Exception) -> str:
     where = Path(folder) if folder else Path(gettempdir()) / "data-gym-cache"
     files = " and ".join(f"{url} as {where / sha1(url.encode()).hexdigest()}" for url in urls)
     return (
-        f"tokenizer {name} cannot be downloaded ({type(error).__name__}). On a machine with network fetch {files}"
+        f"tokenizer {name} cannot be downloaded ({type(error).__name__}). With network, fetch {files}"
         " (TIKTOKEN_CACHE_DIR sets that folder), or use tokenizer=file tokenizer.path=..."
     )
 
@@ -176,7 +177,8 @@ class BpeTokenizer(TokenizerConfig):
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCAB:
             raise DataError(
-                f"tokenizer.vocab_size={self.vocab_size} must be at least {SMALLEST_VOCAB}: 256 bytes, <|endoftext|>"
+                f"tokenizer.vocab_size={self.vocab_size} must be at least {SMALLEST_VOCAB}:"
+                " the 256 bytes and <|endoftext|>"
             )
         for key in ("sample_mib", "sample_within_mib"):
             if not getattr(self, key) > 0:
@@ -193,7 +195,7 @@ class NamedTokenizer(TokenizerConfig):
     """One of tiktoken's own encodings."""
 
     kind: ClassVar[str] = "named"
-    name: str = MISSING
+    name: str
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return Tokenizer.named(self.name)
@@ -201,24 +203,29 @@ class NamedTokenizer(TokenizerConfig):
 
 @dataclass
 class FileTokenizer(TokenizerConfig):
-    """A tokenizer on disk: a folder written by this program, or a bare `.tiktoken` file with the keys below."""
+    """A tokenizer on disk: a folder written by this program, or a bare `.tiktoken` file and the keys."""
 
     kind: ClassVar[str] = "file"
-    path: str = MISSING
+    path: str
     pattern: str = ""  # for a bare file: a name in bpe.PATTERNS, or a regular expression
-    special_tokens: dict[str, int] = field(default_factory=dict)  # for a bare file: '{"<|endoftext|>": 100257}'
+    end_of_document: int | None = None  # for a bare file: the id of <|endoftext|>
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         path = Path(self.path)
         if path.is_dir():
-            if self.pattern or self.special_tokens:
-                raise DataError(f"tokenizer.path={path} is a folder: its spec.json has the pattern and special tokens")
+            if self.pattern or self.end_of_document is not None:
+                raise DataError(
+                    f"tokenizer.path={path} is a folder: pattern and end_of_document are in its spec.json"
+                )
             return Tokenizer.load(path)
-        for key in ("pattern", "special_tokens"):
-            if not getattr(self, key):
-                raise DataError(f"tokenizer.path={path} is a bare file of ranks: tokenizer.{key}= must be given")
+        ranks = read_ranks(path)
+        if not self.pattern or self.end_of_document is None:
+            raise DataError(
+                f"tokenizer.path={path} has ranks alone: give tokenizer.pattern={'|'.join(PATTERNS)} or a"
+                f" regular expression, and tokenizer.end_of_document=, the id of {END_OF_DOCUMENT}"
+            )
         pattern = PATTERNS.get(self.pattern, self.pattern)
-        return Tokenizer(TokenizerSpec(path.stem, pattern, dict(self.special_tokens), read_ranks(path)))
+        return Tokenizer(TokenizerSpec(path.stem, pattern, {END_OF_DOCUMENT: self.end_of_document}, ranks))
 
     def describe(self) -> dict[str, Any]:
         """By content: the file may change under its name, and may move."""

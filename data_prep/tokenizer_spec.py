@@ -1,4 +1,4 @@
-"""A tokenizer as files: `ranks.tiktoken` and `spec.json`. No tiktoken here, so that the trainer can check them."""
+"""A tokenizer as files: `ranks.tiktoken` and `spec.json`. No tiktoken here: the trainer checks them."""
 
 import base64
 import binascii
@@ -31,12 +31,16 @@ class TokenizerSpec:
     def __post_init__(self) -> None:
         for byte in range(256):
             if bytes([byte]) not in self.ranks:
-                raise DataError(f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one")
+                raise DataError(
+                    f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one"
+                )
         ids = [*self.ranks.values(), *self.special_tokens.values()]
         if len(set(ids)) != len(ids) or min(ids) < 0:
             raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative")
         if END_OF_DOCUMENT not in self.special_tokens:
-            raise DataError(f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document")
+            raise DataError(
+                f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +53,7 @@ class TokenizerSpec:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over ranks, pattern and special tokens, each in one canonical form. The name is not part of it."""
+        """sha256 over ranks, pattern and special tokens, each in one form. The name does not count."""
         rest = {"pattern": self.pattern, "special_tokens": self.special_tokens}
         digest = hashlib.sha256(format_ranks(self.ranks))
         digest.update(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode())
@@ -73,7 +77,9 @@ class TokenizerSpec:
             name, pattern = str(spec["name"]), str(spec["pattern"])
             special_tokens = {str(token): int(id) for token, id in spec["special_tokens"].items()}
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: a tokenizer folder has {RANKS_FILE} and {SPEC_FILE}") from None
+            raise DataError(
+                f"{path} is missing: a tokenizer folder has {RANKS_FILE} and {SPEC_FILE}"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path} must hold name, pattern and special_tokens: {type(error).__name__} {headline(error)}"

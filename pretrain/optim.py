@@ -82,6 +82,7 @@ class MatrixOptimizer:
         self.rows = list(rows)
         self.mesh = mesh
         self.adamw = config.adamw(self.rows)
+        set_moments(self.adamw, step=0)
 
     def reduce_gradients(self) -> None:
         """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`."""
@@ -120,6 +121,20 @@ def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
 def apply_clip(gradients: list[Tensor], factor: float) -> None:
     if factor != 1.0 and gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+def set_moments(adamw: torch.optim.AdamW, step: int) -> None:
+    """Gives every parameter its moments (zeros, where it has none yet) and the count of steps behind them.
+
+    Ahead of the first step, so that a checkpoint of step 0 is like any other.
+    """
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            state = adamw.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
 
 
 def step_at(optimizer: torch.optim.Optimizer, lr: float) -> None:

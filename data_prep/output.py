@@ -1,0 +1,133 @@
+"""The output folder of a run: absent, unfinished, or finished. Nothing that is in it is ever overwritten.
+
+While a run is under way, OUT/unfinished/ holds its settings, a lock and the units' records; when the manifest
+is written, it goes away.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import TEMPORARY_MARK, durable, sync_folder
+from data_prep.encode import UNFINISHED_FOLDER
+from data_prep.errors import DataError
+from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, check, with_suffix
+
+SETTINGS_FILE = "settings.json"
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Output:
+    """`folder`, and the settings that its content follows from: `corpus` and `config`, as JSON."""
+
+    folder: Path
+    settings: dict[str, Any]
+    tokenizer_from_corpus: bool  # then a folder that was begun with another corpus has another tokenizer
+
+    def finished(self) -> Manifest | None:
+        """The manifest where a run with these settings has finished; None where one may start or go on.
+
+        Raises DataError where the folder has something else in it, or was finished and then damaged.
+        """
+        if (self.folder / MANIFEST_FILE).exists():
+            manifest = check(self.folder)
+            corpus = {key: manifest.corpus.get(key) for key in self.settings["corpus"]}
+            self._compare({"corpus": corpus, "config": manifest.config})
+            return manifest
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"out={self.folder} must be a folder")
+        if self._settings_path.exists():
+            self._compare(self._settings_there())
+        elif self.folder.exists() and any(path != self._unfinished for path in self.folder.iterdir()):
+            raise DataError(
+                f"out={self.folder} has other files in it; choose another out=, nothing was overwritten"
+            )
+        return None
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Hold the folder for this run alone; what a killed run left half written is removed first.
+
+        When the block fails before any unit is done, the folder is left as it was found.
+        """
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        with open(self._unfinished / LOCK_FILE, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another run is writing to {self.folder}") from None
+            for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
+                path.unlink()
+            try:
+                with durable(self._settings_path) as file:
+                    file.write(json.dumps(self.settings, indent=2).encode())
+                yield
+            except BaseException:
+                self._forget_if_empty()
+                raise
+
+    def finish(self, manifest: Manifest) -> None:
+        """Remove token files that are not the manifest's (the corpus shrank after a crash), then write it."""
+        names = {entry.name for entry in manifest.files}
+        for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.idx")]:
+            if path.stem not in names:
+                path.unlink()
+        for entry in manifest.files:
+            for suffix in entry.sha256:
+                assert with_suffix(self.folder / entry.name, suffix).exists()
+        sync_folder(self.folder)
+        manifest.save(self.folder)
+        shutil.rmtree(self._unfinished)
+
+    def _forget_if_empty(self) -> None:
+        if any(self.folder.glob("*.bin")) or (self.folder / MANIFEST_FILE).exists():
+            return
+        shutil.rmtree(self._unfinished)
+        shutil.rmtree(self.folder / TOKENIZER_FOLDER, ignore_errors=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _settings_there(self) -> dict[str, Any]:
+        """The settings that an unfinished folder was begun with.
+
+        Its units are checked against their texts one by one, so a corpus that has changed since (a mended
+        file) is no obstacle, unless the tokenizer was made from it.
+        """
+        try:
+            there = dict(json.loads(self._settings_path.read_bytes()))
+        except ValueError as error:
+            raise DataError(f"{self._settings_path} is not JSON; delete {self.folder}") from error
+        return there if self.tokenizer_from_corpus else {**there, "corpus": self.settings["corpus"]}
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / UNFINISHED_FOLDER
+
+    @property
+    def _settings_path(self) -> Path:
+        return self._unfinished / SETTINGS_FILE
+
+    def _compare(self, there: dict[str, Any]) -> None:
+        difference = first_difference(there, self.settings)
+        if difference:
+            raise DataError(
+                f"out={self.folder} was made with other settings: {difference};"
+                " choose another out=, or delete it first; nothing was overwritten"
+            )
+
+
+def first_difference(there: Any, now: Any, key: str = "") -> str | None:
+    """Say in which key two trees of JSON differ first, and how; None where they are equal."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for name in sorted(there.keys() | now.keys()):
+            found = first_difference(there.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == now else f"{key} is {json.dumps(there)} there, {json.dumps(now)} now"

@@ -1,0 +1,81 @@
+"""What must survive: tensors by the names and shapes of the unsharded model, and the few numbers beside them."""
+
+import base64
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
+from ..mesh import Mesh
+from ..optim import MatrixOptimizer, set_moments
+from ..vocab import VocabParallelEmbedding, stable_seed
+
+
+@dataclass
+class TrainState:
+    """Where the run stands. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+
+
+class ModelState:
+    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors.
+
+    The matrix's are [padded_size, D], sharded over `vocab` and replicated over `dp`.
+    """
+
+    def __init__(
+        self, engine: Engine, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, mesh: Mesh
+    ) -> None:
+        self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
+
+    def tensors(self) -> dict[str, DTensor]:
+        """To be written, or to be filled in place and handed to `load`."""
+        state = self.engine.state()
+        for name, rows in self.vocab.named_rows().items():
+            moments = self.matrix.adamw.state[rows]
+            state[name] = self._as_dtensor(rows.detach())
+            state[FIRST_MOMENT + name] = self._as_dtensor(moments["exp_avg"])
+            state[SECOND_MOMENT + name] = self._as_dtensor(moments["exp_avg_sq"])
+        return state
+
+    def load(self, tensors: dict[str, DTensor], step: int) -> None:
+        self.engine.load(tensors, step)
+        set_moments(self.matrix.adamw, step)
+
+    def _as_dtensor(self, rows_vD: Tensor) -> DTensor:
+        """DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty."""
+        shape = torch.Size((self.vocab.shard.padded_size, rows_vD.shape[1]))
+        placements = (Replicate(), Shard(0))
+        return DTensor.from_local(
+            rows_vD, self.mesh.axes, placements, run_check=False, shape=shape, stride=(shape[1], 1)
+        )
+
+
+def shapes(tensors: dict[str, DTensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+
+
+def rng_state() -> dict[str, str]:
+    """This rank's generators, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(zlib.compress(bytes(state.numpy()))).decode() for name, state in states.items()}
+
+
+def restore_rng(per_rank: list[dict[str, str]], mesh: Mesh, seed: int, step: int) -> None:
+    """This rank's generators as saved; in another world they are seeded anew by (seed, step, rank)."""
+    if len(per_rank) != mesh.world:
+        torch.manual_seed(stable_seed(seed, "rng", step, mesh.rank))
+        return
+    setters: dict[str, Any] = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for name, text in per_rank[mesh.rank].items():
+        if name == "cpu" or torch.cuda.is_available():
+            setters[name](torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8))

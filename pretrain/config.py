@@ -1,0 +1,180 @@
+"""The configuration: the parts' own dataclasses composed, and the checks that reach across parts.
+
+Hydra composes it once, in the launching process, which freezes it to RUN/config.yaml; ranks read that file. The
+only module that names concrete engines and model families, and, with the entries, the only one to know omegaconf.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.durable import durable
+
+from .checkpoint import CheckpointConfig, CheckpointError, checkpoints, read_manifest
+from .data import Corpus, DataConfig, open_corpus
+from .engine.fsdp2 import FSDP2Config
+from .model import GPT2Config
+from .monitor import LogConfig
+from .optim import OptimConfig
+from .trainer import EvalConfig, LoopConfig
+from .vocab import VocabConfig
+
+ENGINES = {"fsdp2": FSDP2Config}
+MODELS = {"gpt2": GPT2Config}
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class RunConfig:
+    """dir: the folder of the run; the same command with the same folder resumes."""
+
+    dir: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir is missing: name a folder for the run, such as run.dir=runs/a")
+
+
+@dataclass
+class TrainConfig:
+    """All settings of a run."""
+
+    seed: int
+    model: GPT2Config
+    vocab: VocabConfig
+    data: DataConfig
+    optim: OptimConfig
+    engine: FSDP2Config
+    train: LoopConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.train.seq_len > self.model.context:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir)
+
+    @property
+    def path(self) -> Path:
+        return self.run_dir / CONFIG_FILE
+
+
+PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name != "seed"}  # type: ignore[misc]
+
+
+def register() -> None:
+    """Tells Hydra the dataclass behind each group, so that keys and types are checked while it composes."""
+    store = ConfigStore.instance()
+    for name, engine in ENGINES.items():
+        store.store(group="engine", name=name, node=engine)
+    for name, model in MODELS.items():
+        store.store(group="model/family", name=name, node=model)
+    for group in PARTS.keys() - {"engine", "model"}:
+        store.store(group=group, name="default", node=PARTS[group])
+
+
+def build(composed: DictConfig) -> TrainConfig:
+    """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
+    try:
+        chosen = PARTS | {"engine": ENGINES[composed.engine.name], "model": MODELS[composed.model.family]}
+        parts = {
+            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), composed[name]))
+            for name, part in chosen.items()
+        }
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+    if not isinstance(composed.seed, int) or composed.seed < 0:
+        raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
+    return TrainConfig(seed=composed.seed, **parts)  # type: ignore[arg-type]
+
+
+def freeze(config: TrainConfig) -> None:
+    """Writes RUN/config.yaml, whole or not at all."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with durable(config.path) as file:
+        file.write(OmegaConf.to_yaml(asdict(config)).encode())
+
+
+def load(path: Path) -> TrainConfig:
+    """Reads a frozen configuration."""
+    try:
+        frozen = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: is {path.parent} a run?") from None
+    assert isinstance(frozen, DictConfig)
+    return build(frozen)
+
+
+def check(config: TrainConfig, world: int) -> Corpus:
+    """All that can be found wrong before a process group starts. ValueError: key, value, rule.
+
+    The world against batch and vocabulary, the data and its tokenizer, and the checkpoint that would be resumed.
+    """
+    config.vocab.ranks(world)
+    config.train.check_world(world)
+    corpus = open_corpus(Path(config.data.path))
+    rows = vocab_rows(config, corpus)
+    last = checkpoints(config.run_dir)
+    if last:
+        try:
+            _check_resumable(config, corpus, rows, read_manifest(last[-1]))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
+    return corpus
+
+
+def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
+    """V: vocab.size, or the tokenizer's where it is null."""
+    size, needed = config.vocab.size, corpus.vocab_size
+    if size is None and needed is None:
+        raise ValueError(f"vocab.size=null must be given: data.path={config.data.path} brings no tokenizer")
+    if size is not None and needed is not None and size < needed:
+        raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {config.data.path}")
+    rows = size if size is not None else needed
+    assert rows is not None
+    return rows
+
+
+def about(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint says of the run it is of."""
+    return {
+        "config": asdict(config),
+        "vocab_size": vocab_rows(config, corpus),
+        "tokenizer_fingerprint": corpus.tokenizer_fingerprint,
+    }
+
+
+def _check_resumable(config: TrainConfig, corpus: Corpus, rows: int, manifest: dict[str, Any]) -> None:
+    """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
+    saved = manifest["config"]
+    now = asdict(config)
+    kept = [("seed",), ("train", "seq_len"), ("vocab", "multiple"), ("vocab", "tie")]
+    kept += [("model", key) for key in now["model"]]
+    for path in kept:
+        was, is_ = saved, now
+        for key in path:
+            was, is_ = was.get(key), is_[key]
+        if was != is_:
+            _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
+    if manifest["vocab_size"] != rows:
+        _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
+    if manifest["tokenizer_fingerprint"] != corpus.tokenizer_fingerprint:
+        _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{corpus.tokenizer_fingerprint}")
+
+
+def _refuse(config: TrainConfig, was: str, now: str) -> None:
+    raise ValueError(
+        f"run.dir={config.run.dir} holds a run with {was}, this command says {now}: choose another run.dir, or the"
+        " settings of that run"
+    )

@@ -1,0 +1,160 @@
+"""From token files to sample number i: the stream, its windows, and their order.
+
+The documents of a split form one stream, file after file. Window i holds the inputs [i·T, i·T + T) and, one later,
+their targets; neighbours share a token, so every token but the stream's first is a target once an epoch, also those
+of the last, shorter window. Epoch e serves the windows in the order of a permutation keyed by (seed, e), computed
+one index at a time: it needs no memory and is the same for any number of ranks.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile, check
+
+IGNORED = -100  # target of a position that has none
+
+
+@dataclass
+class DataConfig:
+    """path: a folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx.
+
+    prefetch: batches made ready ahead of the step.
+    """
+
+    path: str = ""
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
+        if self.prefetch < 1:
+            raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Opened token files. A foreign pair has no validation split, no tokenizer and an unknown vocabulary."""
+
+    name: str  # what its counter of consumed samples is called
+    train: tuple[TokenFile, ...]
+    val: tuple[TokenFile, ...]
+    val_text_bytes: int
+    vocab_size: int | None
+    tokenizer: Path | None
+    tokenizer_fingerprint: str | None
+
+
+def open_corpus(path: Path) -> Corpus:
+    """Opens and cheaply checks a corpus: manifest, sizes, tokenizer. Raises ValueError naming the fault."""
+    if (path / MANIFEST_FILE).is_file() or path.is_dir():
+        manifest = check(path)
+        train, val = (
+            tuple(TokenFile(path / entry.name) for entry in manifest.split(split)) for split in ("train", "val")
+        )
+        _, _, text_bytes = manifest.totals(["val"])
+        tokenizer, fingerprint = path / TOKENIZER_FOLDER, manifest.tokenizer_fingerprint
+        corpus = Corpus(path.name, train, val, text_bytes, manifest.vocab_size, tokenizer, fingerprint)
+    elif path.with_name(path.name + ".idx").is_file() or path.suffix in (".bin", ".idx"):
+        corpus = Corpus(path.name, (TokenFile(path),), (), 0, None, None, None)
+    else:
+        raise ValueError(f"data.path={path} is neither a folder of token files nor the prefix of a .bin and .idx pair")
+    if sum(len(file.tokens) for file in corpus.train) < 2:
+        raise ValueError(f"data.path={path} has fewer than two training tokens")
+    return corpus
+
+
+class Windows:
+    """The windows of T tokens over a stream of token files."""
+
+    def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
+        self.files, self.seq_len = files, seq_len
+        self.starts = np.cumsum([0, *(len(file.tokens) for file in files)])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+    def __len__(self) -> int:
+        return -(-max(0, self.tokens - 1) // self.seq_len)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens [T] and targets [T], int64; at the stream's end the targets are IGNORED."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} is outside [0, {len(self)})")
+        stream = self._read(index * self.seq_len, (index + 1) * self.seq_len + 1)
+        tokens = np.zeros(self.seq_len, np.int64)
+        targets = np.full(self.seq_len, IGNORED, np.int64)
+        tokens[: len(stream) - 1] = stream[:-1]
+        targets[: len(stream) - 1] = stream[1:]
+        return tokens, targets
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The stream's tokens [start, stop), fewer at its end."""
+        stop = min(stop, self.tokens)
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        pieces = []
+        while start < stop:
+            inside = start - int(self.starts[first])
+            pieces.append(self.files[first].tokens[inside : inside + stop - start])
+            start += len(pieces[-1])
+            first += 1
+        return np.concatenate(pieces)
+
+
+class Permutation:
+    """A bijection of [0, n), keyed: a Feistel network of 6 rounds on the next even power of two.
+
+    An index that falls outside [0, n) is sent through again (cycle walking; Black & Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002); less than four times on average. O(1) memory for any n.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, n: int, *key: object) -> None:
+        if n < 1:
+            raise ValueError(f"a permutation of {n} things: there must be at least 1")
+        self.n = n
+        self.half_bits = max(1, math.ceil(max(1, (n - 1).bit_length()) / 2))
+        digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8 * self.ROUNDS).digest()
+        self.keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(self.ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        if not 0 <= index < self.n:
+            raise IndexError(f"index {index} is outside [0, {self.n})")
+        while True:
+            index = self._encrypt(index)
+            if index < self.n:
+                return index
+
+    def _encrypt(self, index: int) -> int:
+        mask = (1 << self.half_bits) - 1
+        left, right = index >> self.half_bits, index & mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return left << self.half_bits | right
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser: 64 well-mixed bits."""
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+class Order:
+    """Which window is sample i of the run: f(seed, epoch, index)."""
+
+    def __init__(self, windows: int, seed: int, corpus: str) -> None:
+        self.windows, self.seed, self.corpus = windows, seed, corpus
+        self._epoch = -1
+
+    def __call__(self, sample: int) -> int:
+        epoch, index = divmod(sample, self.windows)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, Permutation(self.windows, self.seed, self.corpus, epoch)
+        return self._permutation(index)

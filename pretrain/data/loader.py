@@ -1,0 +1,132 @@
+"""Batches for this rank, made ready by a thread while the step before runs."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import IGNORED, Order, Windows
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """tokens, targets: [B, T] int64 on the rank's device; a target is IGNORED where there is none."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch; n_targets counts its valid targets."""
+
+    micro_batches: list[MicroBatch]
+    n_targets: int
+
+
+class BatchLoader:
+    """Serves samples consumed, consumed + 1, ... of the run, `global_batch` a step over all ranks.
+
+    Its whole state is how many samples of the corpus were handed out, so it continues at any world size,
+    micro-batch and global batch. Raises ValueError on a token id that is no row of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        order: Order,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        vocab_size: int,
+        device: torch.device,
+        prefetch: int,
+    ) -> None:
+        self.windows, self.order, self.device, self.prefetch = windows, order, device, prefetch
+        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+        self.vocab_size = vocab_size
+        self.consumed = 0
+        self._ready: queue.Queue[Batch | Exception] | None = None
+        self._stop = threading.Event()
+
+    def state_dict(self) -> dict[str, int]:
+        return {self.order.corpus: self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert self._ready is None, "the position must be set before the first batch"
+        self.consumed = state.get(self.order.corpus, 0)
+
+    def __next__(self) -> Batch:
+        if self._ready is None:
+            self._ready = queue.Queue(self.prefetch)
+            self._thread = threading.Thread(target=self._fill, args=(self.consumed,), daemon=True, name="loader")
+            self._thread.start()
+        batch = self._ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        self.consumed += self.global_batch
+        return Batch([self._to_device(micro) for micro in batch.micro_batches], batch.n_targets)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        while self._ready is not None and self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)  # makes room: it may be waiting to put
+            except queue.Empty:
+                continue
+
+    def _fill(self, start: int) -> None:
+        assert self._ready is not None
+        while not self._stop.is_set():
+            try:
+                self._ready.put(self._batch(start))
+            except Exception as error:
+                self._ready.put(error)
+                return
+            start += self.global_batch
+
+    def _batch(self, start: int) -> Batch:
+        micro_batches = []
+        for first in range(start, start + self.global_batch, self.micro_batch * self.world):
+            mine = first + self.rank * self.micro_batch
+            windows = [self.windows[self.order(sample)] for sample in range(mine, mine + self.micro_batch)]
+            micro_batches.append(micro_batch(windows, self.vocab_size, self.device))
+        return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))
+
+    def _to_device(self, micro: MicroBatch) -> MicroBatch:
+        return MicroBatch(
+            micro.tokens_BT.to(self.device, non_blocking=True), micro.targets_BT.to(self.device, non_blocking=True)
+        )
+
+
+def micro_batch(windows: list[tuple[np.ndarray, np.ndarray]], vocab_size: int, device: torch.device) -> MicroBatch:
+    """[B, T] on the host, in pinned memory where the device is a GPU. ValueError on an id >= vocab_size."""
+    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
+    largest = int(max(tokens.max(), targets.max()))
+    if largest >= vocab_size:
+        raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
+    if device.type == "cuda":
+        tokens, targets = tokens.pin_memory(), targets.pin_memory()
+    return MicroBatch(tokens, targets)
+
+
+def validation_batches(
+    windows: Windows, most: int, *, batch: int, rank: int, world: int, vocab_size: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """The first `most` windows (0: all) in order, dealt to the ranks; every rank gets as many batches.
+
+    Where the windows run out a batch is filled up with windows without targets.
+    """
+    n = min(len(windows), most) if most else len(windows)
+    empty = np.zeros(windows.seq_len, np.int64), np.full(windows.seq_len, IGNORED, np.int64)
+    for start in range(0, n, batch * world):
+        mine = range(start + rank * batch, start + (rank + 1) * batch)
+        micro = micro_batch([windows[i] if i < n else empty for i in mine], vocab_size, device)
+        yield MicroBatch(micro.tokens_BT.to(device), micro.targets_BT.to(device))

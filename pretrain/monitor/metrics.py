@@ -1,0 +1,94 @@
+"""Scalars of a run: `RUN/metrics.jsonl`, TensorBoard, and a line on the terminal. Rank 0 only."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from data_prep.durable import durable
+
+
+@dataclass
+class LogConfig:
+    """every: steps between logged steps. tensorboard: write curves to RUN/tensorboard."""
+
+    every: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every={self.every} must be at least 1")
+
+
+class MetricsLog:
+    """One object a logged step, floats in full precision; a resumed run goes on after `step`, without overlap."""
+
+    def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
+        self.path, self.steps = run / "metrics.jsonl", steps
+        self._drop_after(step)
+        self._file = open(self.path, "a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if config.tensorboard else None
+        self._first_step, self._started = step, time.monotonic()
+
+    def write(self, scalars: dict[str, float]) -> None:
+        """`scalars` has "step", and whatever else was measured there."""
+        self._file.write(json.dumps(scalars) + "\n")
+        step = int(scalars["step"])
+        if self._board is not None:
+            for name, value in scalars.items():
+                if name != "step":
+                    self._board.add_scalar(TAGS.get(name, name), value, step)
+        print(self._line(step, scalars), flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _line(self, step: int, scalars: dict[str, float]) -> str:
+        seconds_a_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        left = round(seconds_a_step * (self.steps - step))
+        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
+        for name, form in FORMS.items():
+            if name in scalars:
+                parts.append(form.format(scalars[name]))
+        return "  ".join([*parts, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
+
+    def _drop_after(self, step: int) -> None:
+        """Steps that a killed run logged after its last checkpoint are about to be done again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            with durable(self.path) as file:
+                file.write(b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """A line cut short by a kill counts as beyond every step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+FORMS = {
+    "loss": "loss {:.4f}",
+    "val_loss": "val loss {:.4f}",
+    "val_bits_per_byte": "val bits/byte {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "norm {:.3f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+}
+TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "tokens": "progress/tokens",
+    "tokens_per_s": "progress/tokens_per_s",
+    "val_loss": "val/loss",
+    "val_bits_per_byte": "val/bits_per_byte",
+}

@@ -1,0 +1,234 @@
+"""The loop: batches in, steps out, hooks after each step."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checkpoint import CheckpointManager, TrainState
+from .data import Batch, BatchLoader, MicroBatch
+from .engine import Engine
+from .mesh import Mesh
+from .model import LanguageModel
+from .monitor import MetricsLog
+from .optim import MatrixOptimizer, OptimConfig, clip_factor
+
+
+@dataclass
+class LoopConfig:
+    """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end).
+
+    seq_len: tokens a sequence. global_batch: sequences a step, over all ranks; micro_batch: sequences a rank has in
+    work at once. precision: bf16, fp32, or auto: bf16 where the device computes it natively.
+    """
+
+    steps: int = 1000
+    stop_after: int | None = None
+    seq_len: int = 1024
+    global_batch: int = 32
+    micro_batch: int = 4
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seq_len", "global_batch", "micro_batch"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
+        if self.stop_after is not None and self.stop_after < 0:
+            raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
+        if self.global_batch % (self.micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"
+                f" must divide train.global_batch={self.global_batch}"
+            )
+
+    @property
+    def last_step(self) -> int:
+        """Where this launch stops."""
+        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
+
+
+@dataclass
+class EvalConfig:
+    """every: steps between evaluations, 0 for only the last. max_windows: of the validation split, 0 for all."""
+
+    every: int = 250
+    max_windows: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("every", "max_windows"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"eval.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass
+class Report:
+    """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
+
+    tokens: targets in the global batch; seconds: from one step edge to the next, hooks left out; scalars: what
+    hooks add for the log, the same on all ranks.
+    """
+
+    step: int
+    loss: Tensor
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float = 0.0
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+Hook = Callable[["Trainer", Report], None]
+
+
+class Trainer:
+    """One rank of a run. All ranks call `fit` together."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        engine: Engine,
+        matrix: MatrixOptimizer,
+        batches: BatchLoader,
+        mesh: Mesh,
+        loop: LoopConfig,
+        optim: OptimConfig,
+        state: TrainState,
+        hooks: list[Hook],
+    ) -> None:
+        self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
+        self.loop, self.optim, self.state, self.hooks = loop, optim, state, hooks
+        self.stopping = False
+
+    def fit(self) -> None:
+        """Trains to `loop.last_step`, or to the step edge after SIGTERM or SIGINT. The state is then consistent."""
+        with self._signals():
+            while self.state.step < self.loop.last_step and not self._agree_to_stop():
+                start = time.monotonic()
+                report = self.train_step(next(self.batches))
+                report.seconds = time.monotonic() - start
+                for hook in self.hooks:
+                    hook(self, report)
+
+    def train_step(self, batch: Batch) -> Report:
+        """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
+        targets = self._sum(batch.n_targets)
+        loss = torch.zeros((), device=self.mesh.device)
+        for i, micro in enumerate(batch.micro_batches):
+            part = self.model.loss(micro.tokens_BT, micro.targets_BT).loss / max(1, targets)
+            self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
+            loss += part.detach()
+        self.matrix.reduce_gradients()
+        norm, factor = clip_factor(self.engine.grad_norm(), self.matrix.grad_norm(), self.optim.clip)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} at step {self.state.step + 1}: nothing was changed by this step;"
+                " lower optim.lr or raise optim.warmup_steps, and run again from the last checkpoint"
+            )
+        lr = self.optim.lr_at(self.state.step, self.loop.steps)
+        self.engine.step(lr, factor)
+        self.matrix.step(lr, factor)
+        self.state.step += 1
+        self.state.tokens += targets
+        self.state.samples = self.batches.state_dict()
+        return Report(self.state.step, loss, norm, lr, targets)
+
+    def _agree_to_stop(self) -> bool:
+        """True on all ranks as soon as one of them was told to stop. One all-reduce of a number."""
+        self.stopping = self._sum(int(self.stopping)) > 0
+        return self.stopping
+
+    def _sum(self, number: int) -> int:
+        total = torch.tensor(number, device=self.mesh.device)
+        dist.all_reduce(total)
+        return int(total)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT only set a flag: a collective inside a handler could deadlock."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopping = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Evaluate:
+    """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
+
+    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], tokens_per_byte: float) -> None:
+        self.config, self.batches, self.tokens_per_byte = config, batches, tokens_per_byte
+
+    def __call__(self, trainer: Trainer, report: Report) -> None:
+        due = self.config.every and report.step % self.config.every == 0
+        if due or report.step == trainer.loop.steps:
+            report.scalars |= self.measure(trainer)
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """val_loss in nats a token; val_bits_per_byte. One all-reduce of two numbers besides the model's."""
+        sums = torch.zeros(2, dtype=torch.float64, device=trainer.mesh.device)
+        trainer.engine.train(False)
+        for micro in self.batches():
+            out = trainer.model.loss(micro.tokens_BT, micro.targets_BT)
+            sums += torch.stack([out.loss.double(), out.n_tokens.double()])
+        trainer.engine.train(True)
+        dist.all_reduce(sums)
+        loss = float(sums[0] / sums[1])
+        return {"val_loss": loss, "val_bits_per_byte": loss * self.tokens_per_byte / math.log(2)}
+
+
+class Log:
+    """Every few steps, on the last one, and whenever another hook has measured something. Rank 0 holds the log."""
+
+    def __init__(self, every: int, log: MetricsLog | None) -> None:
+        self.every, self.log = every, log
+        self.tokens, self.seconds = 0, 0.0  # since the last logged step
+
+    def __call__(self, trainer: Trainer, report: Report) -> None:
+        self.tokens += report.tokens
+        self.seconds += report.seconds
+        if report.step % self.every and not report.scalars and report.step != trainer.loop.last_step:
+            return
+        dist.all_reduce(report.loss)
+        scalars = {
+            "step": report.step,
+            "loss": float(report.loss),
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "tokens": trainer.state.tokens,
+            "tokens_per_s": self.tokens / self.seconds,
+            **report.scalars,
+        }
+        self.tokens, self.seconds = 0, 0.0
+        if self.log is not None:
+            self.log.write(scalars)
+
+
+class Save:
+    """A checkpoint every few steps."""
+
+    def __init__(self, every: int, manager: CheckpointManager) -> None:
+        self.every, self.manager = every, manager
+
+    def __call__(self, trainer: Trainer, report: Report) -> None:
+        if report.step % self.every == 0:
+            self.manager.save(trainer.state)

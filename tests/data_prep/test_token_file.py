@@ -1,0 +1,234 @@
+"""The format: byte for byte, both ways with Megatron, and every fault found."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.token_file import (
+    DTYPES,
+    Manifest,
+    TokenFile,
+    TokenFileEntry,
+    TokenFileWriter,
+    check,
+    token_dtype,
+    verify,
+)
+from tests.data_prep.commands import small_spec
+
+
+def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> TokenFileWriter:
+    with TokenFileWriter(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add(np.array(ids, dtype=np.uint32))
+    return writer
+
+
+def make_folder(folder: Path) -> Manifest:
+    """A finished folder of one train and one val file."""
+    spec = small_spec()
+    spec.save(folder / "tokenizer")
+    entries = []
+    for split in ("train", "val"):
+        writer = write(folder / f"{split}-00000", [[1, 2, 259], [3, 259]], spec.vocab_size)
+        entries.append(TokenFileEntry(f"{split}-00000", split, 2, 5, 3, 259, writer.sha256))
+    manifest = Manifest(1, spec.fingerprint, spec.vocab_size, {}, {}, tuple(entries))
+    manifest.save(folder)
+    return manifest
+
+
+def test_layout_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1, 2, 3], [4], [5, 6]])
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<6H", 1, 2, 3, 4, 5, 6)
+    assert (tmp_path / "a.idx").read_bytes() == b"".join(
+        [
+            b"MMIDIDX\x00\x00",
+            struct.pack("<QBQQ", 1, 8, 3, 4),
+            struct.pack("<3i", 3, 1, 2),
+            struct.pack("<3q", 0, 6, 8),
+            struct.pack("<4q", 0, 1, 2, 3),
+        ]
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 99_999), min_size=1, max_size=20), max_size=10),
+    vocab_size=st.sampled_from([100_000, 65_499]),
+)
+def test_what_is_written_is_read(
+    documents: list[list[int]], vocab_size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    documents = [[id % vocab_size for id in ids] for ids in documents]
+    prefix = tmp_path_factory.mktemp("round") / "a.b"
+    write(prefix, documents, vocab_size)
+    file = TokenFile(prefix)
+    assert file.tokens.tolist() == [id for ids in documents for id in ids]
+    assert file.lengths.tolist() == [len(ids) for ids in documents]
+    assert file.documents == len(documents) and file.index_faults() == []
+    assert TokenFile(prefix.with_name("a.b.idx")).prefix == prefix
+
+
+def test_uint16_ends_where_megatrons_does(tmp_path: Path) -> None:
+    assert token_dtype(65_499) == np.uint16 and token_dtype(65_500) == np.int32
+    write(tmp_path / "narrow", [[65_498]], 65_499)
+    write(tmp_path / "wide", [[65_499]], 65_500)
+    assert TokenFile(tmp_path / "narrow").tokens.tolist() == [65_498]
+    assert TokenFile(tmp_path / "wide").tokens.tolist() == [65_499]
+
+
+@pytest.mark.parametrize("ids", [[65_536], [-1], [1000], []])
+def test_a_wrong_id_leaves_no_file(tmp_path: Path, ids: list[int]) -> None:
+    with (
+        pytest.raises(ValueError, match="must"),
+        TokenFileWriter(tmp_path / "a", 1000) as writer,
+    ):
+        writer.add(np.array([1, 2]))
+        writer.add(np.array(ids, dtype=np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_block_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), TokenFileWriter(tmp_path / "a", 1000) as writer:
+        writer.add(np.array([1, 2]))
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_megatron_reads_ours(tmp_path: Path) -> None:
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    for vocab_size in (1000, 100_000):
+        prefix, documents = tmp_path / str(vocab_size), [[1, 2, 3], [4], [vocab_size - 1, 6]]
+        write(prefix, documents, vocab_size)
+        theirs = indexed_dataset.IndexedDataset(str(prefix))
+        assert [ids.tolist() for ids in theirs] == documents
+        assert theirs.document_indices.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint8])
+def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=dtype)
+    builder.add_document(torch.tensor([1, 2, 3, 4]), [3, 1])  # one document of two sequences
+    builder.add_item(torch.tensor([5, 200]))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
+    file = TokenFile(tmp_path / "a")
+    assert file.dtype == dtype and file.tokens.tolist() == [1, 2, 3, 4, 5, 200]
+    assert file.lengths.tolist() == [3, 1, 2] and file.documents == 2 and file.index_faults() == []
+
+
+def test_all_of_megatrons_dtypes_are_known() -> None:
+    names = ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"]
+    assert {code: dtype.name for code, dtype in DTYPES.items()} == dict(enumerate(names, start=1))
+
+
+def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    write(prefix, [[1, 2, 3], [4]])
+    index, tokens = (tmp_path / "a.idx").read_bytes(), (tmp_path / "a.bin").read_bytes()
+    for suffix, content, rule in [
+        (".idx", index[:-1], "header says"),
+        (".idx", index[:20], "header alone"),
+        (".idx", b"X" + index[1:], "magic"),
+        (".idx", index[:9] + b"\x02" + index[10:], "version 2"),
+        (".idx", index[:17] + b"\x09" + index[18:], "dtype code 9"),
+        (".idx", index[:34] + struct.pack("<i", 4) + index[38:], "index says"),
+        (".bin", tokens[:-2], "index says"),
+        (".bin", tokens + b"12", "index says"),
+    ]:
+        (tmp_path / "a.idx").write_bytes(index)
+        (tmp_path / "a.bin").write_bytes(tokens)
+        (tmp_path / f"a{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=rule):
+            TokenFile(prefix)
+    (tmp_path / "a.bin").unlink()
+    with pytest.raises(ValueError, match=r"a\.bin is missing"):
+        TokenFile(prefix)
+
+
+def test_a_lying_index_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1, 2, 3], [4]])
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    index[34:42] = struct.pack("<2i", 2, 2)  # the sum is right, the offsets are not
+    index[-8:] = struct.pack("<q", 7)
+    (tmp_path / "a.idx").write_bytes(index)
+    faults = TokenFile(tmp_path / "a").index_faults()
+    assert len(faults) == 2 and "offsets" in faults[0] and "documents" in faults[1]
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = make_folder(tmp_path)
+    assert Manifest.load(tmp_path) == manifest == check(tmp_path)
+    assert [entry.name for entry in manifest.split("val")] == ["val-00000"]
+    assert verify(tmp_path) == []
+    with pytest.raises(ValueError, match="must be one of train, val"):
+        manifest.split("test")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 9}'])
+def test_a_bad_manifest_is_one_message(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        check(tmp_path)
+    assert len(verify(tmp_path)) == 1
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="never finished"):
+        check(tmp_path)
+
+
+def test_check_finds_missing_and_truncated_files(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    content = (tmp_path / "val-00000.bin").read_bytes()
+    (tmp_path / "val-00000.bin").write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"val-00000\.bin: 8 bytes, but the manifest says 10"):
+        check(tmp_path)
+    (tmp_path / "val-00000.bin").unlink()
+    with pytest.raises(ValueError, match=r"val-00000\.bin is missing"):
+        check(tmp_path)
+
+
+def test_check_finds_another_tokenizer(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    small_spec(("th", "the", "a ")).save(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        check(tmp_path)
+    (tmp_path / "tokenizer" / "spec.json").unlink()
+    with pytest.raises(ValueError, match=r"spec\.json is missing"):
+        check(tmp_path)
+
+
+def test_verify_reports_every_fault(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    small_spec(("th", "the")).save(tmp_path / "tokenizer")  # another one, and a row less
+    (tmp_path / "train-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 300, 259))
+    (tmp_path / "val-00000.idx").unlink()
+    (tmp_path / "train-00009.bin").write_bytes(b"")
+    faults = "\n".join(verify(tmp_path))
+    for fault in [
+        "another tokenizer",
+        "259 rows, but the manifest says 260",
+        "train-00000.bin: its sha256",
+        "largest id 300, but the manifest says 259",
+        "id 300 must be below vocab_size 260",
+        "val-00000.idx is missing",
+        "train-00009.bin is not in the manifest",
+    ]:
+        assert fault in faults
+
+
+def test_verify_counts(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][0]["documents"] = 3
+    path.write_text(json.dumps(content))
+    assert any("2 documents and 5 tokens, but the manifest says 3" in fault for fault in verify(tmp_path))

@@ -1,0 +1,341 @@
+"""The command: every way to start it, its answers, crashes, and errors. Real processes, real files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.corpus import FilesCorpus
+from data_prep.token_file import Manifest, TokenFile, verify
+from data_prep.tokenizer import Tokenizer
+from tests.data_prep.commands import (
+    ROOT,
+    SCRIPT,
+    assert_one_error,
+    folder_bytes,
+    python,
+    small_spec,
+    texts,
+    tokenize,
+    write_jsonl,
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, spec_folder: Path) -> Path:
+    """The output of one run from start to end, by one worker."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = tokenize(
+        "corpus=files",
+        f"corpus.paths=['{text_folder}']",
+        "tokenizer=file",
+        f"tokenizer.path={spec_folder}",
+        "unit_mib=0.05",
+        "workers=1",
+        f"out={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"done: {out}: 200 documents, ") and last.endswith(" MB/s")
+    assert done.stderr == ""
+    return out
+
+
+def test_the_tokens_are_the_documents(undisturbed: Path, text_folder: Path) -> None:
+    manifest, tokenizer = Manifest.load(undisturbed), Tokenizer.load(undisturbed / "tokenizer")
+    assert len(manifest.split("train")) > 3 and manifest.split("val")
+    assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
+    found = {"train": [], "val": []}  # type: dict[str, list[str]]
+    for entry in manifest.files:
+        file = TokenFile(undisturbed / entry.name)
+        documents = np.split(file.tokens, np.cumsum(file.lengths)[:-1])
+        assert all(ids[-1] == tokenizer.end_of_document for ids in documents)
+        decoded = [tokenizer.decode(ids[:-1]) for ids in documents]
+        assert sum(len(text.encode()) for text in decoded) == entry.text_bytes
+        found[entry.split] += decoded
+    corpus = list(FilesCorpus([str(text_folder)]).documents([]))
+    assert found["train"] == [text for text in corpus if text not in found["val"]]
+    assert sorted(found["train"] + found["val"]) == sorted(corpus)
+    assert not (undisturbed / "unfinished").exists() and verify(undisturbed) == []
+
+
+def run_in_every_way(way: str, tmp_path: Path) -> tuple[list[str], Path]:
+    """The arguments of Python, and the current folder."""
+    if way == "path":
+        return ["data_prep/tokenize.py"], ROOT
+    if way == "module":
+        return ["-m", "data_prep.tokenize"], ROOT
+    if way == "inside":
+        return ["tokenize.py"], ROOT / "data_prep"
+    if way == "elsewhere":
+        return [str(SCRIPT)], tmp_path
+    link = tmp_path / "link.py"
+    link.symlink_to(SCRIPT)
+    return [str(link)], tmp_path
+
+
+@pytest.mark.parametrize("way", ["path", "module", "inside", "elsewhere", "symlink"])
+def test_every_way_to_start(way: str, tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+    start, folder = run_in_every_way(way, tmp_path)
+    before = set(folder.iterdir())
+    done = python(*start, *command, f"out={tmp_path / 'out'}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+    assert set(folder.iterdir()) - before <= {tmp_path / "out"}  # nothing of Hydra's
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_every_kind_of_worker(method: str, tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+    driver = (
+        "import multiprocessing, runpy, sys\n"
+        "get_context = multiprocessing.get_context\n"
+        f"multiprocessing.get_context = lambda method=None: get_context({method!r})\n"
+        f"sys.argv[0] = {str(SCRIPT)!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    done = python("-c", driver, *command, f"out={tmp_path / 'out'}", cwd=ROOT / "data_prep")
+    assert done.returncode == 0, done.stderr
+    assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
+
+
+def test_the_standard_librarys_tokenize_is_found_from_inside() -> None:
+    code = "import tokenize, inspect, linecache; print(tokenize.__name__, tokenize.detect_encoding, tokenize.__file__)"
+    done = python("-c", code, cwd=ROOT / "data_prep")
+    assert done.returncode == 0 and "data_prep" not in done.stdout, done.stderr
+    done = python("-c", "import torch; print(torch.ones(1))", cwd=ROOT / "data_prep")
+    assert done.returncode == 0, done.stderr
+
+
+def test_again_is_already_done(tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    done = tokenize(*command, f"out={undisturbed}")
+    assert done.returncode == 0 and done.stdout.startswith("already done"), done
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("unit_mib=1", ["config.unit_mib is 0.05 there, 1.0 now", "nothing was overwritten"]),
+        ("corpus.text_key=body", ["corpus.text_key"]),
+        ("tokenizer.path={other}", ["config.tokenizer.fingerprint"]),
+    ],
+)
+def test_other_settings_overwrite_nothing(
+    change: str, parts: list[str], tmp_path: Path, command: list[str], undisturbed: Path
+) -> None:
+    small_spec(("ab",)).save(tmp_path)
+    before = folder_bytes(undisturbed)
+    done = tokenize(*command, change.format(other=tmp_path), f"out={undisturbed}")
+    assert_one_error(done, str(undisturbed), *parts)
+    assert folder_bytes(undisturbed) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    assert_one_error(tokenize(*command, f"out={tmp_path}"), "has other files in it")
+    assert folder_bytes(tmp_path) == {"thesis.tex": b"x"}
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, spec_folder: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    command = [
+        "corpus=files",
+        f"corpus.paths=['{tmp_path / 'a.jsonl'}']",
+        "tokenizer=file",
+        f"tokenizer.path={spec_folder}",
+        "unit_mib=0.02",
+    ]
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *command, "workers=2", f"out={out}"],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: len(list(out.glob("unfinished/0*.json"))) >= 5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    assert not (out / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("unfinished/0*.json")}
+    finished = {path: path.stat().st_mtime_ns for record in kept for path in out.glob(f"*-{record.stem}.bin")}
+    (out / "train-99999.bin.tmp-1").write_bytes(b"left over")
+
+    assert tokenize(*command, "workers=1", f"out={out}").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert tokenize(*command, "workers=3", f"out={tmp_path / 'straight'}").returncode == 0
+    assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
+    assert verify(out) == []
+
+
+def wait_for(condition, seconds: float = 30) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_workers_die_with_a_killed_parent_and_a_killed_worker_is_one_error(
+    tmp_path: Path, spec_folder: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    arguments = [f"corpus.paths=['{tmp_path / 'a.jsonl'}']", f"tokenizer.path={spec_folder}", "unit_mib=0.02"]
+
+    def start(out: Path) -> tuple[subprocess.Popen[str], list[int]]:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "corpus=files", "tokenizer=file", *arguments, f"out={out}"],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: len(list(out.glob("unfinished/0*.json"))) >= 5)
+        return process, workers_of(process.pid)
+
+    process, workers = start(tmp_path / "one")
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and errors.count("\n") == 1 and "a worker process died" in errors
+
+    process, workers = start(tmp_path / "two")
+    process.kill()
+    process.wait(timeout=10)
+    wait_for(lambda: not any(Path(f"/proc/{worker}/cwd").exists() for worker in workers))
+
+
+def workers_of(parent: int) -> list[int]:
+    """Process ids of the pool's workers (multiprocessing's resource tracker is none)."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A file system of 300 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "rowshard-test", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=10).returncode != 0:
+        pytest.skip("a small file system needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
+
+
+def test_a_full_disk(small_disk: Path, command: list[str], undisturbed: Path) -> None:
+    out = small_disk / "out"
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * 120_000)
+    assert_one_error(tokenize(*command, f"out={out}"), "No space left on device", "finished units are kept")
+    assert not (out / "manifest.json").exists() and not list(out.rglob("*.tmp-*"))
+    expected = folder_bytes(undisturbed)
+    kept = {name: data for name, data in folder_bytes(out).items() if name.endswith((".bin", ".idx"))}
+    assert kept and all(expected[name] == data for name, data in kept.items())  # no half file
+
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True, timeout=10)
+    assert tokenize(*command, f"out={out}").returncode == 0
+    assert folder_bytes(out) == expected
+
+
+def test_a_bad_document_late_in_the_corpus_can_be_mended(tmp_path: Path, spec_folder: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts(60)):
+        (folder / f"{number:02d}.txt").write_text(text)
+    (folder / "59.txt").write_bytes(b"bad \xff")
+    command = [
+        "corpus=files",
+        f"corpus.paths=['{folder}']",
+        "tokenizer=file",
+        f"tokenizer.path={spec_folder}",
+    ]
+    out = tmp_path / "out"
+    assert_one_error(tokenize(*command, "unit_mib=100", f"out={out}"), "59.txt, line 1: not UTF-8")
+    assert not out.exists()  # nothing was finished: nothing is left
+    assert_one_error(tokenize(*command, "unit_mib=0.01", f"out={out}"), "59.txt, line 1: not UTF-8")
+    assert not (out / "manifest.json").exists() and list(out.glob("unfinished/0*.json"))
+    (folder / "59.txt").write_text("good")
+    assert tokenize(*command, "unit_mib=0.01", f"out={out}").returncode == 0
+    assert Manifest.load(out).totals()[0] == 60 and verify(out) == []
+
+
+ERRORS = {
+    "wrong key": (["tokenizer.vocabsize=300"], ["vocabsize", "vocab_size"]),
+    "wrong key, added": (["+corpus.foo=1"], ["unknown key corpus.foo"]),
+    "wrong key at the top": (["batch=1"], ["'batch'", "val_fraction"]),
+    "wrong type": (["tokenizer.vocab_size=many"], ["tokenizer.vocab_size=many", "Integer"]),
+    "wrong value": (["tokenizer.vocab_size=256"], ["tokenizer.vocab_size=256 must be at least 257"]),
+    "wrong fraction": (["val_fraction=1"], ["val_fraction=1.0 must be in [0, 1)"]),
+    "wrong unit": (["unit_mib=0"], ["unit_mib=0.0 must be positive"]),
+    "wrong workers": (["workers=-1"], ["workers=-1"]),
+    "wrong option": (["corpus=web"], ["corpus/web", "files, fineweb_edu, hub, stdlib"]),
+    "unreadable": (["corpus.paths=["], ["cannot read corpus.paths=["]),
+    "missing paths": (["corpus=files"], ["corpus.paths must be given"]),
+    "no such file": (["corpus=files", "corpus.paths=[/nowhere/x.txt]"], ["'/nowhere/x.txt' matches no file"]),
+    "no such tokenizer": (["tokenizer=file", "tokenizer.path=/nowhere"], ["/nowhere is missing"]),
+    "out and verify": (["verify=x"], ["out=FOLDER", "verify=FOLDER"]),
+    "multirun": (["--multirun"], ["--multirun"]),
+    "bad pattern": (["tokenizer.pattern='(('"], ["tokenizer.pattern='((' must be a regular expression"]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
+    arguments, parts = ERRORS[case]
+    assert_one_error(tokenize(*arguments, f"out={tmp_path / 'out'}", cwd=tmp_path), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "file"])
+def test_an_empty_corpus(tokenizer: str, tmp_path: Path, spec_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    chosen = ["tokenizer=bpe"] if tokenizer == "bpe" else ["tokenizer=file", f"tokenizer.path={spec_folder}"]
+    done = tokenize("corpus=files", f"corpus.paths=['{tmp_path}']", *chosen, f"out={tmp_path / 'out'}")
+    assert_one_error(done, "the corpus (files) is empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_split_is_said(tmp_path: Path, spec_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    command = [
+        "corpus=files",
+        f"corpus.paths=['{tmp_path / 'a.txt'}']",
+        "tokenizer=file",
+        f"tokenizer.path={spec_folder}",
+    ]
+    done = tokenize(*command, f"out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "warning: no document for validation" in done.stdout
+    done = tokenize(*command, "val_fraction=0.999999", f"out={tmp_path / 'none'}")
+    assert_one_error(done, "no document for training")
+
+
+def test_verify(tmp_path: Path, command: list[str]) -> None:
+    out = tmp_path / "out"
+    assert tokenize(*command, f"out={out}").returncode == 0
+    done = tokenize(f"verify={out}")
+    assert done.returncode == 0 and done.stdout.startswith(f"ok: {out}: 200 documents")
+    path = out / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    (out / "train-00002.idx").unlink()
+    done = tokenize(f"verify={out}")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "train-00001.bin" in done.stderr and "train-00002.idx is missing" in done.stderr
+    assert_one_error(tokenize(*command, f"out={out}"), "train-00001.bin")  # damaged: not "already done"
+
+
+def test_the_standard_library_with_a_trained_tokenizer(tmp_path: Path) -> None:
+    command = ["corpus=stdlib", "tokenizer=bpe", "tokenizer.vocab_size=600", "tokenizer.sample_mib=0.5"]
+    done = tokenize(*command, f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "trained a BPE of 600 rows" in done.stdout
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.vocab_size == 600 and manifest.totals()[2] > 10e6
+    assert 0.005 < manifest.totals(["val"])[0] / manifest.totals()[0] < 0.05
+
+
+def test_help() -> None:
+    done = tokenize("--help")
+    assert done.returncode == 0 and "tokenizer: bpe, cl100k_base, file, gpt2" in done.stdout
