@@ -81,12 +81,8 @@ class Tally:
         entries = [entry for record in records for entry in record.files]
         digest = digest_of("".join(record.digest for record in records).encode()).hex()
         corpus = {**settings["corpus"], "digest": digest, "skipped": len(self.skipped)}
-        files = tuple(
-            sorted(entries, key=lambda entry: entry.split)
-        )  # stable: train, then val, in corpus order
-        return Manifest(
-            FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files
-        )
+        files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
+        return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
 
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
@@ -96,8 +92,8 @@ def tokenize(config: TokenizeConfig, out: Path) -> None:
     if manifest := output.finished():
         print(f"already done, nothing changed: {summary(out, manifest)}")
         return
-    tokenizer = tokenizer_for(config, out / TOKENIZER_FOLDER)
     ensure_documents(config.corpus)
+    tokenizer = tokenizer_for(config, out / TOKENIZER_FOLDER)
     with output.started():
         if not (out / TOKENIZER_FOLDER / SPEC_FILE).exists():
             tokenizer.save(out / TOKENIZER_FOLDER)
@@ -106,7 +102,7 @@ def tokenize(config: TokenizeConfig, out: Path) -> None:
         manifest = tally.manifest(tokenizer, output.settings)
         warn_of(tally, manifest, config.val_fraction)
         output.finish(manifest)
-    megabytes = manifest.totals()[2] / 1e6
+    megabytes = sum(record.text_bytes for record in tally.records if not record.kept) / 1e6
     print(f"done: {summary(out, manifest)}, {megabytes / (time.perf_counter() - start):.1f} MB/s")
 
 
@@ -162,13 +158,9 @@ def warn_of(tally: Tally, manifest: Manifest, val_fraction: float) -> None:
         more = ", ..." if len(tally.skipped) > NAMES_SHOWN else ""
         print(f"skipped {len(tally.skipped)} documents that do not decode: {names}{more}")
     if not manifest.split("train"):
-        raise DataError(
-            f"no document for training: val_fraction={val_fraction} took all of so small a corpus"
-        )
+        raise DataError(f"no document for training: val_fraction={val_fraction} took all of so small a corpus")
     if val_fraction > 0 and not manifest.split("val"):
-        print(
-            f"warning: no document for validation: val_fraction={val_fraction} of so small a corpus is none"
-        )
+        print(f"warning: no document for validation: val_fraction={val_fraction} of so small a corpus is none")
 
 
 def summary(folder: Path, manifest: Manifest) -> str:

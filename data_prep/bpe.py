@@ -35,12 +35,8 @@ def train_bpe(
     try:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(
-            f"tokenizer.pattern={pattern!r} must be a regular expression: {headline(error)}"
-        ) from error
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+        raise DataError(f"tokenizer.pattern={pattern!r} must be a regular expression: {headline(error)}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

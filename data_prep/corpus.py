@@ -147,15 +147,11 @@ def expand(paths: list[str]) -> list[Path]:
     for name in paths:
         if os.path.isdir(name):
             below = sorted(path for path in Path(name).rglob("*") if path.is_file())
-            matches = [
-                p for p in below if not any(part.startswith(".") for part in p.relative_to(name).parts)
-            ]
+            matches = [p for p in below if not any(part.startswith(".") for part in p.relative_to(name).parts)]
         elif os.path.isfile(name):  # before the glob: a name may have brackets
             matches = [Path(name)]
         else:
-            matches = sorted(
-                Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match)
-            )
+            matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
         if not matches:
             raise DataError(f"corpus.paths: {name!r} matches no file")
         found.update(dict.fromkeys(matches))
@@ -184,9 +180,7 @@ def read_text(path: Path) -> str:
 
 def json_lines(path: Path, text_key: str) -> Iterator[str]:
     """The rows' texts. Parsed line by line: Arrow's JSON reader turns texts like dates into dates."""
-    lines = column(
-        str(path), "text", path="text", data_files=data_files(path), split="train", keep_linebreaks=False
-    )
+    lines = column(str(path), "text", path="text", data_files=data_files(path), split="train", keep_linebreaks=False)
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
@@ -231,9 +225,7 @@ def column(where: str, text_key: str, **arguments: Any) -> Iterator[str]:
         stream = quiet_datasets().load_dataset(streaming=True, **arguments)
         for batch in stream.iter(batch_size=ROWS_AT_ONCE):
             if text_key not in batch:
-                raise DataError(
-                    f"{where}: no column {text_key!r} (corpus.text_key); it has {', '.join(batch)}"
-                )
+                raise DataError(f"{where}: no column {text_key!r} (corpus.text_key); it has {', '.join(batch)}")
             for value in batch[text_key]:
                 number += 1
                 yield text_of({text_key: value}, text_key, f"{where}, row {number}")
@@ -270,9 +262,7 @@ def not_utf8(path: Path) -> DataError:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = line[error.start]
-                return DataError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})"
-                )
+                return DataError(f"{path}, line {number}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
     return DataError(f"{path}: not UTF-8")
 
 

@@ -45,6 +45,7 @@ class UnitRecord:
     index: int
     digest: str
     files: tuple[TokenFileEntry, ...]
+    kept: bool = False  # from an earlier run
 
     @property
     def text_bytes(self) -> int:
@@ -86,9 +87,7 @@ def units(texts: Iterable[str], unit_bytes: int) -> Iterator[list[str]]:
         yield unit
 
 
-def encode_corpus(
-    texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers: int
-) -> Iterator[UnitRecord]:
+def encode_corpus(texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers: int) -> Iterator[UnitRecord]:
     """Encode every unit that is not done yet; yields each unit's record, in the order in which they are done.
 
     Holds `workers` + 1 units of text. Raises DataError when a worker dies, OSError when it cannot write: what
@@ -127,7 +126,7 @@ def finished_unit(job: EncodeJob, index: int, texts: list[str]) -> UnitRecord | 
     try:
         content = json.loads(record_path(job.folder, index).read_bytes())
         files = tuple(TokenFileEntry(**entry) for entry in content["files"])
-        record = UnitRecord(content["index"], content["digest"], files)
+        record = UnitRecord(content["index"], content["digest"], files, kept=True)
         dtype = np.dtype(content["dtype"])
         for entry in files:
             for suffix, size in entry.sizes(dtype).items():
@@ -180,6 +179,4 @@ def _write(index: int, split: str, texts: list[str]) -> TokenFileEntry:
         for text in texts:
             writer.add(np.concatenate([_tokenizer.encode(text), end]))
             text_bytes += len(text.encode())
-    return TokenFileEntry(
-        name, split, writer.documents, writer.tokens, text_bytes, writer.largest_id, writer.sha256
-    )
+    return TokenFileEntry(name, split, writer.documents, writer.tokens, text_bytes, writer.largest_id, writer.sha256)

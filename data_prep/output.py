@@ -45,9 +45,7 @@ class Output:
         if self._settings_path.exists():
             self._compare(self._settings_there())
         elif self.folder.exists() and any(path != self._unfinished for path in self.folder.iterdir()):
-            raise DataError(
-                f"out={self.folder} has other files in it; choose another out=, nothing was overwritten"
-            )
+            raise DataError(f"out={self.folder} has other files in it; choose another out=, nothing was overwritten")
         return None
 
     @contextmanager

@@ -136,9 +136,7 @@ class TokenFile:
         expected, size = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize, bin_path.stat().st_size
         if size != expected:
             raise DataError(f"{bin_path}: {size} bytes, but its index says {expected}")
-        self.tokens: np.ndarray = (
-            np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
-        )
+        self.tokens: np.ndarray = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
 
     def index_faults(self) -> list[str]:
         """What is wrong inside the index. Reads it all, and no token."""
@@ -216,9 +214,7 @@ class Manifest:
             values = {field.name: content[field.name] for field in fields(cls)}
             values["files"] = tuple(TokenFileEntry(**entry) for entry in values["files"])
         except FileNotFoundError:
-            raise DataError(
-                f"{path} is missing: the folder was never finished, or is not one of token files"
-            ) from None
+            raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:

@@ -19,9 +19,7 @@ from data_prep.bpe import PATTERNS, SMALLEST_VOCAB, train_bpe
 from data_prep.errors import DataError, headline
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec, read_ranks
 
-LONGEST_RUN = (
-    1 << 16
-)  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
+LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
 _BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
 _RUN_PIECES = re.compile(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}")
 DOWNLOAD_TIMEOUT = 30.0  # seconds; tiktoken itself sets none
@@ -214,9 +212,7 @@ class FileTokenizer(TokenizerConfig):
         path = Path(self.path)
         if path.is_dir():
             if self.pattern or self.end_of_document is not None:
-                raise DataError(
-                    f"tokenizer.path={path} is a folder: pattern and end_of_document are in its spec.json"
-                )
+                raise DataError(f"tokenizer.path={path} is a folder: pattern and end_of_document are in its spec.json")
             return Tokenizer.load(path)
         ranks = read_ranks(path)
         if not self.pattern or self.end_of_document is None:

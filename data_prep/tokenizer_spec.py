@@ -31,16 +31,12 @@ class TokenizerSpec:
     def __post_init__(self) -> None:
         for byte in range(256):
             if bytes([byte]) not in self.ranks:
-                raise DataError(
-                    f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one"
-                )
+                raise DataError(f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one")
         ids = [*self.ranks.values(), *self.special_tokens.values()]
         if len(set(ids)) != len(ids) or min(ids) < 0:
             raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative")
         if END_OF_DOCUMENT not in self.special_tokens:
-            raise DataError(
-                f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document"
-            )
+            raise DataError(f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document")
 
     @property
     def vocab_size(self) -> int:
@@ -77,9 +73,7 @@ class TokenizerSpec:
             name, pattern = str(spec["name"]), str(spec["pattern"])
             special_tokens = {str(token): int(id) for token, id in spec["special_tokens"].items()}
         except FileNotFoundError:
-            raise DataError(
-                f"{path} is missing: a tokenizer folder has {RANKS_FILE} and {SPEC_FILE}"
-            ) from None
+            raise DataError(f"{path} is missing: a tokenizer folder has {RANKS_FILE} and {SPEC_FILE}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path} must hold name, pattern and special_tokens: {type(error).__name__} {headline(error)}"

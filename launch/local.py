@@ -44,9 +44,9 @@ def _composed(composed: DictConfig) -> None:
     try:
         nproc = ranks_here(composed.nproc)
         config = configuration.build(composed)
-        configuration.check(config, nproc)
+        corpus = configuration.check(config, nproc)
         with lock(config.run_dir):
-            configuration.freeze(config)
+            configuration.freeze(config, corpus)
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))
     code = run_ranks(config, nproc)

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.durable import durable
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import CheckpointConfig, CheckpointError, checkpoints, read_manifest
 from .data import Corpus, DataConfig, open_corpus
@@ -57,9 +59,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.train.seq_len > self.model.context:
-            raise ValueError(
-                f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}"
-            )
+            raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
 
     @property
     def run_dir(self) -> Path:
@@ -99,9 +99,11 @@ def build(composed: DictConfig) -> TrainConfig:
     return TrainConfig(seed=composed.seed, **parts)  # type: ignore[arg-type]
 
 
-def freeze(config: TrainConfig) -> None:
-    """Writes RUN/config.yaml, whole or not at all."""
+def freeze(config: TrainConfig, corpus: Corpus) -> None:
+    """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    if corpus.tokenizer is not None:
+        TokenizerSpec.load(corpus.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
     with durable(config.path) as file:
         file.write(OmegaConf.to_yaml(asdict(config)).encode())
 
@@ -140,7 +142,9 @@ def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
     if size is None and needed is None:
         raise ValueError(f"vocab.size=null must be given: data.path={config.data.path} brings no tokenizer")
     if size is not None and needed is not None and size < needed:
-        raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {config.data.path}")
+        raise ValueError(
+            f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {config.data.path}"
+        )
     rows = size if size is not None else needed
     assert rows is not None
     return rows

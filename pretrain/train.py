@@ -82,16 +82,13 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
     """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
     compute_dtype = precision(config.train.precision, mesh.device)
     vocab = VocabParallelEmbedding(
+        config.vocab,
         VocabShard.of(mesh.vocab_rank, mesh.vocab_size, rows, config.vocab.multiple),
         config.model.width,
-        tie=config.vocab.tie,  # type: ignore[arg-type]
         seed=config.seed,
         group=mesh.vocab_group,
         compute_dtype=compute_dtype,
         device=mesh.device,
-        z_loss=config.vocab.z_loss,
-        label_smoothing=config.vocab.label_smoothing,
-        softcap=config.vocab.softcap,
     )
     with torch.device("meta"):
         body = config.model.body()
@@ -104,7 +101,7 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     """bf16, fp32 or auto as a dtype. ValueError where bf16 is asked of a processor that only emulates it."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     if name == "bf16" and not native:
         raise ValueError(f"train.precision=bf16: this {device.type} does not compute it natively; use fp32 or auto")
@@ -172,7 +169,9 @@ def lock(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"run.dir={run} is in use by {_holder(file)}: stop it, or choose another run.dir") from None
+            raise ValueError(
+                f"run.dir={run} is in use by {_holder(file)}: stop it, or choose another run.dir"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

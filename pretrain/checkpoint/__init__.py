@@ -8,7 +8,7 @@ from .manager import (
     read_manifest,
     read_tensors,
 )
-from .state import ModelState, TrainState
+from .state import ModelState, TrainState, matrix_dtensor
 
 __all__ = [
     "CheckpointConfig",
@@ -17,6 +17,7 @@ __all__ = [
     "ModelState",
     "TrainState",
     "checkpoints",
+    "matrix_dtensor",
     "read_manifest",
     "read_tensors",
 ]

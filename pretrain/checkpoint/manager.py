@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,10 +78,12 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
             raise CheckpointError(f"{folder} has no tensor {name}: it is of another model")
         if list(tensor.shape) != saved[name]:
             raise CheckpointError(
-                f"{folder}: {name} has shape {saved[name]}, this model needs {list(tensor.shape)}: it is of another model"
+                f"{folder}: {name} has shape {saved[name]}, this model needs {list(tensor.shape)}:"
+                " it is of another model"
             )
-    reader = HuggingFaceStorageReader(str(folder))
-    dcp.load(tensors, storage_reader=reader, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
@@ -100,7 +103,9 @@ def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bo
 class CheckpointManager:
     """Saves and restores a run. All its methods are collective: every rank of the mesh calls them."""
 
-    def __init__(self, run: Path, model: ModelState, mesh: Mesh, *, keep: int, seed: int, about: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, model: ModelState, mesh: Mesh, *, keep: int, seed: int, about: dict[str, Any]
+    ) -> None:
         self.run, self.folder = run, run / "checkpoints"
         self.model, self.mesh, self.keep, self.seed = model, mesh, keep, seed
         self.about = about  # goes into the manifest as it is: config, tokenizer
@@ -140,7 +145,7 @@ class CheckpointManager:
         return final
 
     def load(self, folder: Path) -> TrainState:
-        """Verifies the files, fills model and optimizer, restores the generators. CheckpointError says what is wrong."""
+        """Verifies the files, fills model and optimizer, restores the generators. CheckpointError names the fault."""
         manifest = read_manifest(folder)
         self._together(lambda: check_files(folder, manifest, lambda i: i % self.mesh.world == self.mesh.rank))
         tensors = self.model.tensors()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
 from ..optim import MatrixOptimizer, set_moments
-from ..vocab import VocabParallelEmbedding, stable_seed
+from ..vocab import VocabParallelEmbedding, VocabShard, stable_seed
 
 
 @dataclass
@@ -25,14 +25,9 @@ class TrainState:
 
 
 class ModelState:
-    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors.
+    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors."""
 
-    The matrix's are [padded_size, D], sharded over `vocab` and replicated over `dp`.
-    """
-
-    def __init__(
-        self, engine: Engine, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, mesh: Mesh
-    ) -> None:
+    def __init__(self, engine: Engine, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, mesh: Mesh) -> None:
         self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
 
     def tensors(self) -> dict[str, DTensor]:
@@ -40,22 +35,24 @@ class ModelState:
         state = self.engine.state()
         for name, rows in self.vocab.named_rows().items():
             moments = self.matrix.adamw.state[rows]
-            state[name] = self._as_dtensor(rows.detach())
-            state[FIRST_MOMENT + name] = self._as_dtensor(moments["exp_avg"])
-            state[SECOND_MOMENT + name] = self._as_dtensor(moments["exp_avg_sq"])
+            state[name] = matrix_dtensor(rows.detach(), self.vocab.shard, self.mesh)
+            state[FIRST_MOMENT + name] = matrix_dtensor(moments["exp_avg"], self.vocab.shard, self.mesh)
+            state[SECOND_MOMENT + name] = matrix_dtensor(moments["exp_avg_sq"], self.vocab.shard, self.mesh)
         return state
 
     def load(self, tensors: dict[str, DTensor], step: int) -> None:
         self.engine.load(tensors, step)
         set_moments(self.matrix.adamw, step)
 
-    def _as_dtensor(self, rows_vD: Tensor) -> DTensor:
-        """DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty."""
-        shape = torch.Size((self.vocab.shard.padded_size, rows_vD.shape[1]))
-        placements = (Replicate(), Shard(0))
-        return DTensor.from_local(
-            rows_vD, self.mesh.axes, placements, run_check=False, shape=shape, stride=(shape[1], 1)
-        )
+
+def matrix_dtensor(rows_vD: Tensor, shard: VocabShard, mesh: Mesh) -> DTensor:
+    """A rank's rows as its part of the matrix [padded_size, D], sharded over `vocab`, replicated over `dp`.
+
+    DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty.
+    """
+    shape = torch.Size((shard.padded_size, rows_vD.shape[1]))
+    placements = (Replicate(), Shard(0))
+    return DTensor.from_local(rows_vD, mesh.axes, placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 
 def shapes(tensors: dict[str, DTensor]) -> dict[str, list[int]]:

@@ -51,7 +51,7 @@ class FSDP2Engine:
         for name, parameter in self.parameters.items():
             rows = VocabShard.of(mesh.rank, mesh.world, parameter.shape[0], multiple=1)  # FSDP2 cuts like this
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
-            parameter.detach().to_local().copy_(values)
+            local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
         self.adamw = self.optim.adamw(self.parameters.values())  # type: ignore[arg-type]
         set_moments(self.adamw, step=0)
@@ -79,7 +79,7 @@ class FSDP2Engine:
         state: dict[str, DTensor] = {}
         for name, parameter in self.parameters.items():
             moments = self.adamw.state[parameter]
-            state[name] = parameter.detach()
+            state[name] = parameter.detach()  # type: ignore[assignment]
             state[FIRST_MOMENT + name] = moments["exp_avg"]
             state[SECOND_MOMENT + name] = moments["exp_avg_sq"]
         return state
@@ -88,4 +88,10 @@ class FSDP2Engine:
         set_moments(self.adamw, step)
 
     def _local_gradients(self) -> list[Tensor]:
-        return [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]  # type: ignore[attr-defined]
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

@@ -28,7 +28,7 @@ class MetricsLog:
     def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
         self.path, self.steps = run / "metrics.jsonl", steps
         self._drop_after(step)
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (held until close)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if config.tensorboard else None
         self._first_step, self._started = step, time.monotonic()
 

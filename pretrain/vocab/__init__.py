@@ -1,9 +1,9 @@
 """The vocabulary-parallel matrix: who owns which rows, the lookup, the loss, and sampling. Imports torch alone."""
 
 from .embedding import VocabConfig, VocabParallelEmbedding
-from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .lookup import vocab_parallel_lookup
-from .readout import sample
+from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
+from .readout import check_sampling, sample
 from .shard import VocabShard, seeded_normal, stable_seed
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "VocabLoss",
     "VocabParallelEmbedding",
     "VocabShard",
+    "check_sampling",
     "sample",
     "seeded_normal",
     "stable_seed",

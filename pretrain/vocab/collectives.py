@@ -1,5 +1,8 @@
-"""The two collectives the vocabulary needs, under one name for all supported versions of torch."""
+"""The collectives of the vocabulary, and who holds which tokens."""
 
+from typing import Protocol
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,3 +27,73 @@ def reduce_scatter(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     mine = parts.new_empty(parts.shape[1:])
     _reduce_scatter(mine.view(-1), parts.reshape(-1), group=group)
     return mine
+
+
+class Traffic(Protocol):
+    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order."""
+
+    ranks: int  # that bring tokens of their own
+
+    def longest(self, N: int, device: torch.device) -> int: ...
+    def gather(self, mine_c: Tensor) -> Tensor: ...  # [c, ...] -> [m, ...]
+    def mine(self, all_m: Tensor) -> Tensor: ...  # [m, ...] -> [c, ...], a view
+    def sum(self, partial_mD: Tensor) -> Tensor: ...  # this shard's part -> the sum for my tokens [c, D]
+    def stack(self, statistics_km: Tensor) -> Tensor: ...  # [k, m] -> [p, k, m], in rank order
+
+
+class Alone:
+    """One process has all tokens and all rows."""
+
+    ranks = 1
+
+    def longest(self, N: int, device: torch.device) -> int:
+        return N
+
+    def gather(self, mine_c: Tensor) -> Tensor:
+        return mine_c
+
+    def mine(self, all_m: Tensor) -> Tensor:
+        return all_m
+
+    def sum(self, partial_mD: Tensor) -> Tensor:
+        return partial_mD
+
+    def stack(self, statistics_km: Tensor) -> Tensor:
+        return statistics_km.unsqueeze(0)
+
+
+class Replicated(Alone):
+    """Every rank has the same tokens."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def sum(self, partial_mD: Tensor) -> Tensor:
+        dist.all_reduce(partial_mD, group=self.group)
+        return partial_mD
+
+    def stack(self, statistics_km: Tensor) -> Tensor:
+        return all_gather(statistics_km, self.group)
+
+
+class Distinct(Replicated):
+    """Every rank has tokens of its own."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def longest(self, N: int, device: torch.device) -> int:
+        longest = torch.tensor(N, device=device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
+        return int(longest)
+
+    def gather(self, mine_c: Tensor) -> Tensor:
+        return all_gather(mine_c, self.group).flatten(0, 1)
+
+    def mine(self, all_m: Tensor) -> Tensor:
+        return all_m.chunk(self.ranks)[self.rank]
+
+    def sum(self, partial_mD: Tensor) -> Tensor:
+        return reduce_scatter(partial_mD.unflatten(0, (self.ranks, -1)), self.group)

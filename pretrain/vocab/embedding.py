@@ -1,14 +1,13 @@
 """The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .lookup import vocab_parallel_lookup
+from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
 
@@ -55,35 +54,31 @@ class VocabConfig:
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of the matrix: `weight` [v, D], and `head_weight` [v, D] where it is untied.
 
-    Both are main weights (fp32, unless said otherwise) and no engine sees them. `compute_dtype` is what the
-    lookup hands out and what the loss multiplies in.
+    Both are main weights of `dtype`, and no engine sees them. `compute_dtype` is what the lookup hands out and
+    what the loss multiplies in. `group` are the ranks of the shard's world; None where that is one.
     """
 
     def __init__(
         self,
+        config: VocabConfig,
         shard: VocabShard,
         width: int,
         *,
-        tie: Literal["tied", "untied"],
         seed: int,
         std: float = 0.02,
         group: dist.ProcessGroup | None = None,
         compute_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
-        softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.shard, self.group, self.compute_dtype = shard, group, compute_dtype
-        self.z_loss, self.label_smoothing, self.softcap = z_loss, label_smoothing, softcap
+        self.config, self.shard, self.group, self.compute_dtype = config, shard, group, compute_dtype
 
         def rows(name: str) -> nn.Parameter:
             return nn.Parameter(shard.initial_rows(name, seed, width, std).to(device, dtype))
 
         self.weight = rows("embedding.weight")
-        self.head_weight = rows("head.weight") if tie == "untied" else None
+        self.head_weight = rows("head.weight") if config.tie == "untied" else None
 
     @property
     def output_weight(self) -> Tensor:
@@ -105,9 +100,9 @@ class VocabParallelEmbedding(nn.Module):
             targets_BT.flatten(),
             shard=self.shard,
             group=self.group,
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
+            z_loss=self.config.z_loss,
+            label_smoothing=self.config.label_smoothing,
+            softcap=self.config.softcap,
         )
 
     def named_rows(self) -> dict[str, nn.Parameter]:

@@ -9,13 +9,13 @@ Hsu et al., Liger Kernel, arXiv:2410.10989); and padding rows never enter the ma
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather, reduce_scatter
+from .collectives import Alone, Distinct, Replicated, Traffic
 from .shard import VocabShard
 
 LOGITS_BYTES = 64 * 2**20  # of one chunk's logits in fp32; small enough to stay near the caches
@@ -84,9 +84,9 @@ def vocab_parallel_linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-    traffic: Traffic = _Alone()
+    traffic: Traffic = Alone()
     if group is not None:
-        traffic = _Distinct(group) if tokens == "distinct" else _Replicated(group)
+        traffic = Distinct(group) if tokens == "distinct" else Replicated(group)
         if (shard.rank, shard.world) != (dist.get_rank(group), dist.get_world_size(group)):
             raise ValueError(f"shard {shard.rank} of {shard.world} does not fit this rank of its group")
     elif shard.world != 1:
@@ -128,73 +128,6 @@ def _check_targets(targets_N: Tensor, vocab_size: int, ignore_index: int) -> Non
 
 def _chunk_tokens(shard: VocabShard) -> int:
     return max(1, LOGITS_BYTES // (4 * shard.rows_per_rank))
-
-
-# --- who holds which tokens -------------------------------------------------------------------------------
-
-
-class Traffic(Protocol):
-    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order."""
-
-    ranks: int  # that bring tokens of their own
-
-    def longest(self, N: int, device: torch.device) -> int: ...
-    def gather(self, mine_c: Tensor) -> Tensor: ...  # [c, ...] -> [m, ...]
-    def mine(self, all_m: Tensor) -> Tensor: ...  # [m, ...] -> [c, ...], a view
-    def sum(self, partial_mD: Tensor) -> Tensor: ...  # this shard's part -> the sum for my tokens [c, D]
-    def stack(self, statistics_km: Tensor) -> Tensor: ...  # [k, m] -> [p, k, m], in rank order
-
-
-class _Alone:
-    ranks = 1
-
-    def longest(self, N: int, device: torch.device) -> int:
-        return N
-
-    def gather(self, mine_c: Tensor) -> Tensor:
-        return mine_c
-
-    def mine(self, all_m: Tensor) -> Tensor:
-        return all_m
-
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        return partial_mD
-
-    def stack(self, statistics_km: Tensor) -> Tensor:
-        return statistics_km.unsqueeze(0)
-
-
-class _Replicated(_Alone):
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        dist.all_reduce(partial_mD, group=self.group)
-        return partial_mD
-
-    def stack(self, statistics_km: Tensor) -> Tensor:
-        return all_gather(statistics_km, self.group)
-
-
-class _Distinct(_Replicated):
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
-        self.ranks = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-
-    def longest(self, N: int, device: torch.device) -> int:
-        longest = torch.tensor(N, device=device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
-        return int(longest)
-
-    def gather(self, mine_c: Tensor) -> Tensor:
-        return all_gather(mine_c, self.group).flatten(0, 1)
-
-    def mine(self, all_m: Tensor) -> Tensor:
-        return all_m.chunk(self.ranks)[self.rank]
-
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        return reduce_scatter(partial_mD.unflatten(0, (self.ranks, -1)), self.group)
 
 
 # --- the mathematics of one chunk -------------------------------------------------------------------------
@@ -333,7 +266,7 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Result:
-    """Per token of this rank: loss, log-sum-exp, id of the largest logit, entropy; and the gradients of Σloss in fp32."""
+    """Of this rank's tokens: loss, log-sum-exp, id of the largest logit, entropy; and the gradients of Σloss, fp32."""
 
     loss_N: Tensor
     lse_N: Tensor
@@ -397,7 +330,8 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_N, *_):  # type: ignore[no-untyped-def]
-        return *_recompute(ctx.head, *ctx.saved_tensors, g_N), None, None, None
+        hidden_ND, weight_vD, targets_N, lse_N = ctx.saved_tensors
+        return *_recompute(ctx.head, hidden_ND, weight_vD, targets_N, lse_N, g_N), None, None, None
 
 
 class _LossSum(torch.autograd.Function):
@@ -408,19 +342,18 @@ class _LossSum(torch.autograd.Function):
         result = _forward(head, hidden_ND, weight_vD, targets_N, with_gradients=differentiated)
         if differentiated:
             ctx.head = head
-            ctx.save_for_backward(
-                hidden_ND, weight_vD, targets_N, result.lse_N, result.dhidden_ND, result.dweight_vD
-            )
+            ctx.save_for_backward(hidden_ND, weight_vD, targets_N, result.lse_N, result.dhidden_ND, result.dweight_vD)
         outputs = (result.loss_N.sum(), result.lse_N, result.best_N, result.entropy_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx, g, *_):  # type: ignore[no-untyped-def]
-        *inputs, dhidden_ND, dweight_vD = ctx.saved_tensors
+        hidden_ND, weight_vD, targets_N, lse_N, dhidden_ND, dweight_vD = ctx.saved_tensors
         # dW sums over the tokens of every rank, each of which may scale its loss in its own way.
         g_p = ctx.head.traffic.gather(g.reshape(1))
         if (g_p == g_p[0]).all():
-            dhidden_ND, dweight_vD = dhidden_ND * g, dweight_vD * g
-            return dhidden_ND.to(inputs[0].dtype), dweight_vD.to(inputs[1].dtype), None, None, None
-        return *_recompute(ctx.head, *inputs, g.expand(len(dhidden_ND))), None, None, None
+            gradients = (dhidden_ND * g).to(hidden_ND.dtype), (dweight_vD * g).to(weight_vD.dtype)
+        else:
+            gradients = _recompute(ctx.head, hidden_ND, weight_vD, targets_N, lse_N, g.expand(len(hidden_ND)))
+        return *gradients, None, None, None

@@ -65,7 +65,5 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below, by its relative name."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }

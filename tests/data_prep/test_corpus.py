@@ -1,5 +1,6 @@
 """The three sources: what a document is, in what order, and which errors name which place."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ def documents(*paths: Path | str, text_key: str = "text") -> list[str]:
     return list(FilesCorpus([str(path) for path in paths], text_key).documents([]))
 
 
-def write_parquet(path: Path, **columns: list[object]) -> Path:
+def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

@@ -185,9 +185,7 @@ def test_any_problem_on_one_process(tokens, vocab_size, chunk, scale, z_loss, sm
 def test_extreme_logits(size):
     weight = torch.tensor([[size], [0.0], [-size]])
     out, dhidden, dweight = alone(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
-    truth = dense(
-        torch.ones(3, 1).double(), weight.double(), torch.tensor([0, 1, 2]), torch.ones(3).double(), {}
-    )
+    truth = dense(torch.ones(3, 1).double(), weight.double(), torch.tensor([0, 1, 2]), torch.ones(3).double(), {})
     torch.testing.assert_close(out.loss.double(), truth["losses"].sum())
     torch.testing.assert_close(dhidden.double(), truth["dhidden"])
     torch.testing.assert_close(dweight.double(), truth["dweight"])

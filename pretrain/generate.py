@@ -1,0 +1,159 @@
+"""Continue a prompt with a trained model: `python -m pretrain.generate run=runs/a prompt='def '`.
+
+Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks and the ids are drawn
+on the shards; the text is the same.
+"""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer import Tokenizer
+
+from . import config as configuration
+from .checkpoint import CheckpointError, checkpoints, matrix_dtensor, read_manifest, read_tensors
+from .mesh import Mesh, ranks
+from .model import LanguageModel
+from .vocab import VocabParallelEmbedding, VocabShard, check_sampling, sample
+
+HELP = """Continue a prompt with a trained model.
+
+  python -m pretrain.generate run=runs/a prompt='def ' tokens=200 temperature=0.8 top_k=50 top_p=0.95 seed=1
+  torchrun --nproc-per-node 2 -m pretrain.generate run=runs/a prompt='def '      the matrix split over two ranks
+
+Settings, and their defaults:
+"""
+
+
+@dataclass
+class GenerateConfig:
+    """run: its folder; step: of the checkpoint, the newest if null. tokens: at most so many.
+
+    temperature: 0 takes the likeliest token. top_k, top_p: draw from the k likeliest rows, and from the likeliest
+    that together have probability p. seed: the same seed gives the same text.
+    """
+
+    run: str = ""
+    prompt: str = ""
+    step: int | None = None
+    tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+        if self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens} must be at least 1")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+
+
+def main() -> None:
+    """Prints the prompt and its continuation as it comes. Exits 2 with one line on a wrong setting."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(HELP + OmegaConf.to_yaml(OmegaConf.structured(GenerateConfig)))
+        return
+    try:
+        settings = _settings(sys.argv[1:])
+        with ranks() if "RANK" in os.environ else nullcontext(torch.device("cpu")) as device:
+            for text in generate(settings, device):
+                if os.environ.get("RANK", "0") == "0":
+                    print(text, end="", flush=True)
+    except (ValueError, CheckpointError, OmegaConfBaseException) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _settings(arguments: list[str]) -> GenerateConfig:
+    """Settings from key=value arguments; a value is text until the dataclass says otherwise, as a prompt must be."""
+    given: dict[str, str | None] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument!r} must be key=value; see --help")
+        given[key] = None if value == "null" and key != "prompt" else value
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateConfig), given))
+    assert isinstance(settings, GenerateConfig)
+    return settings
+
+
+def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
+    """Yields the prompt, then the text of one token after the other. All ranks of the process group take part."""
+    run = Path(settings.run)
+    folder = _checkpoint(run, settings.step)
+    tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
+    model, context = load_model(run, folder, device)
+    ids = [tokenizer.end_of_document, *tokenizer.encode(settings.prompt).tolist()]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield settings.prompt
+    for draw in range(settings.tokens):
+        with torch.no_grad():
+            hidden_BTD = model.body(model.vocab.lookup(torch.tensor([ids[-context:]], device=device)))
+            (drawn,) = sample(
+                hidden_BTD[:, -1],
+                model.vocab.output_weight,
+                shard=model.vocab.shard,
+                group=model.vocab.group,
+                seed=settings.seed,
+                draw=draw,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                softcap=model.vocab.config.softcap,
+            ).tolist()
+        if drawn == tokenizer.end_of_document:
+            break
+        ids.append(drawn)
+        yield decoder.decode(tokenizer.decode_bytes([drawn]))
+    yield decoder.decode(b"", final=True) + "\n"
+
+
+def load_model(run: Path, folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
+    """The model in fp32, and the most positions it can see; the matrix split over the ranks, if there are any."""
+    config = configuration.load(run / configuration.CONFIG_FILE)
+    manifest = read_manifest(folder)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = Mesh.of(world, device) if world > 1 else None
+    vocab = VocabParallelEmbedding(
+        config.vocab,
+        VocabShard.of(mesh.vocab_rank if mesh else 0, world, manifest["vocab_size"], config.vocab.multiple),
+        config.model.width,
+        seed=config.seed,
+        group=mesh.vocab_group if mesh else None,
+        device=device,
+    )
+    with torch.device("meta"):
+        body = config.model.body()
+    body.to_empty(device=device)
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    for name, rows in vocab.named_rows().items():
+        tensors[name] = matrix_dtensor(rows.detach(), vocab.shard, mesh) if mesh else rows.detach()
+    read_tensors(folder, tensors, alone=mesh is None)
+    return LanguageModel(vocab, body), config.model.context
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(f"run={run} has no checkpoint")
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in found}
+    if step is not None and step not in steps:
+        raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, steps))}")
+    return found[-1] if step is None else steps[step]
+
+
+if __name__ == "__main__":
+    main()
