@@ -58,8 +58,15 @@ class TrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
+        if self.train.seq_len is None:
+            self.train.seq_len = self.model.context
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
+
+    @property
+    def seq_len(self) -> int:
+        assert self.train.seq_len is not None
+        return self.train.seq_len
 
     @property
     def run_dir(self) -> Path:

@@ -109,7 +109,7 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) -> BatchLoader:
-    windows = Windows(corpus.train, config.train.seq_len)
+    windows = Windows(corpus.train, config.seq_len)
     return BatchLoader(
         windows,
         Order(len(windows), config.seed, corpus.name),
@@ -127,7 +127,7 @@ def _hooks(
     config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int, log: MetricsLog | None, manager: CheckpointManager
 ) -> list[Hook]:
     hooks: list[Hook] = []
-    held_out = Windows(corpus.val, config.train.seq_len)
+    held_out = Windows(corpus.val, config.seq_len)
     if len(held_out):
         batches = partial(
             validation_batches,

@@ -25,20 +25,20 @@ from .optim import MatrixOptimizer, OptimConfig, clip_factor
 class LoopConfig:
     """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end).
 
-    seq_len: tokens a sequence. global_batch: sequences a step, over all ranks; micro_batch: sequences a rank has in
+    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks; micro_batch: sequences a rank has in
     work at once. precision: bf16, fp32, or auto: bf16 where the device computes it natively.
     """
 
     steps: int = 1000
     stop_after: int | None = None
-    seq_len: int = 1024
+    seq_len: int | None = None
     global_batch: int = 32
     micro_batch: int = 4
     precision: str = "auto"
 
     def __post_init__(self) -> None:
         for key in ("steps", "seq_len", "global_batch", "micro_batch"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
         if self.stop_after is not None and self.stop_after < 0:
             raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")

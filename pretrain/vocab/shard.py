@@ -80,10 +80,10 @@ def seeded_normal(name: str, seed: int, start: int, stop: int, width: int, std: 
     Every block of `INIT_BLOCK` rows has a generator of its own, seeded by (seed, name, block). So any rank
     draws just its rows, and every split yields the same matrix bit for bit.
     """
-    out = torch.empty(stop - start, width)
+    out = torch.empty(stop - start, width, dtype=torch.float32)
     for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
         generator = torch.Generator().manual_seed(stable_seed(seed, name, block))
-        rows = torch.empty(INIT_BLOCK, width).normal_(0.0, std, generator=generator)
+        rows = torch.empty(INIT_BLOCK, width, dtype=torch.float32).normal_(0.0, std, generator=generator)
         first = block * INIT_BLOCK
         low, high = max(start, first), min(stop, first + INIT_BLOCK)
         out[low - start : high - start] = rows[low - first : high - first]

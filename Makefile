@@ -1,0 +1,37 @@
+# make demo: set-up, tokenise, train on two ranks, sample.   make test: set-up, all checks, all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint setup setup-dev system clean
+
+demo: setup
+	@$(BIN)/python launch/demo.py
+
+test: setup-dev system lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: .venv/.installed
+setup-dev: .venv/.installed-dev
+
+.venv/.installed .venv/.installed-dev: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing packages into .venv (about two minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(if $(findstring dev,$@),[dev],)'
+	@touch $@
+
+# What the tests need besides Python. Where it cannot be installed, the tests that need it are skipped by name.
+system:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "chromium is missing and cannot be installed here: the tests that look at pages will be skipped"
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

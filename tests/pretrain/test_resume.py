@@ -1,0 +1,74 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import TrainConfig
+from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "each step once, in order"
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+def test_resuming_is_exact_to_the_last_bit(tmp_path, tie, precision):
+    data = write_tokens(tmp_path / "tokens")
+    settings = {"train__steps": 40, "vocab__tie": tie, "train__precision": precision}
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", train__stop_after=20, **settings))
+    assert len(losses(tmp_path / "parts")) == 20
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", **settings))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
+    straight, parts = saved_tensors(tmp_path / "straight"), saved_tensors(tmp_path / "parts")
+    assert straight.keys() == parts.keys() and any(name.startswith("optim.exp_avg_sq.") for name in parts)
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, parts[name]), f"{name} differs after resuming"
+
+
+@pytest.mark.parametrize("world,vocab_parallel", [(1, 1), (4, 4), (4, 1), (3, 3)])
+def test_a_run_goes_on_at_another_world_size(tmp_path, world, vocab_parallel):
+    data = write_tokens(tmp_path / "tokens")
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", train__steps=30))
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", train__steps=30, train__stop_after=20))
+    run_ranks(world, train_rank, tiny_config(data, tmp_path / "parts", train__steps=30, vocab__parallel=vocab_parallel))
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "straight"), rtol=1e-5)
+
+
+def train_until_signalled(rank: int, world: int, config: TrainConfig, number: int) -> None:
+    """One rank of two is told to stop, in the middle of a step."""
+    if rank == 1:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+    train_rank(rank, world, config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_all_at_a_step_edge(tmp_path, number):
+    data = write_tokens(tmp_path / "tokens")
+    settings = {"train__steps": 100_000, "optim__schedule": "wsd"}
+    run_ranks(2, train_until_signalled, tiny_config(data, tmp_path / "run", **settings), number)
+    before = losses(tmp_path / "run")
+    assert 0 < len(before) < 100_000
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "run", train__stop_after=len(before) + 5, **settings))
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", train__stop_after=len(before) + 5, **settings))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    data = write_tokens(tmp_path / "tokens")
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "run"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "run"))
+    assert files and files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert len(losses(tmp_path / "run")) == 20

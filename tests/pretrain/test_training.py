@@ -1,0 +1,192 @@
+"""Training on any number of ranks is the training of one dense process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.config import TrainConfig
+from pretrain.data import Order, Windows, open_corpus
+from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.mesh import Mesh
+from pretrain.model import LanguageModel
+from pretrain.optim import MatrixOptimizer, clip_factor
+from pretrain.train import build_model
+from pretrain.vocab import VocabParallelEmbedding, VocabShard
+from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4)]  # world, vocab.parallel
+
+
+class DenseModel(nn.Module):
+    """The truth: the same initial weights, whole, in one process, under plain autograd."""
+
+    def __init__(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body = config.model.body()
+        for name, parameter in self.body.named_parameters():
+            parameter.data = self.body.initial_rows(name, config.seed, 0, len(parameter)).to(dtype)
+        shard = VocabShard.of(0, 1, VOCAB, config.vocab.multiple)
+        owner = VocabParallelEmbedding(config.vocab, shard, config.model.width, seed=config.seed, dtype=dtype)
+        self.weight, self.head_weight = owner.weight, owner.head_weight
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        head = self.weight if self.head_weight is None else self.head_weight
+        logits = self.body(F.embedding(tokens, self.weight)) @ head[:VOCAB].T
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def windows_of(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step, tokens and targets [global_batch, T]."""
+    corpus = open_corpus(Path(config.data.path))
+    windows = Windows(corpus.train, config.seq_len)
+    order = Order(len(windows), config.seed, corpus.name)
+    size = config.train.global_batch
+    chosen = [windows[order(sample)] for sample in range(step * size, (step + 1) * size)]
+    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
+    return tokens, targets
+
+
+def one_step_in_float64(rank: int, world: int, config: TrainConfig):
+    """Loss, gradients and norm of one global batch on this rank, the engine and all else as in training."""
+    torch.set_default_dtype(torch.float64)
+    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
+    shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, VOCAB, config.vocab.multiple)
+    vocab = VocabParallelEmbedding(
+        config.vocab,
+        shard,
+        config.model.width,
+        seed=config.seed,
+        group=mesh.vocab_group,
+        compute_dtype=torch.float64,
+        dtype=torch.float64,
+    )
+    with torch.device("meta"):
+        body = config.model.body()
+    engine = FSDP2Config().build(config.optim, torch.float64, config.seed)
+    model = LanguageModel(vocab, engine.wrap(body, mesh))
+    matrix = MatrixOptimizer(vocab.parameters(), config.optim, mesh)
+    tokens, targets = (part.chunk(world)[rank] for part in windows_of(config, 0))
+    n_targets = config.train.global_batch * config.seq_len
+    total = 0.0
+    for micro_tokens, micro_targets in zip(tokens.split(2), targets.split(2), strict=True):
+        loss = model.loss(micro_tokens, micro_targets).loss / n_targets
+        engine.backward(loss, last_micro_batch=False)
+        total += float(loss.detach())
+    matrix.reduce_gradients()
+    norm, _ = clip_factor(engine.grad_norm(), matrix.grad_norm(), config.optim.clip)
+    return {
+        "loss": total,
+        "norm": norm,
+        "body": {name: p.grad.full_tensor() for name, p in body.named_parameters()},
+        "rows": {name: row.grad for name, row in vocab.named_rows().items()},
+        "shard": shard,
+    }
+
+
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+@pytest.mark.parametrize("world,vocab_parallel", LAYOUTS)
+def test_one_step_is_the_dense_step_in_float64(tmp_path, world, vocab_parallel, tie):
+    data = write_tokens(tmp_path / "tokens")
+    config = tiny_config(data, tmp_path / "run", vocab__parallel=vocab_parallel, vocab__tie=tie)
+    dense = DenseModel(config, torch.float64)
+    dense.loss(*windows_of(config, 0)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in dense.parameters() if p.grad is not None])
+    loss = float(dense.loss(*windows_of(config, 0)).detach())
+
+    results = run_ranks(world, one_step_in_float64, config)
+    near = {"rtol": 1e-10, "atol": 1e-10}
+    assert sum(result["loss"] for result in results) == pytest.approx(loss, rel=1e-10)
+    for result in results:
+        assert result["norm"] == pytest.approx(float(norm), rel=1e-10)
+        for name, gradient in result["body"].items():
+            torch.testing.assert_close(gradient, dense.body.get_parameter(name).grad, **near)
+        matrices = {"embedding.weight": dense.weight, "head.weight": dense.head_weight}
+        for name, gradient in result["rows"].items():
+            shard = result["shard"]
+            torch.testing.assert_close(gradient, matrices[name].grad[shard.start : shard.stop], **near)
+            assert (gradient[shard.valid_rows :] == 0).all()
+
+
+def dense_training(config: TrainConfig) -> list[float]:
+    """Losses of a plain training loop: AdamW, clip, schedule, no sharding."""
+    model = DenseModel(config, torch.float32)
+    adamw = config.optim.adamw(model.parameters())
+    losses = []
+    for step in range(config.train.steps):
+        loss = model.loss(*windows_of(config, step))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in adamw.param_groups:
+            group["lr"] = config.optim.lr_at(step, config.train.steps)
+        adamw.step()
+        adamw.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
+    data = write_tokens(tmp_path / "tokens")
+    truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie))
+    assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
+    for world, vocab_parallel in LAYOUTS:
+        run = tmp_path / f"{world}x{vocab_parallel}"
+        run_ranks(world, train_rank, tiny_config(data, run, vocab__parallel=vocab_parallel, vocab__tie=tie))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 21))
+        np.testing.assert_allclose([line["loss"] for line in lines], truth, rtol=1e-5)
+        for name, tensor in saved_tensors(run).items():
+            if name.endswith(("embedding.weight", "head.weight")):
+                assert len(tensor) == 312 and (tensor[VOCAB:] == 0).all(), f"{name}: padding rows moved"
+                assert tensor[:VOCAB].abs().sum(1).gt(0).all()
+
+
+def initial_rows(rank: int, world: int, config: TrainConfig):
+    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
+    _, model, _ = build_model(config, mesh, VOCAB)
+    rows = {name: (model.vocab.shard.start, row.detach()) for name, row in model.vocab.named_rows().items()}
+    return rows, {name: p.full_tensor().detach() for name, p in model.body.named_parameters()}
+
+
+def test_initial_weights_are_the_same_bits_for_every_layout(tmp_path):
+    config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", vocab__tie="untied")
+    dense = DenseModel(config, torch.float32)
+    whole = {"embedding.weight": dense.weight, "head.weight": dense.head_weight}
+    for world, vocab_parallel in LAYOUTS:
+        config.vocab.parallel = str(vocab_parallel)
+        for rows, body in run_ranks(world, initial_rows, config):
+            for name, (start, row) in rows.items():
+                assert torch.equal(row, whole[name][start : start + len(row)])
+            for name, parameter in body.items():
+                assert torch.equal(parameter, dense.body.get_parameter(name))
+
+
+def test_ignored_targets_at_the_end_of_the_data_do_not_count(tmp_path):
+    """The last window is short; the loss is divided by the targets that are there, on every rank alike."""
+    data = write_tokens(tmp_path / "tokens", documents=3)
+    settings = {"train__steps": 3, "train__global_batch": 12}
+    losses = []
+    for world in (1, 4):
+        config = tiny_config(data, tmp_path / f"run{world}", **settings)
+        windows = Windows(open_corpus(data).train, config.seq_len)
+        assert len(windows) < 12 and (windows.tokens - 1) % config.seq_len, "the batch must hold a short window"
+        run_ranks(world, train_rank, config)
+        lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines])
+        expected = sum(int((windows_of(config, step)[1] >= 0).sum()) for step in range(3))
+        assert lines[-1]["tokens"] == expected < 3 * 12 * config.seq_len
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    data = write_tokens(tmp_path / "tokens")
+    config = tiny_config(data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0, checkpoint__every=1)
+    with pytest.raises(AssertionError, match=r"FloatingPointError: the gradient's norm is (nan|inf) at step"):
+        run_ranks(2, train_rank, config)
+    assert saved_tensors(tmp_path / "run")

@@ -1,0 +1,65 @@
+"""A tiny run: its token files, its configuration, and one rank of it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from data_prep.token_file import TokenFileWriter
+from pretrain import config as configuration
+from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
+from pretrain.config import TrainConfig
+from pretrain.train import train
+
+VOCAB = 307  # no number of ranks divides it, nor the padded 312 rows all of them
+
+
+def write_tokens(prefix: Path, vocab_size: int = VOCAB, documents: int = 40, seed: int = 0) -> Path:
+    """Token files PREFIX.bin and PREFIX.idx of documents that can be learnt: noisy arithmetic sequences."""
+    random = np.random.default_rng(seed)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with TokenFileWriter(prefix, vocab_size) as file:
+        for _ in range(documents):
+            ids = (
+                random.integers(vocab_size) + random.integers(1, 4) * np.arange(random.integers(20, 90))
+            ) % vocab_size
+            file.add(np.append(ids, vocab_size - 1))
+    return prefix
+
+
+def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
+    """Two blocks of width 24 in fp32; `changes` are dotted keys with __ for the dot: train__steps=40."""
+    settings: dict = {
+        "seed": 7,
+        "model": {"family": "gpt2", "layers": 2, "width": 24, "heads": 3, "context": 16},
+        "vocab": {"size": VOCAB, "multiple": 8},
+        "data": {"path": str(data)},
+        "optim": {"lr": 1e-2, "warmup_steps": 5, "clip": 0.5},
+        "engine": {"name": "fsdp2"},
+        "train": {"steps": 20, "global_batch": 12, "micro_batch": 1, "precision": "fp32"},
+        "eval": {},
+        "checkpoint": {"every": 0, "keep": 0},
+        "log": {"every": 1, "tensorboard": False},
+        "run": {"dir": str(run)},
+    }
+    cfg = OmegaConf.create(settings)
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    return configuration.build(cfg)
+
+
+def train_rank(rank: int, world: int, config: TrainConfig) -> None:
+    """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
+    train(config, torch.device("cpu"))
+
+
+def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint, whole: parameters and both moments by name."""
+    folder = checkpoints(run)[-1]
+    dtypes = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    shapes = read_manifest(folder)["tensors"]
+    tensors = {name: torch.empty(shape, dtype=dtypes[name].properties.dtype) for name, shape in shapes.items()}
+    read_tensors(folder, tensors, alone=True)
+    return tensors

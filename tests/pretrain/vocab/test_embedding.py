@@ -1,0 +1,112 @@
+"""One owner of the matrix: the tied gradient is the sum of the two uses' gradients."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from tests.pretrain.helpers import padded_rows
+from tests.ranks import run_ranks
+
+VOCAB, MULTIPLE, WIDTH, NEAR = 37, 8, 6, {"rtol": 1e-10, "atol": 1e-10}
+OPTIONS = {"z_loss": 0.1, "softcap": 5.0}
+
+
+def problem(world: int):
+    """weight [V, D], mixer [D, D] (a body), tokens and targets [world, B, T]."""
+    generator = torch.Generator().manual_seed(world)
+    weight, mixer = (torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) for rows in (VOCAB, WIDTH))
+    tokens, targets = torch.randint(VOCAB, (2, world, 2, 5), generator=generator)
+    targets[:, 0, 2] = -100
+    return weight, mixer, tokens, targets
+
+
+def body(hidden: Tensor, mixer: Tensor) -> Tensor:
+    return hidden + torch.tanh(hidden @ mixer)
+
+
+def rank_gradients(rank, world, tie):
+    weight, mixer, tokens, targets = problem(world)
+    vocab = VocabParallelEmbedding(
+        VocabConfig(multiple=MULTIPLE, tie=tie, **OPTIONS),
+        VocabShard.of(rank, world, VOCAB, MULTIPLE),
+        WIDTH,
+        seed=0,
+        group=dist.group.WORLD,
+        compute_dtype=torch.float64,
+        dtype=torch.float64,
+    )
+    for rows in vocab.parameters():
+        rows.data = padded_rows(weight, vocab.shard)
+    loss = vocab.loss(body(vocab.lookup(tokens[rank]), mixer), targets[rank]).loss
+    loss.backward()
+    return loss.detach(), {name: rows.grad for name, rows in vocab.named_rows().items()}
+
+
+def dense_gradients(world: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, and the gradients of the matrix's use as input and as output, by autograd."""
+    weight, mixer, tokens, targets = problem(world)
+    enter, leave = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = OPTIONS["softcap"] * torch.tanh(body(F.embedding(tokens, enter), mixer) @ leave.T / OPTIONS["softcap"])
+    loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="sum")
+    loss = loss + OPTIONS["z_loss"] * (logits.logsumexp(-1).square() * (targets >= 0)).sum()
+    loss.backward()
+    return loss.detach(), enter.grad, leave.grad
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_gradients_of_both_uses(world):
+    loss, enter, leave = dense_gradients(world)
+    uses = {"untied": {"embedding.weight": enter, "head.weight": leave}, "tied": {"embedding.weight": enter + leave}}
+    for tie, truth in uses.items():
+        results = run_ranks(world, rank_gradients, tie)
+        torch.testing.assert_close(sum(part for part, _ in results), loss, **NEAR)
+        for name, expected in truth.items():
+            gradient = torch.cat([gradients[name] for _, gradients in results])
+            torch.testing.assert_close(gradient[:VOCAB], expected, **NEAR)
+            assert (gradient[VOCAB:] == 0).all(), "padding rows got a gradient"
+
+
+def test_untied_matrices_start_apart_and_are_two_parameters():
+    def build(tie: str) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(VocabConfig(tie=tie), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
+
+    tied, untied = build("tied"), build("untied")
+    assert list(tied.named_rows()) == ["embedding.weight"] and tied.output_weight is tied.weight
+    assert list(untied.named_rows()) == ["embedding.weight", "head.weight"]
+    assert len(list(tied.parameters())) == 1 and len(list(untied.parameters())) == 2
+    assert torch.equal(tied.weight, untied.weight) and not torch.equal(untied.weight, untied.head_weight)
+
+
+def test_compute_dtype_is_what_the_lookup_hands_out():
+    vocab = VocabParallelEmbedding(
+        VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
+    )
+    assert vocab.lookup(torch.zeros(2, 3, dtype=torch.long)).dtype == torch.bfloat16
+    assert vocab.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "setting,message",
+    [
+        ({"size": 0}, "vocab.size=0 must be at least 1"),
+        ({"multiple": 0}, "vocab.multiple=0 must be at least 1"),
+        ({"parallel": "0"}, "vocab.parallel=0 must be auto or a positive number of ranks"),
+        ({"parallel": "some"}, "vocab.parallel=some must be auto or a positive number of ranks"),
+        ({"tie": "yes"}, "vocab.tie=yes must be tied or untied"),
+        ({"z_loss": -1.0}, "vocab.z_loss=-1.0 must not be negative"),
+        ({"label_smoothing": 1.0}, r"vocab.label_smoothing=1.0 must be in \[0, 1\)"),
+        ({"softcap": 0.0}, "vocab.softcap=0.0 must be positive"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        VocabConfig(**setting)
+
+
+def test_ranks_of_the_axis():
+    assert VocabConfig().ranks(6) == 6 and VocabConfig(parallel="2").ranks(6) == 2
+    with pytest.raises(ValueError, match=r"vocab\.parallel=4 must divide the number of ranks, 6"):
+        VocabConfig(parallel="4").ranks(6)
