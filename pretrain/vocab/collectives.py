@@ -29,16 +29,29 @@ def reduce_scatter(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return mine
 
 
+class Pending:
+    """A collective under way: `wait()` for its result."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
 class Traffic(Protocol):
-    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order."""
+    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order. Returns before it is done."""
 
     ranks: int  # that bring tokens of their own
 
     def longest(self, N: int, device: torch.device) -> int: ...
-    def gather(self, mine_c: Tensor) -> Tensor: ...  # [c, ...] -> [m, ...]
+    def gather(self, mine_c: Tensor) -> Pending: ...  # [c, ...] -> [ranks, c, ...]
     def mine(self, all_m: Tensor) -> Tensor: ...  # [m, ...] -> [c, ...], a view
-    def sum(self, partial_mD: Tensor) -> Tensor: ...  # this shard's part -> the sum for my tokens [c, D]
-    def stack(self, statistics_km: Tensor) -> Tensor: ...  # [k, m] -> [p, k, m], in rank order
+    def sum(self, partial_mD: Tensor) -> Pending: ...  # this shard's part -> the sum for my tokens [c, D]
+    def stack(self, statistics_km: Tensor) -> Pending: ...  # [k, m] -> [p, k, m], in rank order
 
 
 class Alone:
@@ -49,17 +62,17 @@ class Alone:
     def longest(self, N: int, device: torch.device) -> int:
         return N
 
-    def gather(self, mine_c: Tensor) -> Tensor:
-        return mine_c
+    def gather(self, mine_c: Tensor) -> Pending:
+        return Pending(mine_c.unsqueeze(0))
 
     def mine(self, all_m: Tensor) -> Tensor:
         return all_m
 
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        return partial_mD
+    def sum(self, partial_mD: Tensor) -> Pending:
+        return Pending(partial_mD)
 
-    def stack(self, statistics_km: Tensor) -> Tensor:
-        return statistics_km.unsqueeze(0)
+    def stack(self, statistics_km: Tensor) -> Pending:
+        return Pending(statistics_km.unsqueeze(0))
 
 
 class Replicated(Alone):
@@ -67,13 +80,18 @@ class Replicated(Alone):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.world = dist.get_world_size(group)
 
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        dist.all_reduce(partial_mD, group=self.group)
-        return partial_mD
+    def sum(self, partial_mD: Tensor) -> Pending:
+        return Pending(partial_mD, dist.all_reduce(partial_mD, group=self.group, async_op=True))
 
-    def stack(self, statistics_km: Tensor) -> Tensor:
-        return all_gather(statistics_km, self.group)
+    def stack(self, statistics_km: Tensor) -> Pending:
+        return self._all_gather(statistics_km)
+
+    def _all_gather(self, mine: Tensor) -> Pending:
+        stacked = mine.new_empty(self.world, *mine.shape)
+        work = _all_gather(stacked.view(-1), mine.reshape(-1), group=self.group, async_op=True)
+        return Pending(stacked, work)
 
 
 class Distinct(Replicated):
@@ -81,7 +99,7 @@ class Distinct(Replicated):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self.ranks = dist.get_world_size(group)
+        self.ranks = self.world
         self.rank = dist.get_rank(group)
 
     def longest(self, N: int, device: torch.device) -> int:
@@ -89,11 +107,13 @@ class Distinct(Replicated):
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
         return int(longest)
 
-    def gather(self, mine_c: Tensor) -> Tensor:
-        return all_gather(mine_c, self.group).flatten(0, 1)
+    def gather(self, mine_c: Tensor) -> Pending:
+        return self._all_gather(mine_c)
 
     def mine(self, all_m: Tensor) -> Tensor:
         return all_m.chunk(self.ranks)[self.rank]
 
-    def sum(self, partial_mD: Tensor) -> Tensor:
-        return reduce_scatter(partial_mD.unflatten(0, (self.ranks, -1)), self.group)
+    def sum(self, partial_mD: Tensor) -> Pending:
+        mine = partial_mD.new_empty(len(partial_mD) // self.ranks, *partial_mD.shape[1:])
+        work = _reduce_scatter(mine.view(-1), partial_mD.reshape(-1), group=self.group, async_op=True)
+        return Pending(mine, work)

@@ -1,0 +1,81 @@
+"""Cuts the group's tokens into chunks that fit a memory budget, and brings their hidden states, one chunk ahead."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .collectives import Pending, Traffic
+from .kernels.base import accurate_dtype
+from .shard import VocabShard
+
+ROUND = 16  # tokens: matmuls like chunks of whole tiles
+
+
+def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: int) -> int:
+    """How many tokens of all ranks may be in work at once; the same on every rank.
+
+    A token in work holds its factors [v] and its hidden states in this and the next chunk, scaled, and the matmul's
+    product, in `dtype`; and its gradient, before and after the reduction, accurate.
+    """
+    held = shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
+    return max(1, memory_mib * 2**20 // held)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """m tokens of the group in rank order: c of each rank that brings its own, padded where a rank has fewer."""
+
+    mine: slice  # of this rank's tokens; empty where it has run out of them
+    hidden_mD: Tensor
+    columns: slice  # of what `Chunks.gather` returns
+
+    def of(self, values_pL: Tensor) -> Tensor:
+        """[p, longest] -> [m]: this chunk's part of what was gathered."""
+        return values_pL[:, self.columns].flatten()
+
+
+class Chunks:
+    """This rank's tokens, in as many chunks of equal size as the rank with the most tokens needs."""
+
+    def __init__(self, traffic: Traffic, hidden_ND: Tensor, budget: int, longest: int | None) -> None:
+        self.traffic, self.hidden_ND = traffic, hidden_ND
+        N = len(hidden_ND)
+        self.longest = traffic.longest(N, hidden_ND.device) if longest is None else longest
+        if self.longest < N:
+            raise ValueError(f"longest={longest} must be at least the {N} tokens of this rank")
+        most = max(1, budget // traffic.ranks)
+        count = -(-self.longest // most)
+        even = -(-self.longest // max(1, count))
+        self.size = min(most, -(-even // ROUND) * ROUND)
+
+    @property
+    def tokens(self) -> int:
+        """m of the largest chunk."""
+        return self.traffic.ranks * min(self.size, self.longest)
+
+    def gather(self, values_N: Tensor, fill: float) -> Tensor:
+        """[N] -> [p, longest] of all ranks that bring tokens, short ones filled up. One all-gather."""
+        return self.traffic.gather(F.pad(values_N, (0, self.longest - len(values_N)), value=fill)).wait()
+
+    def __len__(self) -> int:
+        return -(-self.longest // self.size) if self.longest else 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The next chunk's hidden states are on their way while this one is in work."""
+        arriving = [self._fetch(0)] if len(self) else []
+        for i in range(len(self)):
+            mine, columns, hidden = arriving.pop()
+            if i + 1 < len(self):
+                arriving.append(self._fetch(i + 1))
+            yield Chunk(mine, hidden.wait().flatten(0, 1), columns)
+
+    def _fetch(self, i: int) -> tuple[slice, slice, Pending]:
+        N = len(self.hidden_ND)
+        columns = slice(i * self.size, min((i + 1) * self.size, self.longest))
+        mine = slice(min(columns.start, N), min(columns.stop, N))
+        missing = (columns.stop - columns.start) - (mine.stop - mine.start)
+        hidden_cD = self.hidden_ND[mine]
+        return mine, columns, self.traffic.gather(F.pad(hidden_cD, (0, 0, 0, missing)) if missing else hidden_cD)

@@ -1,0 +1,229 @@
+"""The mathematics of the loss on one shard, a chunk of tokens at a time, with the normaliser deferred.
+
+Softmax statistics are exchanged while the gradient's first matmul already runs on exp(z - max of this shard); the
+true normaliser then only scales rows of what came out. Three matmuls, as in Hsu et al. (Liger Kernel,
+arXiv:2410.10989) and Guo et al. (QuACK), where others recompute the logits in backward; Yeung et al. ("Balancing
+pipeline parallelism with vocabulary parallelism", arXiv:2411.05288) defer the normaliser in the same way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunks import Chunk, Chunks
+from .collectives import Pending, Traffic
+from .kernels import Kernels
+from .kernels.base import accurate_dtype
+from .shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk of m tokens on this shard."""
+
+    mine: slice  # of this rank's tokens
+    hidden_mD: Tensor
+    valid_m: Tensor  # False where the target is ignored
+    rows_m: Tensor  # of the targets in this shard, -1 where another one owns it
+    target_m: Tensor  # the logits of those targets before softcap
+    factors_mv: Tensor  # to be filled, see `Kernels`
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is computed, and on which rows. `metrics`: also the entropy and the id of the largest logit."""
+
+    shard: VocabShard
+    traffic: Traffic
+    kernels: Kernels
+    z_loss: float
+    smoothing: float
+    softcap: float | None
+    metrics: bool
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What `merge` returns for each token."""
+        return ("loss", "lse") + ("entropy", "best") * self.metrics
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The statistics that an option needs besides max, sum and the target's logit."""
+        return ("logit_sum",) * (self.smoothing > 0) + ("weighted", "best") * self.metrics
+
+    @property
+    def share(self) -> float:
+        """What smoothing subtracts from the gradient of every logit."""
+        return self.smoothing / self.shard.vocab_size
+
+    @property
+    def waits(self) -> bool:
+        """Smoothing's constant times the softcap's slope has no factor to defer: it needs the normaliser first."""
+        return self.smoothing > 0 and self.softcap is not None
+
+    def parts(self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor) -> Iterator[tuple[Chunk, Part]]:
+        """Yields every chunk, and its part on this shard; all share the memory of their factors."""
+        targets_pL = chunks.gather(targets_N, -1)
+        factors_mv = self.kernels.empty_factors(chunks.hidden_ND, chunks.tokens, len(weight_vD))
+        for chunk in chunks:
+            hidden_mD, targets_m = chunk.hidden_mD, chunk.of(targets_pL)
+            rows_m = torch.where(self.shard.holds(targets_m), self.shard.local(targets_m), -1)
+            target_m = self.kernels.target_logits(hidden_mD, weight_vD, rows_m)
+            yield chunk, Part(chunk.mine, hidden_mD, targets_m >= 0, rows_m, target_m, factors_mv[: len(targets_m)])
+
+    def exponentials(self, part: Part, weight_vD: Tensor, gradients: bool) -> dict[str, Tensor]:
+        """This shard's statistics; with `gradients` also its factors. One matmul."""
+        return self.kernels.exponentials(
+            part.hidden_mD,
+            weight_vD,
+            part.rows_m,
+            part.target_m,
+            softcap=self.softcap,
+            factors_mv=part.factors_mv,
+            wanted=self.wanted,
+            gradients=gradients,
+        )
+
+    def stack(self, part: Part, statistics: dict[str, Tensor]) -> Pending:
+        """Sends this shard's statistics to all others: [p, k, m]."""
+        target_m = torch.where(part.rows_m >= 0, self.cap(part.target_m), 0.0)
+        others = [statistics[name] + self.shard.start * (name == "best") for name in self.wanted]
+        return self.traffic.stack(torch.stack([statistics["max"], statistics["sum"], target_m, *others]))
+
+    def merge(self, stacked_pkm: Tensor) -> dict[str, Tensor]:
+        """The statistics of all shards, in rank order -> `results`, each [m]."""
+        parts = dict(zip(("max", "sum", "target", *self.wanted), stacked_pkm.unbind(1), strict=True))
+        max_m, winner_m = parts["max"].max(0)  # the lowest rank on ties, hence the lowest id
+        scale_pm = (parts["max"] - max_m).exp()
+        sum_m = (parts["sum"] * scale_pm).sum(0)
+        lse_m = max_m + sum_m.log()
+        loss_m = lse_m - (1 - self.smoothing) * parts["target"].sum(0) + self.z_loss * lse_m.square()
+        if self.smoothing:
+            loss_m -= self.share * parts["logit_sum"].sum(0)
+        merged = {"loss": loss_m, "lse": lse_m}
+        if self.metrics:
+            merged["entropy"] = lse_m - (parts["weighted"] * scale_pm).sum(0) / sum_m
+            merged["best"] = parts["best"].gather(0, winner_m.unsqueeze(0)).squeeze(0)
+        return merged
+
+    def recompute(self, part: Part, weight_vD: Tensor, lse_m: Tensor, g_m: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors' product with the rows, and what each token's are to be scaled with, the normaliser known."""
+        if self.waits:
+            self.kernels.dlogits(
+                part.hidden_mD,
+                weight_vD,
+                part.rows_m,
+                softcap=self.softcap,
+                factors_mv=part.factors_mv,
+                lse_m=lse_m,
+                gain_m=self.gain(lse_m),
+                share=self.share,
+            )
+            scale_m = g_m
+        else:
+            statistics = self.exponentials(part, weight_vD, gradients=True)
+            scale_m = self.deferred_scale(statistics, lse_m, g_m)
+        return self.kernels.times_weight(part.factors_mv, weight_vD), scale_m
+
+    def deferred_scale(self, statistics: dict[str, Tensor], lse_m: Tensor, g_m: Tensor) -> Tensor:
+        """From exp(z - max of this shard) to the gradient of the logits; cannot overflow."""
+        return g_m * self.gain(lse_m) * (statistics["max"] - lse_m).exp()
+
+    def target_factor(self, part: Part, lse_m: Tensor, g_m: Tensor) -> Tensor:
+        """Gradient of the target's logit before softcap, [m]; 0 where it is not mine.
+
+        Smoothing's share of it comes with that of all other rows, except where `waits`.
+        """
+        capped_m = self.cap(part.target_m)
+        slope_m = 1.0 if self.softcap is None else 1 - (capped_m / self.softcap).square()
+        softmax_m = self.gain(lse_m) * (capped_m - lse_m).exp()
+        share = self.share if self.waits else 0.0
+        return torch.where(part.rows_m >= 0, g_m * slope_m * (softmax_m - (1 - self.smoothing) - share), 0.0)
+
+    def gain(self, lse_m: Tensor) -> Tensor:
+        """What z-loss multiplies the softmax's part of the gradient with."""
+        return 1 + 2 * self.z_loss * lse_m
+
+    def cap(self, logit_m: Tensor) -> Tensor:
+        return logit_m if self.softcap is None else self.softcap * torch.tanh(logit_m / self.softcap)
+
+
+class Gradients:
+    """Adds up the gradients of chunk after chunk: dW in place, dX reduced behind the work that follows."""
+
+    def __init__(self, head: Head, weight_vD: Tensor, dhidden_ND: Tensor, dweight_vD: Tensor) -> None:
+        self.head, self.weight_vD, self.dhidden_ND = head, weight_vD, dhidden_ND
+        self.dweight_vD = dweight_vD[: len(weight_vD)]  # without padding rows
+        self.reducing: tuple[slice, Pending] | None = None
+        self.smooths = head.smoothing > 0 and not head.waits
+        if self.smooths:
+            self.weight_sum_D = weight_vD.sum(0, dtype=dweight_vD.dtype)
+            self.hidden_sum_D = torch.zeros_like(self.weight_sum_D)
+
+    def add(self, part: Part, product_mD: Tensor, scale_m: Tensor, lse_m: Tensor, g_m: Tensor) -> None:
+        """One chunk's. `product` is factors · rows, `scale` what the factors lack, g the gradient of the losses."""
+        kernels = self.head.kernels
+        target_m = self.head.target_factor(part, lse_m, g_m)
+        place = (target_m, part.hidden_mD, part.rows_m)
+        part_mD, scaled_mD = kernels.scale(product_mD, scale_m, self.weight_vD, *place)
+        if self.smooths:
+            share_m = g_m * self.head.share
+            part_mD.addr_(share_m, self.weight_sum_D, alpha=-1)
+            self.hidden_sum_D += share_m @ part.hidden_mD.to(share_m.dtype)
+        self._store()
+        self.reducing = part.mine, self.head.traffic.sum(part_mD)
+        kernels.add_weight_gradient(self.dweight_vD, part.factors_mv, scaled_mD, *place)
+
+    def finish(self) -> None:
+        """Both gradients are complete."""
+        self._store()
+        if self.smooths:
+            self.dweight_vD -= self.hidden_sum_D
+
+    def _store(self) -> None:
+        if self.reducing is not None:
+            mine, reduced = self.reducing
+            self.dhidden_ND[mine] = reduced.wait()[: mine.stop - mine.start]
+            self.reducing = None
+
+
+def compute_losses(
+    head: Head, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, g: float, gradients: Gradients | None
+) -> dict[str, Tensor]:
+    """`head.results` of this rank's tokens, [N] each; into `gradients`, those of g · the sum of all valid losses."""
+    accurate = accurate_dtype(chunks.hidden_ND.dtype)
+    results = {name: torch.empty_like(targets_N, dtype=accurate) for name in head.results}
+    for chunk, part in head.parts(chunks, weight_vD, targets_N):
+        deferred = gradients is not None and not head.waits
+        statistics = head.exponentials(part, weight_vD, gradients=deferred)
+        stacking = head.stack(part, statistics)
+        product_mD = head.kernels.times_weight(part.factors_mv, weight_vD) if deferred else None
+        merged = head.merge(stacking.wait())
+        for name, merged_m in merged.items():
+            results[name][chunk.mine] = head.traffic.mine(merged_m)[: chunk.mine.stop - chunk.mine.start]
+        if gradients is not None:
+            lse_m, g_m = merged["lse"], g * part.valid_m.to(accurate)
+            if product_mD is not None:
+                scale_m = head.deferred_scale(statistics, lse_m, g_m)
+            else:
+                product_mD, scale_m = head.recompute(part, weight_vD, lse_m, g_m)
+            gradients.add(part, product_mD, scale_m, lse_m, g_m)
+    if gradients is not None:
+        gradients.finish()
+    results["loss"] = torch.where(targets_N >= 0, results["loss"], 0.0)
+    return results
+
+
+def recompute_gradients(
+    head: Head, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, lse_N: Tensor, g_N: Tensor, gradients: Gradients
+) -> None:
+    """Into `gradients`, those of Σ g · loss, from the saved log-sum-exps; one matmul more than at first."""
+    lse_pL = chunks.gather(lse_N, 0.0)
+    g_pL = chunks.gather(torch.where(targets_N >= 0, g_N, 0.0).to(lse_N.dtype), 0.0)
+    for chunk, part in head.parts(chunks, weight_vD, targets_N):
+        lse_m, g_m = chunk.of(lse_pL), chunk.of(g_pL)
+        product_mD, scale_m = head.recompute(part, weight_vD, lse_m, g_m)
+        gradients.add(part, product_mD, scale_m, lse_m, g_m)
+    gradients.finish()

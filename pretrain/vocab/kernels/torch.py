@@ -1,0 +1,155 @@
+"""The kernels in plain torch, for any device, and tuned for a CPU.
+
+A CPU's low-precision matmul rounds what it returns, and elementwise work is bound by memory. So the logits are
+taken through fp32 a slab of rows at a time, small enough to stay in the cache: that costs a twentieth of the three
+matmuls, which leaves nothing for a compiler to gain.
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from .base import accurate_dtype, aligned_empty, floor_statistics
+
+SLAB_BYTES = 4 * 2**20  # of accurate logits; a few passes over them should not leave the cache
+TILE_BYTES = 8 * 2**20  # of the rounded product that is added to dW
+
+
+class TorchKernels:
+    """See `Kernels`. Deterministic on a CPU; elsewhere `index_add_` may not be."""
+
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self.slab_bytes = slab_bytes
+
+    def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
+        return aligned_empty(like, m, v)
+
+    def target_logits(self, hidden_mD: Tensor, weight_vD: Tensor, rows_m: Tensor) -> Tensor:
+        accurate = accurate_dtype(hidden_mD.dtype)
+        owned, rows = _owned(rows_m)
+        target_m = hidden_mD.new_zeros(len(hidden_mD), dtype=accurate)
+        target_m[owned] = (hidden_mD[owned].to(accurate) * weight_vD[rows].to(accurate)).sum(-1)
+        return target_m
+
+    def exponentials(
+        self,
+        hidden_mD: Tensor,
+        weight_vD: Tensor,
+        rows_m: Tensor,
+        target_m: Tensor,
+        softcap: float | None,
+        factors_mv: Tensor,
+        wanted: Collection[str],
+        gradients: bool,
+    ) -> dict[str, Tensor]:
+        if len(weight_vD) == 0:
+            return floor_statistics(hidden_mD, wanted)
+        statistics: dict[str, list[Tensor]] = {name: [] for name in ("max", "sum", *wanted)}
+        torch.mm(hidden_mD, weight_vD.T, out=factors_mv)
+        for slab, z_sv in self._slabs(factors_mv):
+            owned, rows = _owned(rows_m[slab])
+            # a rounded logit of the target could lift its loss below zero: the exact one stands among the others
+            z_sv[owned, rows] = target_m[slab][owned]
+            slope_sv = _cap(z_sv, softcap, slope=gradients)
+            max_s = z_sv.amax(1)
+            statistics["max"].append(max_s)
+            if "best" in wanted:
+                statistics["best"].append(z_sv.argmax(1).to(max_s.dtype))
+            if "logit_sum" in wanted:
+                statistics["logit_sum"].append(z_sv.sum(1))
+            logits_sv = z_sv.clone() if "weighted" in wanted else None
+            z_sv.sub_(max_s.unsqueeze(1)).exp_()
+            statistics["sum"].append(z_sv.sum(1))
+            if logits_sv is not None:
+                statistics["weighted"].append(logits_sv.mul_(z_sv).sum(1))
+            if gradients:
+                if slope_sv is not None:
+                    z_sv.mul_(slope_sv)
+                z_sv[owned, rows] = 0
+                factors_mv[slab] = z_sv
+        return {name: torch.cat(parts) for name, parts in statistics.items()}
+
+    def dlogits(
+        self,
+        hidden_mD: Tensor,
+        weight_vD: Tensor,
+        rows_m: Tensor,
+        softcap: float | None,
+        factors_mv: Tensor,
+        lse_m: Tensor,
+        gain_m: Tensor,
+        share: float,
+    ) -> None:
+        torch.mm(hidden_mD, weight_vD.T, out=factors_mv)
+        for slab, z_sv in self._slabs(factors_mv):
+            owned, rows = _owned(rows_m[slab])
+            slope_sv = _cap(z_sv, softcap, slope=True)
+            z_sv.sub_(lse_m[slab].unsqueeze(1)).exp_().mul_(gain_m[slab].unsqueeze(1)).sub_(share)
+            if slope_sv is not None:
+                z_sv.mul_(slope_sv)
+            z_sv[owned, rows] = 0
+            factors_mv[slab] = z_sv
+
+    def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
+        return factors_mv @ weight_vD
+
+    def scale(
+        self,
+        product_mD: Tensor,
+        scale_m: Tensor,
+        weight_vD: Tensor,
+        target_factor_m: Tensor,
+        hidden_mD: Tensor,
+        rows_m: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        scale_m1 = scale_m.unsqueeze(1)
+        owned, rows = _owned(rows_m)
+        scaled_mD = product_mD.to(scale_m.dtype).mul_(scale_m1)
+        scaled_mD[owned] += target_factor_m[owned].unsqueeze(1) * weight_vD[rows].to(scale_m.dtype)
+        return scaled_mD, (hidden_mD * scale_m1).to(hidden_mD.dtype)
+
+    def add_weight_gradient(
+        self,
+        gradient_vD: Tensor,
+        factors_mv: Tensor,
+        scaled_mD: Tensor,
+        target_factor_m: Tensor,
+        hidden_mD: Tensor,
+        rows_m: Tensor,
+    ) -> None:
+        if factors_mv.dtype == gradient_vD.dtype:
+            gradient_vD.addmm_(factors_mv.T, scaled_mD)
+        else:
+            height = max(1, TILE_BYTES // (scaled_mD.shape[1] * scaled_mD.element_size()))
+            for start in range(0, len(gradient_vD), height):
+                tile = slice(start, start + height)
+                gradient_vD[tile] += factors_mv[:, tile].T @ scaled_mD
+        owned, rows = _owned(rows_m)
+        values = target_factor_m[owned].unsqueeze(1) * hidden_mD[owned].to(gradient_vD.dtype)
+        gradient_vD.index_add_(0, rows, values)
+
+    def _slabs(self, logits_mv: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yields a few rows at a time, accurate: a view where the logits are, else a copy."""
+        m, v = logits_mv.shape
+        accurate = accurate_dtype(logits_mv.dtype)
+        height = max(1, self.slab_bytes // (accurate.itemsize * max(1, v)))
+        for start in range(0, m, height):
+            slab = slice(start, start + height)
+            yield slab, logits_mv[slab].to(accurate)
+
+
+def _owned(rows_m: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of the targets that are mine, and their rows."""
+    owned = (rows_m >= 0).nonzero().squeeze(1)
+    return owned, rows_m[owned]
+
+
+def _cap(z_sv: Tensor, softcap: float | None, slope: bool) -> Tensor | None:
+    """Caps the logits in place. Returns dz/du, or None where it is 1 or not asked for."""
+    if softcap is None:
+        return None
+    z_sv.div_(softcap).tanh_()
+    slope_sv = 1 - z_sv.square() if slope else None
+    z_sv.mul_(softcap)
+    return slope_sv
