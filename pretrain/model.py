@@ -44,9 +44,12 @@ class LanguageModel:
         self.vocab = vocab
         self.body = body
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> VocabLoss:
-        """Sum of the loss over this rank's targets. Collectives: the vocabulary's and the engine's."""
-        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT)), targets_BT)
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float | None = None) -> VocabLoss:
+        """Sum of the loss over this rank's targets; `scale`, for a training step: see `VocabParallelEmbedding.loss`.
+
+        Collectives: the vocabulary's and the engine's.
+        """
+        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT)), targets_BT, scale)
 
 
 class Body(nn.Module):

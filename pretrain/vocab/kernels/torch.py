@@ -1,10 +1,11 @@
 """The kernels in plain torch, for any device, and tuned for a CPU.
 
 A CPU's low-precision matmul rounds what it returns, and elementwise work is bound by memory. So the logits are
-taken through fp32 a slab of rows at a time, small enough to stay in the cache: that costs a twentieth of the three
-matmuls, which leaves nothing for a compiler to gain.
+taken through fp32 a slab of rows at a time, small enough to stay in the cache: that costs a thirtieth of the three
+matmuls, which leaves nothing for torch.compile to gain.
 """
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -14,6 +15,7 @@ from .base import accurate_dtype, aligned_empty, floor_statistics
 
 SLAB_BYTES = 4 * 2**20  # of accurate logits; a few passes over them should not leave the cache
 TILE_BYTES = 8 * 2**20  # of the rounded product that is added to dW
+LOG2_E = math.log2(math.e)
 
 
 class TorchKernels:
@@ -59,7 +61,7 @@ class TorchKernels:
             if "logit_sum" in wanted:
                 statistics["logit_sum"].append(z_sv.sum(1))
             logits_sv = z_sv.clone() if "weighted" in wanted else None
-            z_sv.sub_(max_s.unsqueeze(1)).exp_()
+            _exp_(z_sv, max_s)
             statistics["sum"].append(z_sv.sum(1))
             if logits_sv is not None:
                 statistics["weighted"].append(logits_sv.mul_(z_sv).sum(1))
@@ -85,7 +87,7 @@ class TorchKernels:
         for slab, z_sv in self._slabs(factors_mv):
             owned, rows = _owned(rows_m[slab])
             slope_sv = _cap(z_sv, softcap, slope=True)
-            z_sv.sub_(lse_m[slab].unsqueeze(1)).exp_().mul_(gain_m[slab].unsqueeze(1)).sub_(share)
+            _exp_(z_sv, lse_m[slab]).mul_(gain_m[slab].unsqueeze(1)).sub_(share)
             if slope_sv is not None:
                 z_sv.mul_(slope_sv)
             z_sv[owned, rows] = 0
@@ -143,6 +145,11 @@ def _owned(rows_m: Tensor) -> tuple[Tensor, Tensor]:
     """The positions of the targets that are mine, and their rows."""
     owned = (rows_m >= 0).nonzero().squeeze(1)
     return owned, rows_m[owned]
+
+
+def _exp_(z_sv: Tensor, shift_s: Tensor) -> Tensor:
+    """exp(z - shift) in place; on a CPU exp2 takes a third of the time of exp, which was half of the whole slab's."""
+    return z_sv.sub_(shift_s.unsqueeze(1)).mul_(LOG2_E).exp2_()
 
 
 def _cap(z_sv: Tensor, softcap: float | None, slope: bool) -> Tensor | None:
