@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .lookup import vocab_parallel_lookup
 from .kernels import choose_kernels
+from .lookup import vocab_parallel_lookup
 from .loss import MEMORY_MIB, VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 

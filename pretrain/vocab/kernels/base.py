@@ -41,7 +41,7 @@ class Kernels(Protocol):
         factors = exp(z - max) · dz/du (du: before softcap), else their content is undefined.
 
         max, sum: of exp(z - max); and where `wanted`: best, the first row of the maximum; weighted, Σz·exp(z - max);
-        logit_sum, Σz. A shard without rows has the lowest finite number for a maximum, and sums of 0.
+        logit_sum, Σz. A shard without rows has a finite maximum below all others, and sums of 0.
         """
         ...
 

@@ -1,0 +1,267 @@
+"""The kernels for CUDA: cuBLAS for the matmuls, one Triton program a token for the rows between them.
+
+No atomics: every sum has a fixed order. A row's offset is int64, for m·v passes 2³¹. Logits are fp32 and exist for
+`slab_bytes` at a time; what stays is exp(z - max) in the compute dtype. The programs also run under Triton's
+interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Collection, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .base import accurate_dtype, aligned_empty
+
+SLAB_BYTES = 128 * 2**20  # of accurate logits; a few hundred tokens, enough for the matmul to fill the device
+COLUMNS = 4096  # of a row in registers at once
+WARPS = 8
+FLOOR = tl.constexpr(-3.0e38)  # below every logit, finite: merging never subtracts infinities
+
+
+@triton.jit
+def _logits(logits, row, target, columns, v, SOFTCAP: tl.constexpr):
+    """z and, with a softcap, dz/du of some columns of a row, its target's exact; z = -inf where no column is."""
+    z = tl.where(columns == row, target, tl.load(logits + columns, mask=columns < v, other=0))
+    slope = z
+    if SOFTCAP is not None:
+        tanh = 1 - 2 / (tl.exp(z * (2 / SOFTCAP)) + 1)  # exp overflows to the right limit
+        z, slope = tanh * SOFTCAP, 1 - tanh * tanh
+    return tl.where(columns < v, z, -float("inf")), slope
+
+
+@triton.jit
+def _exponentials(
+    logits, logits_stride, factors, factors_stride, statistics, rows, targets, m, v,
+    SOFTCAP: tl.constexpr, METRICS: tl.constexpr, WRITE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token: its statistics [5, m] (max, sum, logit_sum, weighted, best), and its factors."""
+    token = tl.program_id(0).to(tl.int64)
+    logits += token * logits_stride
+    factors += token * factors_stride
+    row, target = tl.load(rows + token), tl.load(targets + token)
+    lanes = tl.arange(0, COLUMNS)
+    zero = tl.zeros([COLUMNS], dtype=logits.dtype.element_ty)
+
+    largest, first = zero + FLOOR, lanes
+    for start in range(0, v, COLUMNS):
+        z, _ = _logits(logits, row, target, start + lanes, v, SOFTCAP)
+        first = tl.where(z > largest, start + lanes, first)
+        largest = tl.maximum(largest, z)
+    maximum = tl.max(largest, 0)
+    best = tl.min(tl.where(largest == maximum, first, 2147483647), 0)
+
+    total, logit_sum, weighted = zero, zero, zero
+    for start in range(0, v, COLUMNS):
+        columns = start + lanes
+        z, slope = _logits(logits, row, target, columns, v, SOFTCAP)
+        exponential = tl.exp(z - maximum)
+        total += exponential
+        if METRICS:
+            finite = tl.where(columns < v, z, 0)
+            logit_sum += finite
+            weighted += finite * exponential
+        if WRITE:
+            if SOFTCAP is not None:
+                exponential *= slope
+            factor = tl.where(columns == row, 0, exponential)
+            tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < v)
+    tl.store(statistics + token, maximum)
+    tl.store(statistics + m + token, tl.sum(total, 0))
+    if METRICS:
+        tl.store(statistics + 2 * m + token, tl.sum(logit_sum, 0))
+        tl.store(statistics + 3 * m + token, tl.sum(weighted, 0))
+        tl.store(statistics + 4 * m + token, best.to(maximum.dtype))
+
+
+@triton.jit
+def _dlogits(
+    logits, logits_stride, factors, factors_stride, rows, lse, gain, v,
+    SHARE: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token: (gain · exp(z - lse) - share) · dz/du, and 0 for the target."""
+    token = tl.program_id(0).to(tl.int64)
+    logits += token * logits_stride
+    factors += token * factors_stride
+    row, shift, gain = tl.load(rows + token), tl.load(lse + token), tl.load(gain + token)
+    lanes = tl.arange(0, COLUMNS)
+    for start in range(0, v, COLUMNS):
+        columns = start + lanes
+        z, slope = _logits(logits, -1, shift, columns, v, SOFTCAP)
+        factor = gain * tl.exp(z - shift) - SHARE
+        if SOFTCAP is not None:
+            factor *= slope
+        factor = tl.where(columns == row, 0, factor)
+        tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < v)
+
+
+@triton.jit
+def _target_logits(hidden, hidden_stride, weight, weight_stride, rows, out, D, COLUMNS: tl.constexpr):
+    """One token: hidden · weight[row], 0 where the row is not mine."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + token)
+    lanes = tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], dtype=out.dtype.element_ty)
+    owned = tl.where(row >= 0, D, 0)
+    for start in range(0, owned, COLUMNS):
+        columns = start + lanes
+        x = tl.load(hidden + token * hidden_stride + columns, mask=columns < owned, other=0)
+        w = tl.load(weight + row * weight_stride + columns, mask=columns < owned, other=0)
+        total += x.to(total.dtype) * w.to(total.dtype)
+    tl.store(out + token, tl.sum(total, 0))
+
+
+@triton.jit
+def _scale(
+    product, scale, target_factor, hidden, hidden_stride, weight, weight_stride, rows, scaled, D,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token: product = scale · product + target_factor · weight[row]; scaled = scale · hidden."""
+    token = tl.program_id(0).to(tl.int64)
+    row, factor, target = tl.load(rows + token), tl.load(scale + token), tl.load(target_factor + token)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < D
+    sums = tl.load(product + token * D + columns, mask=mask, other=0) * factor
+    w = tl.load(weight + row * weight_stride + columns, mask=columns < tl.where(row >= 0, D, 0), other=0)
+    x = tl.load(hidden + token * hidden_stride + columns, mask=mask, other=0)
+    tl.store(product + token * D + columns, sums + target * w.to(sums.dtype), mask=mask)
+    tl.store(scaled + token * D + columns, (x.to(sums.dtype) * factor).to(scaled.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_rows(gradient, sorted_rows, order, target_factor, hidden, hidden_stride, m, D, COLUMNS: tl.constexpr):
+    """The first token of each run of equal rows adds the whole run, in the order of the tokens."""
+    position = tl.program_id(0)
+    row = tl.load(sorted_rows + position)
+    before = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1)
+    if row != before:  # also passes over the targets that are not mine: row -1 comes first
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = columns < D
+        place = gradient + row * D + columns
+        total = tl.load(place, mask=mask)
+        current = row
+        while current == row:
+            token = tl.load(order + position)
+            x = tl.load(hidden + token * hidden_stride + columns, mask=mask, other=0)
+            total += tl.load(target_factor + token) * x.to(total.dtype)
+            position += 1
+            current = tl.load(sorted_rows + position, mask=position < m, other=-1)
+        tl.store(place, total, mask=mask)
+
+
+class TritonKernels:
+    """See `Kernels`."""
+
+    def __init__(self, slab_bytes: int = SLAB_BYTES, columns: int = COLUMNS) -> None:
+        self.slab_bytes, self.columns = slab_bytes, columns
+
+    def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
+        return aligned_empty(like, m, v)
+
+    def target_logits(self, hidden_mD: Tensor, weight_vD: Tensor, rows_m: Tensor) -> Tensor:
+        m, D = hidden_mD.shape
+        out_m = hidden_mD.new_empty(m, dtype=accurate_dtype(hidden_mD.dtype))
+        _target_logits[(m,)](
+            hidden_mD, hidden_mD.stride(0), weight_vD, weight_vD.stride(0), rows_m, out_m, D, COLUMNS=1024
+        )
+        return out_m
+
+    def exponentials(
+        self,
+        hidden_mD: Tensor,
+        weight_vD: Tensor,
+        rows_m: Tensor,
+        target_m: Tensor,
+        softcap: float | None,
+        factors_mv: Tensor,
+        wanted: Collection[str],
+        gradients: bool,
+    ) -> dict[str, Tensor]:
+        m, v = factors_mv.shape
+        names = ("max", "sum", "logit_sum", "weighted", "best")
+        statistics_5m = target_m.new_empty(len(names), m)
+        for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
+            _exponentials[(len(logits_sv),)](
+                logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), statistics_5m[:, slab],
+                rows_m[slab], target_m[slab], m, v, SOFTCAP=softcap, METRICS=len(wanted) > 0, WRITE=gradients,
+                COLUMNS=self.columns, num_warps=WARPS,
+            )  # fmt: skip
+        return {name: row for name, row in zip(names, statistics_5m, strict=True) if name in ("max", "sum", *wanted)}
+
+    def dlogits(
+        self,
+        hidden_mD: Tensor,
+        weight_vD: Tensor,
+        rows_m: Tensor,
+        softcap: float | None,
+        factors_mv: Tensor,
+        lse_m: Tensor,
+        gain_m: Tensor,
+        share: float,
+    ) -> None:
+        for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
+            _dlogits[(len(logits_sv),)](
+                logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), rows_m[slab], lse_m[slab],
+                gain_m[slab], factors_mv.shape[1], SHARE=share, SOFTCAP=softcap, COLUMNS=self.columns, num_warps=WARPS,
+            )  # fmt: skip
+
+    def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
+        product_mD = weight_vD.new_empty(len(factors_mv), weight_vD.shape[1], dtype=accurate_dtype(weight_vD.dtype))
+        return _multiply(factors_mv, weight_vD, product_mD)
+
+    def scale(
+        self,
+        product_mD: Tensor,
+        scale_m: Tensor,
+        weight_vD: Tensor,
+        target_factor_m: Tensor,
+        hidden_mD: Tensor,
+        rows_m: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        m, D = hidden_mD.shape
+        scaled_mD = torch.empty_like(hidden_mD, memory_format=torch.contiguous_format)
+        _scale[(m, triton.cdiv(D, 1024))](
+            product_mD, scale_m, target_factor_m, hidden_mD, hidden_mD.stride(0), weight_vD, weight_vD.stride(0),
+            rows_m, scaled_mD, D, COLUMNS=1024,
+        )  # fmt: skip
+        return product_mD, scaled_mD
+
+    def add_weight_gradient(
+        self,
+        gradient_vD: Tensor,
+        factors_mv: Tensor,
+        scaled_mD: Tensor,
+        target_factor_m: Tensor,
+        hidden_mD: Tensor,
+        rows_m: Tensor,
+    ) -> None:
+        _multiply_add(gradient_vD, factors_mv.T, scaled_mD)
+        m, D = hidden_mD.shape
+        sorted_rows_m, order_m = rows_m.sort(stable=True)
+        _add_rows[(m, triton.cdiv(D, 1024))](
+            gradient_vD, sorted_rows_m, order_m, target_factor_m, hidden_mD, hidden_mD.stride(0), m, D, COLUMNS=1024
+        )
+
+    def _slabs(self, hidden_mD: Tensor, weight_vD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yields accurate logits, a few tokens at a time, in memory that is used again."""
+        m, v = len(hidden_mD), len(weight_vD)
+        accurate = accurate_dtype(hidden_mD.dtype)
+        height = max(1, min(m, self.slab_bytes // (accurate.itemsize * max(1, v))))
+        logits_hv = aligned_empty(hidden_mD, height, v, accurate)
+        for start in range(0, m, height):
+            slab = slice(start, min(start + height, m))
+            yield slab, _multiply(hidden_mD[slab], weight_vD.T, logits_hv[: slab.stop - start])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a · b, accumulated and returned in out's dtype, which may be wider."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a · b, by the matmul itself: no product of out's size, nor a second pass over it."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
