@@ -171,7 +171,7 @@ class Gradients:
         if self.smooths:
             share_m = g_m * self.head.share
             part_mD.addr_(share_m, self.weight_sum_D, alpha=-1)
-            self.hidden_sum_D += share_m @ part.hidden_mD.to(share_m.dtype)
+            self.hidden_sum_D += torch.mv(part.hidden_mD.T.to(share_m.dtype), share_m)
         self._store()
         self.reducing = part.mine, self.head.traffic.sum(part_mD)
         kernels.add_weight_gradient(self.dweight_vD, part.factors_mv, scaled_mD, *place)
