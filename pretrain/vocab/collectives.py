@@ -29,6 +29,15 @@ def reduce_scatter(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return mine
 
 
+def all_to_all(parts: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """[Σsend, ...] -> [Σreceive, ...]: the first send[0] rows go to rank 0, and so on; what comes is in rank order."""
+    if group is None:
+        return parts
+    out = parts.new_empty(sum(receive), *parts.shape[1:])
+    dist.all_to_all_single(out, parts.contiguous(), receive, send, group=group)
+    return out
+
+
 class Pending:
     """A collective under way: `wait()` for its result."""
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .kernels import choose_kernels
-from .lookup import vocab_parallel_lookup
+from .lookup import LookupPlan, vocab_parallel_lookup
 from .loss import MEMORY_MIB, VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
@@ -93,10 +93,10 @@ class VocabParallelEmbedding(nn.Module):
         """The rows that make the logits, [v, D]."""
         return self.weight if self.head_weight is None else self.head_weight
 
-    def lookup(self, tokens_BT: Tensor) -> Tensor:
-        """hidden [B, T, D] in the compute dtype. Collectives: see `vocab_parallel_lookup`."""
+    def lookup(self, tokens_BT: Tensor, plan: LookupPlan | None = None) -> Tensor:
+        """hidden [B, T, D] in the compute dtype. Plan and collectives: see `vocab_parallel_lookup`."""
         hidden_ND = vocab_parallel_lookup(
-            tokens_BT.flatten(), self.weight, shard=self.shard, group=self.group, dtype=self.compute_dtype
+            tokens_BT.flatten(), self.weight, shard=self.shard, group=self.group, dtype=self.compute_dtype, plan=plan
         )
         return hidden_ND.unflatten(0, tokens_BT.shape)
 

@@ -41,8 +41,13 @@ class VocabShard:
         return -(-self.padded_size // self.world)
 
     @property
+    def edges(self) -> list[int]:
+        """First row of each of the shards, counted in the whole matrix, and the end of the last: world + 1 numbers."""
+        return [min(rank * self.rows_per_rank, self.padded_size) for rank in range(self.world + 1)]
+
+    @property
     def start(self) -> int:
-        """First row of this shard, counted in the whole matrix."""
+        """First row of this shard."""
         return min(self.rank * self.rows_per_rank, self.padded_size)
 
     @property
