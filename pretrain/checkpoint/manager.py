@@ -27,6 +27,7 @@ from .state import ModelState, TrainState, restore_rng, rng_state, shapes
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
 T = TypeVar("T")
 
 
@@ -63,13 +64,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint's manifest: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
+    for key in MANIFEST_KEYS:
+        if key not in manifest:
+            raise CheckpointError(f"{path} is not a checkpoint's manifest: it has no {key}")
     return manifest
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
     """Fills the tensors in place from the checkpoint; DTensors get their slice. `alone`: no other rank takes part.
 
-    Raises CheckpointError, naming it, where a tensor is missing or has another shape, or a file is damaged.
+    Raises CheckpointError, naming it, where a tensor is missing or has another shape, or a file cannot be read;
+    `check_files` finds the rest of what can be wrong with the files.
     """
     manifest = read_manifest(folder)
     saved = manifest["tensors"]
@@ -83,11 +88,17 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        except dcp.CheckpointException as error:
+            raise CheckpointError(f"{folder} cannot be read: {_cause(error)}") from error
 
 
 def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
     """Compares the files with the manifest's sizes and hashes; `mine(i)` picks which ones. Raises CheckpointError."""
+    for path in folder.glob("*.safetensors"):
+        if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
+            raise CheckpointError(f"{path} is not in the manifest")
     for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
         if not mine(i):
             continue

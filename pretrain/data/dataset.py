@@ -57,9 +57,10 @@ def open_corpus(path: Path) -> Corpus:
         )
         _, _, text_bytes = manifest.totals(["val"])
         tokenizer, fingerprint = path / TOKENIZER_FOLDER, manifest.tokenizer_fingerprint
-        corpus = Corpus(path.name, train, val, text_bytes, manifest.vocab_size, tokenizer, fingerprint)
+        corpus = Corpus(path.absolute().name, train, val, text_bytes, manifest.vocab_size, tokenizer, fingerprint)
     elif path.with_name(path.name + ".idx").is_file() or path.suffix in (".bin", ".idx"):
-        corpus = Corpus(path.name, (TokenFile(path),), (), 0, None, None, None)
+        file = TokenFile(path)  # given as PREFIX, PREFIX.bin or PREFIX.idx, its counter has one name
+        corpus = Corpus(file.prefix.name, (file,), (), 0, None, None, None)
     else:
         raise ValueError(f"data.path={path} is neither a folder of token files nor the prefix of a .bin and .idx pair")
     if sum(len(file.tokens) for file in corpus.train) < 2:

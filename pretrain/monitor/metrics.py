@@ -70,7 +70,7 @@ class MetricsLog:
 def _step_of(line: bytes) -> float:
     """A line cut short by a kill counts as beyond every step."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

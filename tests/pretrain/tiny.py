@@ -38,7 +38,7 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
         "data": {"path": str(data)},
         "optim": {"lr": 1e-2, "warmup_steps": 5, "clip": 0.5},
         "engine": {"name": "fsdp2"},
-        "train": {"steps": 20, "global_batch": 12, "micro_batch": 1, "precision": "fp32"},
+        "train": {"steps": 20, "global_batch": 12, "micro_batch": 3, "precision": "fp32"},
         "eval": {},
         "checkpoint": {"every": 0, "keep": 0},
         "log": {"every": 1, "tensorboard": False},
