@@ -25,9 +25,9 @@ from data_prep.token_file import TOKENIZER_FOLDER, Manifest, TokenFile  # noqa: 
 from data_prep.tokenizer import Tokenizer  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
-STEPS = 600
-SETTINGS = "optim.lr=2e-3 optim.warmup_steps=60 optim.min_lr_ratio=0.02"
-BATCH = "train.global_batch=8 train.micro_batch=4 eval.every=200 log.every=20 checkpoint.every=200"
+STEPS = 500
+SETTINGS = "train.global_batch=8 train.micro_batch=4 optim.lr=2e-3 optim.warmup_steps=50 optim.min_lr_ratio=0.02"
+CADENCE = "log.every=20 eval.every=100 eval.max_windows=128 checkpoint.every=100"
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on, perhaps, two cores
     nproc = min(2, torch.cuda.device_count()) or 2
-    train = f"launch/local.py nproc={nproc} model=nano data.path={DATA} run.dir={RUN} train.steps={STEPS} {SETTINGS} {BATCH}"
+    paths = f"data.path={DATA} run.dir={RUN}"
+    train = f"launch/local.py nproc={nproc} model=nano {paths} train.steps={STEPS} {SETTINGS} {CADENCE}"
 
     step(
         "1. Turn Python's standard library into token files",

@@ -87,8 +87,8 @@ TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
-    "tokens": "progress/tokens",
-    "tokens_per_s": "progress/tokens_per_s",
+    "tokens": "train/tokens",
+    "tokens_per_s": "train/tokens_per_s",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
 }
