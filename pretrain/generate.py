@@ -22,7 +22,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
 from . import config as configuration
-from .checkpoint import CheckpointError, checkpoints, matrix_dtensor, read_manifest, read_tensors
+from .checkpoint import CheckpointError, check_files, checkpoints, matrix_dtensor, read_manifest, read_tensors
 from .mesh import Mesh, ranks
 from .model import LanguageModel
 from .vocab import VocabParallelEmbedding, VocabShard, check_sampling, sample
@@ -58,6 +58,8 @@ class GenerateConfig:
             raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be in [0, 2^63)")
         check_sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -125,6 +127,7 @@ def load_model(run: Path, folder: Path, device: torch.device) -> tuple[LanguageM
     """The model in fp32, and the most positions it can see; the matrix split over the ranks, if there are any."""
     config = configuration.load(run / configuration.CONFIG_FILE)
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = Mesh.of(world, device) if world > 1 else None
     vocab = VocabParallelEmbedding(

@@ -25,7 +25,7 @@ from .mesh import Mesh, ranks
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
-from .trainer import Evaluate, Hook, Log, Save, Trainer
+from .trainer import Evaluate, Hook, Log, Save, StopFlag, Trainer
 from .vocab import VocabParallelEmbedding, VocabShard
 
 LOCK_FILE = ".lock"
@@ -36,13 +36,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         config = configuration.load(Path(sys.argv[1]))
-        with ranks() as device:
-            train(config, device)
+        with StopFlag() as stop, ranks() as device:
+            train(config, device, stop)
     except (ValueError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {error}")
 
 
-def train(config: TrainConfig, device: torch.device) -> None:
+def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
     """Trains to the end, or to where this launch stops, and saves there. Every rank calls it."""
     world = torch.distributed.get_world_size()
     mesh = Mesh.of(config.vocab.ranks(world), device)
@@ -66,7 +66,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
             _announce(config, model, mesh, state, found[-1] if found else None)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
-        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks)
+        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stop)
         try:
             trainer.fit()
             saved = manager.save(state)
@@ -75,7 +75,8 @@ def train(config: TrainConfig, device: torch.device) -> None:
             if log is not None:
                 log.close()
     if mesh.rank == 0:
-        print(f"{'stopped and saved' if trainer.stopping else 'saved'}: {saved}", flush=True)
+        early = state.step < config.train.last_step
+        print(f"{'stopped and saved' if early else 'saved'}: {saved}", flush=True)
 
 
 def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, MatrixOptimizer]:

@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -25,8 +24,9 @@ from .optim import MatrixOptimizer, OptimConfig, clip_factor
 class LoopConfig:
     """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end).
 
-    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks; micro_batch: sequences a rank has in
-    work at once. precision: bf16, fp32, or auto: bf16 where the device computes it natively.
+    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks;
+    micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
+    it natively.
     """
 
     steps: int = 1000
@@ -94,6 +94,24 @@ class Report:
 Hook = Callable[["Trainer", Report], None]
 
 
+class StopFlag:
+    """Raised by SIGTERM and SIGINT while the context lasts. No more than that: a collective in a handler deadlocks."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
 class Trainer:
     """One rank of a run. All ranks call `fit` together."""
 
@@ -108,20 +126,19 @@ class Trainer:
         optim: OptimConfig,
         state: TrainState,
         hooks: list[Hook],
+        stop: StopFlag,
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
-        self.loop, self.optim, self.state, self.hooks = loop, optim, state, hooks
-        self.stopping = False
+        self.loop, self.optim, self.state, self.hooks, self.stop = loop, optim, state, hooks, stop
 
     def fit(self) -> None:
-        """Trains to `loop.last_step`, or to the step edge after SIGTERM or SIGINT. The state is then consistent."""
-        with self._signals():
-            while self.state.step < self.loop.last_step and not self._agree_to_stop():
-                start = time.monotonic()
-                report = self.train_step(next(self.batches))
-                report.seconds = time.monotonic() - start
-                for hook in self.hooks:
-                    hook(self, report)
+        """Trains to `loop.last_step`, or to the first step edge after the stop flag went up on any rank."""
+        while self.state.step < self.loop.last_step and not self._agree_to_stop():
+            start = time.monotonic()
+            report = self.train_step(next(self.batches))
+            report.seconds = time.monotonic() - start
+            for hook in self.hooks:
+                hook(self, report)
 
     def train_step(self, batch: Batch) -> Report:
         """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
@@ -148,27 +165,12 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         """True on all ranks as soon as one of them was told to stop. One all-reduce of a number."""
-        self.stopping = self._sum(int(self.stopping)) > 0
-        return self.stopping
+        return self._sum(int(self.stop.raised)) > 0
 
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, device=self.mesh.device)
         dist.all_reduce(total)
         return int(total)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT only set a flag: a collective inside a handler could deadlock."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stopping = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Evaluate:

@@ -179,7 +179,7 @@ class CheckpointManager:
             for old in checkpoints(self.run)[: -self.keep]:
                 doomed = old.with_name(f".tmp-{old.name}")  # renamed first: half a checkpoint never has its name
                 old.rename(doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)  # the next save removes what is left
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         self._together(work if self.mesh.rank == 0 else lambda: None)

@@ -230,6 +230,16 @@ def test_a_run_is_not_continued_as_another_model(trained, data, change, message)
     assert (trained / "config.yaml").read_bytes() == before
 
 
+def test_a_run_is_not_continued_with_another_tokenizer(trained, data, tmp_path):
+    """As many rows, but another split pattern: other tokens."""
+    settings = "tokenizer=bpe tokenizer.vocab_size=400 tokenizer.pattern=gpt2 val_fraction=0.1"
+    texts = data.parent / "texts.jsonl"
+    done = run(f"data_prep/tokenize.py corpus=files corpus.paths=[{texts}] {settings} out={tmp_path}/other")
+    assert done.returncode == 0, done.stderr
+    done = run(f"launch/local.py nproc=2 data.path={tmp_path}/other run.dir={trained} train.steps=20 {SMALL}")
+    assert done.returncode == 2 and "holds a run with tokenizer" in done.stderr, done.stdout + done.stderr
+
+
 def test_a_run_in_use_is_refused(trained, data):
     with open(trained / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,6 +12,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
 from pretrain.config import TrainConfig
 from pretrain.train import train
+from pretrain.trainer import StopFlag
 
 VOCAB = 307  # no number of ranks divides it, nor the padded 312 rows all of them
 
@@ -52,7 +53,8 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
 
 def train_rank(rank: int, world: int, config: TrainConfig) -> None:
     """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
-    train(config, torch.device("cpu"))
+    with StopFlag() as stop:
+        train(config, torch.device("cpu"), stop)
 
 
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
