@@ -21,13 +21,14 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from data_prep.command import EXIT_INTERRUPTED  # noqa: E402
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest, TokenFile  # noqa: E402
 from data_prep.tokenizer import Tokenizer  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
-STEPS = 500
+STEPS = 450
 SETTINGS = "train.global_batch=8 train.micro_batch=4 optim.lr=2e-3 optim.warmup_steps=50 optim.min_lr_ratio=0.02"
-CADENCE = "log.every=20 eval.every=100 eval.max_windows=128 checkpoint.every=100"
+CADENCE = "log.every=20 eval.every=200 checkpoint.every=100"
 
 
 def main() -> None:
@@ -55,11 +56,20 @@ The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
 
 
 def step(title: str, command: str) -> None:
-    """Shows a command and runs it."""
+    """Shows a command and runs it. Ctrl-C reaches it too: wait until it has saved, and go no further."""
     print(f"\n{title}\n$ python {command}\n", flush=True)
-    code = subprocess.run([sys.executable, *shlex.split(command)]).returncode
-    if code:
-        sys.exit(code)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)])
+    interrupted = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        print("stopped; `make demo` goes on from here")
+        sys.exit(EXIT_INTERRUPTED)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def compare() -> None:

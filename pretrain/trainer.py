@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import CheckpointManager, TrainState
-from .data import Batch, BatchLoader, MicroBatch
+from .data import IGNORED, Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
 from .model import LanguageModel
@@ -46,6 +46,16 @@ class LoopConfig:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
+
+    def compute_dtype(self, device_type: str) -> torch.dtype:
+        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it."""
+        native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device_type == "cpu":
+            capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+            native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+        if self.precision == "bf16" and not native:
+            raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
+        return torch.bfloat16 if native and self.precision != "fp32" else torch.float32
 
     def check_world(self, world: int) -> None:
         """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
@@ -160,7 +170,7 @@ class Trainer:
         self.matrix.step(lr, factor)
         self.state.step += 1
         self.state.tokens += targets
-        self.state.samples = self.batches.state_dict()
+        self.state.samples |= self.batches.state_dict()  # those of other corpora stay
         return Report(self.state.step, loss, norm, lr, targets)
 
     def _agree_to_stop(self) -> bool:
@@ -176,8 +186,8 @@ class Trainer:
 class Evaluate:
     """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
 
-    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], tokens_per_byte: float) -> None:
-        self.config, self.batches, self.tokens_per_byte = config, batches, tokens_per_byte
+    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], bytes_of_ids_V: Tensor) -> None:
+        self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
         due = self.config.every and report.step % self.config.every == 0
@@ -186,16 +196,18 @@ class Evaluate:
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte. One all-reduce of two numbers besides the model's."""
-        sums = torch.zeros(2, dtype=torch.float64, device=trainer.mesh.device)
-        trainer.engine.train(False)
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored.
+
+        One all-reduce of three numbers besides the model's.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=trainer.mesh.device)
         for micro in self.batches():
             out = trainer.model.loss(micro.tokens_BT, micro.targets_BT)
-            sums += torch.stack([out.loss.double(), out.n_tokens.double()])
-        trainer.engine.train(True)
+            text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
+            sums += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)
-        loss = float(sums[0] / sums[1])
-        return {"val_loss": loss, "val_bits_per_byte": loss * self.tokens_per_byte / math.log(2)}
+        loss, tokens, text_bytes = sums.tolist()
+        return {"val_loss": loss / tokens, "val_bits_per_byte": loss / math.log(2) / max(1.0, text_bytes)}
 
 
 class Log:

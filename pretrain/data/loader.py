@@ -84,6 +84,8 @@ class BatchLoader:
 
     def _fill(self, start: int) -> None:
         assert self._ready is not None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread starts on GPU 0, and pinning memory would touch it
         while not self._stop.is_set():
             try:
                 self._ready.put(self._batch(start))

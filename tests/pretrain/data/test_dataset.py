@@ -88,9 +88,12 @@ def test_a_window_that_is_not_there(tmp_path):
 
 def test_open_corpus(tmp_path):
     corpus = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30))
-    assert corpus.name == "mine" and corpus.vocab_size == small_spec().vocab_size
+    assert corpus.vocab_size == small_spec().vocab_size and corpus.bytes_of_ids is not None
+    for text, id in small_spec().ranks.items():
+        assert corpus.bytes_of_ids[id] == len(text)
+    assert corpus.bytes_of_ids[small_spec().end_of_document] == 0
     assert [len(file.tokens) for file in corpus.train] == [50, 50] and [len(file.tokens) for file in corpus.val] == [30]
-    assert corpus.tokenizer_fingerprint == small_spec().fingerprint and corpus.val_text_bytes == 30
+    assert corpus.tokenizer_fingerprint == small_spec().fingerprint
 
 
 @pytest.mark.parametrize("given", ["theirs", "theirs.bin", "theirs.idx"])
@@ -101,7 +104,8 @@ def test_a_pair_written_by_megatron(tmp_path, given):
         builder.add_document(np.array(document), [len(document)])
     builder.finalize(str(tmp_path / "theirs.idx"))
     corpus = open_corpus(tmp_path / given)
-    assert corpus.name == "theirs" and not corpus.val and corpus.vocab_size is None and corpus.tokenizer is None
+    assert corpus.name == open_corpus(tmp_path / "theirs").name, "one counter, however it is spelled"
+    assert not corpus.val and corpus.vocab_size is None and corpus.tokenizer is None
     tokens, targets = Windows(corpus.train, 4)[0]
     assert tokens.tolist() == [5, 6, 7, 70_000] and targets.tolist() == [6, 7, 70_000, 9]
 
@@ -145,9 +149,15 @@ def test_a_path_that_is_nothing(tmp_path):
         DataConfig()
 
 
-def test_the_name_of_a_corpus_is_its_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(make_corpus(tmp_path / "mine", train=100, val=30))
-    assert open_corpus(Path(".")).name == "mine"  # or a resumed run would start over in its data
+def test_a_corpus_is_known_by_its_training_tokens(tmp_path, monkeypatch):
+    """Or a resumed run would start over in data that was moved, and go on in the middle of data that is new."""
+    mine = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30)).name
+    monkeypatch.chdir(tmp_path / "mine")
+    assert open_corpus(Path(".")).name == mine
+    assert open_corpus(make_corpus(tmp_path / "moved", train=100, val=30)).name == mine
+    assert open_corpus(make_corpus(tmp_path / "other" / "mine", train=120, val=30)).name != mine
+    pair = open_corpus(write_tokens(tmp_path / "a", np.arange(50), 100).prefix).name
+    assert open_corpus(write_tokens(tmp_path / "b", np.arange(51), 100).prefix).name != pair
 
 
 def test_too_little_to_train_on(tmp_path):
