@@ -51,6 +51,7 @@ def main() -> None:
 The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
   curves      .venv/bin/tensorboard --logdir runs
   go on       .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}
+              (twice the schedule: the learning rate rises once more)
   your data   .venv/bin/python data_prep/tokenize.py corpus=files corpus.paths='[my.jsonl]' tokenizer=bpe out=data/mine
   more        README.md""")
 

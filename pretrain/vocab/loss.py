@@ -65,9 +65,8 @@ def vocab_parallel_linear_cross_entropy(
     "replicated": every rank has the same tokens (tensor parallelism) and gets the whole loss and gradient.
 
     At most `chunk_tokens` of the group's tokens are in work at once (default: as many as keep a chunk's
-    logits below 64 MiB). Collectives a chunk: all-gather of hidden (distinct), all-gather of 5 statistics a
-    token, reduce-scatter (all-reduce) of the gradient of hidden in fp32; besides, one all-gather of the
-    targets and two of a few numbers.
+    logits below 64 MiB). Collectives a chunk: all-gathers of hidden and targets (distinct) and of 6 statistics
+    a token, reduce-scatter (all-reduce) of the gradient of hidden in fp32; besides, two of a single number.
 
     Raises ValueError on shapes that do not fit the shard and on a target outside [0, vocab_size) other than
     `ignore_index` (on CUDA, where looking would stall the host, such a target is a device-side assertion).
