@@ -5,17 +5,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
 from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.encode import EncodeJob, UnitRecord, digest_of, encode_corpus, split_of
 from data_prep.errors import DataError, headline
@@ -25,7 +25,7 @@ from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tok
 from data_prep.tokenizer_spec import SPEC_FILE
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-EXIT_FAULTS, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAULTS = 1
 NAMES_SHOWN = 3
 
 
@@ -135,15 +135,16 @@ def ensure_documents(corpus: CorpusConfig) -> None:
 
 def encode(config: TokenizeConfig, out: Path) -> Tally:
     """All units, with a progress bar in bytes of text."""
-    tally = Tally()
+    tally, tokens = Tally(), 0
     texts = config.corpus.documents(tally.skipped)
     job = EncodeJob(out, config.val_fraction)
     records = encode_corpus(texts, job, config.unit_bytes, config.processes)
     with progress_bar(config.corpus.text_bytes()) as bar:
         for record in records:
             tally.records.append(record)
+            tokens += record.tokens
             bar.update(record.text_bytes)
-            bar.set_postfix_str(f"{sum(done.tokens for done in tally.records) / 1e6:.1f}M tokens")
+            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens")
     return tally
 
 
@@ -226,25 +227,6 @@ def refuse_unknown_keys(config: TokenizeConfig) -> None:
             )
 
 
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return EXIT_ERROR
-
-
-def override_error(error: Exception) -> str:
-    """One line from Hydra's several: its own headline, that of the cause, and what would have been right."""
-    message, cause = headline(error), error.__cause__
-    if isinstance(error, OverrideParseException):
-        message = f"cannot read {error.override}: {message}"
-    if cause is not None and headline(cause) not in message:
-        message = f"{message.rstrip('.')}: {headline(cause)}"
-    if isinstance(error, MissingConfigException) and error.options:
-        message += f"; there are {', '.join(error.options)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
-        message += f"; there are {', '.join(item.name for item in fields(cause.object_type))}"
-    return message
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="tokenize")
 def _composed(config: DictConfig) -> None:
     sys.exit(run(config))
@@ -252,11 +234,5 @@ def _composed(config: DictConfig) -> None:
 
 def main() -> None:
     """Parse the command line and run; exits 0, 1 (verify found faults), or 2 (an error, in one line)."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     register()
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        sys.exit(fail("--multirun is not for this program: a command makes one folder"))
-    try:
-        _composed()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(override_error(error)))
+    run_hydra(_composed)

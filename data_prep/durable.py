@@ -1,10 +1,13 @@
-"""Files that are on the disk whole, or not at all."""
+"""Files that are on the disk whole, or not at all; and that one process has for itself."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from data_prep.errors import DataError
 
 BUFFER_BYTES = 1 << 20
 TEMPORARY_MARK = ".tmp-"  # in every temporary name: what a killed process left behind can be told and removed
@@ -68,3 +71,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` for this process; it goes with the process. DataError(`busy`) if another one has it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(busy) from None
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,7 +4,6 @@ While a run is under way, OUT/unfinished/ holds its settings, a lock and the uni
 is written, it goes away.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.durable import TEMPORARY_MARK, durable, sync_folder
+from data_prep.durable import TEMPORARY_MARK, durable, exclusive, sync_folder
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, check, with_suffix
@@ -55,11 +54,10 @@ class Output:
         When the block fails before any unit is done, the folder is left as it was found.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        with open(self._unfinished / LOCK_FILE, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another run is writing to {self.folder}") from None
+        with exclusive(self._unfinished / LOCK_FILE, f"another run is writing to {self.folder}"):
+            if (self.folder / MANIFEST_FILE).exists():  # it came while this run made its tokenizer
+                shutil.rmtree(self._unfinished)
+                raise DataError(f"another run has just finished {self.folder}: give the same command again")
             for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
                 path.unlink()
             try:

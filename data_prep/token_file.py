@@ -10,7 +10,6 @@ magic, version uint64, dtype code uint8, sequences uint64, documents + 1 uint64;
 length (int32) and its byte offset (int64), and the first sequence of each document and the end (int64).
 """
 
-import hashlib
 import json
 import struct
 from array import array
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.durable import DurableFile, durable
+from data_prep.durable import DurableFile, durable, sha256_of
 from data_prep.errors import DataError, headline
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -304,7 +303,7 @@ def _content_faults(folder: Path, manifest: Manifest, entry: TokenFileEntry) -> 
     prefix, faults = folder / entry.name, []
     for suffix, expected in entry.sha256.items():
         path = with_suffix(prefix, suffix)
-        if path.is_file() and _sha256(path) != expected:
+        if path.is_file() and sha256_of(path) != expected:
             faults.append(f"{path}: its sha256 is not that of the manifest")
     try:
         file = TokenFile(prefix)
@@ -322,8 +321,3 @@ def _content_faults(folder: Path, manifest: Manifest, entry: TokenFileEntry) -> 
             f" {entry.documents} and {entry.tokens}"
         )
     return faults
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,13 +21,14 @@ if str(ROOT) not in sys.path:
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from data_prep.command import EXIT_INTERRUPTED  # noqa: E402
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest, TokenFile  # noqa: E402
 from data_prep.tokenizer import Tokenizer  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
-STEPS = 600
-SETTINGS = "optim.lr=2e-3 optim.warmup_steps=60 optim.min_lr_ratio=0.02"
-BATCH = "train.global_batch=8 train.micro_batch=4 eval.every=200 log.every=20 checkpoint.every=200"
+STEPS = 450
+SETTINGS = "train.global_batch=8 train.micro_batch=4 optim.lr=2e-3 optim.warmup_steps=50 optim.min_lr_ratio=0.02"
+CADENCE = "log.every=20 eval.every=200 checkpoint.every=100"
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on, perhaps, two cores
     nproc = min(2, torch.cuda.device_count()) or 2
-    train = f"launch/local.py nproc={nproc} model=nano data.path={DATA} run.dir={RUN} train.steps={STEPS} {SETTINGS} {BATCH}"
+    paths = f"data.path={DATA} run.dir={RUN}"
+    train = f"launch/local.py nproc={nproc} model=nano {paths} train.steps={STEPS} {SETTINGS} {CADENCE}"
 
     step(
         "1. Turn Python's standard library into token files",
@@ -49,16 +51,26 @@ def main() -> None:
 The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
   curves      .venv/bin/tensorboard --logdir runs
   go on       .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}
+              (twice the schedule: the learning rate rises once more)
   your data   .venv/bin/python data_prep/tokenize.py corpus=files corpus.paths='[my.jsonl]' tokenizer=bpe out=data/mine
   more        README.md""")
 
 
 def step(title: str, command: str) -> None:
-    """Shows a command and runs it."""
+    """Shows a command and runs it. Ctrl-C reaches it too: wait until it has saved, and go no further."""
     print(f"\n{title}\n$ python {command}\n", flush=True)
-    code = subprocess.run([sys.executable, *shlex.split(command)]).returncode
-    if code:
-        sys.exit(code)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)])
+    interrupted = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        print("stopped; `make demo` goes on from here")
+        sys.exit(EXIT_INTERRUPTED)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def compare() -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,38 +19,33 @@ import hydra  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed.run as torchrun  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 
-from data_prep.app import fail, override_error  # noqa: E402
+from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
-from pretrain.config import TrainConfig  # noqa: E402
-from pretrain.train import lock  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, RANKS_LOCK, TrainConfig, hold  # noqa: E402
 
 
 def main() -> None:
     """Exits 0 when the run has got where it should, or was stopped and saved; 2 on a wrong setting; else 1."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     configuration.register()
-    try:
-        _composed()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(override_error(error)))
+    run_hydra(_composed)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="local")
 def _composed(composed: DictConfig) -> None:
     try:
-        nproc = ranks_here(composed.nproc)
+        OmegaConf.set_struct(composed, False)
+        nproc = ranks_here(composed.pop("nproc"))
         config = configuration.build(composed)
-        corpus = configuration.check(config, nproc)
-        with lock(config.run_dir):
-            configuration.freeze(config, corpus)
+        corpus = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
+        with hold(config.run_dir, LAUNCH_LOCK):
+            with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
+                configuration.freeze(config, corpus)
+            code = run_ranks(config, nproc)
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))
-    code = run_ranks(config, nproc)
     if code == 0:
         print(farewell(config))
     sys.exit(code)
@@ -73,11 +69,15 @@ def run_ranks(config: TrainConfig, nproc: int) -> int:
     arguments = ["--standalone", f"--nproc-per-node={nproc}", "--signals-to-handle=SIGHUP,SIGQUIT"]
     arguments += ["-m", "pretrain.train", str(config.path)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
 
     def hand_on(number: int, frame: object) -> None:
-        for rank in psutil.Process().children():
-            rank.send_signal(number)
+        ranks = psutil.Process().children()
+        if not ranks:
+            sys.exit(EXIT_INTERRUPTED)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)

@@ -4,6 +4,8 @@ Hydra composes it once, in the launching process, which freezes it to RUN/config
 only module that names concrete engines and model families, and, with the entries, the only one to know omegaconf.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.durable import durable
+from data_prep.durable import durable, exclusive
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -28,6 +30,7 @@ from .vocab import VocabConfig
 ENGINES = {"fsdp2": FSDP2Config}
 MODELS = {"gpt2": GPT2Config}
 CONFIG_FILE = "config.yaml"
+LAUNCH_LOCK, RANKS_LOCK = ".launch.lock", ".ranks.lock"  # held by the launcher, and by rank 0
 
 
 @dataclass
@@ -93,15 +96,23 @@ def register() -> None:
 
 def build(composed: DictConfig) -> TrainConfig:
     """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
+    for key in map(str, composed):
+        if key not in {"seed", *PARTS}:
+            raise ValueError(f"unknown key {key}; there are seed, {', '.join(PARTS)}")
+    engine, model = composed.engine.name, composed.model.family
+    if engine not in ENGINES:
+        raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
+    if model not in MODELS:
+        raise ValueError(f"model.family={model} must be one of {', '.join(MODELS)}")
     try:
-        chosen = PARTS | {"engine": ENGINES[composed.engine.name], "model": MODELS[composed.model.family]}
+        chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
         parts = {
             name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), composed[name]))
             for name, part in chosen.items()
         }
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
-    if not isinstance(composed.seed, int) or composed.seed < 0:
+    if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
     return TrainConfig(seed=composed.seed, **parts)  # type: ignore[arg-type]
 
@@ -115,6 +126,14 @@ def freeze(config: TrainConfig, corpus: Corpus) -> None:
         file.write(OmegaConf.to_yaml(asdict(config)).encode())
 
 
+@contextmanager
+def hold(run: Path, lock: str) -> Iterator[None]:
+    """Holds the run's folder for this process and its life. Raises ValueError if another one does."""
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / lock, f"run.dir={run} is in use by another process: stop it, or choose another run.dir"):
+        yield
+
+
 def load(path: Path) -> TrainConfig:
     """Reads a frozen configuration."""
     try:
@@ -125,13 +144,15 @@ def load(path: Path) -> TrainConfig:
     return build(frozen)
 
 
-def check(config: TrainConfig, world: int) -> Corpus:
+def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
-    The world against batch and vocabulary, the data and its tokenizer, and the checkpoint that would be resumed.
+    The world against batch and vocabulary, the precision against the device, the data and its tokenizer, and the
+    checkpoint that would be resumed.
     """
     config.vocab.ranks(world)
     config.train.check_world(world)
+    config.train.compute_dtype(device_type)
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
     last = checkpoints(config.run_dir)
@@ -170,7 +191,7 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, rows: int, manifest: d
     """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
     saved = manifest["config"]
     now = asdict(config)
-    kept = [("seed",), ("train", "seq_len"), ("vocab", "multiple"), ("vocab", "tie")]
+    kept = [("seed",), ("train", "seq_len"), ("vocab", "multiple"), ("vocab", "tie"), ("vocab", "softcap")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:
         was, is_ = saved, now

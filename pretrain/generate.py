@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
 from . import config as configuration
-from .checkpoint import CheckpointError, checkpoints, matrix_dtensor, read_manifest, read_tensors
+from .checkpoint import CheckpointError, check_files, checkpoints, matrix_dtensor, read_manifest, read_tensors
 from .mesh import Mesh, ranks
 from .model import LanguageModel
 from .vocab import VocabParallelEmbedding, VocabShard, check_sampling, sample
@@ -58,6 +59,8 @@ class GenerateConfig:
             raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be in [0, 2^63)")
         check_sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -68,13 +71,17 @@ def main() -> None:
         return
     try:
         settings = _settings(sys.argv[1:])
-        with ranks() if "RANK" in os.environ else nullcontext(torch.device("cpu")) as device:
+        with ranks() if "RANK" in os.environ else nullcontext(_device()) as device:
             for text in generate(settings, device):
                 if os.environ.get("RANK", "0") == "0":
                     print(text, end="", flush=True)
     except (ValueError, CheckpointError, OmegaConfBaseException) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _settings(arguments: list[str]) -> GenerateConfig:
@@ -95,7 +102,7 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     run = Path(settings.run)
     folder = _checkpoint(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
-    model, context = load_model(run, folder, device)
+    model, context = load_model(folder, device)
     ids = [tokenizer.end_of_document, *tokenizer.encode(settings.prompt).tolist()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     yield settings.prompt
@@ -117,14 +124,18 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
         if drawn == tokenizer.end_of_document:
             break
         ids.append(drawn)
-        yield decoder.decode(tokenizer.decode_bytes([drawn]))
+        try:
+            yield decoder.decode(tokenizer.decode_bytes([drawn]))
+        except DataError:  # a row beyond the tokenizer's: vocab.size may be larger
+            yield "\ufffd"
     yield decoder.decode(b"", final=True) + "\n"
 
 
-def load_model(run: Path, folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
+def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
     """The model in fp32, and the most positions it can see; the matrix split over the ranks, if there are any."""
-    config = configuration.load(run / configuration.CONFIG_FILE)
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    config = configuration.build(OmegaConf.create(manifest["config"]))
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = Mesh.of(world, device) if world > 1 else None
     vocab = VocabParallelEmbedding(

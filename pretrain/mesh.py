@@ -1,4 +1,4 @@
-"""The ranks and their two axes, `dp` × `vocab`. The only reader of the rank's environment variables."""
+"""The ranks and their two axes, `dp` × `vocab`. Starts and stops the process group."""
 
 import os
 from collections.abc import Iterator
@@ -81,8 +81,13 @@ def ranks(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    yield device
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; gloo says so in the text alone."""
+    known = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+    return known or "gloo" in str(error) or "Connection closed by peer" in str(error)

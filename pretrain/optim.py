@@ -35,11 +35,11 @@ class OptimConfig:
         if self.schedule not in ("cosine", "wsd"):
             raise ValueError(f"optim.schedule={self.schedule} must be cosine or wsd")
         for key in ("lr", "eps"):
-            if not getattr(self, key) > 0:
+            if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"optim.{key}={getattr(self, key)} must be positive")
         for key in ("warmup_steps", "clip", "weight_decay"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must not be negative")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be a number of at least 0")
         for key in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1]")
@@ -71,7 +71,7 @@ class OptimConfig:
             done = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
             return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         decay_steps = max(1, round(self.decay_fraction * steps))
-        left = (steps - step) / decay_steps
+        left = (steps - 1 - step) / decay_steps
         return floor + (self.lr - floor) * min(1.0, max(0.0, left))
 
 
@@ -91,9 +91,15 @@ class MatrixOptimizer:
                 dist.all_reduce(row.grad, group=self.mesh.dp_group)
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole matrix's gradient, fp32 scalar. One all-reduce of a number over `vocab`."""
-        square = sum_of_squares([row.grad for row in self.rows if row.grad is not None], self.mesh.device)
-        dist.all_reduce(square, group=self.mesh.vocab_group)
+        """Norm of the whole matrix's gradient, fp32 scalar. One all-reduce of a number over all ranks.
+
+        Over all, though one vocab group would do: each group's sum could differ in the last bit, and replicas that
+        clip differently drift apart.
+        """
+        first_replica = self.mesh.dp_rank == 0
+        counted = [row.grad for row in self.rows if row.grad is not None] if first_replica else []
+        square = sum_of_squares(counted, self.mesh.device)
+        dist.all_reduce(square, group=self.mesh.flat.get_group())
         return square.sqrt()
 
     def step(self, lr: float, clip: float) -> None:

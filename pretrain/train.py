@@ -4,31 +4,26 @@
 `python launch/local.py` instead.
 """
 
-import fcntl
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from . import config as configuration
-from .checkpoint import CheckpointError, CheckpointManager, ModelState, TrainState, checkpoints
-from .config import TrainConfig
+from .checkpoint import CheckpointError, CheckpointManager, ModelState, TrainState
+from .config import RANKS_LOCK, TrainConfig, hold
 from .data import BatchLoader, Corpus, Order, Windows, validation_batches
 from .engine import Engine
-from .mesh import Mesh, ranks
+from .mesh import Mesh, lost_peer, ranks
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
-from .trainer import Evaluate, Hook, Log, Save, Trainer
+from .trainer import Evaluate, Hook, Log, Save, StopFlag, Trainer
 from .vocab import VocabParallelEmbedding, VocabShard
-
-LOCK_FILE = ".lock"
 
 
 def main() -> None:
@@ -36,18 +31,24 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         config = configuration.load(Path(sys.argv[1]))
-        with ranks() as device:
-            train(config, device)
-    except (ValueError, CheckpointError, FloatingPointError) as error:
+        with StopFlag() as stop, ranks() as device:
+            train(config, device, stop)
+    except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (ValueError, OSError) as error:
         sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {error}")
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        sys.exit(f"rank {os.environ.get('RANK', 0)} has lost another rank, and stops")
 
 
-def train(config: TrainConfig, device: torch.device) -> None:
+def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
     """Trains to the end, or to where this launch stops, and saves there. Every rank calls it."""
     world = torch.distributed.get_world_size()
     mesh = Mesh.of(config.vocab.ranks(world), device)
-    corpus = configuration.check(config, world)
-    with lock(config.run_dir) if mesh.rank == 0 else _unlocked():
+    corpus = configuration.check(config, world, device.type)
+    with hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext():
         engine, model, matrix = build_model(config, mesh, configuration.vocab_rows(config, corpus))
         manager = CheckpointManager(
             config.run_dir,
@@ -57,16 +58,16 @@ def train(config: TrainConfig, device: torch.device) -> None:
             seed=config.seed,
             about=configuration.about(config, corpus),
         )
-        found = checkpoints(config.run_dir)
-        state = manager.load(found[-1]) if found else TrainState()
+        found = manager.newest()
+        state = manager.load(found) if found else TrainState()
         loader = _loader(config, corpus, mesh, model.vocab.shard.vocab_size)
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            _announce(config, model, mesh, state, found[-1] if found else None)
+            _announce(config, corpus, model, mesh, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
-        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks)
+        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stop)
         try:
             trainer.fit()
             saved = manager.save(state)
@@ -75,12 +76,13 @@ def train(config: TrainConfig, device: torch.device) -> None:
             if log is not None:
                 log.close()
     if mesh.rank == 0:
-        print(f"{'stopped and saved' if trainer.stopping else 'saved'}: {saved}", flush=True)
+        early = state.step < config.train.last_step
+        print(f"{'stopped and saved' if early else 'saved'}: {saved}", flush=True)
 
 
 def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, MatrixOptimizer]:
     """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
-    compute_dtype = precision(config.train.precision, mesh.device)
+    compute_dtype = config.train.compute_dtype(mesh.device.type)
     vocab = VocabParallelEmbedding(
         config.vocab,
         VocabShard.of(mesh.vocab_rank, mesh.vocab_size, rows, config.vocab.multiple),
@@ -95,17 +97,6 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
     engine = config.engine.build(config.optim, compute_dtype, config.seed)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
     return engine, model, MatrixOptimizer(vocab.parameters(), config.optim, mesh)
-
-
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """bf16, fp32 or auto as a dtype. ValueError where bf16 is asked of a processor that only emulates it."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    if name == "bf16" and not native:
-        raise ValueError(f"train.precision=bf16: this {device.type} does not compute it natively; use fp32 or auto")
-    return torch.float32 if name == "fp32" or not native else torch.bfloat16
 
 
 def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) -> BatchLoader:
@@ -128,7 +119,7 @@ def _hooks(
 ) -> list[Hook]:
     hooks: list[Hook] = []
     held_out = Windows(corpus.val, config.seq_len)
-    if len(held_out):
+    if len(held_out) and corpus.bytes_of_ids is not None:
         batches = partial(
             validation_batches,
             held_out,
@@ -139,53 +130,32 @@ def _hooks(
             vocab_size=vocab_size,
             device=mesh.device,
         )
-        hooks.append(Evaluate(config.eval, batches, held_out.tokens / max(1, corpus.val_text_bytes)))
+        bytes_of_ids_V = torch.from_numpy(corpus.bytes_of_ids).to(mesh.device)
+        hooks.append(Evaluate(config.eval, batches, bytes_of_ids_V))
     hooks.append(Log(config.log.every, log))
     if config.checkpoint.every:
         hooks.append(Save(config.checkpoint.every, manager))
     return hooks
 
 
-def _announce(config: TrainConfig, model: LanguageModel, mesh: Mesh, state: TrainState, resumed: Path | None) -> None:
+def _announce(
+    config: TrainConfig, corpus: Corpus, model: LanguageModel, mesh: Mesh, state: TrainState, resumed: Path | None
+) -> None:
     vocab = model.vocab
     body = sum(p.numel() for p in model.body.parameters())  # type: ignore[attr-defined]
     matrices = len(vocab.named_rows())
     matrix = matrices * vocab.shard.vocab_size * config.model.width
+    tokens, sample = sum(len(file.tokens) for file in corpus.train), state.samples.get(corpus.name, 0)
     print(
         f"model: {(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in {matrices} matrix"
         f"{'es' if matrices > 1 else ''} of {vocab.shard.vocab_size:,} rows ({config.vocab.tie})\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.name}, {str(vocab.compute_dtype)[6:]}\n"
+        f"data: {config.data.path}, {tokens:,} tokens, from sample {sample:,}"
+        f"{' (not the data of before: it starts anew)' if state.samples and not sample else ''}\n"
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
         flush=True,
     )
-
-
-@contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Holds the run's folder for this process. Raises ValueError if another one does."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK_FILE, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run.dir={run} is in use by {_holder(file)}: stop it, or choose another run.dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def _holder(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read() or "another process"
-
-
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield
 
 
 if __name__ == "__main__":

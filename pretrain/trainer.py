@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import CheckpointManager, TrainState
-from .data import Batch, BatchLoader, MicroBatch
+from .data import IGNORED, Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
 from .model import LanguageModel
@@ -25,8 +24,9 @@ from .optim import MatrixOptimizer, OptimConfig, clip_factor
 class LoopConfig:
     """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end).
 
-    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks; micro_batch: sequences a rank has in
-    work at once. precision: bf16, fp32, or auto: bf16 where the device computes it natively.
+    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks;
+    micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
+    it natively.
     """
 
     steps: int = 1000
@@ -46,6 +46,16 @@ class LoopConfig:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
+
+    def compute_dtype(self, device_type: str) -> torch.dtype:
+        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it."""
+        native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device_type == "cpu":
+            capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+            native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+        if self.precision == "bf16" and not native:
+            raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
+        return torch.bfloat16 if native and self.precision != "fp32" else torch.float32
 
     def check_world(self, world: int) -> None:
         """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
@@ -94,6 +104,24 @@ class Report:
 Hook = Callable[["Trainer", Report], None]
 
 
+class StopFlag:
+    """Raised by SIGTERM and SIGINT while the context lasts. No more than that: a collective in a handler deadlocks."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
 class Trainer:
     """One rank of a run. All ranks call `fit` together."""
 
@@ -108,20 +136,19 @@ class Trainer:
         optim: OptimConfig,
         state: TrainState,
         hooks: list[Hook],
+        stop: StopFlag,
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
-        self.loop, self.optim, self.state, self.hooks = loop, optim, state, hooks
-        self.stopping = False
+        self.loop, self.optim, self.state, self.hooks, self.stop = loop, optim, state, hooks, stop
 
     def fit(self) -> None:
-        """Trains to `loop.last_step`, or to the step edge after SIGTERM or SIGINT. The state is then consistent."""
-        with self._signals():
-            while self.state.step < self.loop.last_step and not self._agree_to_stop():
-                start = time.monotonic()
-                report = self.train_step(next(self.batches))
-                report.seconds = time.monotonic() - start
-                for hook in self.hooks:
-                    hook(self, report)
+        """Trains to `loop.last_step`, or to the first step edge after the stop flag went up on any rank."""
+        while self.state.step < self.loop.last_step and not self._agree_to_stop():
+            start = time.monotonic()
+            report = self.train_step(next(self.batches))
+            report.seconds = time.monotonic() - start
+            for hook in self.hooks:
+                hook(self, report)
 
     def train_step(self, batch: Batch) -> Report:
         """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
@@ -143,39 +170,24 @@ class Trainer:
         self.matrix.step(lr, factor)
         self.state.step += 1
         self.state.tokens += targets
-        self.state.samples = self.batches.state_dict()
+        self.state.samples |= self.batches.state_dict()  # those of other corpora stay
         return Report(self.state.step, loss, norm, lr, targets)
 
     def _agree_to_stop(self) -> bool:
         """True on all ranks as soon as one of them was told to stop. One all-reduce of a number."""
-        self.stopping = self._sum(int(self.stopping)) > 0
-        return self.stopping
+        return self._sum(int(self.stop.raised)) > 0
 
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, device=self.mesh.device)
         dist.all_reduce(total)
         return int(total)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT only set a flag: a collective inside a handler could deadlock."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stopping = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 class Evaluate:
     """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
 
-    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], tokens_per_byte: float) -> None:
-        self.config, self.batches, self.tokens_per_byte = config, batches, tokens_per_byte
+    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], bytes_of_ids_V: Tensor) -> None:
+        self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
         due = self.config.every and report.step % self.config.every == 0
@@ -184,16 +196,18 @@ class Evaluate:
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte. One all-reduce of two numbers besides the model's."""
-        sums = torch.zeros(2, dtype=torch.float64, device=trainer.mesh.device)
-        trainer.engine.train(False)
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored.
+
+        One all-reduce of three numbers besides the model's.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=trainer.mesh.device)
         for micro in self.batches():
             out = trainer.model.loss(micro.tokens_BT, micro.targets_BT)
-            sums += torch.stack([out.loss.double(), out.n_tokens.double()])
-        trainer.engine.train(True)
+            text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
+            sums += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)
-        loss = float(sums[0] / sums[1])
-        return {"val_loss": loss, "val_bits_per_byte": loss * self.tokens_per_byte / math.log(2)}
+        loss, tokens, text_bytes = sums.tolist()
+        return {"val_loss": loss / tokens, "val_bits_per_byte": loss / math.log(2) / max(1.0, text_bytes)}
 
 
 class Log:

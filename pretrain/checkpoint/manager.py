@@ -6,7 +6,6 @@
 A checkpoint is written to a temporary folder, brought to the disk, and renamed. Nothing in it is a pickle.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,13 +19,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from data_prep.durable import durable, sync_folder
+from data_prep.durable import durable, sha256_of, sync_folder
 
 from ..mesh import Mesh
 from .state import ModelState, TrainState, restore_rng, rng_state, shapes
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
 T = TypeVar("T")
 
 
@@ -63,13 +63,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint's manifest: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
+    for key in MANIFEST_KEYS:
+        if key not in manifest:
+            raise CheckpointError(f"{path} is not a checkpoint's manifest: it has no {key}")
     return manifest
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
     """Fills the tensors in place from the checkpoint; DTensors get their slice. `alone`: no other rank takes part.
 
-    Raises CheckpointError, naming it, where a tensor is missing or has another shape, or a file is damaged.
+    Raises CheckpointError, naming it, where a tensor is missing or has another shape, or a file cannot be read;
+    `check_files` finds the rest of what can be wrong with the files.
     """
     manifest = read_manifest(folder)
     saved = manifest["tensors"]
@@ -83,11 +87,17 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        except dcp.CheckpointException as error:
+            raise CheckpointError(f"{folder} cannot be read: {_cause(error)}") from error
 
 
 def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
     """Compares the files with the manifest's sizes and hashes; `mine(i)` picks which ones. Raises CheckpointError."""
+    for path in folder.glob("*.safetensors"):
+        if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
+            raise CheckpointError(f"{path} is not in the manifest")
     for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
         if not mine(i):
             continue
@@ -96,7 +106,7 @@ def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bo
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its sha256 is not that of the manifest")
 
 
@@ -116,7 +126,7 @@ class CheckpointManager:
         The checkpoints that stand are untouched until the new one is whole.
         """
         final = self.folder / f"step-{state.step:08d}"
-        if (final / MANIFEST_FILE).is_file():
+        if self._as_seen_by_first_rank(lambda: (final / MANIFEST_FILE).is_file()):
             return final
         temporary = self.folder / f".tmp-{final.name}"
         try:
@@ -125,6 +135,7 @@ class CheckpointManager:
             writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(tensors, storage_writer=writer)
             files = self._together(lambda: _finish_files(temporary, self.mesh.rank))
+            facts = {name: fact for mine in files for name, fact in mine.items()}
             manifest = {
                 "format_version": FORMAT_VERSION,
                 **asdict(state),
@@ -132,7 +143,7 @@ class CheckpointManager:
                 "mesh": {"dp": self.mesh.dp_size, "vocab": self.mesh.vocab_size},
                 "rng": self._together(rng_state),
                 "tensors": shapes(tensors),
-                "files": {name: facts for mine in files for name, facts in mine.items()},
+                "files": facts,
             }
             self._on_first_rank(lambda: _publish(temporary, final, manifest))
         except (CheckpointError, dcp.CheckpointException) as error:
@@ -143,6 +154,10 @@ class CheckpointManager:
             raise CheckpointError(f"cannot save {final}: {_cause(error)}; {stands}") from error
         self._on_first_rank(self._prune)
         return final
+
+    def newest(self) -> Path | None:
+        """The newest finished checkpoint, the same on all ranks."""
+        return self._as_seen_by_first_rank(lambda: next(reversed(checkpoints(self.run)), None))
 
     def load(self, folder: Path) -> TrainState:
         """Verifies the files, fills model and optimizer, restores the generators. CheckpointError names the fault."""
@@ -168,7 +183,11 @@ class CheckpointManager:
             for old in checkpoints(self.run)[: -self.keep]:
                 doomed = old.with_name(f".tmp-{old.name}")  # renamed first: half a checkpoint never has its name
                 old.rename(doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)  # the next save removes what is left
+
+    def _as_seen_by_first_rank(self, look: Callable[[], T]) -> T:
+        """On a network file system ranks may see different folders for a while, and must not part ways over it."""
+        return self._together(look)[0]
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         self._together(work if self.mesh.rank == 0 else lambda: None)
@@ -195,22 +214,20 @@ def _finish_files(temporary: Path, rank: int) -> dict[str, dict[str, Any]]:
     for path in temporary.glob(f"shard-{rank + 1:05d}-*.safetensors"):
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
-        facts[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        facts[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return facts
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    strays = {path.name for path in temporary.glob("*.safetensors")} ^ manifest["files"].keys()
+    if strays or not manifest["files"]:
+        raise CheckpointError(f"{temporary}: no rank has written {min(strays, default='any file')}")
     with durable(temporary / MANIFEST_FILE) as file:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
     if final.exists():  # without a manifest: what a power cut left of one
         shutil.rmtree(final)
     temporary.rename(final)
     sync_folder(final.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _cause(error: BaseException) -> str:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile, check
+from data_prep.tokenizer_spec import TokenizerSpec
 
 IGNORED = -100  # target of a position that has none
+NAMED_BY = 2**18  # tokens and lengths at each end of a foreign pair that its name is made of
 
 
 @dataclass
@@ -39,11 +41,11 @@ class DataConfig:
 class Corpus:
     """Opened token files. A foreign pair has no validation split, no tokenizer and an unknown vocabulary."""
 
-    name: str  # what its counter of consumed samples is called
+    name: str  # a hash of its training tokens: its counter and its order hold wherever the files are moved
     train: tuple[TokenFile, ...]
     val: tuple[TokenFile, ...]
-    val_text_bytes: int
     vocab_size: int | None
+    bytes_of_ids: np.ndarray | None  # length of each id's text; 0 for special tokens
     tokenizer: Path | None
     tokenizer_fingerprint: str | None
 
@@ -51,20 +53,34 @@ class Corpus:
 def open_corpus(path: Path) -> Corpus:
     """Opens and cheaply checks a corpus: manifest, sizes, tokenizer. Raises ValueError naming the fault."""
     if (path / MANIFEST_FILE).is_file() or path.is_dir():
-        manifest = check(path)
-        train, val = (
-            tuple(TokenFile(path / entry.name) for entry in manifest.split(split)) for split in ("train", "val")
-        )
-        _, _, text_bytes = manifest.totals(["val"])
-        tokenizer, fingerprint = path / TOKENIZER_FOLDER, manifest.tokenizer_fingerprint
-        corpus = Corpus(path.name, train, val, text_bytes, manifest.vocab_size, tokenizer, fingerprint)
+        corpus = _open_folder(path)
     elif path.with_name(path.name + ".idx").is_file() or path.suffix in (".bin", ".idx"):
-        corpus = Corpus(path.name, (TokenFile(path),), (), 0, None, None, None)
+        file = TokenFile(path)
+        corpus = Corpus(_name_of_pair(file), (file,), (), None, None, None, None)
     else:
         raise ValueError(f"data.path={path} is neither a folder of token files nor the prefix of a .bin and .idx pair")
     if sum(len(file.tokens) for file in corpus.train) < 2:
         raise ValueError(f"data.path={path} has fewer than two training tokens")
     return corpus
+
+
+def _open_folder(path: Path) -> Corpus:
+    manifest = check(path)
+    train, val = (tuple(TokenFile(path / entry.name) for entry in manifest.split(split)) for split in ("train", "val"))
+    spec = TokenizerSpec.load(path / TOKENIZER_FOLDER)
+    bytes_of_ids = np.zeros(manifest.vocab_size, np.int64)
+    for text, id in spec.ranks.items():
+        bytes_of_ids[id] = len(text)
+    name = hashlib.sha256("".join(entry.sha256[".bin"] for entry in manifest.split("train")).encode()).hexdigest()
+    return Corpus(name[:16], train, val, manifest.vocab_size, bytes_of_ids, path / TOKENIZER_FOLDER, spec.fingerprint)
+
+
+def _name_of_pair(file: TokenFile) -> str:
+    """Of a pair that brings no hashes: by the lengths and the ends of its two files."""
+    digest = hashlib.sha256(f"{len(file.tokens)} {len(file.lengths)}".encode())
+    for part in (file.tokens, file.lengths):
+        digest.update(part[:NAMED_BY].tobytes() + part[-NAMED_BY:].tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Windows:

@@ -84,6 +84,8 @@ class BatchLoader:
 
     def _fill(self, start: int) -> None:
         assert self._ready is not None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread starts on GPU 0, and pinning memory would touch it
         while not self._stop.is_set():
             try:
                 self._ready.put(self._batch(start))
@@ -107,9 +109,11 @@ class BatchLoader:
 
 
 def micro_batch(windows: list[tuple[np.ndarray, np.ndarray]], vocab_size: int, device: torch.device) -> MicroBatch:
-    """[B, T] on the host, in pinned memory where the device is a GPU. ValueError on an id >= vocab_size."""
+    """[B, T] on the host, in pinned memory where the device is a GPU. ValueError on an id outside [0, vocab_size)."""
     tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
-    largest = int(max(tokens.max(), targets.max()))
+    smallest, largest = int(tokens.min()), int(max(tokens.max(), targets.max()))
+    if smallest < 0:
+        raise ValueError(f"the data holds id {smallest}: an id must not be negative")
     if largest >= vocab_size:
         raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
     if device.type == "cuda":

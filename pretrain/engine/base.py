@@ -33,10 +33,6 @@ class Engine(Protocol):
         """One optimizer step on gradient · clip, which is the factor computed over body and matrix."""
         ...
 
-    def train(self, training: bool) -> None:
-        """Switches the body between training and evaluation."""
-        ...
-
     def state(self) -> dict[str, DTensor]:
         """By full name: fp32 parameters and both moments. To be filled in place before `load`."""
         ...

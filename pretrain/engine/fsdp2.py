@@ -71,9 +71,6 @@ class FSDP2Engine:
         apply_clip(self._local_gradients(), clip)
         step_at(self.adamw, lr)
 
-    def train(self, training: bool) -> None:
-        self.body.train(training)
-
     def state(self) -> dict[str, DTensor]:
         """The live shards themselves: filling them in place is loading them."""
         state: dict[str, DTensor] = {}

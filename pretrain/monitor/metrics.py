@@ -70,7 +70,7 @@ class MetricsLog:
 def _step_of(line: bytes) -> float:
     """A line cut short by a kill counts as beyond every step."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -87,8 +87,8 @@ TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
-    "tokens": "progress/tokens",
-    "tokens_per_s": "progress/tokens_per_s",
+    "tokens": "train/tokens",
+    "tokens_per_s": "train/tokens_per_s",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
 }

@@ -1,5 +1,6 @@
 """The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from .kernels import choose_kernels
 from .lookup import LookupPlan, vocab_parallel_lookup
-from .loss import MEMORY_MIB, VocabLoss, vocab_parallel_linear_cross_entropy
+from .loss import LARGEST_VOCABULARY, MEMORY_MIB, VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
 
@@ -32,19 +33,19 @@ class VocabConfig:
     head_memory_mib: int = MEMORY_MIB
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"vocab.size={self.size} must be at least 1 (or null: the tokenizer's)")
+        if self.size is not None and not 1 <= self.size <= LARGEST_VOCABULARY:
+            raise ValueError(f"vocab.size={self.size} must be in [1, {LARGEST_VOCABULARY}] (or null: the tokenizer's)")
         if self.multiple < 1:
             raise ValueError(f"vocab.multiple={self.multiple} must be at least 1")
-        if self.parallel != "auto" and not (self.parallel.isdigit() and int(self.parallel) >= 1):
+        if self.parallel != "auto" and not (self.parallel.isdecimal() and int(self.parallel) >= 1):
             raise ValueError(f"vocab.parallel={self.parallel} must be auto or a positive number of ranks")
         if self.tie not in ("tied", "untied"):
             raise ValueError(f"vocab.tie={self.tie} must be tied or untied")
-        if self.z_loss < 0:
-            raise ValueError(f"vocab.z_loss={self.z_loss} must not be negative")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"vocab.z_loss={self.z_loss} must be a number of at least 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"vocab.label_smoothing={self.label_smoothing} must be in [0, 1)")
-        if self.softcap is not None and self.softcap <= 0:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
         if self.head_memory_mib < 1:
             raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1")

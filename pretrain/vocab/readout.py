@@ -104,8 +104,8 @@ def _gumbel(seed: int, draw: int, N: int, ids_v: Tensor) -> Tensor:
     """Gumbel noise [N, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position, row."""
     start_N1 = torch.arange(N, device=ids_v.device).unsqueeze(1)
     state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + start_N1)
-    bits_Nv = _shift(_mix(state + ids_v), 11)  # 53 bits
-    uniform_Nv = (bits_Nv.double() + 0.5) / 2**53
+    bits_Nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
+    uniform_Nv = (bits_Nv.double() + 0.5) / 2**52
     return -torch.log(-torch.log(uniform_Nv))
 
 

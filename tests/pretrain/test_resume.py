@@ -36,7 +36,7 @@ def test_resuming_is_exact_to_the_last_bit(tmp_path, tie, precision):
         assert torch.equal(tensor, parts[name]), f"{name} differs after resuming"
 
 
-@pytest.mark.parametrize("world,vocab_parallel", [(1, 1), (4, 4), (4, 1), (3, 3)])
+@pytest.mark.parametrize("world,vocab_parallel", [(1, 1), (4, 4), (4, 2)])
 def test_a_run_goes_on_at_another_world_size(tmp_path, world, vocab_parallel):
     data = write_tokens(tmp_path / "tokens")
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", train__steps=30))

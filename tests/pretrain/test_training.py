@@ -20,7 +20,7 @@ from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4)]  # world, vocab.parallel
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 4)]  # world, vocab.parallel
 
 
 class DenseModel(nn.Module):
@@ -137,7 +137,9 @@ def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
     assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
     for world, vocab_parallel in LAYOUTS:
         run = tmp_path / f"{world}x{vocab_parallel}"
-        run_ranks(world, train_rank, tiny_config(data, run, vocab__parallel=vocab_parallel, vocab__tie=tie))
+        micro_batch = 2 if world == 3 else 3  # several micro-batches a step, but for 4 ranks
+        settings = {"vocab__parallel": vocab_parallel, "vocab__tie": tie, "train__micro_batch": micro_batch}
+        run_ranks(world, train_rank, tiny_config(data, run, **settings))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 21))
         np.testing.assert_allclose([line["loss"] for line in lines], truth, rtol=1e-5)

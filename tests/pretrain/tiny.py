@@ -12,6 +12,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
 from pretrain.config import TrainConfig
 from pretrain.train import train
+from pretrain.trainer import StopFlag
 
 VOCAB = 307  # no number of ranks divides it, nor the padded 312 rows all of them
 
@@ -38,7 +39,7 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
         "data": {"path": str(data)},
         "optim": {"lr": 1e-2, "warmup_steps": 5, "clip": 0.5},
         "engine": {"name": "fsdp2"},
-        "train": {"steps": 20, "global_batch": 12, "micro_batch": 1, "precision": "fp32"},
+        "train": {"steps": 20, "global_batch": 12, "micro_batch": 3, "precision": "fp32"},
         "eval": {},
         "checkpoint": {"every": 0, "keep": 0},
         "log": {"every": 1, "tensorboard": False},
@@ -52,7 +53,8 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
 
 def train_rank(rank: int, world: int, config: TrainConfig) -> None:
     """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
-    train(config, torch.device("cpu"))
+    with StopFlag() as stop:
+        train(config, torch.device("cpu"), stop)
 
 
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -295,8 +295,7 @@ def test_confident_targets_in_bf16():
     probabilities = logits.float().softmax(-1)
     probabilities[torch.arange(256), targets] -= 1
     textbook = (probabilities.bfloat16().T @ hidden).double() - truth["dweight"]
-    assert error < 1e-3
-    assert error < textbook.norm() / truth["dweight"].norm()
+    assert error < 1e-3 < textbook.norm() / truth["dweight"].norm()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
@@ -19,6 +19,7 @@ def all_shards(world: int, vocab_size: int, multiple: int) -> list[VocabShard]:
     return [VocabShard.of(rank, world, vocab_size, multiple) for rank in range(world)]
 
 
+@settings(deadline=None)
 @given(**SPLITS)
 def test_every_row_has_one_owner(vocab_size, multiple, world):
     shards = all_shards(world, vocab_size, multiple)
@@ -31,6 +32,7 @@ def test_every_row_has_one_owner(vocab_size, multiple, world):
     assert torch.equal(owners, ((ids >= 0) & (ids < vocab_size)).long())  # padding and negative ids: nobody
 
 
+@settings(deadline=None)
 @given(**SPLITS)
 def test_the_cut_is_torchs(vocab_size, multiple, world):
     shards = all_shards(world, vocab_size, multiple)
@@ -41,6 +43,7 @@ def test_the_cut_is_torchs(vocab_size, multiple, world):
         assert (shard.rows, shard.start) == Shard.local_shard_size_and_offset(padded, world, shard.rank)
 
 
+@settings(deadline=None)
 @given(**SPLITS)
 def test_local_ids_count_from_the_first_row(vocab_size, multiple, world):
     for shard in all_shards(world, vocab_size, multiple):

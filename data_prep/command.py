@@ -1,0 +1,47 @@
+"""What every command does with a wrong command line: one line on stderr, exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from data_prep.errors import headline
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def run_hydra(composed: Callable[[], Any]) -> None:
+    """Run a function under `hydra.main`; what Hydra finds wrong is one line."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.exit(fail("--multirun is not for this program: a command makes one folder"))
+    try:
+        composed()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(fail(override_error(error)))
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def override_error(error: Exception) -> str:
+    """One line from Hydra's several: its own headline, that of the cause, and what would have been right."""
+    message, cause = headline(error), error.__cause__
+    if isinstance(error, OverrideParseException):
+        message = f"cannot read {error.override}: {message}"
+    if cause is not None and headline(cause) not in message:
+        message = f"{message.rstrip('.')}: {headline(cause)}"
+    if isinstance(error, MissingConfigException) and error.options:
+        message += f"; there are {', '.join(error.options)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
+        message += f"; there are {', '.join(item.name for item in fields(cause.object_type))}"
+    return message

@@ -1,0 +1,303 @@
+"""The commands that users type, as they type them: real processes, real files."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from data_prep.token_file import Manifest
+from pretrain.checkpoint import checkpoints
+from pretrain.data import Windows, open_corpus
+from pretrain.generate import load_model
+from tests.pretrain.tiny import write_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.micro_batch=2"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, *(part for argument in arguments for part in argument.split())]
+
+
+def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def scalars(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Token files of a few made-up documents, tokenised by the real command with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [f"document {i}: " + " ".join(f"{i} times {j} is {i * j}." for j in range(40)) for i in range(120)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    out = folder / "tokens"
+    done = run(
+        f"data_prep/tokenize.py corpus=files corpus.paths=[{folder}/texts.jsonl] tokenizer=bpe"
+        f" tokenizer.vocab_size=400 val_fraction=0.1 out={out}"
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def bits_per_byte(folder: Path, data: Path) -> float:
+    """The truth: dense, in one process and fp32, over the whole validation split."""
+    corpus = open_corpus(data)
+    model, context = load_model(checkpoints(folder)[-1], torch.device("cpu"))
+    nats, text_bytes = 0.0, 0
+    for tokens, targets in Windows(corpus.val, context):
+        targets = torch.from_numpy(targets)
+        with torch.no_grad():
+            hidden = model.body(model.vocab.lookup(torch.from_numpy(tokens)[None]))[0]
+            logits = hidden @ model.vocab.weight[: corpus.vocab_size].T
+        nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        text_bytes += int(corpus.bytes_of_ids[targets[targets >= 0]].sum())
+    assert text_bytes > 0.99 * Manifest.load(data).totals(["val"])[2], "all but the first token's text"
+    return nats / math.log(2) / text_bytes
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """A run of 12 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    settings = f"train.steps=12 log.every=4 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=2 {SMALL}"
+    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} {settings}")
+    assert done.returncode == 0, done.stderr
+    assert f"run: {folder}" in done.stdout.splitlines()[-3]
+    return folder
+
+
+def test_a_run_leaves_config_metrics_curves_and_a_checkpoint(trained, data):
+    assert [line["step"] for line in scalars(trained)] == [4, 8, 12]
+    assert scalars(trained)[-1]["val_bits_per_byte"] == pytest.approx(bits_per_byte(trained, data), rel=1e-4)
+    keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
+    assert keys <= scalars(trained)[0].keys() and {"val_loss", "val_bits_per_byte"} <= scalars(trained)[-1].keys()
+    assert scalars(trained)[-1]["tokens"] == 12 * 8 * 32
+    assert [folder.name for folder in checkpoints(trained)] == ["step-00000012"]
+    assert not list(trained.rglob("*.pt")) and not list(trained.rglob(".metadata"))
+    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    assert (trained / "config.yaml").is_file() and (trained / "tokenizer" / "spec.json").is_file()
+
+
+def test_the_same_command_resumes_and_another_number_of_ranks_may_take_over(trained, data, tmp_path):
+    folder = tmp_path / "b"
+    shutil.copytree(trained, folder)
+    again = f"data.path={data} run.dir={folder} log.every=4 {SMALL}"
+    done = run(f"launch/local.py nproc=1 train.steps=16 {again}")
+    assert done.returncode == 0, done.stderr
+    assert "resumed:" in done.stdout and "step 12" in done.stdout
+    assert [line["step"] for line in scalars(folder)] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+def test_generating_alone_and_on_two_ranks_gives_the_same_text(trained, data, tmp_path, tie):
+    if tie == "untied":
+        trained = tmp_path / "untied"
+        arguments = f"data.path={data} run.dir={trained} train.steps=3 vocab.tie=untied {SMALL}"
+        assert run(f"launch/local.py nproc=2 {arguments}").returncode == 0
+    arguments = ["-m pretrain.generate", f"run={trained} tokens=25 seed=3 top_k=50 top_p=0.9 prompt=document"]
+    alone = run(*arguments)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.startswith("document") and len(alone.stdout) > 20
+    assert run(*arguments).stdout == alone.stdout
+    split = run("-m torch.distributed.run --standalone --nproc-per-node 2", *arguments)
+    assert split.stdout == alone.stdout, split.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0_and_the_run_goes_on(data, tmp_path, number):
+    folder = tmp_path / "run"
+    arguments = f"data.path={data} run.dir={folder} log.every=1 optim.schedule=wsd {SMALL}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(f"launch/local.py nproc=2 train.steps=100000 {arguments}"),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step") and " 5/" in line:
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    assert "stopped and saved" in rest
+    step = scalars(folder)[-1]["step"]
+    assert checkpoints(folder)[-1].name == f"step-{step:08d}"
+    done = run(f"launch/local.py nproc=2 train.steps=100000 train.stop_after={step + 3} {arguments}")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in scalars(folder)] == list(range(1, step + 4))
+
+
+def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, tmp_path):
+    folder = tmp_path / "run"
+    arguments = f"nproc=2 data.path={data} run.dir={folder} log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
+    process = subprocess.Popen(
+        command(f"launch/local.py {arguments}"),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step") and "10/40" in line:
+            break
+    ranks = [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
+    ranks[1].kill()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "error: rank" in errors and "Traceback" not in errors, errors
+    done = run(f"launch/local.py {arguments}")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in scalars(folder)] == list(range(1, 41)), "no step twice, none missing"
+    straight = run(f"launch/local.py {arguments.replace(str(folder), str(tmp_path / 'straight'))}")
+    assert straight.returncode == 0, straight.stderr
+    assert [line["loss"] for line in scalars(folder)] == [line["loss"] for line in scalars(tmp_path / "straight")]
+
+
+def test_a_megatron_written_pair_is_trained_on(tmp_path):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    prefix = tmp_path / "megatron"
+    builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for i in range(60):
+        builder.add_document(torch.arange(i, i + 50) % 97, [50])
+    builder.finalize(f"{prefix}.idx")
+    done = run(f"launch/local.py nproc=2 data.path={prefix} vocab.size=97 run.dir={tmp_path}/run train.steps=8 {SMALL}")
+    assert done.returncode == 0, done.stderr
+    assert scalars(tmp_path / "run")[-1]["loss"] < 4.7
+
+
+BAD = {
+    "an unknown key": ("train.stepz=3", "Key 'stepz' not in 'LoopConfig'"),
+    "a value of the wrong type": ("train.steps=many", "train.steps"),
+    "a value out of range": ("optim.lr=-1", "optim.lr=-1.0 must be positive"),
+    "an unknown model": ("model=gpt9", "gpt2_xl"),
+    "heads that do not divide the width": ("model.heads=3", "model.heads=3 must divide model.width=32"),
+    "a sequence longer than the context": ("train.seq_len=64", "train.seq_len=64 must not exceed model.context=32"),
+    "a batch that the ranks cannot share": ("train.global_batch=6", "× 2 ranks = 4 must divide train.global_batch=6"),
+    "a vocabulary axis that does not divide the ranks": ("vocab.parallel=3", "vocab.parallel=3 must divide"),
+    "a vocabulary smaller than the tokenizer's": ("vocab.size=300", "vocab.size=300 must be at least 400"),
+    "an unknown group": ("+trian.steps=5", "unknown key trian"),
+    "an unknown engine": ("engine.name=zero", "engine.name=zero must be one of fsdp2"),
+    "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
+    "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
+    "a sweep": ("--multirun", "--multirun is not for this program"),
+    "no data": ("data.path=", "data.path is missing"),
+    "data that is not there": ("data.path=/nowhere", "data.path=/nowhere is neither"),
+    "no run folder": ("run.dir=", "run.dir is missing"),
+    "ranks that are no number": ("nproc=two", "nproc=two must be a number of ranks"),
+}
+
+
+@pytest.mark.parametrize("bad,message", BAD.values(), ids=BAD.keys())
+def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(data, tmp_path, bad, message):
+    folder = tmp_path / "run"
+    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} {SMALL} {bad}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    assert message in done.stderr
+    assert not folder.exists()
+
+
+def test_broken_data_is_named(data, tmp_path):
+    for spoil, message in ((_truncate, "bytes, but the manifest says"), (_other_tokenizer, "another tokenizer")):
+        copy = tmp_path / spoil.__name__
+        shutil.copytree(data, copy)
+        spoil(copy)
+        done = run(f"launch/local.py data.path={copy} run.dir={tmp_path}/run {SMALL}")
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def _truncate(folder: Path) -> None:
+    path = next(folder.glob("train-*.bin"))
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def _other_tokenizer(folder: Path) -> None:
+    spec = json.loads((folder / "tokenizer" / "spec.json").read_text())
+    spec["pattern"] += "|x"
+    (folder / "tokenizer" / "spec.json").write_text(json.dumps(spec))
+
+
+def test_ids_beyond_the_vocabulary_stop_the_run(tmp_path):
+    prefix = write_tokens(tmp_path / "tokens", vocab_size=97)
+    done = run(f"launch/local.py data.path={prefix} vocab.size=50 run.dir={tmp_path}/run {SMALL}")
+    assert done.returncode == 1
+    assert "the data holds id 96, but vocab.size=50" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [("model.width=64", "model.width=32"), ("seed=5", "seed=0"), ("vocab.tie=untied", "vocab.tie=tied")],
+)
+def test_a_run_is_not_continued_as_another_model(trained, data, change, message):
+    before = (trained / "config.yaml").read_bytes()
+    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={trained} train.steps=20 {SMALL} {change}")
+    assert done.returncode == 2 and message in done.stderr and "choose another run.dir" in done.stderr
+    assert (trained / "config.yaml").read_bytes() == before
+
+
+def test_a_run_is_not_continued_with_another_tokenizer(trained, data, tmp_path):
+    """As many rows, but another split pattern: other tokens."""
+    settings = "tokenizer=bpe tokenizer.vocab_size=400 tokenizer.pattern=gpt2 val_fraction=0.1"
+    texts = data.parent / "texts.jsonl"
+    done = run(f"data_prep/tokenize.py corpus=files corpus.paths=[{texts}] {settings} out={tmp_path}/other")
+    assert done.returncode == 0, done.stderr
+    done = run(f"launch/local.py nproc=2 data.path={tmp_path}/other run.dir={trained} train.steps=20 {SMALL}")
+    assert done.returncode == 2 and "holds a run with tokenizer" in done.stderr, done.stdout + done.stderr
+
+
+def test_a_run_in_use_is_refused(trained, data):
+    with open(trained / ".ranks.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run(f"launch/local.py nproc=1 data.path={data} run.dir={trained} train.steps=20 {SMALL}")
+    assert done.returncode == 2 and "is in use by" in done.stderr
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
+    """A real full file system: a small tmpfs that the second checkpoint does not fit in."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root: the full disk is not tried")
+    try:
+        arguments = f"nproc=2 data.path={data} run.dir={disk}/run train.steps=20 checkpoint.every=5 {SMALL}"
+        done = run(f"launch/local.py {arguments} log.tensorboard=false")
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr and "the last good one is" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        (good,) = checkpoints(disk / "run")
+        assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        done = run(f"launch/local.py {arguments} log.tensorboard=false")
+        assert done.returncode == 0 and f"resumed: {good}" in done.stdout, done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_help_names_the_keys():
+    done = run("launch/local.py --help")
+    assert done.returncode == 0
+    for key in ("nproc", "global_batch", "vocab", "data.path=", "gpt2_xl", "resumes"):
+        assert key in done.stdout
+    assert "temperature" in run("-m pretrain.generate --help").stdout

@@ -1,0 +1,166 @@
+"""The stream, its windows and their order."""
+
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.token_file import TokenFile
+from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus
+from tests.data_prep.commands import small_spec
+from tests.pretrain.helpers import make_corpus, write_tokens
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 2000), seed=st.integers(0, 2**63))
+def test_a_permutation_is_a_bijection(n, seed):
+    permutation = Permutation(n, seed, "corpus", 0)
+    assert sorted(map(permutation, range(n))) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [2**20 + 1, 10**9 + 7, 2**40 - 3, 2**40])
+def test_a_huge_permutation_is_no_slower_to_seek(n):
+    permutation = Permutation(n, 0)
+    spots = [0, 1, 2, n // 2, n - 2, n - 1, *range(12345, 14345)]
+    images = [permutation(spot) for spot in spots]
+    assert len(set(images)) == len(spots) and all(0 <= image < n for image in images)
+    tenths = np.bincount([10 * image // n for image in images[6:]], minlength=10)
+    assert (abs(tenths - 200) < 6 * np.sqrt(180)).all()  # neighbours land everywhere
+    assert len(pickle.dumps(permutation)) < 300  # all that it holds: O(1)
+
+
+def test_keys_of_any_kind_make_another_order():
+    keys = [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0)]
+    images = [tuple(map(Permutation(500, *key), range(500))) for key in keys]
+    assert len(set(images)) == 4
+    for one, other in itertools.combinations(images, 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 10  # a random one agrees in 1 place
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_an_empty_permutation_is_refused(n):
+    with pytest.raises(ValueError, match=f"permutation of {n} things"):
+        Permutation(n)
+
+
+def test_order_is_a_permutation_in_each_epoch():
+    order = Order(50, seed=3, corpus="a")
+    epochs = [[order(sample) for sample in range(50 * e, 50 * e + 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert order(7) == epochs[0][7]  # back again, and in any order
+    assert [Order(50, 3, "b")(i) for i in range(50)] != epochs[0] != [Order(50, 4, "a")(i) for i in range(50)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4), seq_len=st.integers(1, 9))
+def test_every_token_but_the_first_is_a_target_once(tmp_path_factory, lengths, seq_len):
+    folder = tmp_path_factory.mktemp("files")
+    whole = np.arange(sum(lengths))  # every token tells its place in the stream
+    pieces = np.split(whole, np.cumsum(lengths)[:-1])
+    for i, piece in enumerate(pieces):
+        write_tokens(folder / f"{i}", piece, 100)
+    windows = Windows(tuple(TokenFile(folder / f"{i}") for i in range(len(pieces))), seq_len)
+    assert windows.tokens == len(whole)
+    seen = []
+    for index in range(len(windows)):
+        tokens, targets = windows[index]
+        assert tokens.shape == targets.shape == (seq_len,) and tokens.dtype == targets.dtype == np.int64
+        valid = targets != IGNORED
+        assert valid.any() and (targets[valid] == tokens[valid] + 1).all()  # across seams too
+        assert not valid[np.argmin(valid) :].any() or valid.all()  # only the end of the stream goes without
+        seen += targets[valid].tolist()
+    assert seen == whole[1:].tolist()
+
+
+def test_a_window_that_is_not_there(tmp_path):
+    write_tokens(tmp_path / "a", np.arange(9), 100)
+    windows = Windows((TokenFile(tmp_path / "a"),), 4)
+    assert len(windows) == 2
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=rf"window {index} is outside \[0, 2\)"):
+            windows[index]
+
+
+def test_open_corpus(tmp_path):
+    corpus = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30))
+    assert corpus.vocab_size == small_spec().vocab_size and corpus.bytes_of_ids is not None
+    for text, id in small_spec().ranks.items():
+        assert corpus.bytes_of_ids[id] == len(text)
+    assert corpus.bytes_of_ids[small_spec().end_of_document] == 0
+    assert [len(file.tokens) for file in corpus.train] == [50, 50] and [len(file.tokens) for file in corpus.val] == [30]
+    assert corpus.tokenizer_fingerprint == small_spec().fingerprint
+
+
+@pytest.mark.parametrize("given", ["theirs", "theirs.bin", "theirs.idx"])
+def test_a_pair_written_by_megatron(tmp_path, given):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    for document in ([5, 6, 7], [70_000, 9]):
+        builder.add_document(np.array(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    corpus = open_corpus(tmp_path / given)
+    assert corpus.name == open_corpus(tmp_path / "theirs").name, "one counter, however it is spelled"
+    assert not corpus.val and corpus.vocab_size is None and corpus.tokenizer is None
+    tokens, targets = Windows(corpus.train, 4)[0]
+    assert tokens.tolist() == [5, 6, 7, 70_000] and targets.tolist() == [6, 7, 70_000, 9]
+
+
+def drop_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def drop_file(folder: Path) -> None:
+    (folder / "val-00000.idx").unlink()
+
+
+def swap_tokenizer(folder: Path) -> None:
+    small_spec(("an", "other", " one")).save(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "spoil,message",
+    [
+        (drop_manifest, r"manifest\.json is missing"),
+        (truncate, r"train-00001\.bin: 98 bytes, but the manifest says 100"),
+        (drop_file, r"val-00000\.idx is missing"),
+        (swap_tokenizer, "it is another tokenizer"),
+    ],
+)
+def test_a_spoilt_folder_is_named(tmp_path, spoil, message):
+    spoil(make_corpus(tmp_path / "mine", train=100, val=30))
+    with pytest.raises(ValueError, match=message):
+        open_corpus(tmp_path / "mine")
+
+
+def test_a_path_that_is_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.path=.*nowhere is neither a folder of token files nor the prefix"):
+        open_corpus(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"data\.path is missing"):
+        DataConfig()
+
+
+def test_a_corpus_is_known_by_its_training_tokens(tmp_path, monkeypatch):
+    """Or a resumed run would start over in data that was moved, and go on in the middle of data that is new."""
+    mine = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30)).name
+    monkeypatch.chdir(tmp_path / "mine")
+    assert open_corpus(Path(".")).name == mine
+    assert open_corpus(make_corpus(tmp_path / "moved", train=100, val=30)).name == mine
+    assert open_corpus(make_corpus(tmp_path / "other" / "mine", train=120, val=30)).name != mine
+    pair = open_corpus(write_tokens(tmp_path / "a", np.arange(50), 100).prefix).name
+    assert open_corpus(write_tokens(tmp_path / "b", np.arange(51), 100).prefix).name != pair
+
+
+def test_too_little_to_train_on(tmp_path):
+    write_tokens(tmp_path / "a", np.arange(1), 100)
+    with pytest.raises(ValueError, match="fewer than two training tokens"):
+        open_corpus(tmp_path / "a")

@@ -1,0 +1,135 @@
+"""Batches are a pure function of the samples consumed: any number of ranks, any sizes."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.token_file import TokenFile
+from pretrain.data import IGNORED, BatchLoader, Order, Windows, validation_batches
+from pretrain.data import loader as loading
+from tests.pretrain.helpers import write_tokens
+
+SEQ_LEN, WINDOWS = 8, 40
+
+
+@pytest.fixture
+def windows(tmp_path):
+    """40 windows; every token tells its place, so a window's first token tells the window."""
+    write_tokens(tmp_path / "a", np.arange(SEQ_LEN * WINDOWS), 1000)  # the last window lacks one target
+    return Windows((TokenFile(tmp_path / "a"),), SEQ_LEN)
+
+
+@pytest.fixture
+def loader(windows):
+    """Builds loaders, and closes them all."""
+    built = []
+
+    def build(rank=0, world=1, global_batch=8, micro_batch=1, vocab_size=1000, data=windows, **state):
+        settings = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world}
+        order = Order(len(windows), seed=0, corpus="a")
+        device = torch.device("cpu")
+        built.append(BatchLoader(data, order, vocab_size=vocab_size, device=device, prefetch=2, **settings))
+        built[-1].load_state_dict(state)
+        return built[-1]
+
+    yield build
+    for each in built:
+        each.close()
+
+
+def places(batch) -> list[int]:
+    """The windows of a rank's batch, in its order."""
+    return [int(tokens[0]) // SEQ_LEN for micro in batch.micro_batches for tokens in micro.tokens_BT]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_ranks_share_the_global_batch(loader, world, micro_batch):
+    alone = loader()
+    ranks = [loader(rank, world, micro_batch=micro_batch) for rank in range(world)]
+    for _ in range(6):  # into the second epoch
+        whole, parts = next(alone), [next(rank) for rank in ranks]
+        assert sorted(place for part in parts for place in places(part)) == sorted(places(whole))
+        assert sum(part.n_targets for part in parts) == whole.n_targets
+        for micro in (micro for part in parts for micro in part.micro_batches):
+            assert micro.tokens_BT.shape == (micro_batch, SEQ_LEN)
+            valid = micro.targets_BT != IGNORED
+            assert torch.equal(micro.targets_BT[valid], micro.tokens_BT[valid] + 1)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_rank_has_in_one_micro_batch_what_more_have_together(loader, world):
+    (whole,) = next(loader(micro_batch=8)).micro_batches
+    parts = [next(loader(rank, world, micro_batch=8 // world)).micro_batches for rank in range(world)]
+    assert torch.equal(torch.cat([micro.tokens_BT for (micro,) in parts]), whole.tokens_BT)
+
+
+def test_nothing_is_repeated_or_skipped_when_ranks_and_batch_change(loader):
+    seen, state = [], {}
+    for world, global_batch, micro_batch, steps in [(2, 8, 2, 2), (1, 3, 3, 3), (4, 4, 1, 2), (1, 7, 1, 1)]:
+        ranks = [loader(rank, world, global_batch, micro_batch, **state) for rank in range(world)]
+        seen += [place for _ in range(steps) for rank in ranks for place in places(next(rank))]
+        states = [rank.state_dict() for rank in ranks]
+        assert states == [{"a": len(seen)}] * world  # what was made ready ahead does not count
+        state = states[0]
+    assert sorted(seen) == list(range(WINDOWS))
+
+
+def test_the_last_window_counts_its_targets(loader):
+    assert next(loader(global_batch=WINDOWS)).n_targets == SEQ_LEN * WINDOWS - 1
+
+
+def test_an_unknown_corpus_starts_at_its_beginning(loader):
+    assert places(next(loader(other=16))) == places(next(loader()))
+
+
+def test_close_ends_the_thread(loader):
+    before = set(threading.enumerate())
+    closed = loader()
+    next(closed)
+    assert len(set(threading.enumerate()) - before) == 1
+    closed.close()
+    closed.close()  # twice does no harm
+    assert set(threading.enumerate()) == before
+
+
+class Broken:
+    seq_len = SEQ_LEN
+
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(loader):
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader(data=Broken()))
+
+
+def test_an_id_that_is_no_row_is_named(loader):
+    largest = SEQ_LEN * WINDOWS - 1
+    batch = loader(global_batch=WINDOWS, vocab_size=largest)
+    with pytest.raises(ValueError, match=rf"holds id {largest}, but vocab\.size={largest}: it needs a larger"):
+        next(batch)
+    with pytest.raises(ValueError, match="holds id -3: an id must not be negative"):
+        loading.micro_batch([(np.array([5, -3]), np.array([-3, 7]))], 10, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("most", [0, 13])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_deals_each_window_once(windows, world, most):
+    def batches(rank):
+        place = {"rank": rank, "world": world, "vocab_size": 1000, "device": torch.device("cpu")}
+        return list(validation_batches(windows, most, batch=3, **place))
+
+    ranks = [batches(rank) for rank in range(world)]
+    assert len({len(rank) for rank in ranks}) == 1  # or the ranks' collectives would not match
+    dealt = [
+        int(tokens[0]) // SEQ_LEN
+        for rank in ranks
+        for micro in rank
+        for tokens, targets in zip(micro.tokens_BT, micro.targets_BT, strict=True)
+        if (targets != IGNORED).any()
+    ]
+    assert sorted(dealt) == list(range(most or WINDOWS))

@@ -1,0 +1,65 @@
+"""metrics.jsonl and TensorBoard tell each step once, in full precision."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.monitor import LogConfig, MetricsLog
+
+
+def write(run: Path, start: int, steps: range, factor: float, tensorboard: bool = True) -> None:
+    """One launch of a run that logs those steps."""
+    log = MetricsLog(run, LogConfig(tensorboard=tensorboard), start, 100)
+    for step in steps:
+        log.write({"step": step, "loss": factor * math.pi / step, "val_bits_per_byte": factor / step})
+    log.close()
+
+
+def objects(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_full_precision(tmp_path):
+    write(tmp_path, 0, range(1, 4), 1.0, tensorboard=False)
+    assert objects(tmp_path) == [{"step": s, "loss": math.pi / s, "val_bits_per_byte": 1.0 / s} for s in (1, 2, 3)]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"step": 5, "lo', b'{"step": 2}', b"\xff\n", b"[]\n", b"{}\n"])
+def test_a_resumed_run_goes_on_without_overlap(tmp_path, cut):
+    write(tmp_path, 0, range(1, 6), 1.0, tensorboard=False)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(cut)  # what a kill or a power cut left of a line
+    write(tmp_path, 3, range(4, 7), 2.0, tensorboard=False)
+    assert [(o["step"], o["loss"]) for o in objects(tmp_path)] == [
+        (step, (1.0 if step <= 3 else 2.0) * math.pi / step) for step in range(1, 7)
+    ]
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    write(tmp_path, 0, range(1, 6), 1.0)
+    write(tmp_path, 3, range(4, 7), 2.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "val/bits_per_byte"}
+    for tag, scale in (("train/loss", math.pi), ("val/bits_per_byte", 1.0)):
+        points = [(event.step, event.value) for event in events.Scalars(tag)]
+        truth = [(step, pytest.approx((1.0 if step <= 3 else 2.0) * scale / step)) for step in range(1, 7)]
+        assert points == truth
+
+
+def test_the_line_on_the_terminal(tmp_path, capsys):
+    log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 1000)
+    log.write({"step": 10, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.25, "tokens": 5000, "tokens_per_s": 12345.6})
+    log.write({"step": 1000, "val_loss": 3.5, "val_bits_per_byte": 1.25})
+    log.close()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step   10/1000  loss 2.5000  lr 1.00e-03  norm 0.250  12,346 tokens/s  ")
+    assert last == "step 1000/1000  val loss 3.5000  val bits/byte 1.2500  0:00:00 left"
+
+
+def test_a_wrong_setting_is_named():
+    with pytest.raises(ValueError, match=r"log\.every=0 must be at least 1"):
+        LogConfig(every=0)

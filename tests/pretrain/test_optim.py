@@ -1,0 +1,55 @@
+"""The schedule, the groups and the clip, against values worked out by hand."""
+
+import pytest
+import torch
+
+from pretrain.optim import OptimConfig, clip_factor
+
+
+def test_cosine_rises_to_lr_and_ends_at_its_floor():
+    config = OptimConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    rates = [config.lr_at(step, 24) for step in range(24)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert OptimConfig(lr=1.0, warmup_steps=0, min_lr_ratio=0.2).lr_at(10, 21) == pytest.approx(0.6)  # half-way
+
+
+def test_wsd_is_stable_then_falls_in_a_line_to_its_floor():
+    config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, min_lr_ratio=0.0, decay_fraction=0.4)
+    rates = [config.lr_at(step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_only_matrices_decay():
+    matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    adamw = OptimConfig(weight_decay=0.5).adamw([matrix, bias])
+    matrix.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
+    for group in adamw.param_groups:
+        group["lr"] = 0.1
+    adamw.step()
+    assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5))
+    assert torch.equal(bias, torch.ones(2))
+
+
+def test_the_clip_knows_both_owners():
+    norm, factor = clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=1.0)
+    assert norm == 5.0 and factor == pytest.approx(0.2, rel=1e-6)
+    assert clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=6.0) == (5.0, 1.0)
+    assert clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=0.0) == (5.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "setting,message",
+    [
+        ({"lr": 0.0}, "optim.lr=0.0 must be positive"),
+        ({"lr": float("nan")}, "optim.lr=nan must be positive"),
+        ({"clip": -1.0}, "optim.clip=-1.0 must be a number of at least 0"),
+        ({"schedule": "linear"}, "optim.schedule=linear must be cosine or wsd"),
+        ({"beta2": 1.0}, r"optim.beta2=1.0 must be in \[0, 1\)"),
+        ({"decay_fraction": 1.5}, r"optim.decay_fraction=1.5 must be in \[0, 1\]"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**setting)

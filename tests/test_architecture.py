@@ -1,0 +1,46 @@
+"""What import-linter cannot see: its contracts, in pyproject.toml, are checked by `make lint`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_the_body_is_pure_maths():
+    assert not {name for name in imported(ROOT / "pretrain/model.py") if name.startswith("torch.distributed")}
+
+
+def test_the_vocabulary_imports_nothing_but_torch_and_the_standard_library():
+    for path in (ROOT / "pretrain/vocab").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names), path
+
+
+def test_packages_only_hand_names_on():
+    for path in [*(ROOT / "pretrain").rglob("__init__.py"), ROOT / "launch/__init__.py"]:
+        for node in ast.parse(path.read_text()).body:
+            assert isinstance(node, ast.Import | ast.ImportFrom | ast.Expr | ast.Assign), path
+
+
+def test_the_environment_is_read_in_the_mesh_and_the_entries_alone():
+    readers = {"mesh.py", "train.py", "generate.py"}
+    for path in (ROOT / "pretrain").rglob("*.py"):
+        assert path.name in readers or "os.environ" not in path.read_text(), path
+
+
+def test_reading_token_files_loads_no_heavy_package():
+    code = "import sys, data_prep.token_file; print(*{'torch', 'tiktoken', 'datasets', 'hydra'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "", done.stdout + done.stderr
