@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vocab import VocabLoss, VocabParallelEmbedding, seeded_normal
+from .vocab import LookupPlan, VocabLoss, VocabParallelEmbedding, seeded_normal
 
 
 @dataclass
@@ -44,12 +44,14 @@ class LanguageModel:
         self.vocab = vocab
         self.body = body
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, scale: float | None = None) -> VocabLoss:
-        """Sum of the loss over this rank's targets; `scale`, for a training step: see `VocabParallelEmbedding.loss`.
+    def loss(
+        self, tokens_BT: Tensor, targets_BT: Tensor, scale: float | None = None, plan: LookupPlan | None = None
+    ) -> VocabLoss:
+        """Sum of the loss over this rank's targets.
 
-        Collectives: the vocabulary's and the engine's.
+        `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives: its and the engine's.
         """
-        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT)), targets_BT, scale)
+        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT, plan)), targets_BT, scale)
 
 
 class Body(nn.Module):

@@ -60,7 +60,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
         )
         found = manager.newest()
         state = manager.load(found) if found else TrainState()
-        loader = _loader(config, corpus, mesh, model.vocab.shard.vocab_size)
+        loader = _loader(config, corpus, mesh, model.vocab.shard)
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
@@ -99,7 +99,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
     return engine, model, MatrixOptimizer(vocab.parameters(), config.optim, mesh)
 
 
-def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) -> BatchLoader:
+def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, shard: VocabShard) -> BatchLoader:
     windows = Windows(corpus.train, config.seq_len)
     return BatchLoader(
         windows,
@@ -108,7 +108,7 @@ def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) ->
         micro_batch=config.train.micro_batch,
         rank=mesh.rank,
         world=mesh.world,
-        vocab_size=vocab_size,
+        shard=shard,
         device=mesh.device,
         prefetch=config.data.prefetch,
     )

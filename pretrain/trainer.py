@@ -155,7 +155,7 @@ class Trainer:
         targets = self._sum(batch.n_targets)
         loss = torch.zeros((), device=self.mesh.device)
         for i, micro in enumerate(batch.micro_batches):
-            part = self.model.loss(micro.tokens_BT, micro.targets_BT, scale=1 / max(1, targets)).loss
+            part = self.model.loss(micro.tokens_BT, micro.targets_BT, 1 / max(1, targets), micro.plan).loss
             self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
             loss += part.detach()
         self.matrix.reduce_gradients()

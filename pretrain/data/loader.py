@@ -9,15 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..vocab import LookupPlan, VocabShard
 from .dataset import IGNORED, Order, Windows
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, targets: [B, T] int64 on the rank's device; a target is IGNORED where there is none."""
+    """tokens, targets: [B, T] int64 on the rank's device; a target is IGNORED where there is none.
+
+    plan: who sends which rows for the lookup of the tokens; None leaves it to the lookup.
+    """
 
     tokens_BT: Tensor
     targets_BT: Tensor
+    plan: LookupPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Batch:
 
 class BatchLoader:
     """Serves samples consumed, consumed + 1, ... of the run, `global_batch` a step over all ranks.
+
+    It reads the tokens of all ranks that share the matrix (`shard.world` neighbours), and so plans this rank's part of
+    their lookup without a word between them.
 
     Its whole state is how many samples of the corpus were handed out, so it continues at any world size,
     micro-batch and global batch. Raises ValueError on a token id that is no row of the vocabulary.
@@ -44,13 +52,13 @@ class BatchLoader:
         micro_batch: int,
         rank: int,
         world: int,
-        vocab_size: int,
+        shard: VocabShard,
         device: torch.device,
         prefetch: int,
     ) -> None:
         self.windows, self.order, self.device, self.prefetch = windows, order, device, prefetch
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.vocab_size = vocab_size
+        self.shard = shard
         self.consumed = 0
         self._ready: queue.Queue[Batch | Exception] | None = None
         self._stop = threading.Event()
@@ -97,28 +105,41 @@ class BatchLoader:
     def _batch(self, start: int) -> Batch:
         micro_batches = []
         for first in range(start, start + self.global_batch, self.micro_batch * self.world):
-            mine = first + self.rank * self.micro_batch
-            windows = [self.windows[self.order(sample)] for sample in range(mine, mine + self.micro_batch)]
-            micro_batches.append(micro_batch(windows, self.vocab_size, self.device))
+            micro_batches.append(self._micro_batch(first))
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))
 
+    def _micro_batch(self, first: int) -> MicroBatch:
+        """This rank's samples of the micro-step that begins with sample `first`."""
+        group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
+        tensors = {}
+        for rank in group:
+            samples = range(first + rank * self.micro_batch, first + (rank + 1) * self.micro_batch)
+            windows = [self.windows[self.order(sample)] for sample in samples]
+            tensors[rank] = stack(windows, self.shard.vocab_size)
+        plan = LookupPlan.of([tokens_BT.flatten() for tokens_BT, _ in tensors.values()], self.shard)
+        tokens_BT, targets_BT = tensors[self.rank]
+        if self.device.type == "cuda":
+            return MicroBatch(tokens_BT.pin_memory(), targets_BT.pin_memory(), plan.pin_memory())
+        return MicroBatch(tokens_BT, targets_BT, plan)
+
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
+        assert micro.plan is not None
         return MicroBatch(
-            micro.tokens_BT.to(self.device, non_blocking=True), micro.targets_BT.to(self.device, non_blocking=True)
+            micro.tokens_BT.to(self.device, non_blocking=True),
+            micro.targets_BT.to(self.device, non_blocking=True),
+            micro.plan.to(self.device),
         )
 
 
-def micro_batch(windows: list[tuple[np.ndarray, np.ndarray]], vocab_size: int, device: torch.device) -> MicroBatch:
-    """[B, T] on the host, in pinned memory where the device is a GPU. ValueError on an id outside [0, vocab_size)."""
+def stack(windows: list[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """tokens and targets [B, T] on the host. ValueError on an id outside [0, vocab_size)."""
     tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
     smallest, largest = int(tokens.min()), int(max(tokens.max(), targets.max()))
     if smallest < 0:
         raise ValueError(f"the data holds id {smallest}: an id must not be negative")
     if largest >= vocab_size:
         raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
-    if device.type == "cuda":
-        tokens, targets = tokens.pin_memory(), targets.pin_memory()
-    return MicroBatch(tokens, targets)
+    return tokens, targets
 
 
 def validation_batches(
@@ -132,5 +153,5 @@ def validation_batches(
     empty = np.zeros(windows.seq_len, np.int64), np.full(windows.seq_len, IGNORED, np.int64)
     for start in range(0, n, batch * world):
         mine = range(start + rank * batch, start + (rank + 1) * batch)
-        micro = micro_batch([windows[i] if i < n else empty for i in mine], vocab_size, device)
-        yield MicroBatch(micro.tokens_BT.to(device), micro.targets_BT.to(device))
+        tokens_BT, targets_BT = stack([windows[i] if i < n else empty for i in mine], vocab_size)
+        yield MicroBatch(tokens_BT.to(device), targets_BT.to(device))

@@ -9,9 +9,11 @@ import torch
 from data_prep.token_file import TokenFile
 from pretrain.data import IGNORED, BatchLoader, Order, Windows, validation_batches
 from pretrain.data import loader as loading
+from pretrain.vocab import LookupPlan, VocabShard
 from tests.pretrain.helpers import write_tokens
 
 SEQ_LEN, WINDOWS = 8, 40
+ONE_SHARD = VocabShard.of(0, 1, 1000)
 
 
 @pytest.fixture
@@ -26,11 +28,11 @@ def loader(windows):
     """Builds loaders, and closes them all."""
     built = []
 
-    def build(rank=0, world=1, global_batch=8, micro_batch=1, vocab_size=1000, data=windows, **state):
+    def build(rank=0, world=1, global_batch=8, micro_batch=1, shard=ONE_SHARD, data=windows, **state):
         settings = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world}
         order = Order(len(windows), seed=0, corpus="a")
         device = torch.device("cpu")
-        built.append(BatchLoader(data, order, vocab_size=vocab_size, device=device, prefetch=2, **settings))
+        built.append(BatchLoader(data, order, shard=shard, device=device, prefetch=2, **settings))
         built[-1].load_state_dict(state)
         return built[-1]
 
@@ -109,11 +111,11 @@ def test_an_error_in_the_thread_reaches_the_consumer(loader):
 
 def test_an_id_that_is_no_row_is_named(loader):
     largest = SEQ_LEN * WINDOWS - 1
-    batch = loader(global_batch=WINDOWS, vocab_size=largest)
+    batch = loader(global_batch=WINDOWS, shard=VocabShard.of(0, 1, largest))
     with pytest.raises(ValueError, match=rf"holds id {largest}, but vocab\.size={largest}: it needs a larger"):
         next(batch)
     with pytest.raises(ValueError, match="holds id -3: an id must not be negative"):
-        loading.micro_batch([(np.array([5, -3]), np.array([-3, 7]))], 10, torch.device("cpu"))
+        loading.stack([(np.array([5, -3]), np.array([-3, 7]))], 10)
 
 
 @pytest.mark.parametrize("most", [0, 13])
@@ -133,3 +135,15 @@ def test_validation_deals_each_window_once(windows, world, most):
         if (targets != IGNORED).any()
     ]
     assert sorted(dealt) == list(range(most or WINDOWS))
+
+
+def test_each_rank_plans_the_lookup_of_its_vocabulary_group(loader):
+    """Four ranks, two groups of two: the plan is the one that the ranks' own tokens give."""
+    shards = [VocabShard.of(rank % 2, 2, 1000) for rank in range(4)]
+    batches = [next(loader(rank=rank, world=4, micro_batch=2, shard=shards[rank])) for rank in range(4)]
+    for rank, batch in enumerate(batches):
+        group = (0, 1) if rank < 2 else (2, 3)
+        (micro,) = batch.micro_batches
+        truth = LookupPlan.of([batches[other].micro_batches[0].tokens_BT.flatten() for other in group], shards[rank])
+        assert torch.equal(micro.plan.send_rows, truth.send_rows) and torch.equal(micro.plan.places_N, truth.places_N)
+        assert (micro.plan.send_counts, micro.plan.receive_counts) == (truth.send_counts, truth.receive_counts)
