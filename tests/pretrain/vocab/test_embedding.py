@@ -91,13 +91,15 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
 @pytest.mark.parametrize(
     "setting,message",
     [
-        ({"size": 0}, "vocab.size=0 must be at least 1"),
+        ({"size": 0}, r"vocab.size=0 must be in \[1, 16777216\]"),
         ({"multiple": 0}, "vocab.multiple=0 must be at least 1"),
         ({"parallel": "0"}, "vocab.parallel=0 must be auto or a positive number of ranks"),
+        ({"parallel": "²"}, "vocab.parallel=² must be auto or a positive number of ranks"),
         ({"parallel": "some"}, "vocab.parallel=some must be auto or a positive number of ranks"),
         ({"tie": "yes"}, "vocab.tie=yes must be tied or untied"),
-        ({"z_loss": -1.0}, "vocab.z_loss=-1.0 must not be negative"),
+        ({"z_loss": -1.0}, "vocab.z_loss=-1.0 must be a number of at least 0"),
         ({"label_smoothing": 1.0}, r"vocab.label_smoothing=1.0 must be in \[0, 1\)"),
+        ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
         ({"softcap": 0.0}, "vocab.softcap=0.0 must be positive"),
     ],
 )
