@@ -28,7 +28,7 @@ from data_prep.tokenizer import Tokenizer  # noqa: E402
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
 STEPS = 450
 SETTINGS = "train.global_batch=8 train.micro_batch=4 optim.lr=2e-3 optim.warmup_steps=50 optim.min_lr_ratio=0.02"
-CADENCE = "log.every=20 eval.every=200 checkpoint.every=100"
+CADENCE = "log.every=20 eval.every=225 checkpoint.every=100"
 
 
 def main() -> None:
