@@ -105,7 +105,6 @@ class MatrixOptimizer:
     def step(self, lr: float, clip: float) -> None:
         apply_clip([row.grad for row in self.rows if row.grad is not None], clip)
         step_at(self.adamw, lr)
-        torch.autograd.graph.increment_version(self.rows)  # the fused step writes uncounted; copies go by the count
 
 
 def clip_factor(body_norm: Tensor, matrix_norm: Tensor, clip: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .kernels import choose_kernels
 from .lookup import LookupPlan, vocab_parallel_lookup
-from .loss import LARGEST_VOCABULARY, MEMORY_MIB, VocabLoss, vocab_parallel_linear_cross_entropy
+from .loss import LARGEST_VOCABULARY, VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
 
@@ -19,8 +19,8 @@ class VocabConfig:
 
     size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
     that share one copy of the matrix; "auto" is the whole world. tie: one matrix for input and output, or two.
-    head_memory_mib: what the loss may hold at once, besides the gradient of its rows; it works on as many tokens at a
-    time as fit. More makes the matmuls larger, to little gain once 512 tokens fit (on a GPU: 2,048).
+    head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many tokens it works
+    on at a time; null: 64 on a CPU, 896 on a GPU. More gains little once 512 tokens fit (on a GPU: 2,048).
     """
 
     size: int | None = None
@@ -30,7 +30,7 @@ class VocabConfig:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     softcap: float | None = None
-    head_memory_mib: int = MEMORY_MIB
+    head_memory_mib: int | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and not 1 <= self.size <= LARGEST_VOCABULARY:
@@ -47,8 +47,8 @@ class VocabConfig:
             raise ValueError(f"vocab.label_smoothing={self.label_smoothing} must be in [0, 1)")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
-        if self.head_memory_mib < 1:
-            raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1")
+        if self.head_memory_mib is not None and self.head_memory_mib < 1:
+            raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1 (or null: by device)")
 
     def ranks(self, world: int) -> int:
         """Size of the `vocab` axis in a world of that many ranks. Raises ValueError if it does not divide it."""
@@ -87,7 +87,6 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = rows("embedding.weight")
         self.head_weight = rows("head.weight") if config.tie == "untied" else None
         self.kernels = choose_kernels(self.weight.device)
-        self._compute_rows = _ComputeCopy(compute_dtype)
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -110,11 +109,11 @@ class VocabParallelEmbedding(nn.Module):
         followed by one backward() on the loss as it is. `metrics` and collectives: see
         `vocab_parallel_linear_cross_entropy`.
         """
-        rows, N = self.output_weight, targets_BT.numel()
+        rows = self.output_weight
         final = scale is not None and torch.is_grad_enabled()
         return vocab_parallel_linear_cross_entropy(
             hidden_BTD.flatten(0, 1).to(self.compute_dtype),
-            self._compute_rows(rows) if final or not torch.is_grad_enabled() else rows,
+            rows,
             targets_BT.flatten(),
             shard=self.shard,
             group=self.group,
@@ -123,7 +122,7 @@ class VocabParallelEmbedding(nn.Module):
             softcap=self.config.softcap,
             memory_mib=self.config.head_memory_mib,
             metrics=metrics,
-            longest=N,
+            longest=targets_BT.numel(),
             scale=1.0 if scale is None else scale,
             main_grad_vD=_main_grad(rows) if final else None,
             kernels=self.kernels,
@@ -135,24 +134,6 @@ class VocabParallelEmbedding(nn.Module):
         if self.head_weight is not None:
             rows["head.weight"] = self.head_weight
         return rows
-
-
-class _ComputeCopy:
-    """The rows in the dtype of the matmuls, copied anew only when they have changed: once a step, not a micro-batch."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.copied: tuple[int, int] | None = None
-        self.rows_vD: Tensor | None = None
-
-    def __call__(self, weight_vD: Tensor) -> Tensor:
-        if weight_vD.dtype == self.dtype:
-            return weight_vD.detach()
-        current = (weight_vD.data_ptr(), weight_vD._version)
-        if self.rows_vD is None or self.copied != current:
-            self.rows_vD = None  # before the new one is made: never two of them
-            self.rows_vD, self.copied = weight_vD.detach().to(self.dtype), current
-        return self.rows_vD
 
 
 def _main_grad(weight_vD: nn.Parameter) -> Tensor:

@@ -21,7 +21,6 @@ from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
-MEMORY_MIB = 128  # more buys little: see docs of `vocab.head_memory_mib`
 LARGEST_VOCABULARY = 2**24  # ids travel among the fp32 statistics and must be exact there
 
 
@@ -56,7 +55,7 @@ def vocab_parallel_linear_cross_entropy(
     softcap: float | None = None,
     reduction: Literal["sum", "none"] = "sum",
     chunk_tokens: int | None = None,
-    memory_mib: int = MEMORY_MIB,
+    memory_mib: int | None = None,
     metrics: bool = True,
     longest: int | None = None,
     scale: float = 1.0,
@@ -79,9 +78,9 @@ def vocab_parallel_linear_cross_entropy(
     Without it the sum's gradients are made in forward, too, and scaled in backward; they are recomputed, one matmul
     more, for reduction="none", where ranks scale their losses differently, and when backward runs again.
 
-    The group's tokens are worked on in chunks that need about `memory_mib`, or of at most `chunk_tokens`. `longest`:
-    the most tokens that a rank of the group brings, where all know it. `metrics`: entropy and correct, too.
-    `kernels`: None chooses by hidden's device.
+    The group's tokens are worked on in chunks that need about `memory_mib` (None: what suits the device), or of at
+    most `chunk_tokens`. `longest`: the most tokens that a rank of the group brings, where all know it. `metrics`:
+    entropy and correct, too. `kernels`: None chooses by hidden's device.
 
     Collectives a chunk: all-gather of hidden (distinct), all-gather of 3 statistics a token (+1 with smoothing, +2
     with metrics), reduce-scatter (all-reduce) of the gradient of hidden in fp32; all run behind matmuls. Besides,
@@ -90,40 +89,26 @@ def vocab_parallel_linear_cross_entropy(
     Raises ValueError on shapes that do not fit the shard and on a target outside [0, vocab_size) other than
     `ignore_index` (on CUDA, where looking would stall the host, such a target is a device-side assertion).
     """
-    if reduction not in ("sum", "none"):
-        raise ValueError(f'reduction={reduction!r} must be "sum" or "none"')
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive (or None for no cap)")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-    if main_grad_vD is not None and reduction == "none":
-        raise ValueError('main_grad_vD needs reduction="sum": the factors of single tokens come with backward')
+    _check_options(reduction, softcap, label_smoothing, chunk_tokens, main_grad_vD)
     _check_shapes(hidden_ND, weight_vD, targets_N, main_grad_vD, shard)
     _check_targets(targets_N, shard.vocab_size, ignore_index)
+
+    kernels = kernels or choose_kernels(hidden_ND.device)
     head = Head(
         shard=shard,
         traffic=_traffic(shard, group, tokens),
-        kernels=kernels or choose_kernels(hidden_ND.device),
+        kernels=kernels,
         z_loss=z_loss,
         smoothing=label_smoothing,
         softcap=softcap,
         metrics=metrics,
     )
+    memory_mib = memory_mib or kernels.memory_mib
     budget = chunk_tokens or chunk_budget(shard, hidden_ND.shape[1], hidden_ND.dtype, memory_mib)
     valid_N = targets_N != ignore_index
     targets_N = torch.where(valid_N, targets_N, -1)
     call = _Call(head, targets_N, scale, budget, longest)
-    if not torch.is_grad_enabled():
-        loss = call.losses(hidden_ND, weight_vD)
-        loss = loss.sum() if reduction == "sum" else loss
-    elif reduction == "none":
-        loss = _TokenLosses.apply(hidden_ND, weight_vD, call)
-    elif main_grad_vD is None:
-        loss = _LossSum.apply(hidden_ND, weight_vD, call)
-    else:
-        loss = _FinalLossSum.apply(hidden_ND, weight_vD, call, main_grad_vD)
+    loss = _differentiable(hidden_ND, weight_vD, call, reduction, main_grad_vD)
     results = call.results
     correct_N = valid_N & (results["best"] == targets_N) if metrics else None
     return VocabLoss(loss, valid_N.sum(), results["lse"], correct_N, results.get("entropy"))
@@ -139,6 +124,25 @@ def _traffic(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) ->
     if (shard.rank, shard.world) != (dist.get_rank(group), dist.get_world_size(group)):
         raise ValueError(f"shard {shard.rank} of {shard.world} does not fit this rank of its group")
     return Distinct(group) if tokens == "distinct" else Replicated(group)
+
+
+def _check_options(
+    reduction: str,
+    softcap: float | None,
+    label_smoothing: float,
+    chunk_tokens: int | None,
+    main_grad_vD: Tensor | None,
+) -> None:
+    if reduction not in ("sum", "none"):
+        raise ValueError(f'reduction={reduction!r} must be "sum" or "none"')
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive (or None for no cap)")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    if main_grad_vD is not None and reduction == "none":
+        raise ValueError('main_grad_vD needs reduction="sum": the factors of single tokens come with backward')
 
 
 def _check_shapes(
@@ -214,6 +218,20 @@ class _Call:
         chunks = Chunks(self.head.traffic, hidden_ND.detach(), self.budget, self.longest)
         self.longest = chunks.longest
         return chunks
+
+
+def _differentiable(
+    hidden_ND: Tensor, weight_vD: Tensor, call: _Call, reduction: str, main_grad_vD: Tensor | None
+) -> Tensor:
+    """The loss, with the way back that suits it."""
+    if not torch.is_grad_enabled():
+        losses_N = call.losses(hidden_ND, weight_vD)
+        return losses_N.sum() if reduction == "sum" else losses_N
+    if reduction == "none":
+        return _TokenLosses.apply(hidden_ND, weight_vD, call)
+    if main_grad_vD is None:
+        return _LossSum.apply(hidden_ND, weight_vD, call)
+    return _FinalLossSum.apply(hidden_ND, weight_vD, call, main_grad_vD)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -192,31 +192,3 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(t
     with pytest.raises(AssertionError, match=r"FloatingPointError: the gradient's norm is (nan|inf) at step"):
         run_ranks(2, train_rank, config)
     assert saved_tensors(tmp_path / "run")
-
-
-def loss_after_a_step(rank: int, world: int, config: TrainConfig):
-    """The loss of a batch before and after a step on it, and once more from rows that were copied anew."""
-    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
-    engine, model, matrix = build_model(config, mesh, VOCAB)
-    tokens, targets = windows_of(config, 0)
-    losses = []
-    for _ in range(2):
-        loss = model.loss(tokens, targets, scale=1 / targets.numel()).loss
-        engine.backward(loss, last_micro_batch=True)
-        losses.append(float(loss.detach()))
-        engine.step(lr=0.0, clip=1.0)  # the rows alone move
-        matrix.step(lr=0.1, clip=1.0)
-    model.vocab._compute_rows.copied = None
-    losses.append(float(model.loss(tokens, targets, scale=1 / targets.numel()).loss.detach()))
-    with torch.no_grad():
-        losses.append(float(model.loss(tokens, targets, scale=1 / targets.numel()).loss))
-    return losses
-
-
-def test_the_rows_copy_in_bf16_follows_every_step(tmp_path):
-    """fp32 main rows, bf16 matmuls: a copy that a step leaves behind would train on old rows, silently."""
-    config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", train__precision="auto")
-    if config.train.compute_dtype("cpu") is torch.float32:
-        pytest.skip("this processor has no native bf16: there is no copy")
-    (before, after, last, quiet) = run_ranks(1, loss_after_a_step, config)[0]
-    assert before > after > last == quiet

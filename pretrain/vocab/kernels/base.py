@@ -18,6 +18,8 @@ class Kernels(Protocol):
     target's entry is always 0 there: rounded to bf16, p - 1 would carry nearly all of the gradient's error.
     """
 
+    memory_mib: int  # that a chunk may hold where nobody says; beyond it, this device's matmuls gain little
+
     def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
         """An uninitialised [m, v] like `like`, for `exponentials` and `dlogits` to fill; all chunks reuse it."""
         ...

@@ -16,4 +16,4 @@ def choose_kernels(device: torch.device) -> Kernels:
         from .triton import TritonKernels
 
         return TritonKernels()
-    return TorchKernels(slab_bytes=2**28)  # few launches instead of a small cache
+    return TorchKernels(slab_bytes=2**28, memory_mib=896)  # few launches instead of a small cache

@@ -21,8 +21,8 @@ LOG2_E = math.log2(math.e)
 class TorchKernels:
     """See `Kernels`. Deterministic on a CPU; elsewhere `index_add_` may not be."""
 
-    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
-        self.slab_bytes = slab_bytes
+    def __init__(self, slab_bytes: int = SLAB_BYTES, memory_mib: int = 64) -> None:
+        self.slab_bytes, self.memory_mib = slab_bytes, memory_mib
 
     def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
         return aligned_empty(like, m, v)

@@ -154,6 +154,8 @@ def _add_rows(gradient, sorted_rows, order, target_factor, hidden, hidden_stride
 class TritonKernels:
     """See `Kernels`."""
 
+    memory_mib = 896
+
     def __init__(self, slab_bytes: int = SLAB_BYTES, columns: int = COLUMNS) -> None:
         self.slab_bytes, self.columns = slab_bytes, columns
 

@@ -69,6 +69,59 @@ def test_gradients_of_both_uses(world):
             assert (gradient[VOCAB:] == 0).all(), "padding rows got a gradient"
 
 
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+def test_a_scaled_loss_is_final_and_adds_up_with_the_lookups_gradient(tie):
+    """Two micro-batches, as in training, against the loss divided by hand."""
+    _, mixer, tokens, targets = problem(2)
+    shard = VocabShard.of(0, 1, VOCAB, MULTIPLE)
+    gradients = []
+    for scaled in (True, False):
+        vocab = VocabParallelEmbedding(
+            VocabConfig(multiple=MULTIPLE, tie=tie, **OPTIONS),
+            shard,
+            WIDTH,
+            seed=0,
+            std=1.0,
+            compute_dtype=torch.float64,
+            dtype=torch.float64,
+        )
+        for i in range(2):
+            hidden = body(vocab.lookup(tokens[i]), mixer)
+            if scaled:
+                loss = vocab.loss(hidden, targets[i], scale=0.125).loss
+                assert vocab.output_weight.grad is not None, "complete before backward"
+            else:
+                loss = vocab.loss(hidden, targets[i]).loss / 8
+            loss.backward()
+        gradients.append({name: rows.grad for name, rows in vocab.named_rows().items()})
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], **NEAR)
+
+
+def test_no_gradient_where_none_is_asked():
+    vocab = VocabParallelEmbedding(VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
+    with torch.no_grad():
+        out = vocab.loss(torch.randn(2, 3, WIDTH), torch.ones(2, 3, dtype=torch.long), scale=0.5, metrics=True)
+    assert vocab.weight.grad is None and out.correct.shape == (6,)
+
+
+def test_the_loss_follows_the_rows_in_bf16():
+    """No copy outlives its rows: a fused AdamW changes them without telling autograd's version counter."""
+    vocab = VocabParallelEmbedding(
+        VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
+    )
+    hidden, targets = torch.randn(2, 3, WIDTH), torch.ones(2, 3, dtype=torch.long)
+    adamw = torch.optim.AdamW(vocab.parameters(), lr=0.1, fused=True)
+    losses = []
+    for _ in range(4):
+        loss = vocab.loss(hidden.requires_grad_(), targets, scale=1.0).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        adamw.step()
+        adamw.zero_grad()
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
+
+
 def test_untied_matrices_start_apart_and_are_two_parameters():
     def build(tie: str) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(VocabConfig(tie=tie), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
@@ -101,6 +154,7 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
         ({"label_smoothing": 1.0}, r"vocab.label_smoothing=1.0 must be in \[0, 1\)"),
         ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
         ({"softcap": 0.0}, "vocab.softcap=0.0 must be positive"),
+        ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, message):

@@ -1,0 +1,164 @@
+"""The head and its loss, forward and backward, against its rivals: time and extra peak memory.
+
+    python tests/benchmarks/head.py [--vocab 50304 ...] [--tokens 4096] [--width 1024]
+    python tests/benchmarks/head.py --ranks 2        on ranks that split the rows; with errors against float64
+    python tests/benchmarks/head.py --sweep          over the vocabulary; writes docs/head.png
+
+Prints Markdown. Times are medians of interleaved repetitions in one process, as ratios to the three matmuls that no
+one can do without; memory is measured in a fresh process for each. Take figures on a quiet machine.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import torch.distributed as dist
+
+from tests.benchmarks.measure import extra_peak_mib, in_fresh_process, interleaved_times, markdown, progress
+from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
+from tests.ranks import run_ranks
+
+SWEEP = [32_768, 50_304, 131_072, 262_144]
+LIMIT = "three bare matmuls"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Size = tuple[int, int, int]  # tokens, width, vocab
+Figures = dict[str, tuple[float, float]]  # seconds, MiB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[50_304])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the rivals, besides the bare matmuls")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--plot", type=Path, default=Path("docs/head.png"))
+    options = parser.parse_args()
+    known = RIVALS if options.ranks == 1 else RANK_RIVALS
+    if unknown := set(options.only or []) - set(known):
+        parser.error(f"--only {sorted(unknown)} must be among {list(known)}")
+    sizes = [(options.tokens, options.width, vocab) for vocab in (SWEEP if options.sweep else options.vocab)]
+    if options.ranks > 1:
+        for size in sizes:
+            print(table_on_ranks(size, options.ranks, options.repeats, options.only))
+        return
+    figures = {}
+    for size in sizes:
+        figures[size] = measure(size, options.repeats, options.only)
+        print(table(size, figures[size]), flush=True)
+    if options.sweep:
+        plot(figures, options.plot)
+
+
+def measure(size: Size, repeats: int, only: list[str] | None) -> Figures:
+    """Seconds and extra peak memory of every rival."""
+    rivals = [name for name in available() if only is None or name in (LIMIT, *only)]
+    problem = Problem.draw(*size, DEVICE)
+    progress(f"{size}: time")
+    seconds = interleaved_times({name: RIVALS[name](problem) for name in rivals}, repeats)
+    del problem
+    figures = {}
+    for name in rivals:
+        progress(f"{size}: memory of {name}")
+        figures[name] = seconds[name], in_fresh_process(memory_of, name, size)
+    return figures
+
+
+def memory_of(name: str, size: Size) -> float:
+    return extra_peak_mib(RIVALS[name](Problem.draw(*size, DEVICE)))
+
+
+def table(size: Size, figures: Figures) -> str:
+    limit, tokens, width, vocab = figures[LIMIT][0], *size
+    rows = [
+        [name, f"{seconds:.2f}" if DEVICE == "cpu" else f"{seconds:.4f}", f"{seconds / limit:.2f}", f"{mib:,.0f}"]
+        for name, (seconds, mib) in figures.items()
+    ]
+    title = f"\n{_machine()}, bf16, {tokens:,} tokens, width {width:,}, {vocab:,} rows\n\n"
+    return title + markdown(["forward and backward", "seconds", "× matmuls", "extra peak MiB"], rows)
+
+
+def _machine() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+
+
+# --- on ranks ---------------------------------------------------------------------------------------------------------
+
+
+def table_on_ranks(size: Size, world: int, repeats: int, only: list[str] | None) -> str:
+    """Seconds, memory a rank, and how far dX and dW are from float64."""
+    names = [name for name in RANK_RIVALS if only is None or name in only]
+    progress(f"{size} on {world} ranks: time and errors")
+    seconds, *errors = run_ranks(world, times_on_rank, size, repeats, names, timeout=3600)[0]
+    rows = []
+    for name in names:
+        progress(f"{size} on {world} ranks: memory of {name}")
+        mib = max(run_ranks(world, memory_on_rank, size, name, timeout=600))
+        dx, dw = (error[name] for error in errors)
+        rows.append([name, f"{seconds[name]:.2f}", f"{seconds[name] / seconds[names[0]]:.2f}", f"{mib:,.0f}", dx, dw])
+    tokens, width, vocab = size
+    title = f"\n{world} ranks, {_machine()}, bf16, {tokens:,} tokens in all, width {width:,}, {vocab:,} rows\n\n"
+    header = ["forward and backward", "seconds", "× the first", "extra peak MiB a rank", "error of dX", "error of dW"]
+    return title + markdown(header, rows)
+
+
+def times_on_rank(rank: int, world: int, size: Size, repeats: int, names: list[str]) -> tuple[dict, dict, dict]:
+    """Median seconds, relative errors of dX and of dW (this rank's part), by name."""
+    problem = Problem.draw(*size, "cpu")
+    steps = {name: RANK_RIVALS[name](problem, rank, world) for name in names}
+    dhidden_ND, dweight_VD = problem.truth()
+    dweight_vD = dweight_VD.chunk(world)[rank]
+    errors: tuple[dict, dict] = ({}, {})
+    for name, step in steps.items():
+        mine = dhidden_ND.chunk(world)[rank] if "distinct" in name else dhidden_ND
+        for error, made, truth in zip(errors, step(), (mine, dweight_vD), strict=True):
+            error[name] = f"{float((made.double() - truth).norm() / truth.norm()):.1e}"
+    del dhidden_ND, dweight_VD, dweight_vD
+    return interleaved_times(steps, repeats, before=dist.barrier), *errors
+
+
+def memory_on_rank(rank: int, world: int, size: Size, name: str) -> float:
+    return extra_peak_mib(RANK_RIVALS[name](Problem.draw(*size, "cpu"), rank, world))
+
+
+# --- over the vocabulary ----------------------------------------------------------------------------------------------
+
+
+def plot(figures: dict[Size, Figures], path: Path) -> None:
+    """Time as a multiple of the matmuls, and extra memory, against V."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    vocabularies = [vocab for _, _, vocab in figures]
+    for name in next(iter(figures.values())):
+        seconds = [of_size[name][0] / of_size[LIMIT][0] for of_size in figures.values()]
+        memory = [of_size[name][1] / 1024 for of_size in figures.values()]
+        width = 3 if name == "Rowshard" else 1.5
+        left.plot(vocabularies, seconds, marker="o", label=name, linewidth=width)
+        right.plot(vocabularies, memory, marker="o", label=name, linewidth=width)
+    for axes, title in ((left, "time, × three bare matmuls"), (right, "extra peak memory, GiB")):
+        axes.set(xscale="log", xlabel="rows of the vocabulary", title=title)
+        axes.set_xticks(vocabularies, [f"{vocab:,}" for vocab in vocabularies])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    right.legend(fontsize=8)
+    picture.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=150)
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
