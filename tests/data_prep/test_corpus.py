@@ -1,5 +1,6 @@
 """The three sources: what a document is, in what order, and which errors name which place."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def documents(*paths: Path | str, text_key: str = "text") -> list[str]:
 
 
 def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
@@ -77,7 +78,7 @@ def test_a_bad_file_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = importlib.import_module("pyarrow")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' .* it has body"):
         documents(write_parquet(tmp_path / "a.parquet", body=["x"]))
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' must be text, not NoneType"):

@@ -1,5 +1,6 @@
 """The format: byte for byte, both ways with Megatron, and every fault found."""
 
+import importlib
 import json
 import struct
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_an_error_in_the_block_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_megatron_reads_ours(tmp_path: Path) -> None:
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     for vocab_size in (1000, 100_000):
         prefix, documents = tmp_path / str(vocab_size), [[1, 2, 3], [4], [vocab_size - 1, 6]]
         write(prefix, documents, vocab_size)
@@ -112,8 +113,8 @@ def test_megatron_reads_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint8])
 def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    torch = pytest.importorskip("torch")
+    indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
+    torch = importlib.import_module("torch")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=dtype)
     builder.add_document(torch.tensor([1, 2, 3, 4]), [3, 1])  # one document of two sequences
     builder.add_item(torch.tensor([5, 200]))

@@ -1,5 +1,6 @@
 """The stream, its windows and their order."""
 
+import importlib
 import itertools
 import pickle
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_open_corpus(tmp_path):
 
 @pytest.mark.parametrize("given", ["theirs", "theirs.bin", "theirs.idx"])
 def test_a_pair_written_by_megatron(tmp_path, given):
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
     for document in ([5, 6, 7], [70_000, 9]):
         builder.add_document(np.array(document), [len(document)])
