@@ -60,7 +60,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
         )
         found = manager.newest()
         state = manager.load(found) if found else TrainState()
-        loader = _loader(config, corpus, mesh, model.vocab.shard)
+        loader = _loader(config, corpus, mesh, model.vocab)
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
@@ -99,7 +99,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
     return engine, model, MatrixOptimizer(vocab.parameters(), config.optim, mesh)
 
 
-def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, shard: VocabShard) -> BatchLoader:
+def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
     windows = Windows(corpus.train, config.seq_len)
     return BatchLoader(
         windows,
@@ -108,7 +108,8 @@ def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, shard: VocabShard) 
         micro_batch=config.train.micro_batch,
         rank=mesh.rank,
         world=mesh.world,
-        shard=shard,
+        shard=vocab.shard,
+        dtype=vocab.compute_dtype,
         device=mesh.device,
         prefetch=config.data.prefetch,
     )

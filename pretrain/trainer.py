@@ -5,6 +5,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from types import FrameType
 
 import torch
@@ -18,6 +20,7 @@ from .mesh import Mesh
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
+from .vocab import LookupTraffic
 
 
 @dataclass
@@ -88,8 +91,8 @@ class EvalConfig:
 class Report:
     """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
 
-    tokens: targets in the global batch; seconds: from one step edge to the next, hooks left out; scalars: what
-    hooks add for the log, the same on all ranks.
+    tokens: targets in the global batch; lookups: the traffic of this vocab group's; seconds: from one step edge to the
+    next, hooks left out; scalars: what hooks add for the log, the same on all ranks.
     """
 
     step: int
@@ -97,6 +100,7 @@ class Report:
     grad_norm: float
     lr: float
     tokens: int
+    lookups: list[LookupTraffic] = field(default_factory=list)
     seconds: float = 0.0
     scalars: dict[str, float] = field(default_factory=dict)
 
@@ -171,7 +175,8 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # those of other corpora stay
-        return Report(self.state.step, loss, norm, lr, targets)
+        lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
+        return Report(self.state.step, loss, norm, lr, targets, lookups)
 
     def _agree_to_stop(self) -> bool:
         """True on all ranks as soon as one of them was told to stop. One all-reduce of a number."""
@@ -230,11 +235,20 @@ class Log:
             "lr": report.lr,
             "tokens": trainer.state.tokens,
             "tokens_per_s": self.tokens / self.seconds,
+            **_of_lookups(report.lookups),
             **report.scalars,
         }
         self.tokens, self.seconds = 0, 0.0
         if self.log is not None:
             self.log.write(scalars)
+
+
+def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
+    """How much less crossed the ranks than gather + reduce-scatter would move, and how evenly owners were asked."""
+    if not lookups or not any(lookup.gathered for lookup in lookups):
+        return {}  # one rank has the whole matrix
+    step = reduce(add, lookups)
+    return {"lookup_saved": step.saved, "lookup_balance": step.balance}
 
 
 class Save:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..vocab import LookupPlan, VocabShard
+from ..vocab import LookupPlan, VocabShard, plan_lookup
 from .dataset import IGNORED, Order, Windows
 
 
@@ -37,7 +37,7 @@ class BatchLoader:
     """Serves samples consumed, consumed + 1, ... of the run, `global_batch` a step over all ranks.
 
     It reads the tokens of all ranks that share the matrix (`shard.world` neighbours), and so plans this rank's part of
-    their lookup without a word between them.
+    their lookup, of rows in `dtype`, without a word between them.
 
     Its whole state is how many samples of the corpus were handed out, so it continues at any world size,
     micro-batch and global batch. Raises ValueError on a token id that is no row of the vocabulary.
@@ -53,12 +53,13 @@ class BatchLoader:
         rank: int,
         world: int,
         shard: VocabShard,
+        dtype: torch.dtype,
         device: torch.device,
         prefetch: int,
     ) -> None:
         self.windows, self.order, self.device, self.prefetch = windows, order, device, prefetch
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.shard = shard
+        self.shard, self.dtype = shard, dtype
         self.consumed = 0
         self._ready: queue.Queue[Batch | Exception] | None = None
         self._stop = threading.Event()
@@ -116,7 +117,7 @@ class BatchLoader:
             samples = range(first + rank * self.micro_batch, first + (rank + 1) * self.micro_batch)
             windows = [self.windows[self.order(sample)] for sample in samples]
             tensors[rank] = stack(windows, self.shard.vocab_size)
-        plan = LookupPlan.of([tokens_BT.flatten() for tokens_BT, _ in tensors.values()], self.shard)
+        plan = plan_lookup([tokens_BT.flatten() for tokens_BT, _ in tensors.values()], self.shard, self.dtype)
         tokens_BT, targets_BT = tensors[self.rank]
         if self.device.type == "cuda":
             return MicroBatch(tokens_BT.pin_memory(), targets_BT.pin_memory(), plan.pin_memory())

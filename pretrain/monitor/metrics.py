@@ -89,6 +89,8 @@ TAGS = {
     "lr": "train/lr",
     "tokens": "train/tokens",
     "tokens_per_s": "train/tokens_per_s",
+    "lookup_saved": "vocab/lookup_saved",
+    "lookup_balance": "vocab/lookup_balance",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
 }

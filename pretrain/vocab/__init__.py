@@ -1,18 +1,20 @@
 """The vocabulary-parallel matrix: who owns which rows, the lookup, the loss, and sampling. Imports torch alone."""
 
 from .embedding import VocabConfig, VocabParallelEmbedding
-from .lookup import LookupPlan, vocab_parallel_lookup
+from .lookup import LookupPlan, LookupTraffic, plan_lookup, vocab_parallel_lookup
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .readout import check_sampling, sample
 from .shard import VocabShard, seeded_normal, stable_seed
 
 __all__ = [
     "LookupPlan",
+    "LookupTraffic",
     "VocabConfig",
     "VocabLoss",
     "VocabParallelEmbedding",
     "VocabShard",
     "check_sampling",
+    "plan_lookup",
     "sample",
     "seeded_normal",
     "stable_seed",

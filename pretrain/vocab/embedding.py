@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -94,9 +95,18 @@ class VocabParallelEmbedding(nn.Module):
         return self.weight if self.head_weight is None else self.head_weight
 
     def lookup(self, tokens_BT: Tensor, plan: LookupPlan | None = None) -> Tensor:
-        """hidden [B, T, D] in the compute dtype. Plan and collectives: see `vocab_parallel_lookup`."""
+        """hidden [B, T, D] in the compute dtype; backward adds to the rows' `grad`.
+
+        Plan and collectives: see `vocab_parallel_lookup`.
+        """
         hidden_ND = vocab_parallel_lookup(
-            tokens_BT.flatten(), self.weight, shard=self.shard, group=self.group, dtype=self.compute_dtype, plan=plan
+            tokens_BT.flatten(),
+            self.weight,
+            shard=self.shard,
+            group=self.group,
+            dtype=self.compute_dtype,
+            plan=plan,
+            main_grad=partial(_main_grad, self.weight),
         )
         return hidden_ND.unflatten(0, tokens_BT.shape)
 

@@ -1,60 +1,175 @@
 """ids -> rows of a matrix split by vocabulary rows, for ranks with different tokens.
 
 A rank needs only the distinct ids of its tokens, and each has one owner. So only distinct rows cross the ranks:
-forward the row, backward its summed gradient. Who sends what to whom is a `LookupPlan`. It follows from the ids alone:
-a loader that knows every rank's tokens makes it ahead of time on the host, and then no id crosses and no device waits.
+forward the row, backward its summed gradient. Who sends what to whom follows from the ids alone: a loader that knows
+every rank's tokens plans it ahead of time on the host, and then no id crosses and no device waits. Where ids hardly
+repeat or one rank owns most of them, that would move more than gather + reduce-scatter of every token's hidden state,
+as in Megatron-LM (arXiv:1909.08053); the plan is then made for those.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather, all_to_all
+from .collectives import all_gather, all_to_all, reduce_scatter
+from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
 
 @dataclass(frozen=True)
-class LookupPlan:
-    """What one rank of p sends, receives and does with it, for one lookup of N ids.
+class LookupTraffic:
+    """What lookups move between the ranks of a group, out and back, summed over ranks, in bytes a column of the matrix.
+
+    moved: by the plan; gathered: by gather + reduce-scatter of the hidden states. sent_p: distinct rows that others
+    want of each owner.
+    """
+
+    moved: int
+    gathered: int
+    sent_p: tuple[int, ...]
+
+    def __add__(self, other: "LookupTraffic") -> "LookupTraffic":
+        sent_p = tuple(mine + its for mine, its in zip(self.sent_p, other.sent_p, strict=True))
+        return LookupTraffic(self.moved + other.moved, self.gathered + other.gathered, sent_p)
+
+    @property
+    def saved(self) -> float:
+        """The part of gather + reduce-scatter's bytes that is not moved."""
+        return 1 - self.moved / self.gathered if self.gathered else 0.0
+
+    @property
+    def balance(self) -> float:
+        """The busiest owner's rows as a multiple of the mean: 1 is even, p is all on one rank."""
+        return max(self.sent_p) * len(self.sent_p) / max(1, sum(self.sent_p))
+
+
+class LookupPlan(Protocol):
+    """How one rank of p takes part in one lookup of N ids. Every rank of the group has one of the same kind."""
+
+    @property
+    def traffic(self) -> LookupTraffic: ...
+
+    def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
+        """The rows of my ids, [N, D] in `dtype`. One collective."""
+        ...
+
+    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Adds the gradient of all ranks' hidden states to my rows', in a fixed order. One collective."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+    def pin_memory(self) -> Self: ...
+
+
+class _Tensors:
+    """Moves the tensors of a dataclass."""
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Self:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        return self._each(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class DistinctRows(_Tensors):
+    """All-to-all of the distinct rows, and back of their summed gradients in fp32.
 
     send_rows: my local rows that others need, [S], grouped by receiver; send_counts: how many for each, p numbers.
     receive_counts: distinct rows that I get from each, U in all, in the order of their ids. places_N: where each of
     my N ids stands among those U.
     """
 
+    traffic: LookupTraffic
     send_rows: Tensor
     send_counts: list[int]
     receive_counts: list[int]
     places_N: Tensor
 
-    @classmethod
-    def of(cls, ids_pN: list[Tensor], shard: VocabShard) -> "LookupPlan":
-        """The plan of `shard.rank`, from the ids of all ranks in rank order. Local; on the host if the ids are there.
+    def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
+        sent_SD = weight_vD[self.send_rows].to(dtype)
+        return all_to_all(sent_SD, self.send_counts, self.receive_counts, group)[self.places_N]
 
-        Raises ValueError on an id outside [0, vocab_size).
-        """
-        sends = []
-        for ids_N in ids_pN:
-            distinct_U = ids_N.unique()
-            if len(distinct_U) and not 0 <= int(distinct_U[0]) <= int(distinct_U[-1]) < shard.vocab_size:
-                low, high = int(distinct_U[0]), int(distinct_U[-1])
-                raise ValueError(f"ids reach from {low} to {high}, outside [0, vocab_size={shard.vocab_size})")
-            sends.append(shard.local(distinct_U[shard.holds(distinct_U)]))
-        mine_U, places_N = ids_pN[shard.rank].unique(return_inverse=True)  # sorted, hence grouped by owner
-        edges = torch.tensor(shard.edges, device=mine_U.device)
-        receive_counts = torch.searchsorted(mine_U, edges).diff().tolist()
-        return cls(torch.cat(sends), [len(rows) for rows in sends], receive_counts, places_N)
+    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
+        dreceived_UD = _segment_sum(dhidden_ND.to(dweight_vD.dtype), self.places_N, sum(self.receive_counts))
+        dsent_SD = all_to_all(dreceived_UD, self.receive_counts, self.send_counts, group)
+        # one rank at a time: its rows are distinct, so the order of the sum is fixed
+        for rows, drows in zip(self.send_rows.split(self.send_counts), dsent_SD.split(self.send_counts), strict=True):
+            dweight_vD.index_add_(0, rows, drows)
 
-    def to(self, device: torch.device) -> "LookupPlan":
-        send_rows, places_N = (part.to(device, non_blocking=True) for part in (self.send_rows, self.places_N))
-        return LookupPlan(send_rows, self.send_counts, self.receive_counts, places_N)
 
-    def pin_memory(self) -> "LookupPlan":
-        return LookupPlan(
-            self.send_rows.pin_memory(), self.send_counts, self.receive_counts, self.places_N.pin_memory()
-        )
+@dataclass(frozen=True)
+class GatheredTokens(_Tensors):
+    """Reduce-scatter of every token's hidden state, and back an all-gather of their gradients.
+
+    tokens: N of each rank. owned_K: those of the group's p·N ids that are mine, rank by rank; rows_U: my local rows
+    that they name, distinct; places_K: which of them each does.
+    """
+
+    traffic: LookupTraffic
+    tokens: int
+    owned_K: Tensor
+    rows_U: Tensor
+    places_K: Tensor
+
+    def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
+        parts_pND = weight_vD.new_zeros(len(self.traffic.sent_p), self.tokens, weight_vD.shape[1], dtype=dtype)
+        parts_pND.flatten(0, 1)[self.owned_K] = weight_vD[self.rows_U].to(dtype)[self.places_K]
+        return reduce_scatter(parts_pND, group)  # one of the p is not zero: exact in any dtype
+
+    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
+        downed_KD = all_gather(dhidden_ND.contiguous(), group).flatten(0, 1)[self.owned_K]
+        drows_UD = _segment_sum(downed_KD.to(dweight_vD.dtype), self.places_K, len(self.rows_U))
+        dweight_vD.index_add_(0, self.rows_U, drows_UD)
+
+
+def plan_lookup(ids_pN: list[Tensor], shard: VocabShard, dtype: torch.dtype) -> LookupPlan:
+    """The plan of `shard.rank`, from the ids of all ranks in rank order, for hidden states of `dtype`. Local.
+
+    The kind is the one that moves fewer bytes at the rank that sends or receives the most.
+    Raises ValueError on an id outside [0, vocab_size).
+    """
+    edges = torch.tensor(shard.edges, device=ids_pN[0].device)
+    distinct_pU = [ids_N.unique() for ids_N in ids_pN]  # sorted, hence grouped by owner
+    for ids_U in distinct_pU:
+        if len(ids_U) and not 0 <= int(ids_U[0]) <= int(ids_U[-1]) < shard.vocab_size:
+            low, high = int(ids_U[0]), int(ids_U[-1])
+            raise ValueError(f"ids reach from {low} to {high}, outside [0, vocab_size={shard.vocab_size})")
+    edges_pq = torch.stack([torch.searchsorted(ids_U, edges) for ids_U in distinct_pU]).tolist()
+    wanted_pp = [[stop - start for start, stop in pairwise(row)] for row in edges_pq]
+    traffic, gather = _weigh(wanted_pp, [len(ids_N) for ids_N in ids_pN], dtype)
+    me = shard.rank
+    if gather:
+        ids_M = torch.cat(ids_pN)
+        owned_K = shard.holds(ids_M).nonzero().squeeze(1)
+        rows_U, places_K = shard.local(ids_M[owned_K]).unique(return_inverse=True)
+        return GatheredTokens(traffic, len(ids_pN[me]), owned_K, rows_U, places_K)
+    sends = [ids_U[row[me] : row[me + 1]] for ids_U, row in zip(distinct_pU, edges_pq, strict=True)]
+    places_N = torch.searchsorted(distinct_pU[me], ids_pN[me])
+    return DistinctRows(traffic, shard.local(torch.cat(sends)), [len(ids) for ids in sends], wanted_pp[me], places_N)
+
+
+def _weigh(wanted_pp: list[list[int]], tokens_p: list[int], dtype: torch.dtype) -> tuple[LookupTraffic, bool]:
+    """The traffic, and whether to gather. wanted[r][o]: distinct rows that rank r wants of owner o."""
+    ranks = range(len(wanted_pp))
+    out, back = dtype.itemsize, accurate_dtype(dtype).itemsize
+    sent_p = tuple(sum(wanted_pp[r][o] for r in ranks if r != o) for o in ranks)
+    received_p = [sum(wanted_pp[r][o] for o in ranks if o != r) for r in ranks]
+    others = len(ranks) - 1
+    gathered = 2 * out * others * sum(tokens_p)
+    gather = len(set(tokens_p)) == 1 and max(*sent_p, *received_p) * (out + back) > 2 * out * others * tokens_p[0]
+    return LookupTraffic(gathered if gather else sum(sent_p) * (out + back), gathered, sent_p), gather
 
 
 def vocab_parallel_lookup(
@@ -65,38 +180,40 @@ def vocab_parallel_lookup(
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
     plan: LookupPlan | None = None,
+    main_grad: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Rows of the split matrix for this rank's ids: hidden [N, D] in `dtype` (default: the weight's).
 
-    The gradient reaches `weight_vD` in its dtype, summed in fp32 (float64 where the weight is) over the ids of the
-    whole group, in rank order. Collectives: one all-to-all of distinct rows in `dtype` forward, one of their
-    gradients in the accurate dtype backward. Without a `plan`, made of just these ids, every rank must bring as many
-    ids; they are all-gathered first, and the device is waited for.
+    The gradient of the rows is summed in fp32 (float64 where the weight is) over the ids of the whole group. It
+    reaches `weight_vD` in its dtype; or backward adds it to what `main_grad` returns, a buffer [v, D] of the accurate
+    dtype, and makes no second one of its size. Collectives: those of the plan. Without a `plan`, made of just
+    these ids, every rank must bring as many; they are all-gathered first, and the device is waited for.
 
-    Raises ValueError on an id outside [0, vocab_size) where it makes the plan, as `LookupPlan.of` does.
+    Raises ValueError on an id outside [0, vocab_size) where it makes the plan, as `plan_lookup` does.
     """
+    dtype = dtype or weight_vD.dtype
     if plan is None:
-        plan = LookupPlan.of(list(all_gather(ids_N, group)), shard)
-    hidden_ND: Tensor = _Lookup.apply(weight_vD, plan, group, dtype or weight_vD.dtype)
+        plan = plan_lookup(list(all_gather(ids_N, group).cpu()), shard, dtype).to(ids_N.device)
+    hidden_ND: Tensor = _Lookup.apply(weight_vD, plan, group, dtype, main_grad)
     return hidden_ND
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_vD, plan, group, dtype):  # type: ignore[no-untyped-def]
-        ctx.plan, ctx.group, ctx.like = plan, group, weight_vD.detach()
-        sent_SD = weight_vD[plan.send_rows].to(dtype)
-        received_UD = all_to_all(sent_SD, plan.send_counts, plan.receive_counts, group)
-        return received_UD[plan.places_N]
+    def forward(ctx, weight_vD, plan, group, dtype, main_grad):  # type: ignore[no-untyped-def]
+        ctx.plan, ctx.group, ctx.like, ctx.main_grad = plan, group, weight_vD.detach(), main_grad
+        return plan.rows(weight_vD, dtype, group)
 
     @staticmethod
     def backward(ctx, dhidden_ND):  # type: ignore[no-untyped-def]
-        plan, weight_vD = ctx.plan, ctx.like
-        accurate = torch.promote_types(weight_vD.dtype, torch.float32)
-        dreceived_UD = dhidden_ND.new_zeros(sum(plan.receive_counts), dhidden_ND.shape[1], dtype=accurate)
-        dreceived_UD.index_add_(0, plan.places_N, dhidden_ND.to(accurate))
-        dsent_SD = all_to_all(dreceived_UD, plan.receive_counts, plan.send_counts, ctx.group)
-        dweight_vD = torch.zeros_like(weight_vD, dtype=accurate)
-        for rows, drows in zip(plan.send_rows.split(plan.send_counts), dsent_SD.split(plan.send_counts), strict=True):
-            dweight_vD.index_add_(0, rows, drows)  # one rank at a time: its rows are distinct, the order is fixed
-        return dweight_vD.to(weight_vD.dtype), None, None, None
+        if ctx.main_grad is not None:
+            ctx.plan.add_gradient(dhidden_ND, ctx.main_grad(), ctx.group)
+            return (None,) * 5
+        dweight_vD = torch.zeros_like(ctx.like, dtype=accurate_dtype(ctx.like.dtype))
+        ctx.plan.add_gradient(dhidden_ND, dweight_vD, ctx.group)
+        return dweight_vD.to(ctx.like.dtype), None, None, None, None
+
+
+def _segment_sum(values_ND: Tensor, places_N: Tensor, segments: int) -> Tensor:
+    """[segments, D]: the sums of the values that go to each place, in a fixed order also on a GPU."""
+    return torch.ops.aten.embedding_dense_backward(values_ND, places_N, segments, -1, False)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .base import accurate_dtype, aligned_empty, floor_statistics
 
-SLAB_BYTES = 4 * 2**20  # of accurate logits; a few passes over them should not leave the cache
-TILE_BYTES = 8 * 2**20  # of the rounded product that is added to dW
+SLAB_BYTES = 2**20  # of accurate logits; a few passes over them should not leave the cache
+TILE_BYTES = 2 * 2**20  # of the rounded product that is added to dW
 LOG2_E = math.log2(math.e)
 
 

@@ -9,7 +9,7 @@ import torch
 from data_prep.token_file import TokenFile
 from pretrain.data import IGNORED, BatchLoader, Order, Windows, validation_batches
 from pretrain.data import loader as loading
-from pretrain.vocab import LookupPlan, VocabShard
+from pretrain.vocab import VocabShard, plan_lookup
 from tests.pretrain.helpers import write_tokens
 
 SEQ_LEN, WINDOWS = 8, 40
@@ -32,7 +32,7 @@ def loader(windows):
         settings = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world}
         order = Order(len(windows), seed=0, corpus="a")
         device = torch.device("cpu")
-        built.append(BatchLoader(data, order, shard=shard, device=device, prefetch=2, **settings))
+        built.append(BatchLoader(data, order, shard=shard, dtype=torch.float32, device=device, prefetch=2, **settings))
         built[-1].load_state_dict(state)
         return built[-1]
 
@@ -144,6 +144,7 @@ def test_each_rank_plans_the_lookup_of_its_vocabulary_group(loader):
     for rank, batch in enumerate(batches):
         group = (0, 1) if rank < 2 else (2, 3)
         (micro,) = batch.micro_batches
-        truth = LookupPlan.of([batches[other].micro_batches[0].tokens_BT.flatten() for other in group], shards[rank])
+        ids_pN = [batches[other].micro_batches[0].tokens_BT.flatten() for other in group]
+        truth = plan_lookup(ids_pN, shards[rank], torch.float32)
         assert torch.equal(micro.plan.send_rows, truth.send_rows) and torch.equal(micro.plan.places_N, truth.places_N)
         assert (micro.plan.send_counts, micro.plan.receive_counts) == (truth.send_counts, truth.receive_counts)

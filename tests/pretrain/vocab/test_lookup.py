@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pretrain.vocab import LookupPlan, VocabShard, vocab_parallel_lookup
+from pretrain.vocab import VocabShard, plan_lookup, vocab_parallel_lookup
+from pretrain.vocab.lookup import DistinctRows, GatheredTokens
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
@@ -25,7 +26,7 @@ def rank_lookup(rank, world, vocab_size, multiple, planned):
     ids, weight, upstream = problem(world, vocab_size)
     shard = VocabShard.of(rank, world, vocab_size, multiple)
     rows = padded_rows(weight, shard).requires_grad_()
-    plan = LookupPlan.of(list(ids), shard) if planned else None
+    plan = plan_lookup(list(ids), shard, rows.dtype) if planned else None
     hidden = vocab_parallel_lookup(ids[rank], rows, shard=shard, group=dist.group.WORLD, plan=plan)
     hidden.backward(upstream[rank])
     return hidden.detach(), rows.grad
@@ -83,7 +84,7 @@ def rank_with_any_number_of_ids(rank, world):
     ids, weight, _ = problem(world, 37)
     ragged = [ids[other][: 3 * other] for other in range(world)]
     shard = VocabShard.of(rank, world, 37, 4)
-    plan = LookupPlan.of(ragged, shard)
+    plan = plan_lookup(ragged, shard, torch.float64)
     rows = padded_rows(weight, shard).requires_grad_()
     hidden = vocab_parallel_lookup(ragged[rank], rows, shard=shard, group=dist.group.WORLD, plan=plan)
     hidden.sum().backward()
@@ -98,15 +99,116 @@ def test_with_a_plan_ranks_may_bring_different_numbers_of_ids():
     torch.testing.assert_close(torch.cat(run_ranks(3, rank_with_any_number_of_ids))[:37], weight.grad)
 
 
+def text_like_ids(world: int, vocab_size: int, tokens: int) -> list[torch.Tensor]:
+    """Zipf's law: low ids are frequent."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = 1.0 / torch.arange(1, vocab_size + 1)
+    return [torch.multinomial(frequency, tokens, replacement=True, generator=generator) for _ in range(world)]
+
+
 def test_only_distinct_rows_cross_and_fewer_than_half_the_bytes():
     """Against reduce-scatter forward and all-gather backward, both of [N, D] in bf16, on 2 ranks; ids as in text."""
-    generator = torch.Generator().manual_seed(0)
-    frequency = 1.0 / torch.arange(1, 8193)  # Zipf's law
-    ids_pN = [torch.multinomial(frequency, 4096, replacement=True, generator=generator) for _ in range(2)]
+    ids_pN = text_like_ids(2, 8192, 4096)
     for rank in range(2):
-        plan = LookupPlan.of(ids_pN, VocabShard.of(rank, 2, 8192))
+        plan = plan_lookup(ids_pN, VocabShard.of(rank, 2, 8192), torch.bfloat16)
+        assert isinstance(plan, DistinctRows)
         assert sum(plan.receive_counts) == len(ids_pN[rank].unique())
         sent, received = plan.send_counts[1 - rank], plan.receive_counts[1 - rank]
         ours = 2 * sent + 4 * received  # rows out in bf16, gradients back in fp32
         theirs = 2 * 4096 + 2 * 4096
         assert ours < theirs / 2
+        assert plan.traffic.saved > 0.5
+
+
+def counted(collective, counts):
+    """The collective, with the bytes that leave this rank for others added up in `counts`."""
+
+    def count(out, parts, receive, send, group):
+        mine = dist.get_rank(group)
+        rows = sum(send) - send[mine]
+        counts.append(rows * parts.shape[1] * parts.element_size())
+        return collective(out, parts, receive, send, group)
+
+    return count
+
+
+def rank_bytes(rank, world):
+    ids_pN = text_like_ids(world, 512, 300)
+    shard = VocabShard.of(rank, world, 512, 1)
+    plan = plan_lookup(ids_pN, shard, torch.bfloat16)
+    counts: list[int] = []
+    dist.all_to_all_single = counted(dist.all_to_all_single, counts)
+    rows = torch.randn(shard.rows, WIDTH).requires_grad_()
+    vocab_parallel_lookup(
+        ids_pN[rank], rows, shard=shard, group=dist.group.WORLD, dtype=torch.bfloat16, plan=plan
+    ).sum().backward()
+    return sum(counts), plan.traffic
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_logged_traffic_is_what_crossed(world):
+    results = run_ranks(world, rank_bytes)
+    traffic = results[0][1]
+    assert all(its == traffic for _, its in results)  # all ranks log, and choose by, the same numbers
+    assert sum(sent for sent, _ in results) == traffic.moved * WIDTH
+    assert traffic.gathered == 2 * 2 * (world - 1) * world * 300
+    assert 1 <= traffic.balance <= world
+
+
+def test_balance_of_owners():
+    """All ids on rank 0's rows: nobody asks rank 1."""
+    ids_pN = [torch.arange(4), torch.arange(4)]
+    assert plan_lookup(ids_pN, VocabShard.of(0, 2, 8, 1), torch.float32).traffic.balance == 2
+    even = [torch.tensor([0, 4]), torch.tensor([0, 4])]
+    assert plan_lookup(even, VocabShard.of(0, 2, 8, 1), torch.float32).traffic.balance == 1
+
+
+def lopsided(world: int, vocab_size: int):
+    """Every id once, and all of them on the first rank's rows: the worst for an all-to-all."""
+    first = VocabShard.of(0, world, vocab_size, 1).rows
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(first, generator=generator)[:TOKENS] for _ in range(world)])
+    weight = torch.randn(vocab_size, WIDTH, generator=generator).bfloat16().float()
+    return ids, weight, torch.randn(world, TOKENS, WIDTH, generator=generator).bfloat16()
+
+
+def rank_gathers(rank, world, vocab_size):
+    ids, weight, upstream = lopsided(world, vocab_size)
+    shard = VocabShard.of(rank, world, vocab_size, 1)
+    plan = plan_lookup(list(ids), shard, torch.bfloat16)
+    assert isinstance(plan, GatheredTokens) and plan.traffic.saved == 0
+    rows = weight[shard.start : shard.stop].clone().requires_grad_()
+    hidden = vocab_parallel_lookup(
+        ids[rank], rows, shard=shard, group=dist.group.WORLD, dtype=torch.bfloat16, plan=plan
+    )
+    hidden.backward(upstream[rank])
+    return hidden.detach(), rows.grad
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_gathers_where_that_moves_less(world):
+    """Few tokens that hardly repeat, with one owner: fp32 gradients of its rows would be more than bf16 of all."""
+    ids, weight, upstream = lopsided(world, 80)
+    results = run_ranks(world, rank_gathers, 80)
+    assert torch.equal(torch.stack([hidden for hidden, _ in results]), weight[ids].bfloat16())
+    weight.requires_grad_()
+    F.embedding(ids, weight).backward(upstream.float())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in results]), weight.grad)
+
+
+def test_in_fp32_and_where_ids_repeat_it_does_not_gather():
+    ids, _, _ = lopsided(2, 80)
+    shard = VocabShard.of(0, 2, 80, 1)
+    assert isinstance(plan_lookup(list(ids), shard, torch.float32), DistinctRows)
+    assert isinstance(plan_lookup([ids[0] // 8, ids[1] // 8], shard, torch.bfloat16), DistinctRows)
+
+
+def test_the_main_gradient_is_added_to_in_place():
+    ids, weight, upstream = problem(1, 37)
+    rows, main_grad = weight.clone().requires_grad_(), torch.ones_like(weight)
+    shard = VocabShard.of(0, 1, 37, 1)
+    vocab_parallel_lookup(ids[0], rows, shard=shard, main_grad=lambda: main_grad).backward(upstream[0])
+    weight.requires_grad_()
+    F.embedding(ids, weight).backward(upstream)
+    assert rows.grad is None
+    torch.testing.assert_close(main_grad, weight.grad + 1)
