@@ -25,7 +25,7 @@ from .model import GPT2Config
 from .monitor import LogConfig
 from .optim import OptimConfig
 from .trainer import EvalConfig, LoopConfig
-from .vocab import VocabConfig
+from .vocab import Machine, Parallel, VocabConfig, Workload, choose_parallel
 
 ENGINES = {"fsdp2": FSDP2Config}
 MODELS = {"gpt2": GPT2Config}
@@ -150,11 +150,11 @@ def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
     The world against batch and vocabulary, the precision against the device, the data and its tokenizer, and the
     checkpoint that would be resumed.
     """
-    config.vocab.ranks(world)
     config.train.check_world(world)
     config.train.compute_dtype(device_type)
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
+    vocab_parallel(config, rows, world, world, device_type)
     last = checkpoints(config.run_dir)
     if last:
         try:
@@ -176,6 +176,20 @@ def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
     rows = size if size is not None else needed
     assert rows is not None
     return rows
+
+
+def vocab_parallel(config: TrainConfig, rows: int, world: int, node: int, device_type: str) -> Parallel:
+    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. ValueError as `check`."""
+    train = config.train
+    work = Workload(
+        rows=rows,
+        width=config.model.width,
+        matrices=2 if config.vocab.tie == "untied" else 1,
+        tokens=train.micro_batch * config.seq_len,
+        micro_batches=train.global_batch // (train.micro_batch * world),
+        itemsize=train.compute_dtype(device_type).itemsize,
+    )
+    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 
 def about(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
 from .trainer import Evaluate, Hook, Log, Save, StopFlag, Trainer
-from .vocab import VocabParallelEmbedding, VocabShard
+from .vocab import Parallel, VocabParallelEmbedding, VocabShard
 
 
 def main() -> None:
@@ -46,10 +46,13 @@ def main() -> None:
 def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
     """Trains to the end, or to where this launch stops, and saves there. Every rank calls it."""
     world = torch.distributed.get_world_size()
-    mesh = Mesh.of(config.vocab.ranks(world), device)
     corpus = configuration.check(config, world, device.type)
+    rows = configuration.vocab_rows(config, corpus)
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    parallel = configuration.vocab_parallel(config, rows, world, node, device.type)
+    mesh = Mesh.of(parallel.ranks, device)
     with hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext():
-        engine, model, matrix = build_model(config, mesh, configuration.vocab_rows(config, corpus))
+        engine, model, matrix = build_model(config, mesh, rows)
         manager = CheckpointManager(
             config.run_dir,
             ModelState(engine, model.vocab, matrix, mesh),
@@ -64,7 +67,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            _announce(config, corpus, model, mesh, state, found)
+            _announce(config, corpus, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
         trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stop)
@@ -140,7 +143,13 @@ def _hooks(
 
 
 def _announce(
-    config: TrainConfig, corpus: Corpus, model: LanguageModel, mesh: Mesh, state: TrainState, resumed: Path | None
+    config: TrainConfig,
+    corpus: Corpus,
+    model: LanguageModel,
+    mesh: Mesh,
+    parallel: Parallel,
+    state: TrainState,
+    resumed: Path | None,
 ) -> None:
     vocab = model.vocab
     body = sum(p.numel() for p in model.body.parameters())  # type: ignore[attr-defined]
@@ -152,7 +161,8 @@ def _announce(
         f"{'es' if matrices > 1 else ''} of {vocab.shard.vocab_size:,} rows ({config.vocab.tie})\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.name}, {str(vocab.compute_dtype)[6:]}\n"
-        f"data: {config.data.path}, {tokens:,} tokens, from sample {sample:,}"
+        + (f"{parallel.why}\n" if parallel.why else "")
+        + f"data: {config.data.path}, {tokens:,} tokens, from sample {sample:,}"
         f"{' (not the data of before: it starts anew)' if state.samples and not sample else ''}\n"
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
         flush=True,

@@ -3,17 +3,22 @@
 from .embedding import VocabConfig, VocabParallelEmbedding
 from .lookup import LookupPlan, LookupTraffic, plan_lookup, vocab_parallel_lookup
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
+from .parallel import Machine, Parallel, Workload, choose_parallel
 from .readout import check_sampling, sample
 from .shard import VocabShard, seeded_normal, stable_seed
 
 __all__ = [
     "LookupPlan",
     "LookupTraffic",
+    "Machine",
+    "Parallel",
     "VocabConfig",
     "VocabLoss",
     "VocabParallelEmbedding",
     "VocabShard",
+    "Workload",
     "check_sampling",
+    "choose_parallel",
     "plan_lookup",
     "sample",
     "seeded_normal",

@@ -19,9 +19,10 @@ class VocabConfig:
     """The vocabulary and how its matrix is held.
 
     size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
-    that share one copy of the matrix; "auto" is the whole world. tie: one matrix for input and output, or two.
-    head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many tokens it works
-    on at a time; null: 64 on a CPU, 896 on a GPU. More gains little once 512 tokens fit (on a GPU: 2,048).
+    that share one copy of the matrix; "auto" chooses by an estimate, see parallel.py. tie: one matrix for input and
+    output, or two. head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many
+    tokens it works on at a time; null: 64 on a CPU, 896 on a GPU. More gains little once 512 tokens fit (on a GPU:
+    2,048).
     """
 
     size: int | None = None
@@ -50,13 +51,6 @@ class VocabConfig:
             raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
         if self.head_memory_mib is not None and self.head_memory_mib < 1:
             raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1 (or null: by device)")
-
-    def ranks(self, world: int) -> int:
-        """Size of the `vocab` axis in a world of that many ranks. Raises ValueError if it does not divide it."""
-        ranks = world if self.parallel == "auto" else int(self.parallel)
-        if world % ranks:
-            raise ValueError(f"vocab.parallel={ranks} must divide the number of ranks, {world}")
-        return ranks
 
 
 class VocabParallelEmbedding(nn.Module):

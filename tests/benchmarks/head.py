@@ -1,6 +1,6 @@
 """The head and its loss, forward and backward, against its rivals: time and extra peak memory.
 
-    python tests/benchmarks/head.py [--vocab 50304 ...] [--tokens 4096] [--width 1024]
+    python tests/benchmarks/head.py [--vocab 50304 ...] [--tokens 4096 ...] [--width 1024]
     python tests/benchmarks/head.py --ranks 2        on ranks that split the rows; with errors against float64
     python tests/benchmarks/head.py --sweep          over the vocabulary; writes docs/head.png
 
@@ -22,7 +22,7 @@ from tests.benchmarks.measure import extra_peak_mib, in_fresh_process, interleav
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
 from tests.ranks import run_ranks
 
-SWEEP = [32_768, 50_304, 131_072, 262_144]
+SWEEP = [32_768, 50_304, 131_072, 262_144, 524_288]
 LIMIT = "three bare matmuls"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Size = tuple[int, int, int]  # tokens, width, vocab
@@ -32,7 +32,7 @@ Figures = dict[str, tuple[float, float]]  # seconds, MiB
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[50_304])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
@@ -43,7 +43,8 @@ def main() -> None:
     known = RIVALS if options.ranks == 1 else RANK_RIVALS
     if unknown := set(options.only or []) - set(known):
         parser.error(f"--only {sorted(unknown)} must be among {list(known)}")
-    sizes = [(options.tokens, options.width, vocab) for vocab in (SWEEP if options.sweep else options.vocab)]
+    vocabularies = SWEEP if options.sweep else options.vocab
+    sizes = [(tokens, options.width, vocab) for tokens in options.tokens for vocab in vocabularies]
     if options.ranks > 1:
         for size in sizes:
             print(table_on_ranks(size, options.ranks, options.repeats, options.only))

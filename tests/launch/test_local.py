@@ -105,6 +105,19 @@ def test_the_same_command_resumes_and_another_number_of_ranks_may_take_over(trai
     assert [line["step"] for line in scalars(folder)] == [4, 8, 12, 16]
 
 
+def test_a_run_says_how_the_matrix_is_split_and_what_the_lookup_saves(data, tmp_path):
+    arguments = f"data.path={data} log.every=1 train.steps=2 {SMALL}"
+    done = run(f"launch/local.py nproc=2 run.dir={tmp_path / 'auto'} {arguments}")
+    assert done.returncode == 0, done.stderr
+    assert "vocab.parallel=auto: 2 of 2 ranks share a copy\n" in done.stdout and "FSDP's gather" in done.stdout
+    for line in scalars(tmp_path / "auto"):
+        assert 0 < line["lookup_saved"] < 1 and 1 <= line["lookup_balance"] <= 2
+
+    done = run(f"launch/local.py nproc=2 vocab.parallel=1 run.dir={tmp_path / 'copies'} {arguments}")
+    assert done.stdout.count("vocab.parallel=1 is clearly worse than 2, which auto would choose") == 1, done.stdout
+    assert "lookup_saved" not in scalars(tmp_path / "copies")[0]  # nothing crosses
+
+
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 def test_generating_alone_and_on_two_ranks_gives_the_same_text(trained, data, tmp_path, tie):
     if tie == "untied":

@@ -55,7 +55,7 @@ def windows_of(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
 def one_step_in_float64(rank: int, world: int, config: TrainConfig):
     """Loss, gradients and norm of one global batch on this rank, the engine and all else as in training."""
     torch.set_default_dtype(torch.float64)
-    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
+    mesh = Mesh.of(int(config.vocab.parallel), torch.device("cpu"))
     shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, VOCAB, config.vocab.multiple)
     vocab = VocabParallelEmbedding(
         config.vocab,
@@ -150,7 +150,7 @@ def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
 
 
 def initial_rows(rank: int, world: int, config: TrainConfig):
-    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
+    mesh = Mesh.of(int(config.vocab.parallel), torch.device("cpu"))
     _, model, _ = build_model(config, mesh, VOCAB)
     rows = {name: (model.vocab.shard.start, row.detach()) for name, row in model.vocab.named_rows().items()}
     return rows, {name: p.full_tensor().detach() for name, p in model.body.named_parameters()}

@@ -33,7 +33,7 @@ SMALL = {"model__layers": 1, "model__width": 3, "model__heads": 1}  # width 3: o
 def build(run: Path, world: int, vocab_size: int = 307, keep: int = 0, **changes) -> CheckpointManager:
     """One rank of a fresh run, ready to save or to load."""
     config = tiny_config(run, run, **SMALL | changes)
-    mesh = Mesh.of(config.vocab.ranks(world), torch.device("cpu"))
+    mesh = Mesh.of(world, torch.device("cpu"))
     engine, model, matrix = build_model(config, mesh, vocab_size)
     about = {"vocab_size": vocab_size}
     return CheckpointManager(run, ModelState(engine, model.vocab, matrix, mesh), mesh, keep=keep, seed=0, about=about)

@@ -160,9 +160,3 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
 def test_a_wrong_setting_is_named(setting, message):
     with pytest.raises(ValueError, match=message):
         VocabConfig(**setting)
-
-
-def test_ranks_of_the_axis():
-    assert VocabConfig().ranks(6) == 6 and VocabConfig(parallel="2").ranks(6) == 2
-    with pytest.raises(ValueError, match=r"vocab\.parallel=4 must divide the number of ranks, 6"):
-        VocabConfig(parallel="4").ranks(6)

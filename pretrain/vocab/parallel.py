@@ -1,0 +1,158 @@
+"""How many ranks should share one copy of the matrix: `vocab.parallel=auto`.
+
+An estimate of one step for each size p of the axis. With more ranks a rank holds, sums and updates fewer rows, but its
+group's tokens have to meet all of them:
+
+    matmuls    6·N·V·D a micro-batch, whatever p is
+    tokens     (p-1)·N·D hidden states out and gradients back, a micro-batch; behind the matmuls on a GPU
+    lookup     (p-1)/p of the distinct rows, about N/3, out and their gradients back, a micro-batch
+    replicas   all-reduce of the gradient of V·D/p, once a step, where there are several copies
+    rows       AdamW on V·D/p once a step, its compute copy and its gradient once a micro-batch
+
+Gathering the weights instead, as FSDP does, moves V·D out and back a micro-batch: more than the tokens as long as the
+group has fewer of them than there are rows, M < V. It is shown beside the others, not chosen.
+"""
+
+import math
+from dataclasses import dataclass
+
+DISTINCT = 1 / 3  # of the ids in text
+GRADIENT = 4  # bytes: fp32
+STATES = 16  # bytes held for each number: main weight, gradient, two moments
+UPDATE, TOUCH = 28, 14  # bytes read and written for each: AdamW, and compute copy and gradient of a micro-batch
+SLOWER = 1.05  # memory decides between sizes that are no slower than this
+CLEARLY_SLOWER, CLEARLY_LARGER = 1.25, 2.0  # than what auto chooses: worth a word
+WORTH_A_WORD = 256 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """rows: V. width: D. matrices: 1 tied, 2 untied. tokens: N, of a rank and micro-batch. micro_batches: a rank's in a
+    step. itemsize: of the compute dtype.
+    """
+
+    rows: int
+    width: int
+    matrices: int
+    tokens: int
+    micro_batches: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """world ranks, `node` of them on each node. Of a rank: FLOP/s of its matmuls, bytes/s of its memory and of what it
+    sends within a node and to others; whether it sends behind matmuls. Their ratios are what counts.
+    """
+
+    world: int
+    node: int
+    flops: float
+    memory: float
+    near: float
+    far: float
+    overlaps: bool
+
+    @classmethod
+    def of(cls, device_type: str, world: int, node: int) -> "Machine":
+        """Round numbers: a datacenter GPU with NVLink and one 200 Gb/s card each, or a CPU core with gloo."""
+        if device_type == "cuda":
+            return cls(world, node, flops=4e14, memory=2e12, near=2e11, far=2.5e10, overlaps=True)
+        return cls(world, node, flops=1e11, memory=5e9, near=1e9, far=1e9, overlaps=False)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a rank: ranks p, or 0 for gathered weights; seconds of the head, the lookup and the rows' optimizer a step;
+    bytes sent a step; bytes held.
+    """
+
+    ranks: int
+    seconds: float
+    sent: float
+    held: float
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """ranks: the size of the vocab axis. why: what to tell the user, "" for nothing. better: the size that auto would
+    choose, where the given one is clearly worse.
+    """
+
+    ranks: int
+    why: str
+    better: int | None = None
+
+
+def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
+    """`asked`: "auto", or a number of ranks. ValueError if that does not divide the world.
+
+    Of the sizes that divide the world, the one that holds least among those about as fast as the fastest.
+    """
+    if asked != "auto" and machine.world % int(asked):
+        raise ValueError(f"vocab.parallel={asked} must divide the number of ranks, {machine.world}")
+    sizes = {p: estimate(p, work, machine) for p in range(1, machine.world + 1) if machine.world % p == 0}
+    fastest = min(size.seconds for size in sizes.values())
+    best = min((size for size in sizes.values() if size.seconds <= SLOWER * fastest), key=lambda size: size.held)
+    chosen = best if asked == "auto" else sizes[int(asked)]
+    slower = chosen.seconds > CLEARLY_SLOWER * best.seconds
+    larger = chosen.held > max(CLEARLY_LARGER * best.held, best.held + WORTH_A_WORD)
+    table = _table(list(sizes.values()), weights_gathered(work, machine), chosen)
+    if machine.world == 1:
+        return Parallel(1, "")
+    if asked == "auto":
+        return Parallel(best.ranks, f"vocab.parallel=auto: {best.ranks} of {machine.world} ranks share a copy\n{table}")
+    if slower or larger:
+        why = f"vocab.parallel={asked} is clearly worse than {best.ranks}, which auto would choose\n{table}"
+        return Parallel(chosen.ranks, why, best.ranks)
+    return Parallel(chosen.ranks, "")
+
+
+def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
+    """One step with p ranks to a copy."""
+    copies = machine.world // p
+    fits = p <= machine.node and machine.node % p == 0  # or a group lies on several nodes
+    inside = machine.near if fits else machine.far
+    outside = machine.near if machine.world <= machine.node else machine.far
+    numbers = work.rows * work.width / p * work.matrices
+    a_token = work.width * (work.itemsize + GRADIENT)
+
+    tokens = work.micro_batches * (p - 1) * work.tokens * a_token
+    lookup = work.micro_batches * (p - 1) / p * DISTINCT * work.tokens * a_token
+    replicas = 2 * (copies - 1) / copies * numbers * GRADIENT
+    matmuls = _matmuls(work, machine)
+    head = max(matmuls, tokens / inside) if machine.overlaps else matmuls + tokens / inside
+    rows = numbers * (UPDATE + TOUCH * work.micro_batches) / machine.memory
+    seconds = head + lookup / inside + replicas / outside + rows
+    return Estimate(p, seconds, tokens + lookup + replicas, numbers * (STATES + work.itemsize))
+
+
+def weights_gathered(work: Workload, machine: Machine) -> Estimate:
+    """The same step with the rows split over the whole world and gathered for each micro-batch, as FSDP does."""
+    numbers = work.rows * work.width * work.matrices
+    others = (machine.world - 1) / machine.world
+    sent = work.micro_batches * others * numbers * (work.itemsize + GRADIENT)
+    rows = numbers * (UPDATE / machine.world + TOUCH * work.micro_batches) / machine.memory
+    link = machine.near if machine.world <= machine.node else machine.far
+    held = numbers * (STATES / machine.world + work.itemsize + GRADIENT)
+    return Estimate(0, _matmuls(work, machine) + sent / link + rows, sent, held)
+
+
+def _matmuls(work: Workload, machine: Machine) -> float:
+    return work.micro_batches * 6 * work.tokens * work.rows * work.width / machine.flops
+
+
+def _table(sizes: list[Estimate], gathered: Estimate, chosen: Estimate) -> str:
+    """A line each; estimates, good for comparing them."""
+    lines = ["  ranks to a copy    head, ms a step    sent, MiB a step    held, MiB"]
+    for size in [*sizes, gathered]:
+        name = f"{size.ranks:,}" if size.ranks else "FSDP's gather"
+        seconds, sent, held = _round(size.seconds * 1e3), _round(size.sent / 2**20), _round(size.held / 2**20)
+        lines.append(f"  {name:>15}{seconds:>19}{sent:>20}{held:>13}" + " <" * (size is chosen))
+    return "\n".join(lines)
+
+
+def _round(value: float) -> str:
+    """Two digits are all that an estimate is worth."""
+    digits = max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{min(digits, 2)}f}"

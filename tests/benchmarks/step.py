@@ -1,0 +1,214 @@
+"""A whole training step on ranks, against plain FSDP2 with the embedding inside: tokens/s and peak memory a rank.
+
+    python tests/benchmarks/step.py [--vocab 131072 ...] [--width 512] [--layers 2] [--sequences 4] [--length 256]
+
+Prints Markdown. Both have the same body, the same tokens, drawn as in text (Zipf's law), AdamW and the clip, in bf16
+with fp32 main weights. Times are medians of interleaved steps; memory is measured in processes of its own, and is all
+that the training adds to a process: weights, moments, gradients and what a step needs. Take figures on a quiet machine.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from pretrain.checkpoint import TrainState
+from pretrain.data.loader import Batch, MicroBatch
+from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.mesh import Mesh
+from pretrain.model import GPT2Config, LanguageModel
+from pretrain.optim import MatrixOptimizer, OptimConfig
+from pretrain.trainer import LoopConfig, StopFlag, Trainer
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
+from tests.benchmarks.measure import holding_peak_mib, markdown, progress
+from tests.ranks import run_ranks
+
+BF16 = torch.bfloat16
+Step = Callable[[], float]  # -> loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[131_072])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=4, help="a rank and step")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    for vocab in options.vocab:
+        print(table(options, vocab), flush=True)
+
+
+def table(options: argparse.Namespace, vocab: int) -> str:
+    model = GPT2Config(layers=options.layers, width=options.width, heads=options.width // 64, context=options.length)
+    setting = model, vocab, options.sequences
+    progress(f"{vocab:,} rows: time")
+    seconds, losses = run_ranks(options.ranks, times_on_rank, *setting, options.repeats, timeout=3600)[0]
+    tokens = options.ranks * options.sequences * options.length
+    rows = []
+    for name in SYSTEMS:
+        progress(f"{vocab:,} rows: memory of {name}")
+        mib = max(run_ranks(options.ranks, memory_on_rank, *setting, name, timeout=900))
+        rate = tokens / seconds[name]
+        ratio = seconds["FSDP2, embedding inside"] / seconds[name]
+        rows.append([name, f"{rate:,.0f}", f"{ratio:.2f}", f"{mib:,.0f}", f"{losses[name]:.4f}"])
+    most = float(rows[1][3].replace(",", ""))
+    for row in rows:
+        row.insert(4, f"{float(row[3].replace(',', '')) / most:.2f}")
+    title = (
+        f"\n{options.ranks} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens a step, {options.layers} blocks of width"
+        f" {options.width}, {vocab:,} rows, tied\n\n"
+    )
+    header = ["training step", "tokens/s", "× FSDP2", "peak MiB a rank", "× FSDP2", "loss, last step"]
+    return title + markdown(header, rows)
+
+
+def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[Tensor]:
+    """[sequences, length + 1] of every rank, the same in each process."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = 1.0 / torch.arange(1, vocab + 1)
+    ids = torch.multinomial(frequency, ranks * sequences * (length + 1), replacement=True, generator=generator)
+    return list(ids.view(ranks, sequences, length + 1))
+
+
+# --- the systems ------------------------------------------------------------------------------------------------------
+
+
+def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
+    """The trainer's own step; the lookup is planned within it, though the loader does that ahead of time."""
+    optim = OptimConfig(lr=1e-4, warmup_steps=0)
+    mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
+    shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, vocab)
+    matrix = VocabParallelEmbedding(
+        VocabConfig(), shard, model.width, seed=0, group=mesh.vocab_group, compute_dtype=BF16
+    )
+    with torch.device("meta"):
+        body = model.body()
+    engine = FSDP2Config().build(optim, BF16, 0)
+    loop = LoopConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
+    trainer = Trainer(
+        LanguageModel(matrix, engine.wrap(body, mesh)),
+        engine,
+        MatrixOptimizer(matrix.parameters(), optim, mesh),
+        _NoSamples(),  # type: ignore[arg-type]
+        mesh,
+        loop,
+        optim,
+        TrainState(),
+        [],
+        StopFlag(),
+    )
+    ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
+
+    def step() -> float:
+        plan = plan_lookup([its[:, :-1].flatten() for its in ids], shard, BF16)
+        mine = ids[mesh.rank]
+        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan)
+        report = trainer.train_step(Batch([micro], sequences * model.context))
+        dist.all_reduce(report.loss)
+        return float(report.loss)
+
+    return step
+
+
+class _NoSamples:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+class Whole(nn.Module):
+    """The usual model: embedding, body and head in one module, all of it FSDP2's."""
+
+    def __init__(self, model: GPT2Config, vocab: int, cast: bool) -> None:
+        super().__init__()
+        self.embedding, self.body, self.cast = nn.Embedding(vocab, model.width), model.body(), cast
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        logits_BTV = F.linear(self.body(self.embedding(tokens_BT)), self.embedding.weight)
+        logits_NV = logits_BTV.flatten(0, 1)
+        return F.cross_entropy(logits_NV.float() if self.cast else logits_NV, targets_BT.flatten(), reduction="sum")
+
+
+def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
+    mesh = Mesh.of(1, torch.device("cpu"))
+    optim = OptimConfig(lr=1e-4, warmup_steps=0)
+    with torch.device("meta"):
+        whole = Whole(model, vocab, cast)
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*whole.body.blocks, whole):
+        fully_shard(module, mesh=mesh.flat, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    whole.to_empty(device="cpu")
+    for name, parameter in whole.named_parameters():
+        rows = VocabShard.of(mesh.rank, mesh.world, parameter.shape[0], multiple=1)
+        if name == "embedding.weight":
+            values = rows.initial_rows(name, 0, model.width, 0.02)
+        else:
+            values = whole.body.initial_rows(name.removeprefix("body."), 0, rows.start, rows.stop)
+        parameter.detach().to_local().copy_(values)
+    adamw = optim.adamw(whole.parameters())
+    mine = ids_as_in_text(vocab, sequences, model.context, mesh.world)[mesh.rank]
+    targets = mesh.world * sequences * model.context
+
+    def step() -> float:
+        loss = whole(mine[:, :-1].contiguous(), mine[:, 1:].contiguous()) / targets
+        loss.backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), optim.clip)
+        adamw.step()
+        adamw.zero_grad()
+        total = loss.detach()
+        dist.all_reduce(total)
+        return float(total)
+
+    return step
+
+
+SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
+    "Rowshard": rowshard,
+    "FSDP2, embedding inside": partial(fsdp2, cast=False),
+    "FSDP2, embedding inside, logits in fp32": partial(fsdp2, cast=True),
+}
+
+
+# --- on a rank --------------------------------------------------------------------------------------------------------
+
+
+def times_on_rank(
+    rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a step, and the loss of the last one, by name."""
+    torch.set_num_threads(1)
+    steps = {name: build(model, vocab, sequences) for name, build in SYSTEMS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            losses[name] = step()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}, losses
+
+
+def memory_on_rank(rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, name: str) -> float:
+    torch.set_num_threads(1)
+    return holding_peak_mib(lambda: SYSTEMS[name](model, vocab, sequences))
+
+
+if __name__ == "__main__":
+    main()

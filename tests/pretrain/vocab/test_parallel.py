@@ -1,0 +1,104 @@
+"""vocab.parallel=auto: the estimate against what really crosses, and its choices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.vocab import Machine, VocabShard, Workload, choose_parallel, collectives
+from pretrain.vocab import vocab_parallel_linear_cross_entropy as cross_entropy
+from pretrain.vocab.parallel import DISTINCT, estimate, weights_gathered
+from tests.ranks import run_ranks
+
+LLAMA3 = Workload(rows=128_256, width=4096, matrices=1, tokens=8192, micro_batches=4, itemsize=2)
+GPT2 = Workload(rows=50_304, width=768, matrices=1, tokens=8192, micro_batches=4, itemsize=2)
+NODE = Machine.of("cuda", world=8, node=8)
+NODES = Machine.of("cuda", world=64, node=8)
+
+
+def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
+    """What one rank sends in the loss of its tokens, its own part never counted."""
+    sent = []
+
+    def count(collective, others):
+        def counted(out, mine, group, async_op):
+            sent.append(others(mine) * mine.element_size())
+            return collective(out, mine, group=group, async_op=async_op)
+
+        return counted
+
+    collectives._all_gather = count(collectives._all_gather, lambda mine: mine.numel() * (world - 1))
+    collectives._reduce_scatter = count(collectives._reduce_scatter, lambda parts: parts.numel() * (world - 1) // world)
+    shard = VocabShard.of(rank, world, rows, 1)
+    weight = torch.randn(shard.rows, width, requires_grad=True)
+    hidden = torch.randn(tokens, width).bfloat16().requires_grad_()
+    targets = torch.randint(rows, (tokens,))
+    options = {"scale": 1.0, "main_grad_vD": torch.zeros_like(weight), "metrics": False, "longest": tokens}
+    cross_entropy(hidden, weight, targets, shard=shard, group=dist.group.WORLD, **options).loss.backward()
+    return sum(sent)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_loss_sends_the_bytes_of_the_estimate(world):
+    rows, width, tokens = 96, 2048, 64
+    work = Workload(rows, width, matrices=1, tokens=tokens, micro_batches=1, itemsize=2)
+    machine = Machine.of("cpu", world, world)
+    lookup = (world - 1) / world * DISTINCT * tokens * width * 6
+    told = estimate(world, work, machine).sent - lookup
+    for sent in run_ranks(world, rank_bytes_of_the_loss, rows, width, tokens):
+        assert told <= sent <= 1.02 * told  # statistics and targets are the rest
+
+
+def test_tokens_cross_for_less_than_weights_until_there_are_as_many_as_rows():
+    for tokens, cheaper in ((LLAMA3.rows // 64, True), (LLAMA3.rows // 4, False)):
+        work = replace(LLAMA3, tokens=tokens)
+        assert (estimate(8, work, NODE).sent < weights_gathered(work, NODE).sent) == cheaper
+
+
+@pytest.mark.parametrize("work", [LLAMA3, GPT2, replace(LLAMA3, matrices=2)], ids=["llama3", "gpt2", "untied"])
+def test_a_copy_for_each_node(work):
+    """Within a node the tokens cross behind the matmuls; between nodes they would not."""
+    assert choose_parallel("auto", work, NODE).ranks == 8
+    assert choose_parallel("auto", work, NODES).ranks == 8
+
+
+def test_one_copy_each_where_tokens_are_many_and_rows_few():
+    work = Workload(rows=1000, width=1024, matrices=1, tokens=65_536, micro_batches=1, itemsize=2)
+    assert choose_parallel("auto", work, Machine.of("cpu", 8, 8)).ranks == 1
+
+
+def test_memory_decides_between_sizes_as_fast():
+    """Bound by matmuls, four and eight ranks of a node take the same time, and eight hold half as much."""
+    times = [estimate(p, LLAMA3, NODE).seconds for p in (4, 8)]
+    assert abs(times[0] / times[1] - 1) < 0.05
+    assert choose_parallel("auto", LLAMA3, NODE).ranks == 8
+
+
+def test_auto_says_why():
+    why = choose_parallel("auto", LLAMA3, NODES).why
+    assert why.startswith("vocab.parallel=auto: 8 of 64 ranks share a copy\n")
+    lines = why.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert [line for line in lines if line.endswith("<")] == [lines[5]]
+    assert lines[-1].split()[:2] == ["FSDP's", "gather"]
+
+
+@pytest.mark.parametrize("asked,better", [("1", 8), ("64", 8), ("8", None), ("4", None)])
+def test_who_sets_it_clearly_worse_is_told(asked, better):
+    parallel = choose_parallel(asked, GPT2, NODES)
+    assert parallel.ranks == int(asked) and parallel.better == better
+    if better:
+        assert parallel.why.startswith(f"vocab.parallel={asked} is clearly worse than 8, which auto would choose\n")
+    else:
+        assert parallel.why == ""
+
+
+def test_a_size_that_does_not_divide_the_ranks():
+    with pytest.raises(ValueError, match=r"vocab\.parallel=4 must divide the number of ranks, 6"):
+        choose_parallel("4", GPT2, Machine.of("cpu", 6, 6))
+
+
+def test_alone_there_is_nothing_to_say():
+    parallel = choose_parallel("auto", GPT2, Machine.of("cpu", 1, 1))
+    assert parallel.ranks == 1 and parallel.why == ""
