@@ -26,10 +26,8 @@ class Mesh:
 
     @classmethod
     def of(cls, vocab: int, device: torch.device) -> "Mesh":
-        """The mesh over all ranks of the default group. Raises ValueError if `vocab` does not divide them."""
+        """The mesh over all ranks of the default group, whose number `vocab` divides."""
         world = dist.get_world_size()
-        if world % vocab:
-            raise ValueError(f"vocab.parallel={vocab} must divide the number of ranks, {world}")
         axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=("dp", "vocab"))
         flat = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
         return cls(axes, flat, device)
@@ -85,6 +83,13 @@ def ranks(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     yield device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
+
+
+def ranks_of_a_node(device: torch.device) -> int:
+    """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
+    here = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
+    dist.all_reduce(here, dist.ReduceOp.MIN)
+    return int(here)
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -18,7 +18,7 @@ from .checkpoint import CheckpointError, CheckpointManager, ModelState, TrainSta
 from .config import RANKS_LOCK, TrainConfig, hold
 from .data import BatchLoader, Corpus, Order, Windows, validation_batches
 from .engine import Engine
-from .mesh import Mesh, lost_peer, ranks
+from .mesh import Mesh, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
@@ -48,8 +48,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
     world = torch.distributed.get_world_size()
     corpus = configuration.check(config, world, device.type)
     rows = configuration.vocab_rows(config, corpus)
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    parallel = configuration.vocab_parallel(config, rows, world, node, device.type)
+    parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device)
     with hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext():
         engine, model, matrix = build_model(config, mesh, rows)
@@ -91,7 +90,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
         VocabShard.of(mesh.vocab_rank, mesh.vocab_size, rows, config.vocab.multiple),
         config.model.width,
         seed=config.seed,
-        group=mesh.vocab_group,
+        group=mesh.vocab_group if mesh.vocab_size > 1 else None,
         compute_dtype=compute_dtype,
         device=mesh.device,
     )

@@ -8,20 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .collectives import Pending, Traffic
-from .kernels.base import accurate_dtype
+from .kernels.base import Kernels, accurate_dtype
 from .shard import VocabShard
 
-ROUND = 16  # tokens: matmuls like chunks of whole tiles
+ROUND = 128  # tokens: matmuls like chunks of whole tiles
 
 
-def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: int) -> int:
+def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: int | None, kernels: Kernels) -> int:
     """How many tokens of all ranks may be in work at once; the same on every rank.
 
     A token in work holds its factors [v] and its hidden states in this and the next chunk, scaled, and the matmul's
-    product, in `dtype`; and its gradient, before and after the reduction, accurate.
+    product, in `dtype`; and its gradient, before and after the reduction, accurate. The kernels' slab goes off the
+    memory, at most half of it. Where nobody gives a budget it grows with the rows' gradient: every chunk passes over
+    all of that once, which a chunk of few tokens does not repay.
     """
     held = shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
-    return max(1, memory_mib * 2**20 // held)
+    if memory_mib is None:
+        memory = max(kernels.memory_mib * 2**20, shard.rows_per_rank * width * accurate_dtype(dtype).itemsize // 4)
+    else:
+        memory = memory_mib * 2**20
+    tokens = max(1, max(memory - kernels.slab_bytes, memory // 2) // held)
+    return tokens if tokens < ROUND else tokens // ROUND * ROUND
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Chunks:
         most = max(1, budget // traffic.ranks)
         count = -(-self.longest // most)
         even = -(-self.longest // max(1, count))
-        self.size = min(most, -(-even // ROUND) * ROUND)
+        whole = max(1, ROUND // traffic.ranks)
+        self.size = min(most, -(-even // whole) * whole)
 
     @property
     def tokens(self) -> int:

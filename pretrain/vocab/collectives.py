@@ -6,8 +6,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .shard import VocabShard
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check_group(shard: VocabShard, group: dist.ProcessGroup | None) -> None:
+    """ValueError unless the shard is this rank's of the group; no group is a world of one."""
+    if group is None:
+        if shard.world != 1:
+            raise ValueError(f"a shard of world={shard.world} needs its process group")
+    elif (shard.rank, shard.world) != (dist.get_rank(group), dist.get_world_size(group)):
+        raise ValueError(f"shard {shard.rank} of {shard.world} does not fit this rank of its group")
 
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -21,8 +21,8 @@ class VocabConfig:
     size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
     that share one copy of the matrix; "auto" chooses by an estimate, see parallel.py. tie: one matrix for input and
     output, or two. head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many
-    tokens it works on at a time; null: 64 on a CPU, 896 on a GPU. More gains little once 512 tokens fit (on a GPU:
-    2,048).
+    tokens it works on at a time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient where it is more. More
+    gains little once 512 tokens fit (on a GPU: 2,048).
     """
 
     size: int | None = None

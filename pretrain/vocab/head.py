@@ -46,12 +46,13 @@ class Head:
     @property
     def results(self) -> tuple[str, ...]:
         """What `merge` returns for each token."""
-        return ("loss", "lse") + ("entropy", "best") * self.metrics
+        return ("loss", "lse", "entropy", "best") if self.metrics else ("loss", "lse")
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The statistics that an option needs besides max, sum and the target's logit."""
-        return ("logit_sum",) * (self.smoothing > 0) + ("weighted", "best") * self.metrics
+        smoothing = ("logit_sum",) if self.smoothing else ()
+        return (*smoothing, "weighted", "best") if self.metrics else smoothing
 
     @property
     def share(self) -> float:
@@ -89,7 +90,9 @@ class Head:
     def stack(self, part: Part, statistics: dict[str, Tensor]) -> Pending:
         """Sends this shard's statistics to all others: [p, k, m]."""
         target_m = torch.where(part.rows_m >= 0, self.cap(part.target_m), 0.0)
-        others = [statistics[name] + self.shard.start * (name == "best") for name in self.wanted]
+        if self.metrics:
+            statistics["best"] = statistics["best"] + self.shard.start  # an id
+        others = [statistics[name] for name in self.wanted]
         return self.traffic.stack(torch.stack([statistics["max"], statistics["sum"], target_m, *others]))
 
     def merge(self, stacked_pkm: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather, all_to_all, reduce_scatter
+from .collectives import all_gather, all_to_all, check_group, reduce_scatter
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
@@ -189,8 +189,9 @@ def vocab_parallel_lookup(
     dtype, and makes no second one of its size. Collectives: those of the plan. Without a `plan`, made of just
     these ids, every rank must bring as many; they are all-gathered first, and the device is waited for.
 
-    Raises ValueError on an id outside [0, vocab_size) where it makes the plan, as `plan_lookup` does.
+    Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does.
     """
+    check_group(shard, group)
     dtype = dtype or weight_vD.dtype
     if plan is None:
         plan = plan_lookup(list(all_gather(ids_N, group).cpu()), shard, dtype).to(ids_N.device)

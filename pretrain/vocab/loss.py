@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunks, chunk_budget
-from .collectives import Alone, Distinct, Replicated, Traffic
+from .collectives import Alone, Distinct, Replicated, Traffic, check_group
 from .head import Gradients, Head, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
@@ -65,9 +65,10 @@ def vocab_parallel_linear_cross_entropy(
     """Cross-entropy of softcap(hidden @ W.T) against the targets; W is split over `group` by rows.
 
     Per token: lse - (1-ε)·z[y] - ε·mean(z) + λ·lse², with ε = `label_smoothing` and λ = `z_loss`; z, lse and
-    the mean are over all rows but padding, of all ranks. The loss is multiplied by `scale`. Matmuls run in hidden's
-    dtype, statistics in fp32 (in float64 where hidden is). The gradient of `weight_vD` has its dtype, is summed over
-    the tokens of the group and is zero on padding rows. `group=None` is one process, without a process group.
+    the mean are over all rows but padding, of all ranks. The loss is multiplied by `scale`, one for all ranks. Matmuls
+    run in hidden's dtype, statistics in fp32 (in float64 where hidden is). The gradient of `weight_vD` has its dtype,
+    is summed over the tokens of the group and is zero on padding rows. `group=None` is one process, without a process
+    group.
 
     "distinct": every rank has its own tokens, of any number. It gets their loss and their gradient.
     "replicated": every rank has the same tokens (tensor parallelism) and gets the whole loss and gradient.
@@ -78,9 +79,9 @@ def vocab_parallel_linear_cross_entropy(
     Without it the sum's gradients are made in forward, too, and scaled in backward; they are recomputed, one matmul
     more, for reduction="none", where ranks scale their losses differently, and when backward runs again.
 
-    The group's tokens are worked on in chunks that need about `memory_mib` (None: what suits the device), or of at
-    most `chunk_tokens`. `longest`: the most tokens that a rank of the group brings, where all know it. `metrics`:
-    entropy and correct, too. `kernels`: None chooses by hidden's device.
+    The group's tokens are worked on in chunks that need about `memory_mib` (None: what suits the device, or a quarter
+    of the rows' gradient where that is more), or of at most `chunk_tokens`. `longest`: the most tokens that a rank of
+    the group brings, where all know it. `metrics`: entropy and correct, too. `kernels`: None: by hidden's device.
 
     Collectives a chunk: all-gather of hidden (distinct), all-gather of 3 statistics a token (+1 with smoothing, +2
     with metrics), reduce-scatter (all-reduce) of the gradient of hidden in fp32; all run behind matmuls. Besides,
@@ -89,7 +90,7 @@ def vocab_parallel_linear_cross_entropy(
     Raises ValueError on shapes that do not fit the shard and on a target outside [0, vocab_size) other than
     `ignore_index` (on CUDA, where looking would stall the host, such a target is a device-side assertion).
     """
-    _check_options(reduction, softcap, label_smoothing, chunk_tokens, main_grad_vD)
+    _check_options(reduction, softcap, label_smoothing, chunk_tokens, memory_mib, main_grad_vD)
     _check_shapes(hidden_ND, weight_vD, targets_N, main_grad_vD, shard)
     _check_targets(targets_N, shard.vocab_size, ignore_index)
 
@@ -103,8 +104,7 @@ def vocab_parallel_linear_cross_entropy(
         softcap=softcap,
         metrics=metrics,
     )
-    memory_mib = memory_mib or kernels.memory_mib
-    budget = chunk_tokens or chunk_budget(shard, hidden_ND.shape[1], hidden_ND.dtype, memory_mib)
+    budget = chunk_tokens or chunk_budget(shard, hidden_ND.shape[1], hidden_ND.dtype, memory_mib, kernels)
     valid_N = targets_N != ignore_index
     targets_N = torch.where(valid_N, targets_N, -1)
     call = _Call(head, targets_N, scale, budget, longest)
@@ -117,12 +117,9 @@ def vocab_parallel_linear_cross_entropy(
 def _traffic(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> Traffic:
     if tokens not in ("distinct", "replicated"):
         raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')
+    check_group(shard, group)
     if group is None:
-        if shard.world != 1:
-            raise ValueError(f"a shard of world={shard.world} needs its process group")
         return Alone()
-    if (shard.rank, shard.world) != (dist.get_rank(group), dist.get_world_size(group)):
-        raise ValueError(f"shard {shard.rank} of {shard.world} does not fit this rank of its group")
     return Distinct(group) if tokens == "distinct" else Replicated(group)
 
 
@@ -131,6 +128,7 @@ def _check_options(
     softcap: float | None,
     label_smoothing: float,
     chunk_tokens: int | None,
+    memory_mib: int | None,
     main_grad_vD: Tensor | None,
 ) -> None:
     if reduction not in ("sum", "none"):
@@ -141,6 +139,10 @@ def _check_options(
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    if memory_mib is not None and memory_mib < 1:
+        raise ValueError(f"memory_mib={memory_mib} must be at least 1")
+    if main_grad_vD is not None and not main_grad_vD.is_contiguous():
+        raise ValueError("main_grad_vD must be contiguous")
     if main_grad_vD is not None and reduction == "none":
         raise ValueError('main_grad_vD needs reduction="sum": the factors of single tokens come with backward')
 
@@ -208,14 +210,18 @@ class _Call:
 
     def empty_gradients(self, hidden_ND: Tensor, weight_vD: Tensor) -> tuple[Tensor, Tensor]:
         accurate = accurate_dtype(hidden_ND.dtype)
-        return torch.empty_like(hidden_ND, dtype=accurate), torch.zeros_like(weight_vD, dtype=accurate)
+        dhidden_ND = torch.empty_like(hidden_ND, dtype=accurate, memory_format=torch.contiguous_format)
+        return dhidden_ND, torch.zeros_like(weight_vD, dtype=accurate, memory_format=torch.contiguous_format)
 
     def _compute_rows(self, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows that have logits, in the dtype of the matmuls; a view where that is the weight's."""
-        return weight_vD.detach()[: self.head.shard.valid_rows].to(dtype)
+        """The rows that have logits, in the dtype of the matmuls; a view where that is the weight's.
+
+        Made for each call: an optimizer may change the rows without any sign that a copy is old.
+        """
+        return weight_vD.detach()[: self.head.shard.valid_rows].to(dtype).contiguous()
 
     def _chunks(self, hidden_ND: Tensor) -> Chunks:
-        chunks = Chunks(self.head.traffic, hidden_ND.detach(), self.budget, self.longest)
+        chunks = Chunks(self.head.traffic, hidden_ND.detach().contiguous(), self.budget, self.longest)
         self.longest = chunks.longest
         return chunks
 

@@ -63,8 +63,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a rank: ranks p, or 0 for gathered weights; seconds of the head, the lookup and the rows' optimizer a step;
-    bytes sent a step; bytes held.
+    """ranks: p, those that share a copy. Of a rank and step: seconds of the head, the lookup and the rows' optimizer;
+    bytes sent; bytes held.
     """
 
     ranks: int
@@ -75,13 +75,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Parallel:
-    """ranks: the size of the vocab axis. why: what to tell the user, "" for nothing. better: the size that auto would
-    choose, where the given one is clearly worse.
-    """
+    """ranks: the size of the vocab axis. why: what to tell the user, "" for nothing."""
 
     ranks: int
     why: str
-    better: int | None = None
 
 
 def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
@@ -97,15 +94,15 @@ def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
     chosen = best if asked == "auto" else sizes[int(asked)]
     slower = chosen.seconds > CLEARLY_SLOWER * best.seconds
     larger = chosen.held > max(CLEARLY_LARGER * best.held, best.held + WORTH_A_WORD)
-    table = _table(list(sizes.values()), weights_gathered(work, machine), chosen)
+    if asked == "auto":
+        why = f"vocab.parallel=auto: {best.ranks} of {machine.world} ranks share a copy"
+    elif slower or larger:
+        why = f"vocab.parallel={asked} is clearly worse than {best.ranks}, which auto would choose"
+    else:
+        return Parallel(chosen.ranks, "")
     if machine.world == 1:
         return Parallel(1, "")
-    if asked == "auto":
-        return Parallel(best.ranks, f"vocab.parallel=auto: {best.ranks} of {machine.world} ranks share a copy\n{table}")
-    if slower or larger:
-        why = f"vocab.parallel={asked} is clearly worse than {best.ranks}, which auto would choose\n{table}"
-        return Parallel(chosen.ranks, why, best.ranks)
-    return Parallel(chosen.ranks, "")
+    return Parallel(chosen.ranks, f"{why}\n{_table(list(sizes.values()), weights_gathered(work, machine), chosen)}")
 
 
 def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
@@ -135,7 +132,7 @@ def weights_gathered(work: Workload, machine: Machine) -> Estimate:
     rows = numbers * (UPDATE / machine.world + TOUCH * work.micro_batches) / machine.memory
     link = machine.near if machine.world <= machine.node else machine.far
     held = numbers * (STATES / machine.world + work.itemsize + GRADIENT)
-    return Estimate(0, _matmuls(work, machine) + sent / link + rows, sent, held)
+    return Estimate(machine.world, _matmuls(work, machine) + sent / link + rows, sent, held)
 
 
 def _matmuls(work: Workload, machine: Machine) -> float:
@@ -146,7 +143,7 @@ def _table(sizes: list[Estimate], gathered: Estimate, chosen: Estimate) -> str:
     """A line each; estimates, good for comparing them."""
     lines = ["  ranks to a copy    head, ms a step    sent, MiB a step    held, MiB"]
     for size in [*sizes, gathered]:
-        name = f"{size.ranks:,}" if size.ranks else "FSDP's gather"
+        name = "FSDP's gather" if size is gathered else f"{size.ranks:,}"
         seconds, sent, held = _round(size.seconds * 1e3), _round(size.sent / 2**20), _round(size.held / 2**20)
         lines.append(f"  {name:>15}{seconds:>19}{sent:>20}{held:>13}" + " <" * (size is chosen))
     return "\n".join(lines)

@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/head.png"))
     options = parser.parse_args()
     known = RIVALS if options.ranks == 1 else RANK_RIVALS
+    if options.sweep and len(options.tokens) > 1:
+        parser.error("--sweep is over the vocabulary: give one number of --tokens")
     if unknown := set(options.only or []) - set(known):
         parser.error(f"--only {sorted(unknown)} must be among {list(known)}")
     vocabularies = SWEEP if options.sweep else options.vocab
@@ -49,29 +51,28 @@ def main() -> None:
         for size in sizes:
             print(table_on_ranks(size, options.ranks, options.repeats, options.only))
         return
+    names = [name for name in available() if options.only is None or name in (LIMIT, *options.only)]
+    seconds = {size: times(names, size, options.repeats) for size in sizes}  # all, before memory, which no noise moves
     figures = {}
     for size in sizes:
-        figures[size] = measure(size, options.repeats, options.only)
+        figures[size] = {name: (seconds[size][name], memory(name, size)) for name in names}
         print(table(size, figures[size]), flush=True)
     if options.sweep:
         plot(figures, options.plot)
 
 
-def measure(size: Size, repeats: int, only: list[str] | None) -> Figures:
-    """Seconds and extra peak memory of every rival."""
-    rivals = [name for name in available() if only is None or name in (LIMIT, *only)]
-    problem = Problem.draw(*size, DEVICE)
+def times(names: list[str], size: Size, repeats: int) -> dict[str, float]:
     progress(f"{size}: time")
-    seconds = interleaved_times({name: RIVALS[name](problem) for name in rivals}, repeats)
-    del problem
-    figures = {}
-    for name in rivals:
-        progress(f"{size}: memory of {name}")
-        figures[name] = seconds[name], in_fresh_process(memory_of, name, size)
-    return figures
+    problem = Problem.draw(*size, DEVICE)
+    return interleaved_times({name: RIVALS[name](problem) for name in names}, repeats)
 
 
-def memory_of(name: str, size: Size) -> float:
+def memory(name: str, size: Size) -> float:
+    progress(f"{size}: memory of {name}")
+    return in_fresh_process(_memory_here, name, size)
+
+
+def _memory_here(name: str, size: Size) -> float:
     return extra_peak_mib(RIVALS[name](Problem.draw(*size, DEVICE)))
 
 
@@ -81,7 +82,9 @@ def table(size: Size, figures: Figures) -> str:
         [name, f"{seconds:.2f}" if DEVICE == "cpu" else f"{seconds:.4f}", f"{seconds / limit:.2f}", f"{mib:,.0f}"]
         for name, (seconds, mib) in figures.items()
     ]
-    title = f"\n{_machine()}, bf16, {tokens:,} tokens, width {width:,}, {vocab:,} rows\n\n"
+    mib = vocab * width / 2**20
+    title = f"\n{_machine()}, bf16, {tokens:,} tokens, width {width:,}, {vocab:,} rows"
+    title += f"; the gradient of the rows alone: {4 * mib:,.0f} MiB in fp32 (Rowshard), {2 * mib:,.0f} in bf16\n\n"
     return title + markdown(["forward and backward", "seconds", "× matmuls", "extra peak MiB"], rows)
 
 
@@ -106,7 +109,7 @@ def table_on_ranks(size: Size, world: int, repeats: int, only: list[str] | None)
         dx, dw = (error[name] for error in errors)
         rows.append([name, f"{seconds[name]:.2f}", f"{seconds[name] / seconds[names[0]]:.2f}", f"{mib:,.0f}", dx, dw])
     tokens, width, vocab = size
-    title = f"\n{world} ranks, {_machine()}, bf16, {tokens:,} tokens in all, width {width:,}, {vocab:,} rows\n\n"
+    title = f"\n{world} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens in all, width {width:,}, {vocab:,} rows\n\n"
     header = ["forward and backward", "seconds", "× the first", "extra peak MiB a rank", "error of dX", "error of dW"]
     return title + markdown(header, rows)
 

@@ -1,6 +1,7 @@
 """Who computes the head: hidden, rows, targets -> gradients of the mean loss. One builder for each rival."""
 
 import importlib.util
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ def plain_fp32(problem: Problem) -> Step:
     return lambda: _gradients(problem, lambda x, w: F.cross_entropy((x @ w.T).float(), problem.targets_N))
 
 
+def plain_compiled(problem: Problem) -> Step:
+    loss_of = torch.compile(lambda x, w: F.cross_entropy((x @ w.T).float(), problem.targets_N))
+    return lambda: _gradients(problem, loss_of)
+
+
 def torch_linear(problem: Problem) -> Step:
     return lambda: _gradients(problem, lambda x, w: F.linear_cross_entropy(x, w, problem.targets_N))
 
@@ -131,6 +137,7 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
     "Rowshard": ours,
     "F.cross_entropy": plain,
     "F.cross_entropy, logits in fp32": plain_fp32,
+    "F.cross_entropy, logits in fp32, compiled": plain_compiled,
     "F.linear_cross_entropy": torch_linear,
     "F.linear_cross_entropy, chunked": torch_linear_chunked,
     "cut-cross-entropy": cut_cross_entropy,
@@ -143,6 +150,8 @@ def available() -> dict[str, Callable[[Problem], Step]]:
     missing = set()
     if not hasattr(F, "linear_cross_entropy"):
         missing |= {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}
+    if shutil.which("c++") is None:
+        missing |= {"cut-cross-entropy", "F.cross_entropy, logits in fp32, compiled"}
     if importlib.util.find_spec("cut_cross_entropy") is None:
         missing.add("cut-cross-entropy")
     if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():

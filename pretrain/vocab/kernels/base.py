@@ -18,6 +18,7 @@ class Kernels(Protocol):
     target's entry is always 0 there: rounded to bf16, p - 1 would carry nearly all of the gradient's error.
     """
 
+    slab_bytes: int  # of accurate logits at once
     memory_mib: int  # that a chunk may hold where nobody says; beyond it, this device's matmuls gain little
 
     def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
@@ -98,9 +99,14 @@ def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def aligned(v: int) -> int:
+    """v rounded up to `ALIGNMENT`."""
+    return -(-v // ALIGNMENT) * ALIGNMENT
+
+
 def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None) -> Tensor:
     """[m, v] whose rows start on multiples of `ALIGNMENT` elements: odd shard sizes keep the fast matmuls."""
-    return like.new_empty(m, -(-v // ALIGNMENT) * ALIGNMENT, dtype=dtype)[:, :v]
+    return like.new_empty(m, aligned(v), dtype=dtype)[:, :v]
 
 
 def floor_statistics(hidden_mD: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:

@@ -13,18 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .base import accurate_dtype, aligned_empty
+from .base import accurate_dtype, aligned, aligned_empty
 
-SLAB_BYTES = 128 * 2**20  # of accurate logits; a few hundred tokens, enough for the matmul to fill the device
+SLAB_BYTES = 256 * 2**20  # of accurate logits; hundreds of tokens, enough for the matmul to fill the device
+TILE = 128  # tokens: what a matmul works on at once
 COLUMNS = 4096  # of a row in registers at once
 WARPS = 8
 FLOOR = tl.constexpr(-3.0e38)  # below every logit, finite: merging never subtracts infinities
 
 
 @triton.jit
-def _logits(logits, row, target, columns, v, SOFTCAP: tl.constexpr):
-    """z and, with a softcap, dz/du of some columns of a row, its target's exact; z = -inf where no column is."""
-    z = tl.where(columns == row, target, tl.load(logits + columns, mask=columns < v, other=0))
+def _logits(logits, row, target, columns, v, wide, SOFTCAP: tl.constexpr):
+    """z and, with a softcap, dz/du of some columns of a row, its target's exact; z = -inf where no column is.
+
+    Rows are padded to `wide` columns, a whole number of vectors; what the padding holds is not looked at.
+    """
+    z = tl.load(logits + columns, mask=columns < wide, other=0)
+    z = tl.where(columns == row, target, tl.where(columns < v, z, 0))
     slope = z
     if SOFTCAP is not None:
         tanh = 1 - 2 / (tl.exp(z * (2 / SOFTCAP)) + 1)  # exp overflows to the right limit
@@ -34,7 +39,7 @@ def _logits(logits, row, target, columns, v, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _exponentials(
-    logits, logits_stride, factors, factors_stride, statistics, rows, targets, m, v,
+    logits, logits_stride, factors, factors_stride, statistics, rows, targets, m, v, wide,
     SOFTCAP: tl.constexpr, METRICS: tl.constexpr, WRITE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One token: its statistics [5, m] (max, sum, logit_sum, weighted, best), and its factors."""
@@ -47,7 +52,7 @@ def _exponentials(
 
     largest, first = zero + FLOOR, lanes
     for start in range(0, v, COLUMNS):
-        z, _ = _logits(logits, row, target, start + lanes, v, SOFTCAP)
+        z, _ = _logits(logits, row, target, start + lanes, v, wide, SOFTCAP)
         first = tl.where(z > largest, start + lanes, first)
         largest = tl.maximum(largest, z)
     maximum = tl.max(largest, 0)
@@ -56,7 +61,7 @@ def _exponentials(
     total, logit_sum, weighted = zero, zero, zero
     for start in range(0, v, COLUMNS):
         columns = start + lanes
-        z, slope = _logits(logits, row, target, columns, v, SOFTCAP)
+        z, slope = _logits(logits, row, target, columns, v, wide, SOFTCAP)
         exponential = tl.exp(z - maximum)
         total += exponential
         if METRICS:
@@ -67,7 +72,7 @@ def _exponentials(
             if SOFTCAP is not None:
                 exponential *= slope
             factor = tl.where(columns == row, 0, exponential)
-            tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < v)
+            tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < wide)
     tl.store(statistics + token, maximum)
     tl.store(statistics + m + token, tl.sum(total, 0))
     if METRICS:
@@ -78,7 +83,7 @@ def _exponentials(
 
 @triton.jit
 def _dlogits(
-    logits, logits_stride, factors, factors_stride, rows, lse, gain, v,
+    logits, logits_stride, factors, factors_stride, rows, lse, gain, v, wide,
     SHARE: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One token: (gain · exp(z - lse) - share) · dz/du, and 0 for the target."""
@@ -89,12 +94,12 @@ def _dlogits(
     lanes = tl.arange(0, COLUMNS)
     for start in range(0, v, COLUMNS):
         columns = start + lanes
-        z, slope = _logits(logits, -1, shift, columns, v, SOFTCAP)
+        z, slope = _logits(logits, -1, shift, columns, v, wide, SOFTCAP)
         factor = gain * tl.exp(z - shift) - SHARE
         if SOFTCAP is not None:
             factor *= slope
         factor = tl.where(columns == row, 0, factor)
-        tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < v)
+        tl.store(factors + columns, factor.to(factors.dtype.element_ty), mask=columns < wide)
 
 
 @triton.jit
@@ -187,8 +192,8 @@ class TritonKernels:
         for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
             _exponentials[(len(logits_sv),)](
                 logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), statistics_5m[:, slab],
-                rows_m[slab], target_m[slab], m, v, SOFTCAP=softcap, METRICS=len(wanted) > 0, WRITE=gradients,
-                COLUMNS=self.columns, num_warps=WARPS,
+                rows_m[slab], target_m[slab], m, v, aligned(v), SOFTCAP=softcap, METRICS=len(wanted) > 0,
+                WRITE=gradients, COLUMNS=self.columns, num_warps=WARPS,
             )  # fmt: skip
         return {name: row for name, row in zip(names, statistics_5m, strict=True) if name in ("max", "sum", *wanted)}
 
@@ -203,10 +208,11 @@ class TritonKernels:
         gain_m: Tensor,
         share: float,
     ) -> None:
+        v = len(weight_vD)
         for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
             _dlogits[(len(logits_sv),)](
                 logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), rows_m[slab], lse_m[slab],
-                gain_m[slab], factors_mv.shape[1], SHARE=share, SOFTCAP=softcap, COLUMNS=self.columns, num_warps=WARPS,
+                gain_m[slab], v, aligned(v), SHARE=share, SOFTCAP=softcap, COLUMNS=self.columns, num_warps=WARPS,
             )  # fmt: skip
 
     def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
@@ -250,7 +256,8 @@ class TritonKernels:
         """Yields accurate logits, a few tokens at a time, in memory that is used again."""
         m, v = len(hidden_mD), len(weight_vD)
         accurate = accurate_dtype(hidden_mD.dtype)
-        height = max(1, min(m, self.slab_bytes // (accurate.itemsize * max(1, v))))
+        height = max(1, self.slab_bytes // (accurate.itemsize * max(1, v)))
+        height = min(m, height if height < TILE else height // TILE * TILE)
         logits_hv = aligned_empty(hidden_mD, height, v, accurate)
         for start in range(0, m, height):
             slab = slice(start, min(start + height, m))

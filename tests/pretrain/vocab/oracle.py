@@ -65,7 +65,9 @@ def problem(counts: Sequence[int], vocab_size: int, ignored: str, dtype: torch.d
 
 @dataclass(frozen=True)
 class Case:
-    """One call on every rank. counts: tokens of each rank; factor: what multiplies the losses upstream."""
+    """One call on every rank. counts: tokens of each rank; factor: what multiplies the losses upstream; size: that
+    of the hidden states.
+    """
 
     counts: tuple[int, ...]
     vocab_size: int = 37
@@ -76,7 +78,14 @@ class Case:
     factor: str = "one"
     main_grad: bool = False
     chunk_tokens: int = 5
+    ignore_index: int = -100
+    size: float = 1.0
     options: dict = field(default_factory=dict)
+
+    def problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden, weight, targets; -100 wherever a target does not count."""
+        hidden, weight, targets = problem(self.counts, self.vocab_size, self.ignored)
+        return self.size * hidden, weight, targets.where(targets != self.ignore_index, -100)
 
     def factors(self) -> Tensor:
         """The upstream gradient of each token's loss."""
@@ -98,7 +107,8 @@ def rank_losses(rank, world, cases):
 
 
 def rank_loss(rank, world, case):
-    hidden, weight, targets = problem(case.counts, case.vocab_size, case.ignored)
+    hidden, weight, targets = case.problem()
+    targets = targets.where(targets >= 0, case.ignore_index)
     shard = VocabShard.of(rank, world, case.vocab_size, case.multiple)
     mine = case.slice_of(rank)
     x, y, factors = hidden[mine].clone().requires_grad_(), targets[mine], case.factors()[mine]
@@ -115,6 +125,7 @@ def rank_loss(rank, world, case):
         tokens=case.tokens,
         reduction=case.reduction,
         chunk_tokens=case.chunk_tokens,
+        ignore_index=case.ignore_index,
         **options,
     )
     if case.reduction == "none":
@@ -143,7 +154,7 @@ def check(world: int, *cases: Case) -> None:
     results = run_ranks(world, rank_losses, cases)
     near = {"rtol": 1e-10, "atol": 1e-10}
     for i, case in enumerate(cases):
-        hidden, weight, targets = problem(case.counts, case.vocab_size, case.ignored)
+        hidden, weight, targets = case.problem()
         truth = dense(hidden, weight, targets, case.factors(), case.options)
         for rank in range(world):
             result, mine = results[rank][i], case.slice_of(rank)

@@ -154,7 +154,6 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
         ({"label_smoothing": 1.0}, r"vocab.label_smoothing=1.0 must be in \[0, 1\)"),
         ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
         ({"softcap": 0.0}, "vocab.softcap=0.0 must be positive"),
-        ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, message):

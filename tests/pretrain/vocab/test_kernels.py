@@ -17,6 +17,7 @@ from pretrain.vocab import VocabShard, vocab_parallel_linear_cross_entropy
 from pretrain.vocab.kernels import Kernels, choose_kernels
 from pretrain.vocab.kernels.base import accurate_dtype
 from pretrain.vocab.kernels.torch import TorchKernels
+from tests.pretrain.vocab.oracle import OPTIONS, dense
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, ALL = 24, ("logit_sum", "weighted", "best")
@@ -194,6 +195,75 @@ def test_the_loss_on_both_in_bf16(monkeypatch):
         for value, expected in zip(gradients(name, torch.bfloat16), truth, strict=True):
             if value.dtype != torch.bool:
                 assert (value.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_same_bits_again_and_aligned_rows(kernels):
+    hidden = problem(37)[0]
+    assert kernels.empty_factors(hidden, 11, 37).stride() == (64, 1)
+    name = "torch" if isinstance(kernels, TorchKernels) else "triton"
+    for once, again in zip(gradients(name, torch.float32), gradients(name, torch.float32), strict=True):
+        assert torch.equal(once, again)
+
+
+def large(vocab_size: int, tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A problem in bf16 for a GPU; a third of the targets is one frequent row."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator, device=DEVICE).bfloat16()
+    weight = (torch.randn(vocab_size, width, generator=generator, device=DEVICE) / width**0.5).bfloat16()
+    targets = torch.randint(vocab_size, (tokens,), generator=generator, device=DEVICE)
+    targets[::3], targets[1::7] = 11, -100
+    return hidden, weight, targets
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_on_a_gpu_every_option_is_near_float64(options):
+    """50,257 rows: no multiple of any vector."""
+    hidden, weight, targets = large(50_257, 1000, 256)
+    truth = dense(hidden.double(), weight.double(), targets, torch.ones(1000, device=DEVICE).double(), options)
+    x, main_grad = hidden.clone().requires_grad_(), torch.zeros_like(weight, dtype=torch.float32)
+    shard = VocabShard.of(0, 1, 50_257, 1)
+    out = vocab_parallel_linear_cross_entropy(x, weight, targets, shard=shard, main_grad_vD=main_grad, **options)
+    out.loss.backward()
+    for made, expected in (
+        (out.loss, truth["losses"].sum()),
+        (out.lse, truth["lse"]),
+        (out.entropy, truth["entropy"]),
+        (x.grad, truth["dhidden"]),
+        (main_grad, truth["dweight"]),
+    ):
+        assert (made.double() - expected).norm() <= 5e-3 * expected.norm()
+
+
+@NEEDS_GPU
+def test_on_a_gpu_offsets_pass_2_to_31():
+    tokens, vocab_size = 17_000, 131_072
+    hidden, weight, targets = large(vocab_size, tokens, 64)
+    shard = VocabShard.of(0, 1, vocab_size, 1)
+    x, main_grad = hidden.clone().requires_grad_(), torch.zeros_like(weight, dtype=torch.float32)
+    out = vocab_parallel_linear_cross_entropy(
+        x, weight, targets, shard=shard, main_grad_vD=main_grad, chunk_tokens=tokens
+    )
+    out.loss.backward()
+    last = slice(tokens - 300, tokens)
+    ones = torch.ones(300, device=DEVICE).double()
+    truth = dense(hidden[last].double(), weight.double(), targets[last], ones, {})
+    torch.testing.assert_close(out.lse[last].double(), truth["lse"], rtol=1e-3, atol=1e-3)
+    assert (x.grad[last].double() - truth["dhidden"]).norm() <= 5e-3 * truth["dhidden"].norm()
+
+
+@NEEDS_GPU
+def test_on_a_gpu_the_host_never_waits():
+    hidden, weight, targets = large(50_257, 1000, 256)
+    x, main_grad = hidden.clone().requires_grad_(), torch.zeros_like(weight, dtype=torch.float32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = vocab_parallel_linear_cross_entropy(
+            x, weight, targets, shard=VocabShard.of(0, 1, 50_257, 1), main_grad_vD=main_grad, longest=1000
+        )
+        out.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @NEEDS_GPU

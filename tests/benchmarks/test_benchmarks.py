@@ -1,0 +1,59 @@
+"""The benchmarks run, and the rivals compute the same thing: what they are timed at is the same work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_GRADIENTS = "three bare matmuls"
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != NO_GRADIENTS])
+def test_a_rival_computes_the_gradients(name):
+    if name not in available():
+        pytest.skip(f"{name} needs a GPU, a C++ compiler, or pip install -e '.[bench]'")
+    problem = Problem.draw(64, 32, 384, "cpu")
+    for made, truth in zip(RIVALS[name](problem)(), problem.truth(), strict=True):
+        assert (made.double() - truth).norm() < 2e-2 * truth.norm()
+
+
+def rank_errors(rank, world, name):
+    problem = Problem.draw(64, 32, 384, "cpu")
+    dhidden, dweight = problem.truth()
+    mine = dhidden.chunk(world)[rank] if "distinct" in name else dhidden
+    made = RANK_RIVALS[name](problem, rank, world)()
+    truths = mine, dweight.chunk(world)[rank]
+    return [float((its.double() - truth).norm() / truth.norm()) for its, truth in zip(made, truths, strict=True)]
+
+
+@pytest.mark.parametrize("name", RANK_RIVALS)
+def test_a_rival_on_two_ranks_computes_the_gradients(name):
+    for errors in run_ranks(2, rank_errors, name, timeout=120):
+        assert max(errors) < 2e-2
+
+
+def table(*arguments: str) -> list[list[str]]:
+    """The rows of the table that a benchmark prints."""
+    command = [sys.executable, *(part for argument in arguments for part in argument.split())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_head():
+    rows = table("tests/benchmarks/head.py --vocab 512 --tokens 64 --width 32 --repeats 1 --only Rowshard")
+    assert [row[0] for row in rows] == [NO_GRADIENTS, "Rowshard"]
+    assert float(rows[0][2]) == 1.0 and float(rows[1][2]) > 0
+
+
+def test_the_whole_step():
+    """The three systems train alike: their losses are near, and the first two columns of ratios follow."""
+    rows = table("tests/benchmarks/step.py --vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1")
+    losses = [float(row[-1]) for row in rows]
+    assert len(rows) == 3 and max(losses) - min(losses) < 0.01 * losses[0]
