@@ -157,6 +157,8 @@ def plot(figures: dict[Size, Figures], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     right.legend(fontsize=8)
     picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
