@@ -87,6 +87,12 @@ def ranks(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
 
+def name_rank(device: torch.device) -> None:
+    """For DeepSpeed, which learns a rank's device from the environment alone; what is set there stays."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone; gloo says so in the text alone."""
     known = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)

@@ -17,9 +17,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain.train"]
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "deepspeed", "pretrain.train"]
 )
 
 
