@@ -339,7 +339,7 @@ class _Partitioned(_Flat):
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         mine = whole.flatten()[self.mesh.rank * size :][:size]
