@@ -20,7 +20,14 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "deepspeed", "pretrain.train"]
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # any ZeRO imports it when built, and with it all of inductor
+        "pretrain.train",
+    ]
 )
 
 

@@ -24,11 +24,11 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"engine.activation_checkpointing={kind} must be one of {', '.join(KINDS)}")
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], kind: str, early_stop: bool = True) -> None:
+def checkpoint_activations(blocks: Iterable[nn.Module], kind: str) -> None:
     """Makes each block forget on forward what it can compute again on backward; parameters keep their names.
 
     "block" keeps a block's input only; "selective" also what matmuls and attention have made, and so repeats the cheap
-    operations alone. Without `early_stop` a block is computed again to its very end, hooks of its parts included.
+    operations alone.
     """
     if kind == "none":
         return
@@ -39,6 +39,5 @@ def checkpoint_activations(blocks: Iterable[nn.Module], kind: str, early_stop: b
             block.forward,
             use_reentrant=False,
             preserve_rng_state=False,  # no block draws random numbers
-            early_stop=early_stop,
             **keep,
         )

@@ -63,6 +63,7 @@ OURS = {  # keys of DeepSpeed's JSON, and what to set instead
     "zero_optimization.cpu_offload_param": "engine.offload",
     "zero_optimization.cpu_offload_use_pin_memory": "engine.offload",
     "zero_optimization.compute_grad_norm": "optim.clip",
+    "zero_optimization.memory_efficient_linear": "engine.activation_checkpointing",
     "zero_optimization.zenflow": "",
     "zero_optimization.zero_hpz_partition_size": "",
 }
@@ -124,7 +125,8 @@ class DeepSpeedConfig:
         zero: dict[str, Any] = {
             "stage": self.zero_stage,
             "reduce_bucket_size": min(numbers, LARGEST_BUCKET),
-            "memory_efficient_linear": False,  # it would replace F.linear for the whole program
+            # Stage 3's own F.linear lets weights go after forward, and adds the bias to a product that may be kept.
+            "memory_efficient_linear": self.activation_checkpointing != "selective",
         }
         if self.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -172,7 +174,9 @@ class DeepSpeedEngine:
         for parameter in self.parameters.values():
             parameter.detach().zero_()
         blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
-        checkpoint_activations(blocks, self.config.activation_checkpointing, early_stop=self.config.zero_stage < 3)
+        checkpoint_activations(blocks, self.config.activation_checkpointing)
+        for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
+            deepspeed.utils.set_z3_leaf_module(block, True)
         self.adamw = self.optim.adamw(self.parameters.values())
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # it prints its memory
