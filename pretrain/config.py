@@ -20,6 +20,7 @@ from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import CheckpointConfig, CheckpointError, checkpoints, read_manifest
 from .data import Corpus, DataConfig, open_corpus
+from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .model import GPT2Config
 from .monitor import LogConfig
@@ -27,7 +28,7 @@ from .optim import OptimConfig
 from .trainer import EvalConfig, LoopConfig
 from .vocab import Machine, Parallel, VocabConfig, Workload, choose_parallel
 
-ENGINES = {"fsdp2": FSDP2Config}
+ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS = {"gpt2": GPT2Config}
 CONFIG_FILE = "config.yaml"
 LAUNCH_LOCK, RANKS_LOCK = ".launch.lock", ".ranks.lock"  # held by the launcher, and by rank 0
@@ -53,7 +54,7 @@ class TrainConfig:
     vocab: VocabConfig
     data: DataConfig
     optim: OptimConfig
-    engine: FSDP2Config
+    engine: FSDP2Config | DeepSpeedConfig
     train: LoopConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -147,11 +148,12 @@ def load(path: Path) -> TrainConfig:
 def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
-    The world against batch and vocabulary, the precision against the device, the data and its tokenizer, and the
-    checkpoint that would be resumed.
+    The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
+    the checkpoint that would be resumed.
     """
     config.train.check_world(world)
     config.train.compute_dtype(device_type)
+    config.engine.check_device(device_type)
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
     vocab_parallel(config, rows, world, world, device_type)

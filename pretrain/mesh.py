@@ -92,6 +92,12 @@ def ranks_of_a_node(device: torch.device) -> int:
     return int(here)
 
 
+def name_rank(device: torch.device) -> None:
+    """For DeepSpeed, which learns a rank's device from the environment alone; what is set there stays."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone; gloo says so in the text alone."""
     known = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)

@@ -129,18 +129,20 @@ def apply_clip(gradients: list[Tensor], factor: float) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
-def set_moments(adamw: torch.optim.AdamW, step: int) -> None:
+def set_moments(adamw: torch.optim.AdamW, step: int, parameters: Iterable[Tensor] | None = None) -> None:
     """Gives every parameter its moments (zeros, where it has none yet) and the count of steps behind them.
 
-    Ahead of the first step, so that a checkpoint of step 0 is like any other.
+    Ahead of the first step, so that a checkpoint of step 0 is like any other. `parameters`: those of the optimizer's
+    groups, unless given.
     """
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            state = adamw.state[parameter]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+    if parameters is None:
+        parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        state = adamw.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
 
 
 def step_at(optimizer: torch.optim.Optimizer, lr: float) -> None:

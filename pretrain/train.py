@@ -151,7 +151,8 @@ def _announce(
     resumed: Path | None,
 ) -> None:
     vocab = model.vocab
-    body = sum(p.numel() for p in model.body.parameters())  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
     matrices = len(vocab.named_rows())
     matrix = matrices * vocab.shard.vocab_size * config.model.width
     tokens, sample = sum(len(file.tokens) for file in corpus.train), state.samples.get(corpus.name, 0)
@@ -159,7 +160,7 @@ def _announce(
         f"model: {(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in {matrices} matrix"
         f"{'es' if matrices > 1 else ''} of {vocab.shard.vocab_size:,} rows ({config.vocab.tie})\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
-        f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.name}, {str(vocab.compute_dtype)[6:]}\n"
+        f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
         + f"data: {config.data.path}, {tokens:,} tokens, from sample {sample:,}"
         f"{' (not the data of before: it starts anew)' if state.samples and not sample else ''}\n"

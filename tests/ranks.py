@@ -17,9 +17,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain.train"]
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # any ZeRO imports it when built, and with it all of inductor
+        "pretrain.train",
+    ]
 )
 
 

@@ -1,4 +1,4 @@
-"""FSDP2: `torch.distributed.fsdp.fully_shard` over all ranks, one group of parameters a block."""
+"""FSDP2: `torch.distributed.fsdp.fully_shard`, one group of parameters a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,21 +6,45 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
 from ..optim import OptimConfig, apply_clip, set_moments, step_at, sum_of_squares
 from ..vocab import VocabShard
+from .activations import check_kind, checkpoint_activations
 from .base import FIRST_MOMENT, SECOND_MOMENT
 
 
 @dataclass
 class FSDP2Config:
-    """reshard_after_forward: free a block's gathered weights after forward and gather them again in backward."""
+    """reshard_after_forward: free a block's gathered weights after forward and gather them again in backward.
+
+    hsdp: shard over the `vocab` axis only and replicate over `dp`: gathers stay within a group (by default a node), and
+    every group holds the whole body. offload: cpu keeps main weights, gradients and moments in the host's memory and
+    steps there. activation_checkpointing: none, block or selective. compile: torch.compile each block.
+    """
 
     name: str = "fsdp2"
     reshard_after_forward: bool = True
+    hsdp: bool = False
+    offload: str = "none"
+    activation_checkpointing: str = "none"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
+        check_kind(self.activation_checkpointing)
+
+    @property
+    def title(self) -> str:
+        return "fsdp2 over vocab, replicated over dp" if self.hsdp else "fsdp2"
+
+    def check_device(self, device_type: str) -> None:
+        """ValueError where this device cannot do what is asked."""
+        if self.offload == "cpu" and device_type == "cpu":
+            raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
 
     def build(self, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> "FSDP2Engine":
         return FSDP2Engine(self, optim, compute_dtype, seed)
@@ -33,23 +57,31 @@ class FSDP2Engine:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
 
     def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[[Tensor], Tensor]:
+        blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
+        checkpoint_activations(blocks, self.config.activation_checkpointing)
+        if self.config.compile:
+            for block in blocks:
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         accurate = torch.promote_types(self.compute_dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=accurate)
-        for module in (*body.blocks, body):  # type: ignore[misc]
+        offload = self.config.offload == "cpu"
+        for module in (*blocks, body):
             fully_shard(
                 module,
-                mesh=mesh.flat,
+                mesh=mesh.axes if self.config.hsdp else mesh.flat,
                 mp_policy=policy,
+                offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
                 reshard_after_forward=self.config.reshard_after_forward,
             )
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        body.to_empty(device=mesh.device)
+        body.to_empty(device="cpu" if offload else mesh.device)
         # Kept from here: while its weights are gathered, the module shows others in their place.
         self.parameters: dict[str, DTensor] = dict(body.named_parameters())  # type: ignore[arg-type]
+        rank, ranks = (mesh.vocab_rank, mesh.vocab_size) if self.config.hsdp else (mesh.rank, mesh.world)
         for name, parameter in self.parameters.items():
-            rows = VocabShard.of(mesh.rank, mesh.world, parameter.shape[0], multiple=1)  # FSDP2 cuts like this
+            rows = VocabShard.of(rank, ranks, parameter.shape[0], multiple=1)  # FSDP2 cuts like this
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
@@ -59,11 +91,13 @@ class FSDP2Engine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.body.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
+        self.body.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]  # over dp, once a step
         loss.backward()
 
     def grad_norm(self) -> Tensor:
-        """One all-reduce of a number over all ranks."""
-        square = sum_of_squares(self._local_gradients(), self.mesh.device)
+        """One all-reduce of a number over all ranks; replicas count once, and all ranks get the same bits."""
+        counts = not self.config.hsdp or self.mesh.dp_rank == 0
+        square = sum_of_squares(self._local_gradients() if counts else [], self.mesh.device).to(self.mesh.device)
         dist.all_reduce(square, group=self.mesh.flat.get_group())
         return square.sqrt()
 

@@ -1,55 +1,24 @@
 """Training on any number of ranks is the training of one dense process."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from pretrain.config import TrainConfig
-from pretrain.data import Order, Windows, open_corpus
+from pretrain.data import Windows, open_corpus
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import LanguageModel
 from pretrain.optim import MatrixOptimizer, clip_factor
 from pretrain.train import build_model
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
+from tests.pretrain.dense import DenseModel, dense_training, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 4)]  # world, vocab.parallel
-
-
-class DenseModel(nn.Module):
-    """The truth: the same initial weights, whole, in one process, under plain autograd."""
-
-    def __init__(self, config: TrainConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.body = config.model.body()
-        for name, parameter in self.body.named_parameters():
-            parameter.data = self.body.initial_rows(name, config.seed, 0, len(parameter)).to(dtype)
-        shard = VocabShard.of(0, 1, VOCAB, config.vocab.multiple)
-        owner = VocabParallelEmbedding(config.vocab, shard, config.model.width, seed=config.seed, dtype=dtype)
-        self.weight, self.head_weight = owner.weight, owner.head_weight
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        head = self.weight if self.head_weight is None else self.head_weight
-        logits = self.body(F.embedding(tokens, self.weight)) @ head[:VOCAB].T
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def windows_of(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a step, tokens and targets [global_batch, T]."""
-    corpus = open_corpus(Path(config.data.path))
-    windows = Windows(corpus.train, config.seq_len)
-    order = Order(len(windows), config.seed, corpus.name)
-    size = config.train.global_batch
-    chosen = [windows[order(sample)] for sample in range(step * size, (step + 1) * size)]
-    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
-    return tokens, targets
 
 
 def one_step_in_float64(rank: int, world: int, config: TrainConfig):
@@ -113,27 +82,10 @@ def test_one_step_is_the_dense_step_in_float64(tmp_path, world, vocab_parallel, 
             assert (gradient[shard.valid_rows :] == 0).all()
 
 
-def dense_training(config: TrainConfig) -> list[float]:
-    """Losses of a plain training loop: AdamW, clip, schedule, no sharding."""
-    model = DenseModel(config, torch.float32)
-    adamw = config.optim.adamw(model.parameters())
-    losses = []
-    for step in range(config.train.steps):
-        loss = model.loss(*windows_of(config, step))
-        losses.append(float(loss.detach()))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        for group in adamw.param_groups:
-            group["lr"] = config.optim.lr_at(step, config.train.steps)
-        adamw.step()
-        adamw.zero_grad()
-    return losses
-
-
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
     data = write_tokens(tmp_path / "tokens")
-    truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie))
+    truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie)).losses
     assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
     for world, vocab_parallel in LAYOUTS:
         run = tmp_path / f"{world}x{vocab_parallel}"

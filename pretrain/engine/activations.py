@@ -1,0 +1,43 @@
+"""Activation checkpointing: what a block keeps for its backward, and what it computes again."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+KINDS = ("none", "block", "selective")
+EXPENSIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"engine.activation_checkpointing={kind} must be one of {', '.join(KINDS)}")
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], kind: str) -> None:
+    """Makes each block forget on forward what it can compute again on backward; parameters keep their names.
+
+    "block" keeps a block's input only; "selective" also what matmuls and attention have made, and so repeats the cheap
+    operations alone.
+    """
+    if kind == "none":
+        return
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, EXPENSIVE)} if kind == "selective" else {}
+    for block in blocks:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # no block draws random numbers
+            **keep,
+        )

@@ -1,0 +1,384 @@
+"""DeepSpeed over all ranks. ZeRO stage 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too.
+
+DeepSpeed is handed a body and an AdamW and nothing else: batches, clipping, schedule, precision and checkpoints are
+ours. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
+"""
+
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from ..mesh import Mesh, name_rank
+from ..optim import OptimConfig, apply_clip, set_moments, sum_of_squares
+from ..vocab import VocabShard
+from .activations import check_kind, checkpoint_activations
+from .base import FIRST_MOMENT, SECOND_MOMENT
+
+OURS = {  # keys of DeepSpeed's JSON, and what to set instead
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "managed_gradient_accumulation": "train.global_batch",
+    "gradient_clipping": "optim.clip",
+    "gradient_allreduce_op": "",
+    "gradient_predivide_factor": "",
+    "prescale_gradients": "",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "optim",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "seq_parallel_communication_data_type": "train.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "checkpoint": "checkpoint",
+    "curriculum_learning": "data",
+    "data_efficiency": "data",
+    "weight_quantization": "",
+    "compression_training": "",
+    "pipeline": "",
+    "hybrid_engine": "",
+    "tensor_parallel": "",
+    "expert_parallel": "",
+    "sequence_parallel_size": "",
+    "data_parallel_size": "",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
+    "zero_optimization.cpu_offload_use_pin_memory": "engine.offload",
+    "zero_optimization.compute_grad_norm": "optim.clip",
+    "zero_optimization.memory_efficient_linear": "engine.activation_checkpointing",
+    "zero_optimization.zenflow": "",
+    "zero_optimization.zero_hpz_partition_size": "",
+}
+LARGEST_BUCKET = 500_000_000  # numbers: DeepSpeed's own choice, made for any model
+MAIN, MOMENTS = "", {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+
+
+@dataclass
+class DeepSpeedConfig:
+    """zero_stage: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too.
+
+    offload: cpu keeps main weights and moments in the host's memory and steps there; stages 2 and 3.
+    activation_checkpointing: none, block or selective. extra: further keys of DeepSpeed's JSON, as they are.
+    """
+
+    name: str = "deepspeed"
+    zero_stage: int = 1
+    offload: str = "none"
+    activation_checkpointing: str = "none"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in range(4):
+            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
+        if self.offload == "cpu" and self.zero_stage < 2:
+            raise ValueError(f"engine.offload=cpu needs engine.zero_stage=2 or 3, not {self.zero_stage}")
+        check_kind(self.activation_checkpointing)
+        zero = self.extra.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"engine.extra.zero_optimization={zero} must be a mapping")
+        for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
+            if key in OURS:
+                instead = f"use {OURS[key]}" if OURS[key] else "it would change the numbers, or who holds what"
+                raise ValueError(f"engine.extra.{key} is not for DeepSpeed to know: {instead}")
+
+    @property
+    def title(self) -> str:
+        return f"deepspeed ZeRO-{self.zero_stage}"
+
+    def check_device(self, device_type: str) -> None:
+        """ValueError where a build of one of DeepSpeed's operations was killed, and `extra` might ask for one.
+
+        DeepSpeed compiles some operations when they are first needed, and would wait for ever for that build.
+        """
+        locks = killed_builds()
+        if self.extra and locks:
+            raise ValueError(
+                f"{locks[0]} exists: a build of that operation was killed, and DeepSpeed would wait for its end."
+                " Delete the file, unless another job is building now, or leave engine.extra empty"
+            )
+
+    def build(self, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> "DeepSpeedEngine":
+        return DeepSpeedEngine(self, optim, compute_dtype, seed)
+
+    def json(self, low_precision: bool, numbers: int) -> dict[str, Any]:
+        """DeepSpeed's configuration, for a body of that many numbers."""
+        zero: dict[str, Any] = {
+            "stage": self.zero_stage,
+            "reduce_bucket_size": min(numbers, LARGEST_BUCKET),
+            # Stage 3's own F.linear lets weights go after forward, and adds the bias to a product that may be kept.
+            "memory_efficient_linear": self.activation_checkpointing != "selective",
+        }
+        if self.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        return {
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each step
+            **self.extra,
+            "train_micro_batch_size_per_gpu": 1,  # must be there, and means nothing: DeepSpeed sees no batch
+            "gradient_accumulation_steps": 1,  # `backward` is told when the last micro-batch comes
+            "gradient_clipping": 0.0,
+            "bf16": {"enabled": low_precision, "check_grad_overflow": False},  # the trainer looks at the norm
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {**zero, **self.extra.get("zero_optimization", {})},
+        }
+
+
+class DeepSpeedEngine:
+    """Main weights, gradients and moments are fp32; at stages 1 to 3 the module itself is in `compute_dtype`.
+
+    Stage 0 has one set of weights, fp32, and computes under autocast.
+    """
+
+    def __init__(self, config: DeepSpeedConfig, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
+        self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
+
+    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[[Tensor], Tensor]:
+        name_rank(mesh.device)
+        deepspeed = _deepspeed()
+        if mesh.rank == 0:
+            for lock in killed_builds():
+                print(f"{lock} is left of a killed build: nothing here needs it, but others would wait for it")
+        self.mesh = mesh
+        self.shapes = {name: parameter.shape for name, parameter in body.named_parameters()}
+        initial = {name: self._initial(body, name) for name in self.shapes}  # stage 3 hides the shapes later
+        low_precision = self.compute_dtype != torch.float32
+        if self.config.zero_stage == 0 and low_precision:
+            autocast = torch.autocast(mesh.device.type, self.compute_dtype)
+            body.forward = autocast(body.forward)  # type: ignore[method-assign]
+        elif low_precision:
+            body.to(self.compute_dtype)
+        body.to_empty(device=mesh.device)
+        self.parameters = dict(body.named_parameters())
+        for parameter in self.parameters.values():
+            parameter.detach().zero_()
+        blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
+        checkpoint_activations(blocks, self.config.activation_checkpointing)
+        for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
+            deepspeed.utils.set_z3_leaf_module(block, True)
+        self.adamw = self.optim.adamw(self.parameters.values())
+        numbers = sum(parameter.numel() for parameter in self.parameters.values())
+        with redirect_stdout(io.StringIO()):  # it prints its memory
+            self.engine, *_ = deepspeed.initialize(
+                model=body,
+                optimizer=self.adamw,
+                config=self.config.json(low_precision and self.config.zero_stage > 0, numbers),
+                dist_init_required=False,  # the group is there; else it would look for MPI
+            )
+        self.weights = _weights(self.config.zero_stage, low_precision)(self.engine.optimizer, self.adamw, mesh)
+        set_moments(self.adamw, 0, self.weights.stepped())
+        self.weights.link_moments()
+        for name, values in initial.items():  # DeepSpeed's own main weights are rounded to the compute dtype
+            self.weights.write(self.parameters[name], values.full_tensor(), MAIN)
+        return self.forward
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """The body. DeepSpeed averages gradients over ranks: within the body they are `world` times as large."""
+        world = self.mesh.world
+        if hidden_BTD.requires_grad:
+            hidden_BTD.register_hook(lambda gradient: gradient / world)
+        hidden_BTD = self.engine(hidden_BTD)
+        if hidden_BTD.requires_grad:
+            hidden_BTD.register_hook(lambda gradient: gradient * world)
+        return hidden_BTD
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        self.engine.backward(loss)
+
+    def grad_norm(self) -> Tensor:
+        """All-reduces of a number: one, or one for each group of the optimizer."""
+        return self.weights.grad_norm()
+
+    def step(self, lr: float, clip: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.weights.clip(clip)
+        self.engine.step()
+
+    def state(self) -> dict[str, DTensor]:
+        """Copies of this rank's rows, cut as FSDP2 cuts. Gathers one parameter at a time, and keeps its slice."""
+        return {
+            kind + name: self._slice(name, self.weights.read(parameter, kind))
+            for name, parameter in self.parameters.items()
+            for kind in (MAIN, *MOMENTS)
+        }
+
+    def load(self, state: dict[str, DTensor], step: int) -> None:
+        """Gathers one parameter at a time, and keeps what this rank holds of it."""
+        for name, parameter in self.parameters.items():
+            for kind in (MAIN, *MOMENTS):
+                self.weights.write(parameter, state[kind + name].full_tensor(), kind)
+        set_moments(self.adamw, step, self.weights.stepped())
+
+    def _initial(self, body: nn.Module, name: str) -> DTensor:
+        rows = self._rows(name)
+        values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
+        return self._dtensor(name, values.to(self.mesh.device))
+
+    def _slice(self, name: str, whole: Tensor) -> DTensor:
+        rows = self._rows(name)
+        return self._dtensor(name, whole[rows.start : rows.stop].clone())
+
+    def _rows(self, name: str) -> VocabShard:
+        return VocabShard.of(self.mesh.rank, self.mesh.world, self.shapes[name][0], multiple=1)
+
+    def _dtensor(self, name: str, rows: Tensor) -> DTensor:
+        shape = self.shapes[name]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh.flat, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+class _Replicated:
+    """Stage 0: every rank holds all, and DeepSpeed sums gradients only."""
+
+    def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, mesh: Mesh) -> None:
+        self.optimizer, self.adamw, self.mesh = optimizer, adamw, mesh
+
+    def stepped(self) -> list[Tensor]:
+        """The tensors that AdamW steps, and under which it keeps their moments."""
+        return [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+
+    def link_moments(self) -> None:
+        """To be called once the moments are there."""
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The whole main weight, or one of its moments, fp32."""
+        return self.adamw.state[parameter][MOMENTS[kind]] if kind else parameter.detach()
+
+    def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
+        """Sets it, and with a main weight what the next forward computes with."""
+        self.read(parameter, kind).copy_(whole)
+
+    def grad_norm(self) -> Tensor:
+        return self._norm_of_replicas(self._gradients())
+
+    def clip(self, factor: float) -> None:
+        apply_clip(self._gradients(), factor)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
+
+    def _norm_of_replicas(self, gradients: list[Tensor]) -> Tensor:
+        """From the first rank, so that all get the same bits. One all-reduce of a number."""
+        square = sum_of_squares(gradients if self.mesh.rank == 0 else [], self.mesh.device)
+        dist.all_reduce(square, group=self.mesh.flat.get_group())
+        return square.sqrt()
+
+
+class _Flat(_Replicated):
+    """Stages 1 and 2: AdamW steps this rank's part of all weights, laid end to end, in fp32."""
+
+    norm = 0.0
+
+    def link_moments(self) -> None:
+        self.optimizer._lazy_init_hp_params_optimizer_state()  # else its first step does
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind:
+            return safe_get_full_optimizer_state(parameter, MOMENTS[kind])
+        return safe_get_full_fp32_param(parameter)
+
+    def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if kind:
+            safe_set_full_optimizer_state(parameter, whole, MOMENTS[kind])
+        else:
+            safe_set_full_fp32_param(parameter, whole)
+            parameter.detach().copy_(whole)
+
+    def grad_norm(self) -> Tensor:
+        norm = self._norm()
+        self.norm = float(norm)
+        return norm
+
+    def clip(self, factor: float) -> None:
+        """DeepSpeed clips by clip_grad / (norm + 1e-6), and by nothing where that is 0."""
+        self.optimizer.clip_grad = (self.norm + 1e-6) * factor if factor < 1 else 0.0
+
+    def _norm(self) -> Tensor:
+        return self.optimizer.scaled_global_norm()
+
+
+class _FlatBF16(_Flat):
+    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own: every rank has the whole sum of gradients."""
+
+    def _norm(self) -> Tensor:
+        gradients, _ = self.optimizer.get_grads_for_norm()
+        return self._norm_of_replicas(gradients)
+
+
+class _Partitioned(_Flat):
+    """Stage 3: each parameter is cut on its own, flat, the last part padded."""
+
+    def stepped(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def link_moments(self) -> None:
+        pass
+
+    def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        from deepspeed.runtime.zero import GatheredParameters
+
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        mine = whole.flatten()[self.mesh.rank * size :][:size]
+        mine = nn.functional.pad(mine, (0, size - len(mine)))
+        if kind:
+            safe_set_local_optimizer_state(parameter, mine, MOMENTS[kind])
+            return
+        safe_set_local_fp32_param(parameter, mine)
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.detach().copy_(whole)
+
+    def _norm(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(self.optimizer._get_norm_groups())
+
+
+def _weights(stage: int, low_precision: bool) -> type[_Replicated]:
+    if stage == 1 and low_precision:
+        return _FlatBF16
+    return (_Replicated, _Flat, _Flat, _Partitioned)[stage]
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed itself, quiet, and without the operation that it would otherwise compile at once on a CPU."""
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # asked for its shared-memory all-reduce alone
+    return deepspeed
+
+
+def killed_builds() -> list[Path]:
+    """Locks in the folder where torch compiles extensions for this Python: a build is at work, or was killed."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("", verbose=False))
+    return sorted(folder.glob("*/lock"))

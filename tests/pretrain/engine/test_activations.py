@@ -1,0 +1,41 @@
+"""What a block computes again on backward; that no number changes is shown with the engines."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.engine.activations import EXPENSIVE, checkpoint_activations
+from pretrain.model import Block, GPT2Config
+
+
+class Count(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of(kind: str) -> tuple[int, int]:
+    """Matmuls and attentions, and activations, of one forward and backward."""
+    block = Block(GPT2Config(layers=1, width=24, heads=3, context=8))
+    names = [name for name, _ in block.named_parameters()]
+    checkpoint_activations([block], kind)
+    assert [name for name, _ in block.named_parameters()] == names
+    hidden = torch.randn(2, 8, 24, requires_grad=True)
+    with Count() as count:
+        block(hidden).sum().backward()
+    return sum(count.calls[operation] for operation in EXPENSIVE), count.calls[torch.ops.aten.gelu.default]
+
+
+@pytest.mark.parametrize("kind,expensive,cheap", [("none", 0, 0), ("block", 4, 1), ("selective", 0, 1)])
+def test_what_is_computed_again(kind, expensive, cheap):
+    """Of five matmuls and attentions "block" repeats all but the last, whose result no gradient needs."""
+    before, gelu = calls_of("none")
+    assert calls_of(kind) == (before + expensive, gelu + cheap)

@@ -1,0 +1,184 @@
+"""Either engine, at every stage and on any number of ranks, does what one dense process does."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from pretrain.config import TrainConfig
+from tests.pretrain.dense import Dense, dense_training
+from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else so small a body is never cut
+ENGINES: dict[str, dict[str, object]] = {
+    "fsdp2": {"name": "fsdp2"},
+    "hsdp": {"name": "fsdp2", "hsdp": True},
+    "zero0": {"name": "deepspeed", "zero_stage": 0},
+    "zero1": {"name": "deepspeed", "zero_stage": 1},
+    "zero2": {"name": "deepspeed", "zero_stage": 2},
+    "zero3": {"name": "deepspeed", "zero_stage": 3, "extra": CUT},
+}
+STEPS = 10
+SIZES = {
+    "train__steps": STEPS,
+    "train__global_batch": 24,
+    "model__width": 21,  # no number of ranks divides it: shards differ in size, or are padded
+    "model__context": 15,
+    "optim__eps": 1e-5,  # a key's bias has gradient 0 but for rounding, which a smaller eps makes as large as others
+}
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    tensors: dict[str, Tensor]
+
+
+def config_of(
+    run: Path, world: int, accumulation: int = 1, engine: str = "fsdp2", more: dict | None = None, **changes: object
+) -> TrainConfig:
+    """The tokens lie beside the run. Half of the ranks share one copy of the matrix. `more`: for the engine."""
+    settings = SIZES | {
+        "engine": ENGINES[engine] | (more or {}),
+        "vocab__parallel": max(1, world // 2),
+        "train__micro_batch": 24 // world // accumulation,
+    }
+    return tiny_config(run.parent / "tokens", run, **settings | changes)
+
+
+def train_ranks(rank: int, world: int, configs: list[TrainConfig]) -> None:
+    """Several runs, one after the other, in the same processes."""
+    for config in configs:
+        train_rank(rank, world, config)
+
+
+def outcome(run: Path) -> Run:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return Run([line["loss"] for line in lines], [line["grad_norm"] for line in lines], saved_tensors(run))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """‖one - other‖ / ‖other‖."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def assert_same(one: Run, other: Run, relative: float) -> None:
+    np.testing.assert_allclose(one.losses, other.losses, rtol=relative)
+    np.testing.assert_allclose(one.norms, other.norms, rtol=relative)
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in other.tensors.items():
+        assert apart(one.tensors[name], tensor) <= relative, name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    write_tokens(folder / "tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(folder) -> Callable[[str], Dense]:
+    return cache(lambda tie: dense_training(config_of(folder / "dense", 1, vocab__tie=tie)))
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Callable[[str, int, str, int], Run]:
+    """One of an engine's runs on that many ranks; they are made together."""
+
+    @cache
+    def train(engine: str, world: int) -> None:
+        configs = [
+            config_of(folder / f"{engine}-{world}-{tie}-{n}", world, n, engine, vocab__tie=tie)
+            for n in (1, 2)
+            for tie in ("tied", "untied")
+        ]
+        run_ranks(world, train_ranks, configs, timeout=120)
+
+    def run(engine: str, world: int, tie: str, accumulation: int) -> Run:
+        train(engine, world)
+        return outcome(folder / f"{engine}-{world}-{tie}-{accumulation}")
+
+    return run
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ten_steps_are_the_dense_steps(truth, trained, world, engine, tie, accumulation):
+    run, dense = trained(engine, world, tie, accumulation), truth(tie)
+    assert len(run.losses) == STEPS and min(dense.norms) > 0.5, "the clip must be at work"
+    np.testing.assert_allclose(run.losses, dense.losses, rtol=1e-5)
+    np.testing.assert_allclose(run.norms, dense.norms, rtol=1e-5)
+    for name, weight in dense.weights.items():
+        assert apart(run.tensors[name], weight) <= 1e-5, name
+
+
+def test_a_run_may_change_engine_stage_and_world_size_in_the_middle(folder):
+    run_ranks(2, train_rank, config_of(folder / "straight", 2, train__steps=20))
+    for stop, engine, world in ((5, "fsdp2", 2), (10, "zero3", 4), (15, "zero1", 1), (20, "fsdp2", 2)):
+        link = config_of(folder / "chain", world, engine=engine, train__steps=20, train__stop_after=stop)
+        run_ranks(world, train_rank, link)
+    chain = outcome(folder / "chain")
+    assert sum(name.startswith(("optim.exp_avg.", "optim.exp_avg_sq.")) for name in chain.tensors) == 2 * 28
+    assert_same(chain, outcome(folder / "straight"), 1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resuming_is_exact_to_the_last_bit(folder, engine):
+    """In new processes, with several micro-batches; in fp32, and in bf16 where there is one."""
+    whole, first, second = [], [], []
+    for precision in ("fp32", "auto"):
+        settings = {"world": 2, "accumulation": 2, "engine": engine, "train__precision": precision}
+        whole.append(config_of(folder / f"{engine}-{precision}-whole", **settings))
+        second.append(config_of(folder / f"{engine}-{precision}-parts", **settings))
+        first.append(config_of(folder / f"{engine}-{precision}-parts", **settings, train__stop_after=STEPS // 2))
+    run_ranks(2, train_ranks, whole + first, timeout=120)
+    run_ranks(2, train_ranks, second, timeout=120)
+    for parts, straight in zip(second, whole, strict=True):
+        assert_same(outcome(parts.run_dir), outcome(straight.run_dir), 0.0)
+
+
+SAVERS: dict[str, list[dict[str, object]]] = {
+    "fsdp2": [{"reshard_after_forward": False}],
+    "hsdp": [],
+    "zero0": [],
+    "zero1": [],
+    "zero2": [{"offload": "cpu"}],
+    "zero3": [{"offload": "cpu"}, {"extra": {"zero_optimization": {"overlap_comm": False}}}],
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_saves_memory_changes_no_number(folder, trained, engine):
+    # selective first: at stage 3 the others replace F.linear for the rest of a process
+    kinds: list[dict[str, object]] = [{"activation_checkpointing": kind} for kind in ("selective", "block")]
+    configs = [
+        config_of(folder / f"{engine}-saver-{i}", 2, 2, engine, change)
+        for i, change in enumerate(kinds + SAVERS[engine])
+    ]
+    run_ranks(2, train_ranks, configs, timeout=120)
+    for config in configs:
+        assert_same(outcome(config.run_dir), trained(engine, 2, "tied", 2), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective"])
+def test_compiled_blocks_change_no_number(folder, trained, kind):
+    config = config_of(folder / f"compiled-{kind}", 2, 2, more={"compile": True, "activation_checkpointing": kind})
+    run_ranks(2, train_rank, config, timeout=300)
+    assert_same(outcome(folder / f"compiled-{kind}"), trained("fsdp2", 2, "tied", 2), 1e-5)
+
+
+def test_engines_agree_in_bf16(folder, truth):
+    configs = [config_of(folder / f"{engine}-bf16", 2, engine=engine, train__precision="auto") for engine in ENGINES]
+    run_ranks(2, train_ranks, configs, timeout=180)
+    for config in configs:
+        np.testing.assert_allclose(outcome(config.run_dir).losses, truth("tied").losses, rtol=5e-3)

@@ -1,0 +1,71 @@
+"""A setting that an engine cannot honour is named, with the rule."""
+
+import subprocess
+import sys
+
+import pytest
+from torch.utils import cpp_extension
+
+from pretrain.engine.deepspeed import OURS, DeepSpeedConfig, killed_builds
+from pretrain.engine.fsdp2 import FSDP2Config
+
+BAD = [
+    (
+        FSDP2Config,
+        {"activation_checkpointing": "all"},
+        "engine.activation_checkpointing=all must be one of",
+    ),
+    (FSDP2Config, {"offload": "nvme"}, "engine.offload=nvme must be none or cpu"),
+    (DeepSpeedConfig, {"zero_stage": 4}, "engine.zero_stage=4 must be 0, 1, 2 or 3"),
+    (DeepSpeedConfig, {"offload": "cpu"}, "engine.offload=cpu needs engine.zero_stage=2 or 3, not 1"),
+    (DeepSpeedConfig, {"offload": "nvme", "zero_stage": 3}, "engine.offload=nvme must be none or cpu"),
+    (DeepSpeedConfig, {"activation_checkpointing": "all"}, "engine.activation_checkpointing=all must be one of"),
+    (DeepSpeedConfig, {"extra": {"zero_optimization": 3}}, "engine.extra.zero_optimization=3 must be a mapping"),
+]
+
+
+@pytest.mark.parametrize("config,settings,message", BAD)
+def test_a_wrong_setting_is_named(config, settings, message):
+    with pytest.raises(ValueError) as error:
+        config(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_a_key_of_deepspeed_that_is_ours_is_refused_by_name(key):
+    outer, _, inner = key.partition(".")
+    with pytest.raises(ValueError, match=rf"engine\.extra\.{key} is not for DeepSpeed to know"):
+        DeepSpeedConfig(extra={outer: {inner: 1} if inner else 1})
+
+
+def test_other_keys_of_deepspeed_reach_it():
+    config = DeepSpeedConfig(zero_stage=2, extra={"steps_per_print": 7, "zero_optimization": {"overlap_comm": True}})
+    json = config.json(low_precision=True, numbers=1000)
+    assert json["steps_per_print"] == 7 and json["gradient_clipping"] == 0
+    assert json["zero_optimization"] == json["zero_optimization"] | {"stage": 2, "overlap_comm": True}
+
+
+def test_moving_the_optimizer_off_a_gpu_needs_one():
+    with pytest.raises(ValueError, match=r"engine\.offload=cpu must be none here"):
+        FSDP2Config(offload="cpu").check_device("cpu")
+    FSDP2Config(offload="cpu").check_device("cuda")
+
+
+def test_a_killed_build_is_named_where_deepspeed_would_wait_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    asked = DeepSpeedConfig(extra={"steps_per_print": 7})
+    asked.check_device("cpu")
+    build = tmp_path / "cpu_adam"
+    build.mkdir()
+    (build / "lock").touch()
+    assert cpp_extension._get_build_directory("cpu_adam", verbose=False) == str(build)
+    assert killed_builds() == [build / "lock"]
+    with pytest.raises(ValueError, match=f"{build}/lock exists: a build of that operation was killed"):
+        asked.check_device("cpu")
+    DeepSpeedConfig().check_device("cpu")  # builds nothing
+
+
+def test_deepspeed_is_imported_by_those_who_choose_it_alone():
+    code = "import sys, pretrain.train; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
