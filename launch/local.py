@@ -24,7 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  #
 
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, RANKS_LOCK, TrainConfig, hold  # noqa: E402
+from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from data_prep.durable import durable, exclusive
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from .checkpoint import CheckpointConfig, CheckpointError, checkpoints, read_manifest
+from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
 from .data import Corpus, DataConfig, open_corpus
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
@@ -31,7 +31,7 @@ from .vocab import Machine, Parallel, VocabConfig, Workload, choose_parallel
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS = {"gpt2": GPT2Config}
 CONFIG_FILE = "config.yaml"
-LAUNCH_LOCK, RANKS_LOCK = ".launch.lock", ".ranks.lock"  # held by the launcher, and by rank 0
+LAUNCH_LOCK = ".launch.lock"  # held by the launcher, as RANKS_LOCK is by rank 0
 
 
 @dataclass
@@ -66,6 +66,11 @@ class TrainConfig:
             self.train.seq_len = self.model.context
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
+        limit, reserve = self.train.time_limit_seconds, self.checkpoint.seconds_before_limit
+        if limit is not None and limit <= reserve:
+            raise ValueError(
+                f"train.time_limit={self.train.time_limit} must exceed checkpoint.seconds_before_limit={reserve}"
+            )
 
     @property
     def seq_len(self) -> int:
@@ -157,12 +162,12 @@ def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
     vocab_parallel(config, rows, world, world, device_type)
-    last = checkpoints(config.run_dir)
-    if last:
-        try:
-            _check_resumable(config, corpus, rows, read_manifest(last[-1]))
-        except CheckpointError as error:
-            raise ValueError(str(error)) from error
+    try:
+        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    if saved is not None:
+        _check_resumable(config, corpus, rows, saved)
     return corpus
 
 

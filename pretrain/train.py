@@ -6,6 +6,7 @@
 
 import os
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -14,15 +15,15 @@ from pathlib import Path
 import torch
 
 from . import config as configuration
-from .checkpoint import CheckpointError, CheckpointManager, ModelState, TrainState
-from .config import RANKS_LOCK, TrainConfig, hold
+from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, ModelState, TrainState
+from .config import TrainConfig, hold
 from .data import BatchLoader, Corpus, Order, Windows, validation_batches
 from .engine import Engine
 from .mesh import Mesh, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
-from .trainer import Evaluate, Hook, Log, Save, StopFlag, Trainer
+from .trainer import Deadline, Evaluate, Hook, Log, Save, Stop, StopFlag, Trainer
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
 
 
@@ -45,6 +46,7 @@ def main() -> None:
 
 def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
     """Trains to the end, or to where this launch stops, and saves there. Every rank calls it."""
+    started = time.time()
     world = torch.distributed.get_world_size()
     corpus = configuration.check(config, world, device.type)
     rows = configuration.vocab_rows(config, corpus)
@@ -56,12 +58,11 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
             config.run_dir,
             ModelState(engine, model.vocab, matrix, mesh),
             mesh,
-            keep=config.checkpoint.keep,
+            config.checkpoint,
             seed=config.seed,
             about=configuration.about(config, corpus),
         )
-        found = manager.newest()
-        state = manager.load(found) if found else TrainState()
+        state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
         loader = _loader(config, corpus, mesh, model.vocab)
         loader.load_state_dict(state.samples)
         log = None
@@ -69,12 +70,15 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
             _announce(config, corpus, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
-        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stop)
+        stops: list[Stop] = [stop, manager.failed, *_deadlines(config, started, manager)]
+        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stops)
         try:
             trainer.fit()
             saved = manager.save(state)
+            manager.wait()
         finally:
             loader.close()
+            manager.close()
             if log is not None:
                 log.close()
     if mesh.rank == 0:
@@ -139,6 +143,20 @@ def _hooks(
     if config.checkpoint.every:
         hooks.append(Save(config.checkpoint.every, manager))
     return hooks
+
+
+def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:
+    """The run's own time limit, and that of its job: ROWSHARD_DEADLINE. ValueError where that is no unix time."""
+    limits = []
+    if config.train.time_limit_seconds is not None:
+        limits.append(started + config.train.time_limit_seconds)
+    given = os.environ.get("ROWSHARD_DEADLINE")
+    if given:
+        try:
+            limits.append(float(given))
+        except ValueError:
+            raise ValueError(f"ROWSHARD_DEADLINE={given} in the environment must be a unix time") from None
+    return [Deadline(limit, config.checkpoint.seconds_before_limit, lambda: manager.longest) for limit in limits]
 
 
 def _announce(

@@ -1,6 +1,7 @@
 """The loop: batches in, steps out, hooks after each step."""
 
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from .vocab import LookupTraffic
 
 @dataclass
 class LoopConfig:
-    """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end).
+    """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end). time_limit: stop and save
+    before the ranks have run for so long, such as 4h or 1d12h30m (null: no limit).
 
     seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks;
     micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
@@ -34,6 +36,7 @@ class LoopConfig:
 
     steps: int = 1000
     stop_after: int | None = None
+    time_limit: str | None = None
     seq_len: int | None = None
     global_batch: int = 32
     micro_batch: int = 4
@@ -45,6 +48,8 @@ class LoopConfig:
                 raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
         if self.stop_after is not None and self.stop_after < 0:
             raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
+        if self.time_limit is not None and self.time_limit_seconds is None:
+            raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):
@@ -67,6 +72,14 @@ class LoopConfig:
                 f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"
                 f" must divide train.global_batch={self.global_batch}"
             )
+
+    @property
+    def time_limit_seconds(self) -> int | None:
+        form = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.time_limit or "")
+        if form is None or not self.time_limit:
+            return None
+        days, hours, minutes, seconds = (int(number or 0) for number in form.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def last_step(self) -> int:
@@ -106,6 +119,7 @@ class Report:
 
 
 Hook = Callable[["Trainer", Report], None]
+Stop = Callable[[], bool]  # asked by each rank at each step edge: whether to stop there
 
 
 class StopFlag:
@@ -122,8 +136,27 @@ class StopFlag:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def __call__(self) -> bool:
+        return self.raised
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
+
+
+class Deadline:
+    """Says to stop as long before `at`, a unix time, as it takes: for a step and a save that has to wait for another.
+
+    Of both it takes the longest so far, and half as much again; but never less than `reserve` seconds.
+    """
+
+    def __init__(self, at: float, reserve: float, longest_save: Callable[[], float]) -> None:
+        self.at, self.reserve, self.longest_save = at, reserve, longest_save
+        self._edge, self._longest_step = time.monotonic(), 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        self._edge, self._longest_step = now, max(self._longest_step, now - self._edge)
+        return time.time() + max(self.reserve, 1.5 * (self._longest_step + 2 * self.longest_save())) >= self.at
 
 
 class Trainer:
@@ -140,13 +173,13 @@ class Trainer:
         optim: OptimConfig,
         state: TrainState,
         hooks: list[Hook],
-        stop: StopFlag,
+        stops: list[Stop],
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
-        self.loop, self.optim, self.state, self.hooks, self.stop = loop, optim, state, hooks, stop
+        self.loop, self.optim, self.state, self.hooks, self.stops = loop, optim, state, hooks, stops
 
     def fit(self) -> None:
-        """Trains to `loop.last_step`, or to the first step edge after the stop flag went up on any rank."""
+        """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop."""
         while self.state.step < self.loop.last_step and not self._agree_to_stop():
             start = time.monotonic()
             report = self.train_step(next(self.batches))
@@ -172,15 +205,15 @@ class Trainer:
         lr = self.optim.lr_at(self.state.step, self.loop.steps)
         self.engine.step(lr, factor)
         self.matrix.step(lr, factor)
-        self.state.step += 1
+        self.state.step, self.state.val_loss = self.state.step + 1, None
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # those of other corpora stay
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
         return Report(self.state.step, loss, norm, lr, targets, lookups)
 
     def _agree_to_stop(self) -> bool:
-        """True on all ranks as soon as one of them was told to stop. One all-reduce of a number."""
-        return self._sum(int(self.stop.raised)) > 0
+        """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number."""
+        return self._sum(sum([stop() for stop in self.stops])) > 0
 
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, device=self.mesh.device)
@@ -197,7 +230,9 @@ class Evaluate:
     def __call__(self, trainer: Trainer, report: Report) -> None:
         due = self.config.every and report.step % self.config.every == 0
         if due or report.step == trainer.loop.steps:
-            report.scalars |= self.measure(trainer)
+            measured = self.measure(trainer)
+            report.scalars |= measured
+            trainer.state.val_loss = measured["val_loss"]
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
@@ -252,7 +287,7 @@ def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
 
 
 class Save:
-    """A checkpoint every few steps."""
+    """A checkpoint every few steps. After `Evaluate`: what that has measured goes into it."""
 
     def __init__(self, every: int, manager: CheckpointManager) -> None:
         self.every, self.manager = every, manager

@@ -1,72 +1,51 @@
-"""Checkpoints on disk: whole, verified, or not there at all.
+"""Saves and restores a run on all its ranks: whole, verified, or not there at all.
 
-    RUN/checkpoints/step-00001000/*.safetensors    one file a rank, each tensor's slices with their offsets
-    RUN/checkpoints/step-00001000/manifest.json    written last: sha256 of each file, config, position, RNG
-
-A checkpoint is written to a temporary folder, brought to the disk, and renamed. Nothing in it is a pickle.
+A checkpoint is written to a temporary folder, brought to the disk, and renamed; its manifest is its last file. That
+happens on a thread of its own, over a process group of its own, so that no collective of a save ever falls between
+those of training. Nothing that is read is a pickle.
 """
 
-import json
 import os
-import shutil
+import threading
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from data_prep.durable import durable, sha256_of, sync_folder
+from data_prep.durable import sync_folder
 
 from ..mesh import Mesh
-from .state import ModelState, TrainState, restore_rng, rng_state, shapes
+from .folder import (
+    FORMAT_VERSION,
+    UNFINISHED,
+    CheckpointConfig,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_files,
+    checkpoints,
+    read_manifest,
+    refuse_to_start_over,
+    remove,
+    remove_unfinished,
+    set_aside,
+    superfluous,
+    write_manifest,
+)
+from .state import ModelState, TrainState, check_split, restore_rng, rng_state, shapes, slices
+from .tensor_file import Slice, file_name, write_slices
 
-FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
+YIELDING = 10  # the writer's niceness: where cores are short, training goes first
 T = TypeVar("T")
-
-
-@dataclass
-class CheckpointConfig:
-    """every: steps between saves, 0 for only the last one. keep: how many to keep, 0 for all."""
-
-    every: int = 500
-    keep: int = 3
-
-    def __post_init__(self) -> None:
-        for key in ("every", "keep"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or does not fit; the message is one line for the user."""
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted(folder for folder in folders if (folder / MANIFEST_FILE).is_file())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError where it is unreadable or of another format version."""
-    path = folder / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint's manifest: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
-    for key in MANIFEST_KEYS:
-        if key not in manifest:
-            raise CheckpointError(f"{path} is not a checkpoint's manifest: it has no {key}")
-    return manifest
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
@@ -93,97 +72,159 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
             raise CheckpointError(f"{folder} cannot be read: {_cause(error)}") from error
 
 
-def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
-    """Compares the files with the manifest's sizes and hashes; `mine(i)` picks which ones. Raises CheckpointError."""
-    for path in folder.glob("*.safetensors"):
-        if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
-            raise CheckpointError(f"{path} is not in the manifest")
-    for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
-        if not mine(i):
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}")
-        if sha256_of(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not that of the manifest")
-
-
 class CheckpointManager:
-    """Saves and restores a run. All its methods are collective: every rank of the mesh calls them."""
+    """Saves and restores a run. All its methods but `failed` are collective: every rank of the mesh calls them.
+
+    An asynchronous save holds a copy of what this rank writes, in host memory, from the first save to the last.
+    """
 
     def __init__(
-        self, run: Path, model: ModelState, mesh: Mesh, *, keep: int, seed: int, about: dict[str, Any]
+        self, run: Path, model: ModelState, mesh: Mesh, config: CheckpointConfig, *, seed: int, about: dict[str, Any]
     ) -> None:
         self.run, self.folder = run, run / "checkpoints"
-        self.model, self.mesh, self.keep, self.seed = model, mesh, keep, seed
+        self.model, self.mesh, self.config, self.seed = model, mesh, config, seed
         self.about = about  # goes into the manifest as it is: config, tokenizer
+        self.longest = 0.0  # seconds from the call of a save to its end
+        self._group = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)  # joined when the process exits
+        self._pending: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
 
     def save(self, state: TrainState) -> Path:
-        """Writes step-%08d and removes the oldest beyond `keep`. CheckpointError: nothing has changed.
+        """Begins to write step-%08d, once the save before it has ended; where it will be.
 
-        The checkpoints that stand are untouched until the new one is whole.
+        When this returns, training may go on: the rest happens on the writer's thread. CheckpointError, of this save
+        or of the one before: no checkpoint has changed.
         """
+        self.wait()
+        start = time.monotonic()
         final = self.folder / f"step-{state.step:08d}"
-        if self._as_seen_by_first_rank(lambda: (final / MANIFEST_FILE).is_file()):
+        if self._as_seen_by_first_rank(lambda: _is_sound(final)):
             return final
-        temporary = self.folder / f".tmp-{final.name}"
-        try:
-            self._on_first_rank(lambda: self._begin(temporary))
-            tensors = self.model.tensors()
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer)
-            files = self._together(lambda: _finish_files(temporary, self.mesh.rank))
-            facts = {name: fact for mine in files for name, fact in mine.items()}
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                **asdict(state),
-                **self.about,
-                "mesh": {"dp": self.mesh.dp_size, "vocab": self.mesh.vocab_size},
-                "rng": self._together(rng_state),
-                "tensors": shapes(tensors),
-                "files": facts,
-            }
-            self._on_first_rank(lambda: _publish(temporary, final, manifest))
-        except (CheckpointError, dcp.CheckpointException) as error:
-            if self.mesh.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            last = checkpoints(self.run)
-            stands = f"the last good one is {last[-1]}" if last else "there is none before it"
-            raise CheckpointError(f"cannot save {final}: {_cause(error)}; {stands}") from error
-        self._on_first_rank(self._prune)
+        self.check_split()
+        tensors = self.model.tensors()
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **asdict(state),
+            **self.about,
+            "mesh": {"dp": self.mesh.dp_size, "vocab": self.mesh.vocab_size},
+            "tensors": shapes(tensors),
+        }
+        mine, rng = list(slices(tensors)), rng_state()
+        if self.config.asynchronous:
+            self._together(lambda: self._copy(mine))
+            mine = [Slice(part.name, self._copies[part.name], part.offsets) for part in mine]
+        self._pending = self._writer.submit(self._write, final, manifest, mine, rng, start)
+        if not self.config.asynchronous:
+            self.wait()
         return final
 
-    def newest(self) -> Path | None:
-        """The newest finished checkpoint, the same on all ranks."""
-        return self._as_seen_by_first_rank(lambda: next(reversed(checkpoints(self.run)), None))
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in the background has failed: then all ranks must `wait`."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until the save in the background, if any, has ended. CheckpointError if it has failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Ends the writer's thread, once it has written what it was given; an error of it is not told."""
+        self._writer.shutdown()
+
+    def restore(self, warn: Callable[[str], None]) -> tuple[TrainState, Path | None]:
+        """Continues from the newest whole checkpoint: where it stands, and which. A run without one begins.
+
+        Newer ones that are damaged are set aside; `warn` is told, on the first rank. CheckpointError where checkpoints
+        are there but none is whole, or the newest is of another model: that never starts over, nor falls back.
+        """
+        self._on_first_rank(lambda: remove_unfinished(self.run))
+        damaged: dict[Path, str] = {}
+        state, found = TrainState(), None
+        for folder in reversed(self._as_seen_by_first_rank(lambda: checkpoints(self.run))):
+            try:
+                state, found = self.load(folder), folder
+                break
+            except DamagedCheckpoint as error:
+                damaged[folder] = str(error)
+        if found is None:
+            self._on_first_rank(lambda: refuse_to_start_over(self.run, list(damaged.values())))
+
+        def put_away() -> None:
+            for folder, fault in damaged.items():
+                warn(f"{fault}; going on from {found}, the damaged one is now {set_aside(folder)}")
+
+        self._on_first_rank(put_away)
+        self.check_split()
+        return state, found
 
     def load(self, folder: Path) -> TrainState:
-        """Verifies the files, fills model and optimizer, restores the generators. CheckpointError names the fault."""
-        manifest = read_manifest(folder)
-        self._together(lambda: check_files(folder, manifest, lambda i: i % self.mesh.world == self.mesh.rank))
+        """Verifies the files, fills model and optimizer, restores the generators.
+
+        DamagedCheckpoint before anything is changed, CheckpointError where it is of another model.
+        """
+        manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
         tensors = self.model.tensors()
         missing = set(manifest["tensors"]) - set(tensors)
         if missing:
             raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
         read_tensors(folder, tensors, alone=False)
-        state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"])
+        state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
         self.model.load(tensors, state.step)
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
         return state
 
-    def _begin(self, temporary: Path) -> None:
-        for stale in self.folder.glob(".tmp-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
+    def check_split(self) -> None:
+        """CheckpointError unless each rank holds its own rows, and replicas the same. Reads the rows once."""
+        check_split(self._together(self.model.digests), self.mesh)
+
+    def _verified(self, folder: Path) -> dict[str, Any]:
+        """The manifest; the files are shared out among the ranks."""
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, lambda i: i % self.mesh.world == self.mesh.rank)
+        return manifest
+
+    def _copy(self, mine: list[Slice]) -> None:
+        for part in mine:
+            if part.name not in self._copies:
+                self._copies[part.name] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
+            self._copies[part.name].copy_(part.tensor)
+
+    def _write(
+        self, final: Path, manifest: dict[str, Any], mine: list[Slice], rng: dict[str, str], start: float
+    ) -> None:
+        """The save itself. A kill at any moment leaves a checkpoint that is whole, or none of that name."""
+        unfinished = final.with_name(UNFINISHED + final.name)
+        name = file_name(self.mesh.rank)
+        try:
+            self._on_first_rank(lambda: self._begin(unfinished))
+            facts = self._together(lambda: (rng, {name: write_slices(unfinished / name, mine)} if mine else {}))
+            manifest["rng"] = [of_rank for of_rank, _ in facts]
+            manifest["files"] = {name: fact for _, of_rank in facts for name, fact in of_rank.items()}
+            self._on_first_rank(lambda: _publish(unfinished, final, manifest))
+        except CheckpointError as error:
+            if self.mesh.rank == 0:
+                remove_unfinished(self.run)
+            raise CheckpointError(f"cannot save {final}: {error}; {self._last_good()}") from error
+        try:
+            self._on_first_rank(self._prune)
+        except CheckpointError as error:
+            raise CheckpointError(f"saved {final}, but cannot remove an older one: {error}") from error
+        self.longest = max(self.longest, time.monotonic() - start)
+
+    def _begin(self, unfinished: Path) -> None:
+        remove_unfinished(self.run)
+        unfinished.mkdir(parents=True)
 
     def _prune(self) -> None:
-        if self.keep:
-            for old in checkpoints(self.run)[: -self.keep]:
-                doomed = old.with_name(f".tmp-{old.name}")  # renamed first: half a checkpoint never has its name
-                old.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)  # the next save removes what is left
+        for old in superfluous(self.run, self.config):
+            remove(old)
+
+    def _last_good(self) -> str:
+        last = checkpoints(self.run)
+        return f"the last good one is {last[-1]}" if last else "there is none before it"
 
     def _as_seen_by_first_rank(self, look: Callable[[], T]) -> T:
         """On a network file system ranks may see different folders for a while, and must not part ways over it."""
@@ -195,43 +236,47 @@ class CheckpointManager:
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Every rank's result, in rank order; if one fails, CheckpointError on all. One all-gather of objects."""
         result: T | None = None
-        failure = None
+        failure: CheckpointError | None = None
         try:
             result = work()
-        except (OSError, CheckpointError) as error:
-            failure = str(error)
+        except CheckpointError as error:
+            failure = error
+        except (OSError, MemoryError, RuntimeError) as error:
+            failure = CheckpointError(str(error) or type(error).__name__)
         outcomes: list[Any] = [None] * self.mesh.world
-        dist.all_gather_object(outcomes, (failure, result))
-        failures = [failure for failure, _ in outcomes if failure]
+        dist.all_gather_object(outcomes, (failure, result), group=self._group)
+        failures = [failure for failure, _ in outcomes if failure is not None]
         if failures:
-            raise CheckpointError(failures[0])
+            raise max(failures, key=lambda error: not isinstance(error, DamagedCheckpoint))
         return [result for _, result in outcomes]
 
 
-def _finish_files(temporary: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Brings the file that this rank has written to the disk; its size and hash by name."""
-    facts = {}
-    for path in temporary.glob(f"shard-{rank + 1:05d}-*.safetensors"):
-        with open(path, "rb+") as stream:
-            os.fsync(stream.fileno())
-        facts[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return facts
+def _yield_to_training() -> None:
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELDING)  # of this thread alone, on Linux
 
 
-def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    strays = {path.name for path in temporary.glob("*.safetensors")} ^ manifest["files"].keys()
+def _is_sound(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
+    strays = {path.name for path in unfinished.glob("*.safetensors")} ^ manifest["files"].keys()
     if strays or not manifest["files"]:
-        raise CheckpointError(f"{temporary}: no rank has written {min(strays, default='any file')}")
-    with durable(temporary / MANIFEST_FILE) as file:
-        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-    if final.exists():  # without a manifest: what a power cut left of one
-        shutil.rmtree(final)
-    temporary.rename(final)
+        raise CheckpointError(f"{unfinished}: no rank has written {min(strays, default='any file')}")
+    write_manifest(unfinished, manifest)
+    if final.exists():
+        set_aside(final)
+    unfinished.rename(final)
     sync_folder(final.parent)
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost message: torch wraps a full disk in a report of all ranks."""
+    """The innermost message: torch wraps it in a report of all ranks."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
     return str(error)

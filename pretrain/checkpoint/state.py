@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,21 @@ from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
 from ..optim import MatrixOptimizer, set_moments
 from ..vocab import VocabParallelEmbedding, VocabShard, stable_seed
+from .folder import CheckpointError
+from .tensor_file import Slice
 
 
 @dataclass
 class TrainState:
-    """Where the run stands. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen."""
+    """Where the run stands. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen.
+
+    val_loss: as measured at this very step, None where it was not.
+    """
 
     step: int = 0
     tokens: int = 0
     samples: dict[str, int] = field(default_factory=dict)
+    val_loss: float | None = None
 
 
 class ModelState:
@@ -43,6 +50,65 @@ class ModelState:
     def load(self, tensors: dict[str, DTensor], step: int) -> None:
         self.engine.load(tensors, step)
         set_moments(self.matrix.adamw, step)
+
+    def digests(self) -> dict[str, tuple[int, int] | None]:
+        """Of this rank's rows of each matrix; None where it has none but padding, which all look alike."""
+        owns = self.vocab.shard.valid_rows > 0
+        return {name: digest(rows.detach()) if owns else None for name, rows in self.vocab.named_rows().items()}
+
+
+def check_split(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -> None:
+    """CheckpointError, naming the ranks, unless shards differ and replicas are equal. `digests`: of each rank.
+
+    A shard is a plain tensor, so whatever takes it for a replica overwrites it without a word: plain DeepSpeed
+    broadcasts rank 0's over the others.
+    """
+    layout = mesh.axes.mesh.tolist()  # [dp][vocab] -> rank
+    for name in digests[0]:
+        for group in layout:
+            seen: dict[tuple[int, int], int] = {}
+            for rank in group:
+                mine = digests[rank][name]
+                if mine is None:
+                    continue
+                if mine in seen:
+                    raise CheckpointError(
+                        f"{name}: ranks {seen[mine]} and {rank} own different rows, but hold the same values:"
+                        " something has copied one rank's shard over the other's"
+                    )
+                seen[mine] = rank
+        for first, *others in zip(*layout, strict=True):
+            for rank in others:
+                if digests[rank][name] != digests[first][name]:
+                    raise CheckpointError(
+                        f"{name}: ranks {first} and {rank} hold the same rows, but with different values:"
+                        " the replicas have drifted apart"
+                    )
+
+
+def digest(rows_vD: Tensor) -> tuple[int, int]:
+    """Two sums over the bits, one of them by row: exact, so that their order does not matter. One pass, v numbers."""
+    sums_v = rows_vD.view(torch.int32).sum(dim=1, dtype=torch.int64)
+    return int(sums_v.sum()), int((sums_v * torch.arange(1, len(sums_v) + 1, device=sums_v.device)).sum())
+
+
+def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
+    """What this rank saves of them: its part, unless it is empty or a replica that another rank saves.
+
+    The replicas of one tensor after the other fall to one rank after the other.
+    """
+    for i, (name, tensor) in enumerate(tensors.items()):
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None, f"{name} lies on a mesh that this rank is not part of"
+        replica = [
+            (place, tensor.device_mesh.size(dim))
+            for dim, place in enumerate(coordinate)
+            if tensor.placements[dim].is_replicate()
+        ]
+        part = tensor.to_local()
+        if part.numel() and all(place == i % size for place, size in replica):
+            (chunk,) = tensor.__create_chunk_list__()
+            yield Slice(name, part, tuple(chunk.offsets))
 
 
 def matrix_dtensor(rows_vD: Tensor, shard: VocabShard, mesh: Mesh) -> DTensor:

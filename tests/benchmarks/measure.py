@@ -49,9 +49,9 @@ def extra_peak_mib(step: Step) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     step()
-    return _status_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
 def holding_peak_mib(build: Callable[[], Step]) -> float:
@@ -59,13 +59,13 @@ def holding_peak_mib(build: Callable[[], Step]) -> float:
 
     The first, uncounted step makes what is kept, such as moments.
     """
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     step = build()
     step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
     step()
-    return _status_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -89,7 +89,7 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _status_mib(key: str) -> float:
+def status_mib(key: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024

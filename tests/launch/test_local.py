@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from data_prep.token_file import Manifest
-from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.data import Windows, open_corpus
 from pretrain.generate import load_model
 from tests.pretrain.tiny import write_tokens
@@ -30,8 +31,10 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, *(part for argument in arguments for part in argument.split())]
 
 
-def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(
+    *arguments: str, timeout: float = 120, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -188,6 +191,83 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, tmp_path):
     assert [line["loss"] for line in scalars(folder)] == [line["loss"] for line in scalars(tmp_path / "straight")]
 
 
+def test_a_time_limit_stops_the_run_saved(data, tmp_path):
+    """The run's own and the job's; a tenth of the first would be too short to start with."""
+    arguments = f"nproc=2 data.path={data} train.steps=100000 optim.schedule=wsd log.every=1 {SMALL}"
+    limits = "train.time_limit=6s checkpoint.seconds_before_limit=2"
+    done = run(f"launch/local.py run.dir={tmp_path}/own {arguments} {limits}")
+    assert done.returncode == 0 and "stopped and saved" in done.stdout, done.stderr
+    assert 1 < len(scalars(tmp_path / "own")) == step_of(checkpoints(tmp_path / "own")[-1]) < 100000
+
+    at = time.time() + 2  # before the ranks are there: they save what they start with
+    environment = {"ROWSHARD_DEADLINE": str(at)}
+    done = run(f"launch/local.py run.dir={tmp_path}/job {arguments}", environment=environment)
+    assert done.returncode == 0 and "stopped and saved" in done.stdout, done.stderr
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "job")] == [0]
+    done = run(f"launch/local.py run.dir={tmp_path}/job {arguments}", environment={"ROWSHARD_DEADLINE": "soon"})
+    assert done.returncode == 1 and "ROWSHARD_DEADLINE=soon in the environment must be a unix time" in done.stderr
+
+
+def test_the_best_by_validation_loss_stays(data, tmp_path):
+    """Evaluated before it is saved, at the same step; a rate that is far too high makes the first the best."""
+    arguments = f"nproc=2 data.path={data} run.dir={tmp_path}/run train.steps=8 eval.every=2 {SMALL}"
+    rules = "checkpoint.every=2 checkpoint.keep=1 checkpoint.keep_best=1 log.every=1"
+    done = run(f"launch/local.py {arguments} {rules} optim.lr=0.5 optim.warmup_steps=4 optim.clip=0")
+    assert done.returncode == 0, done.stderr
+    losses = {line["step"]: line["val_loss"] for line in scalars(tmp_path / "run") if "val_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    kept = {step_of(folder): read_manifest(folder)["val_loss"] for folder in checkpoints(tmp_path / "run")}
+    assert kept == {step: losses[step] for step in sorted({best, 8})} and len(losses) == 4
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, data, tmp_path, fault):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    again = f"launch/local.py nproc=2 data.path={data} run.dir={folder} log.every=4 train.precision=fp32 {SMALL}"
+    assert run(f"{again} train.steps=16").returncode == 0
+    before = scalars(folder)
+    older, newest = checkpoints(folder)
+    (second,) = newest.glob("shard-00002*")
+    if fault == "flipped":
+        content = bytearray(second.read_bytes())
+        content[len(content) // 2] ^= 4
+        second.write_bytes(content)
+    elif fault == "truncated":
+        os.truncate(second, second.stat().st_size // 2)
+    else:
+        (second if fault == "missing" else newest / "manifest.json").unlink()
+    done = run(f"{again} train.steps=16")
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert str(newest) in warning and f"going on from {older}" in warning
+    assert f"is now {newest.with_name('damaged-' + newest.name)}" in warning
+    assert f"resumed: {older}, step 12" in done.stdout
+    compared = [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in before]
+    assert [{key: line[key] for key in was} for was, line in zip(compared, scalars(folder), strict=True)] == compared
+    assert [step_of(path) for path in checkpoints(folder)] == [12, 16], "the same step was saved again"
+
+    for path in checkpoints(folder):
+        (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:-9])
+    frozen = (folder / "config.yaml").read_bytes()
+    done = run(f"{again} train.steps=20")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "is whole, and it does not start over by itself" in done.stderr and str(newest) in done.stderr
+    assert (folder / "config.yaml").read_bytes() == frozen and scalars(folder)[-1]["step"] == 16
+
+
+def test_where_no_checkpoint_is_whole_the_ranks_say_so(trained, data, tmp_path):
+    """The launcher reads manifests, the ranks the files."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (only,) = checkpoints(folder)
+    os.truncate(next(only.glob("*.safetensors")), 1000)
+    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} train.steps=16 {SMALL}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1000 bytes, but the manifest says" in done.stderr and "does not start over by itself" in done.stderr
+    assert checkpoints(folder) == [only] and scalars(folder)[-1]["step"] == 12
+
+
 def test_a_megatron_written_pair_is_trained_on(tmp_path):
     indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     prefix = tmp_path / "megatron"
@@ -212,6 +292,8 @@ BAD = {
     "a vocabulary smaller than the tokenizer's": ("vocab.size=300", "vocab.size=300 must be at least 400"),
     "an unknown group": ("+trian.steps=5", "unknown key trian"),
     "an unknown engine": ("engine.name=zero", "engine.name=zero must be one of fsdp2"),
+    "a time that is none": ("train.time_limit=soon", "train.time_limit=soon must be a time such as 4h"),
+    "a time too short to save in": ("train.time_limit=50s", "train.time_limit=50s must exceed checkpoint.seconds_bef"),
     "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
     "a sweep": ("--multirun", "--multirun is not for this program"),

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config import TrainConfig
+from pretrain.trainer import Deadline, LoopConfig
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -47,6 +49,18 @@ def test_a_run_goes_on_at_another_world_size(tmp_path, world, vocab_parallel):
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "straight"), rtol=1e-5)
 
 
+def test_the_position_is_counted_in_samples(tmp_path):
+    """Two ranks, then three with a global batch of another size: no sample twice, none left out."""
+    data = write_tokens(tmp_path / "tokens")
+    settings = {"train__steps": 30, "eval__every": 0}
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "run", train__stop_after=10, **settings))
+    changed = {"train__global_batch": 18, "train__micro_batch": 6, "train__stop_after": 15}
+    run_ranks(3, train_rank, tiny_config(data, tmp_path / "run", **settings | changed))
+    run_ranks(1, train_rank, tiny_config(data, tmp_path / "run", train__stop_after=16, **settings))
+    samples = [read_manifest(folder)["samples"] for folder in checkpoints(tmp_path / "run")]
+    assert [sum(of_corpus.values()) for of_corpus in samples] == [10 * 12, 10 * 12 + 5 * 18, 11 * 12 + 5 * 18]
+
+
 def train_until_signalled(rank: int, world: int, config: TrainConfig, number: int) -> None:
     """One rank of two is told to stop, at some moment after the third step."""
 
@@ -80,3 +94,29 @@ def test_a_finished_run_is_left_alone(tmp_path):
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "run"))
     assert files and files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     assert len(losses(tmp_path / "run")) == 20
+
+
+def test_a_deadline_leaves_time_for_a_step_and_two_saves(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    longest = [0.0]
+    deadline = Deadline(1100.0, reserve=10.0, longest_save=lambda: longest[0])
+    now[0] = 1004.0
+    assert not deadline(), "a step of four seconds"
+    now[0] = 1006.0
+    longest[0] = 30.0
+    assert deadline()  # 1.5 · (4 + 2·30) = 96 of the 94 that are left
+    longest[0] = 20.0
+    now[0] = 1008.0
+    assert not deadline()
+    longest[0] = 0.0
+    now[0] = 1089.0
+    assert not Deadline(1100.0, reserve=10.0, longest_save=lambda: 0.0)()
+    now[0] = 1090.0
+    assert Deadline(1100.0, reserve=10.0, longest_save=lambda: 0.0)()
+
+
+@pytest.mark.parametrize("text,seconds", [("4h", 14400), ("1d12h30m5s", 131405), ("90m", 5400), (None, None)])
+def test_a_time_limit_is_read(text, seconds):
+    assert LoopConfig(time_limit=text).time_limit_seconds == seconds

@@ -1,10 +1,14 @@
 """Checkpoints through real ranks: whole at any split, or refused by name."""
 
-import json
+import hashlib
 import os
 import pickle
 import shutil
 import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,28 +19,33 @@ from pretrain.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     CheckpointManager,
+    DamagedCheckpoint,
     ModelState,
     TrainState,
     checkpoints,
+    read_manifest,
     read_tensors,
 )
+from pretrain.checkpoint import manager as manager_module
+from pretrain.checkpoint.folder import write_manifest
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.vocab import stable_seed
 from tests.pretrain.tiny import tiny_config
 from tests.ranks import run_ranks
 
-POSITION = TrainState(step=3, tokens=77, samples={"a": 5, "b": 6})
+POSITION = TrainState(step=3, tokens=77, samples={"a": 5, "b": 6}, val_loss=1.5)
 SMALL = {"model__layers": 1, "model__width": 3, "model__heads": 1}  # width 3: on four ranks one holds no bias
 
 
-def build(run: Path, world: int, vocab_size: int = 307, keep: int = 0, **changes) -> CheckpointManager:
+def build(run: Path, world: int, vocab_size: int = 307, **changes) -> CheckpointManager:
     """One rank of a fresh run, ready to save or to load."""
     config = tiny_config(run, run, **SMALL | changes)
-    mesh = Mesh.of(world, torch.device("cpu"))
+    axis = world if config.vocab.parallel == "auto" else int(config.vocab.parallel)
+    mesh = Mesh.of(axis, torch.device("cpu"))
     engine, model, matrix = build_model(config, mesh, vocab_size)
-    about = {"vocab_size": vocab_size}
-    return CheckpointManager(run, ModelState(engine, model.vocab, matrix, mesh), mesh, keep=keep, seed=0, about=about)
+    state = ModelState(engine, model.vocab, matrix, mesh)
+    return CheckpointManager(run, state, mesh, config.checkpoint, seed=0, about={"vocab_size": vocab_size})
 
 
 def whole(name: str, tensor: DTensor) -> torch.Tensor:
@@ -61,7 +70,8 @@ def save(rank, world, run, changes=None, steps=(POSITION.step,)):
     fill(manager)
     torch.manual_seed(100 + rank)
     for step in steps:
-        manager.save(TrainState(step, POSITION.tokens, POSITION.samples))
+        manager.save(replace(POSITION, step=step))
+    manager.wait()
     return torch.rand(4)
 
 
@@ -69,7 +79,7 @@ def load(rank, world, run, changes=None):
     """Loads the newest; whether all is as saved, and the next random numbers of this rank."""
     manager = build(run, world, **changes or {})
     torch.manual_seed(0)
-    state = manager.load(checkpoints(run)[-1])
+    state, _ = manager.restore(no_warning)
     steps = {
         float(s["step"])
         for adamw in (manager.model.engine.adamw, manager.model.matrix.adamw)
@@ -78,15 +88,19 @@ def load(rank, world, run, changes=None):
     return is_filled(manager) and state == POSITION and steps == {POSITION.step}, torch.rand(4)
 
 
+def no_warning(message):
+    raise AssertionError(message)
+
+
 def failures(rank, world, runs, changes=None):
-    """The error of loading each of the runs."""
+    """The error of restoring each of the runs; whether it is that of a damaged one."""
     messages = []
     for run in runs:
         try:
-            build(run, world, **changes or {}).load(checkpoints(run)[-1])
-            messages.append("loaded")
+            build(run, world, **changes or {}).restore(no_warning)
+            messages.append((None, "loaded"))
         except CheckpointError as error:
-            messages.append(str(error))
+            messages.append((type(error), str(error)))
     return messages
 
 
@@ -133,9 +147,18 @@ def test_generators_go_on_where_they_were(tmp_path):
     assert len({tuple(numbers.tolist()) for numbers in others[0]}) == 3
 
 
-@pytest.mark.parametrize("keep,left", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4])])
-def test_keep(tmp_path, keep, left):
-    run_ranks(1, save, tmp_path, {"keep": keep}, (1, 2, 3, 4))
+@pytest.mark.parametrize(
+    "rules,left",
+    [
+        ({"keep": 2}, [3, 4]),
+        ({"keep": 1}, [4]),
+        ({"keep": 0}, [1, 2, 3, 4]),
+        ({"keep": 1, "keep_every": 2}, [2, 4]),
+        ({"keep": 1, "keep_every": 3}, [3, 4]),
+    ],
+)
+def test_keep(tmp_path, rules, left):
+    run_ranks(1, save, tmp_path, {f"checkpoint__{key}": value for key, value in rules.items()}, (1, 2, 3, 4))
     assert [folder.name for folder in checkpoints(tmp_path)] == [f"step-{step:08d}" for step in left]
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
@@ -148,9 +171,10 @@ def test_leftovers_are_no_checkpoints_and_go_away(good, copies):
     unfinished = folder.with_name("step-00000008")
     unfinished.mkdir()
     (unfinished / "shard-00007-model-00001-of-00001.safetensors").write_bytes(b"half")
-    assert checkpoints(run) == [folder]
+    assert checkpoints(run) == [folder, unfinished]
     run_ranks(2, save, run, {}, (8,))
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["step-00000003", "step-00000008"]
+    names = ["damaged-step-00000008", "step-00000003", "step-00000008"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == names
     assert not (unfinished / "shard-00007-model-00001-of-00001.safetensors").exists()
 
 
@@ -162,9 +186,9 @@ def test_a_step_that_is_saved_stays(good, copies):
 
 
 def edit_manifest(folder: Path, **changes) -> None:
-    path = folder / "manifest.json"
-    manifest = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    """As somebody would who knows its hash."""
+    manifest = read_manifest(folder) | changes
+    write_manifest(folder, {key: value for key, value in manifest.items() if value is not None})
 
 
 def flip(path: Path, position: int) -> None:
@@ -173,31 +197,106 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_what_is_damaged_is_named_on_every_rank(copies):
-    second = "shard-00002-model-00001-of-00001.safetensors"
-    spoils = {
-        "flipped": (lambda folder: flip(folder / second, -1), f"{second} is damaged"),
-        "header": (lambda folder: flip(folder / second, 9), f"{second} is damaged"),
-        "truncated": (lambda folder: os.truncate(folder / second, 100), f"{second}: 100 bytes, but the manifest says"),
-        "missing": (lambda folder: (folder / second).unlink(), f"{second} is missing"),
-        "stray": (
-            lambda folder: shutil.copy(folder / second, folder / "x.safetensors"),
-            "x.safetensors is not in the manifest",
-        ),
-        "no json": (lambda folder: (folder / "manifest.json").write_text("{"), "is not a checkpoint's manifest"),
-        "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a checkpoint's manifest"),
-        "no files": (lambda folder: edit_manifest(folder, files=None), "manifest: it has no files"),
-        "version": (
-            lambda folder: edit_manifest(folder, format_version=2),
-            "format version 2, but this program reads 1",
-        ),
-    }
-    folders = {name: copies(name) for name in spoils}
-    for name, (spoil, _) in spoils.items():
+SECOND = "shard-00002-model-00001-of-00001.safetensors"
+SPOILS = {
+    "flipped": (lambda folder: flip(folder / SECOND, -1), f"{SECOND} is damaged"),
+    "header": (lambda folder: flip(folder / SECOND, 9), f"{SECOND} is damaged"),
+    "truncated": (lambda folder: os.truncate(folder / SECOND, 100), f"{SECOND}: 100 bytes, but the manifest says"),
+    "missing": (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing"),
+    "stray": (
+        lambda folder: shutil.copy(folder / SECOND, folder / "x.safetensors"),
+        "x.safetensors is not in the manifest",
+    ),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "no json": (lambda folder: (folder / "manifest.json").write_text("{"), "is not a checkpoint's manifest"),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a checkpoint's manifest"),
+    "another step": (
+        lambda folder: edit_text(folder, '"step": 3', '"step": 4'),
+        "manifest.json is damaged: its sha256",
+    ),
+    "no files": (lambda folder: edit_manifest(folder, files=None), "manifest: it has no files"),
+}
+
+
+def edit_text(folder: Path, old: str, new: str) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def test_where_all_are_damaged_it_does_not_start_over(copies):
+    """Every rank names the fault, and nothing is renamed: the next start says so again."""
+    folders = {name: copies(name) for name in SPOILS}
+    for name, (spoil, _) in SPOILS.items():
         spoil(folders[name])
-    for messages in run_ranks(2, failures, [folder.parents[1] for folder in folders.values()]):
-        for (name, (_, expected)), message in zip(spoils.items(), messages, strict=True):
+    runs = [folder.parents[1] for folder in folders.values()]
+    for messages in run_ranks(2, failures, runs) + run_ranks(1, failures, runs):
+        for (name, (_, expected)), (kind, message) in zip(SPOILS.items(), messages, strict=True):
+            assert kind is DamagedCheckpoint, (name, message)
             assert expected in message and str(folders[name]) in message, (name, message)
+            assert "is whole, and it does not start over by itself" in message
+    assert all(folder.is_dir() for folder in folders.values())
+
+
+def test_another_format_is_an_error_and_no_damage(copies):
+    folder = copies("future")
+    edit_manifest(folder, format_version=9)
+    for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
+        assert kind is CheckpointError and "format version 9, but this program reads 2" in message
+
+
+def fall_back(rank, world, runs):
+    """Restores each of the runs: whether the step of POSITION came of it, and the warnings."""
+    results = []
+    for run in runs:
+        warnings: list[str] = []
+        manager = build(run, world)
+        state, found = manager.restore(warnings.append)
+        right = is_filled(manager) and state == POSITION and found == run / "checkpoints" / "step-00000003"
+        manager.save(replace(POSITION, step=8))
+        manager.wait()
+        results.append((right, warnings))
+    return results
+
+
+def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_taken(copies):
+    """And its step can be saved again. Two are damaged, in different ways: both are named."""
+    runs = {}
+    for name, (spoil, _) in SPOILS.items():
+        if name == "another step":
+            continue
+        folder = copies(name)
+        for step in (8, 9):
+            newer = folder.with_name(f"step-{step:08d}")
+            shutil.copytree(folder, newer)
+            edit_manifest(newer, step=step)
+            spoil(newer) if step == 8 else flip(newer / SECOND, 50)
+        runs[name] = folder.parents[1]
+    for rank, results in enumerate(run_ranks(2, fall_back, list(runs.values()))):
+        for (name, run), (right, warnings) in zip(runs.items(), results, strict=True):
+            assert right, name
+            if rank == 0:
+                newest, second = warnings
+                assert "step-00000009" in newest and f"{SECOND} is damaged" in newest
+                assert SPOILS[name][1] in second and f"going on from {run}/checkpoints/step-00000003" in second
+                assert second.endswith(f"is now {run}/checkpoints/damaged-step-00000008")
+            else:
+                assert not warnings
+    for run in runs.values():
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+            "damaged-step-00000008",
+            "damaged-step-00000009",
+            "step-00000003",
+            "step-00000008",
+        ]
+
+
+def test_what_was_set_aside_is_remembered(copies):
+    folder = copies("run")
+    folder.rename(folder.with_name("damaged-step-00000003"))
+    for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
+        assert kind is DamagedCheckpoint and "damaged-step-00000003 was set aside" in message
 
 
 def test_reading_alone_names_what_it_cannot_read(copies):
@@ -217,14 +316,23 @@ def test_reading_alone_names_what_it_cannot_read(copies):
     ],
 )
 def test_a_checkpoint_of_another_model_is_named(good, changes, expected):
-    for (message,) in run_ranks(2, failures, [good], changes):
-        assert expected in message
+    for ((kind, message),) in run_ranks(2, failures, [good], changes):
+        assert kind is CheckpointError and expected in message
 
 
 def test_a_checkpoint_with_more_tensors_is_of_another_model(tmp_path):
     run_ranks(1, save, tmp_path, {"vocab__tie": "untied"})
-    for (message,) in run_ranks(2, failures, [tmp_path]):
-        assert "has tensor head.weight, this model has not: it is of another model" in message
+    for ((kind, message),) in run_ranks(2, failures, [tmp_path]):
+        assert kind is CheckpointError and "has tensor head.weight, this model has not: it is of another" in message
+
+
+def test_a_newer_checkpoint_of_another_model_is_no_reason_to_fall_back(copies, tmp_path):
+    folder = copies("run")
+    run_ranks(2, save, tmp_path / "other", {"model__width": 6})
+    shutil.copytree(tmp_path / "other/checkpoints/step-00000003", folder.with_name("step-00000008"))
+    for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
+        assert kind is CheckpointError and "step-00000008" in message and "it is of another model" in message
+    assert len(checkpoints(folder.parents[1])) == 2
 
 
 class Bomb:
@@ -247,8 +355,17 @@ def test_no_pickle_is_read(copies, tmp_path):
         path.write_bytes(bomb)
     edit_manifest(folder, rng=[{"cpu": bomb.hex()}] * 3)
     assert [right for right, _ in run_ranks(2, load, folder.parents[1])] == [True, True]
-    for (message,) in run_ranks(2, failures, [replaced.parents[1]]):
-        assert message != "loaded"
+    for ((kind, _),) in run_ranks(2, failures, [replaced.parents[1]]):
+        assert kind is DamagedCheckpoint
+    facts = read_manifest(replaced)["files"]
+    for path in replaced.glob("*.safetensors"):  # and with the right size and hash
+        facts[path.name] = {"bytes": len(bomb), "sha256": hashlib.sha256(bomb).hexdigest()}
+    edit_manifest(replaced, files=facts)
+    for ((_, message),) in run_ranks(2, failures, [replaced.parents[1]]):
+        assert "cannot be read" in message
+    for command in ("list", "verify"):
+        for run in (folder.parents[1], replaced.parents[1]):
+            subprocess.run([sys.executable, "-m", "pretrain.checkpoint", command, f"run={run}"], check=True, timeout=60)
     assert not marker.exists()
     pickle.loads(bomb)
     assert marker.exists(), "the bomb itself is a dud"
@@ -256,7 +373,7 @@ def test_no_pickle_is_read(copies, tmp_path):
 
 def save_on_a_full_disk(rank, world, run, leaving):
     """Saves with no more room than that: the error; then with room, whether the old and the new one load."""
-    manager = build(run, world)
+    manager = build(run, world, checkpoint__asynchronous=True)
     fill(manager)
     filler = run / "filler"
     messages = []
@@ -265,11 +382,17 @@ def save_on_a_full_disk(rank, world, run, leaving):
             status = os.statvfs(run)
             filler.write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - room)))
         torch.distributed.barrier()
+        manager.save(TrainState(POSITION.step + 1))
+        deadline = time.monotonic() + 30
+        while not manager.failed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert manager.failed() and is_filled(manager)
         try:
-            manager.save(TrainState(POSITION.step + 1))
+            manager.save(TrainState(POSITION.step + 2))  # waits for the first, and tells of it
             messages.append("saved")
         except CheckpointError as error:
             messages.append(str(error))
+        assert not manager.failed(), "told once"
         torch.distributed.barrier()
         if rank == 0:
             assert [path.name for path in manager.folder.iterdir()] == [f"step-{POSITION.step:08d}"]
@@ -277,6 +400,7 @@ def save_on_a_full_disk(rank, world, run, leaving):
         torch.distributed.barrier()
     assert manager.load(checkpoints(run)[-1]) == POSITION and is_filled(manager)
     manager.save(TrainState(POSITION.step + 1))
+    manager.wait()
     return messages
 
 
@@ -298,7 +422,103 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path):
         subprocess.run(["umount", run], check=True, timeout=10)
 
 
-@pytest.mark.parametrize("key", ["every", "keep"])
+@pytest.mark.parametrize("world,parallel", [(1, "auto"), (2, "auto"), (4, "2")])
+def test_an_asynchronous_save_is_the_synchronous_one_bit_for_bit(tmp_path, world, parallel):
+    facts = []
+    for asynchronous in (False, True):
+        run = tmp_path / str(asynchronous)
+        run_ranks(world, save, run, {"checkpoint__asynchronous": asynchronous, "vocab__parallel": parallel})
+        manifest = read_manifest(checkpoints(run)[-1])
+        facts.append({key: manifest[key] for key in manifest.keys() - {"date"}})
+    assert facts[0] == facts[1] and len(facts[0]["files"]) == world
+
+
+def save_while_training_goes_on(rank, world, run):
+    """The writer is held up while the live tensors change; then a second save."""
+    manager = build(run, world)
+    fill(manager)
+    held = threading.Event()
+    write = manager_module.write_slices
+
+    def slowly(*arguments):
+        held.wait(30)
+        return write(*arguments)
+
+    manager_module.write_slices = slowly
+    manager.save(POSITION)
+    assert manager.model.tensors() and not checkpoints(run)
+    for tensor in manager.model.tensors().values():
+        tensor.to_local().add_(1)
+    torch.distributed.barrier()  # training's collectives go on meanwhile
+    threading.Timer(0.3, held.set).start()
+    start = time.monotonic()
+    manager.save(replace(POSITION, step=POSITION.step + 1))
+    waited = time.monotonic() - start
+    seen = [folder.name for folder in checkpoints(run)]
+    manager.wait()
+    return waited, seen
+
+
+def test_training_goes_on_while_the_files_are_written_and_a_second_save_waits(tmp_path):
+    for waited, seen in run_ranks(2, save_while_training_goes_on, tmp_path):
+        assert waited > 0.2 and seen == ["step-00000003"]
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    assert all(right for right, _ in run_ranks(2, load, tmp_path)), "what was saved is what it was at the save"
+
+
+def copied(rank, world, run, what):
+    """What the checks of the split say after one rank's rows went wrong."""
+    manager = build(run, world, vocab__parallel="2" if world == 4 else "auto", vocab__tie="untied")
+    manager.check_split()
+    rows = manager.model.vocab.weight.data
+    if what == "broadcast":  # as plain DeepSpeed does
+        torch.distributed.broadcast(rows, 0)
+    elif rank == 3:
+        rows[1, 1] += 1e-7
+    messages = []
+    for check in (lambda: manager.save(POSITION), lambda: manager.restore(no_warning)):
+        try:
+            check()
+            messages.append("fine")
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert not checkpoints(run)
+    return messages
+
+
+@pytest.mark.parametrize(
+    "world,what,expected",
+    [
+        (2, "broadcast", "embedding.weight: ranks 0 and 1 own different rows, but hold the same values"),
+        (4, "broadcast", "embedding.weight: ranks 0 and 1 own different rows, but hold the same values"),
+        (4, "drift", "embedding.weight: ranks 1 and 3 hold the same rows, but with different values"),
+    ],
+)
+def test_shards_must_differ_and_replicas_must_not(tmp_path, world, what, expected):
+    for messages in run_ranks(world, copied, tmp_path, what):
+        assert all(expected in message for message in messages), messages
+
+
+def test_shards_of_nothing_but_padding_may_be_alike(tmp_path):
+    settings = {"vocab_size": 3, "vocab__multiple": 8, "vocab__tie": "untied"}
+    run_ranks(4, check_split, tmp_path, settings)
+
+
+def check_split(rank, world, run, changes):
+    build(run, world, **changes).check_split()
+
+
+@pytest.mark.parametrize("key", ["every", "keep", "keep_every", "keep_best", "seconds_before_limit"])
 def test_a_wrong_setting_is_named(key):
     with pytest.raises(ValueError, match=rf"checkpoint\.{key}=-1 must not be negative"):
         CheckpointConfig(**{key: -1})
+
+
+def test_the_best_are_kept():
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: float("nan"), 7: 9.0}
+    assert CheckpointConfig(keep=1).kept(losses) == {7}
+    assert CheckpointConfig(keep=1, keep_best=1).kept(losses) == {2, 7}
+    assert CheckpointConfig(keep=2, keep_best=3, keep_every=3).kept(losses) == {2, 3, 4, 5, 6, 7}
+    assert CheckpointConfig(keep=1, keep_best=9).kept(losses) == {1, 2, 4, 5, 7}
+    assert CheckpointConfig(keep=0, keep_best=1).kept(losses) == set(losses)

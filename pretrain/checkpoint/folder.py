@@ -1,0 +1,195 @@
+"""RUN/checkpoints on the disk: which there are, whether they are whole, which to keep.
+
+    step-00001000/*.safetensors    one file a rank, each tensor's slices with their offsets
+    step-00001000/manifest.json    written last: sha256 of each file and of itself, config, position, RNG
+    damaged-step-00000900/         was found damaged: set aside, so that the step can be saved again
+    .tmp-step-00001100/            begun, or being removed: never read; the next start or save removes it
+
+Knows no process group.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import durable, sha256_of, sync_folder
+
+FORMAT_VERSION = 2
+MANIFEST_FILE = "manifest.json"
+MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
+SEAL = "sha256"  # the manifest's own
+RANKS_LOCK = ".ranks.lock"  # in the run's folder; held by who may write or remove checkpoints
+UNFINISHED, DAMAGED = ".tmp-", "damaged-"  # before the name of a checkpoint
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between saves, 0 for only the last one. asynchronous: training goes on while the files are written.
+
+    keep: the newest so many stay, 0 for all; besides them every keep_every-th step and the keep_best of the lowest
+    validation loss, 0 for none. seconds_before_limit: how long before a time limit to stop and save at the latest.
+    """
+
+    every: int = 500
+    asynchronous: bool = True
+    keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    seconds_before_limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep", "keep_every", "keep_best", "seconds_before_limit"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
+
+    def kept(self, val_losses: Mapping[int, float | None]) -> set[int]:
+        """Those of the steps that stay, given the validation loss of each where it was measured."""
+        steps = sorted(val_losses)
+        if not self.keep:
+            return set(steps)
+        measured = sorted((loss, step) for step, loss in val_losses.items() if loss is not None and loss == loss)
+        every = {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        return every | set(steps[-self.keep :]) | {step for _, step in measured[: self.keep_best]}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or does not fit; the message is one line for the user."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """It is not what was once written. An older one may be whole."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. What is unfinished or set aside is none of them."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Brings it to the disk, whole or not at all, with a hash of itself."""
+    with durable(folder / MANIFEST_FILE) as file:
+        file.write(json.dumps(manifest | {SEAL: _seal(manifest)}, indent=1).encode() + b"\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """DamagedCheckpoint where it is not as it was written, CheckpointError where it has another format version."""
+    path = folder / MANIFEST_FILE
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        version, seal = manifest["format_version"], manifest.pop(SEAL, None)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: {error}") from error
+    if seal is not None and seal != _seal(manifest):
+        raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in its last line")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
+    for key, there in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
+        if not there:
+            raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: it has no {key}")
+    return manifest
+
+
+def newest_manifest(run: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint that has a sound one; None for a run that has never finished a save.
+
+    DamagedCheckpoint where there are checkpoints but none is sound, CheckpointError as `read_manifest`.
+    """
+    faults = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return read_manifest(folder)
+        except DamagedCheckpoint as error:
+            faults.append(str(error))
+    refuse_to_start_over(run, faults)
+    return None
+
+
+def refuse_to_start_over(run: Path, faults: list[str]) -> None:
+    """For a run without a whole checkpoint: DamagedCheckpoint, unless it has never had one."""
+    faults = faults + [f"{folder} was set aside" for folder in set_aside_in(run)]
+    if faults:
+        raise DamagedCheckpoint(
+            f"no checkpoint of {run} is whole, and it does not start over by itself: {'; '.join(faults)};"
+            " bring one back, or choose another run.dir"
+        )
+
+
+def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> Iterator[str]:
+    """What differs from the manifest's files, sizes and hashes, a line each; `mine(i)` picks which files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
+            yield f"{path} is not in the manifest"
+    for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
+        if not mine(i):
+            continue
+        path = folder / name
+        try:
+            if path.stat().st_size != expected["bytes"]:
+                yield f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}"
+            elif sha256_of(path) != expected["sha256"]:
+                yield f"{path} is damaged: its sha256 is not that of the manifest"
+        except FileNotFoundError:
+            yield f"{path} is missing"
+        except OSError as error:
+            yield f"{path} cannot be read: {error}"
+
+
+def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
+    """DamagedCheckpoint with the first of the `faults`."""
+    for fault in faults(folder, manifest, mine):
+        raise DamagedCheckpoint(fault)
+
+
+def superfluous(run: Path, rules: CheckpointConfig) -> list[Path]:
+    """What the rules do not keep. A checkpoint whose manifest is not sound is never among them."""
+    val_losses = {}
+    for folder in checkpoints(run) if rules.keep else []:
+        try:
+            val_losses[folder] = read_manifest(folder).get("val_loss")
+        except CheckpointError:
+            continue
+    kept = rules.kept({step_of(folder): loss for folder, loss in val_losses.items()})
+    return [folder for folder in val_losses if step_of(folder) not in kept]
+
+
+def remove(folder: Path) -> None:
+    """Half a checkpoint never has a checkpoint's name: it is renamed first."""
+    doomed = folder.with_name(UNFINISHED + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the next save removes what is left
+
+
+def remove_unfinished(run: Path) -> None:
+    """What killed processes have left behind. For the holder of the lock alone."""
+    for stale in (run / "checkpoints").glob(UNFINISHED + "*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint to damaged-…, and returns where it is."""
+    names = (f"{DAMAGED}{folder.name}{again}" for again in ("", *(f"-{i}" for i in range(2, 1000))))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(aside)
+    sync_folder(folder.parent)
+    return aside
+
+
+def set_aside_in(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob(DAMAGED + "*"))
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""One rank's file of a checkpoint: safetensors, as torch.distributed.checkpoint's Hugging Face storage lays it out.
+
+Written here and not by torch's writer, which gathers the whole file in memory, twice, before a byte is on the disk,
+and plans it with collectives. This one needs no memory and no other rank, and hashes on the way; torch reads the file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.durable import durable
+
+PIECE_BYTES = 8 << 20  # written, then hashed while it is still in the processor's cache
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """This rank's part of a tensor, and where in it it begins."""
+
+    name: str
+    tensor: Tensor
+    offsets: tuple[int, ...]
+
+
+def file_name(rank: int) -> str:
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
+def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
+    """Brings them to the disk, whole or not at all; the file's size and hash. OSError on a full disk.
+
+    A tensor that is elsewhere comes to the host as it is written: one at a time.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "DCP_SHARDING_INFO": json.dumps({part.name: {"saved_offsets": part.offsets} for part in slices}),
+            "DCP_VERSION": "1.0",
+            "format": "pt",
+        }
+    }
+    end = 0
+    for part in slices:
+        start, end = end, end + part.tensor.nbytes
+        dtype, shape = DTYPES[part.tensor.dtype], list(part.tensor.shape)
+        header[part.name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with durable(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in slices:
+            data = part.tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), PIECE_BYTES):
+                file.write(data[start : start + PIECE_BYTES])
+    return {"bytes": 8 + len(text) + end, "sha256": file.sha256}

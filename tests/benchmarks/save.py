@@ -1,0 +1,196 @@
+"""What a save costs the training, and what it holds in memory: asynchronous, synchronous, and by torch's own writer.
+
+    python tests/benchmarks/save.py [--vocab 50304] [--width 768] [--layers 4] [--folder .]
+
+Prints Markdown. Each turn trains as many steps once without a save and once after each kind of save, and waits for
+what is still being written; medians over the turns. `--folder` is on the disk that is to be measured. Take figures on
+a quiet machine.
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+from data_prep.durable import sha256_of
+from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
+from pretrain.data.loader import Batch, MicroBatch
+from pretrain.mesh import Mesh
+from pretrain.train import build_model
+from pretrain.trainer import Trainer
+from pretrain.vocab import plan_lookup
+from tests.benchmarks.measure import MIB, markdown, progress, status_mib
+from tests.benchmarks.step import ids_as_in_text
+from tests.pretrain.tiny import tiny_config
+from tests.ranks import run_ranks
+
+KINDS = ("asynchronous", "synchronous", "torch's writer, then hashed")
+Save = Callable[[int], Path]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=50_304)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=2, help="a rank and step")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=12, help="after each save")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        progress("time")
+        per_rank = run_ranks(options.ranks, times_on_rank, Path(folder), options, timeout=3600)
+        memory = {}
+        for kind in KINDS:
+            progress(f"memory of {kind}")
+            memory[kind] = max(run_ranks(options.ranks, memory_on_rank, Path(folder), options, kind, timeout=900))
+    state, seconds_a_step, held, cost, written = per_rank[0]
+    rows = []
+    for kind in KINDS:
+        shares = [f"{100 * figure[kind] / figure['synchronous']:.0f}%" for figure in (held, cost)]
+        row = [kind, f"{held[kind]:.3f}", shares[0], f"{cost[kind]:.3f}", shares[1], f"{written[kind]:.2f}"]
+        rows.append([*row, f"{memory[kind]:,.0f}"])
+    print(
+        f"\n{options.ranks} ranks, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {state / MIB:,.0f} MiB of"
+        f" state a rank, {seconds_a_step:.2f} s a step, {options.repeats} turns of {options.steps} steps\n"
+    )
+    header = [
+        "save",
+        "held at the step edge, s",
+        "of synchronous",
+        "whole cost, s",
+        "of synchronous",
+        "on disk after, s",
+    ]
+    print(markdown([*header, "extra peak MiB a rank"], rows))
+
+
+class Run:
+    """One rank of a training, and its three ways to save."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        torch.set_num_threads(1)
+        sizes = {"model__width": options.width, "model__heads": options.width // 64, "model__layers": options.layers}
+        sizes |= {"model__context": options.length, "train__global_batch": 12, "vocab__multiple": 128}
+        config = tiny_config(folder, folder, **sizes, train__precision="auto")
+        self.mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
+        engine, model, matrix = build_model(config, self.mesh, options.vocab)
+        self.state = ModelState(engine, model.vocab, matrix, self.mesh)
+        self.trainer = Trainer(
+            model,
+            engine,
+            matrix,
+            _NoSamples(),  # type: ignore[arg-type]
+            self.mesh,
+            config.train,
+            config.optim,
+            TrainState(),
+            [],
+            [],
+        )
+        ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
+        plan = plan_lookup([its[:, :-1].flatten() for its in ids], model.vocab.shard, model.vocab.compute_dtype)
+        mine = ids[self.mesh.rank]
+        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan)
+        self.batch = Batch([micro], options.sequences * options.length)
+        self.folder = folder
+        self.managers = {}
+        for kind in KINDS[:2]:
+            rules = tiny_config(folder, folder, checkpoint__asynchronous=kind == "asynchronous").checkpoint
+            self.managers[kind] = CheckpointManager(folder / kind, self.state, self.mesh, rules, seed=0, about={})
+
+    def save(self, kind: str, step: int) -> None:
+        if kind in self.managers:
+            self.managers[kind].save(TrainState(step))
+            return
+        folder = self.folder / "torch"
+        dcp.save(self.state.tensors(), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        for path in folder.glob(f"shard-{self.mesh.rank + 1:05d}-*"):
+            sha256_of(path)
+        dist.barrier()
+
+    def wait(self) -> None:
+        for manager in self.managers.values():
+            manager.wait()
+
+    def tidy(self) -> None:
+        """What was written is gone, and nothing of it is still on its way to the disk."""
+        dist.barrier()
+        if self.mesh.rank == 0:
+            for kind in (*KINDS[:2], "torch"):
+                shutil.rmtree(self.folder / kind, ignore_errors=True)
+            os.sync()
+        dist.barrier()
+
+
+class _NoSamples:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace) -> tuple:
+    """Bytes of state of a rank, seconds of a step; by kind: held, whole cost, and until all is on the disk."""
+    run = Run(folder, options)
+    state = sum(tensor.to_local().nbytes for tensor in run.state.tensors().values())
+    plain: list[float] = []
+    held: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    cost: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    written: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(options.repeats + 1):
+        totals = {}
+        for kind in ("", *KINDS):
+            run.tidy()
+            start = time.perf_counter()
+            if kind:
+                run.save(kind, turn)
+            edge = time.perf_counter() - start
+            for _ in range(options.steps):
+                run.trainer.train_step(run.batch)
+            run.wait()
+            totals[kind] = time.perf_counter() - start
+            if turn and kind:
+                held[kind].append(edge)
+                cost[kind].append(totals[kind] - totals[""])
+                longest = run.managers[kind].longest if kind in run.managers else edge
+                written[kind].append(longest)
+                if kind in run.managers:
+                    run.managers[kind].longest = 0.0
+        if turn:
+            plain.append(totals[""] / options.steps)
+    run.tidy()
+    middle = [{kind: statistics.median(values) for kind, values in of.items()} for of in (held, cost, written)]
+    return state, statistics.median(plain), *middle
+
+
+def memory_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace, kind: str) -> float:
+    """What a rank's first save holds at most beyond what the training holds, in MiB."""
+    run = Run(folder, options)
+    run.trainer.train_step(run.batch)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+    before = status_mib("VmRSS")
+    run.save(kind, 0)
+    run.wait()
+    peak = status_mib("VmHWM") - before
+    run.tidy()
+    return peak
+
+
+if __name__ == "__main__":
+    main()

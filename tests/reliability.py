@@ -1,0 +1,203 @@
+"""Kills a training with kill -9, again and again, and compares what comes of it with one that nobody killed.
+
+    python tests/reliability.py --kills 30 [--seed 0] [--engine fsdp2] [key=value ...]
+
+Starts the real command on two ranks and kills one rank, or all and the launcher, at random moments of its steps and
+its saves; runs it again until it has come to its end. Then losses, norms, weights and both moments must be those of
+the uninterrupted run, bit for bit. Prints a tally in Markdown; exits 1 at the first difference. Key=value goes to the
+command. Kills only what it has started, by pid.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import psutil
+import torch
+
+from pretrain.checkpoint import checkpoints, step_of
+from pretrain.checkpoint.folder import MANIFEST_FILE, UNFINISHED, faults, read_manifest, set_aside_in
+from tests.pretrain.tiny import VOCAB, saved_tensors, write_tokens
+
+RANKS = 2
+PATIENCE = 120  # seconds, for whatever should take a few
+COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
+SETTINGS = (
+    f"nproc={RANKS} vocab.size={VOCAB} vocab.multiple=8 model.layers=2 model.width=24 model.heads=3 model.context=16"
+    " train.global_batch=12 train.micro_batch=3 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=5 seed=7"
+    " checkpoint.every=2 checkpoint.keep=2 log.every=1 log.tensorboard=false"
+)
+MOMENTS: dict[str, Callable[[Path], bool]] = {  # what the folder shows at the moment of the kill
+    "no save at work": lambda run: not unfinished(run),
+    "a save has begun": lambda run: any(files(folder) == 0 for folder in unfinished(run)),
+    "between its files": lambda run: any(0 < files(folder) < RANKS for folder in unfinished(run)),
+    "its manifest is missing": lambda run: any(files(f) >= RANKS and not sealed(f) for f in unfinished(run)),
+    "its rename is missing": lambda run: any(sealed(f) and not old(run, f) for f in unfinished(run)),
+    "an old one is being removed": lambda run: any(old(run, folder) for folder in unfinished(run)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="fsdp2")
+    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_tokens(Path(folder) / "tokens")
+        settings = f"data.path={data} {SETTINGS} train.steps={options.steps} engine={options.engine}".split()
+        loop = Loop(Path(folder), settings + options.settings, options.kills, options.steps, options.seed)
+        loop.run()
+    print(loop.table())
+
+
+class Loop:
+    """Runs until there were enough kills and the last run has come to its end."""
+
+    def __init__(self, folder: Path, settings: list[str], kills: int, steps: int, seed: int) -> None:
+        self.folder, self.settings, self.kills, self.steps = folder, settings, kills, steps
+        self.random = random.Random(seed)
+        self.tally: Counter[tuple[str, str]] = Counter()
+        self.runs = 0
+
+    def run(self) -> None:
+        straight = self.folder / "straight"
+        process = self.start(straight)
+        assert process.wait(PATIENCE) == 0, self.said(straight)
+        while self.tally.total() < self.kills:
+            self.runs += 1
+            run = self.folder / f"killed-{self.runs}"
+            while not self.attempt(run):
+                pass
+            compare(run, straight, self.steps)
+            print(f"run {self.runs}: equal after {self.tally.total()} kills so far", file=sys.stderr, flush=True)
+
+    def start(self, run: Path) -> subprocess.Popen:
+        command = [sys.executable, "launch/local.py", f"run.dir={run}", *self.settings]
+        with open(self.folder / f"{run.name}.log", "a") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def said(self, run: Path) -> str:
+        return (self.folder / f"{run.name}.log").read_text()[-4000:]
+
+    def attempt(self, run: Path) -> bool:
+        """Starts the run, and kills it while kills are left; whether it has come to its end."""
+        process = self.start(run)
+        if self.tally.total() < self.kills:
+            moment, victims = self.random.choice([*MOMENTS]), self.random.choice(["one rank", "all"])
+            launcher, ranks = psutil.Process(process.pid), self.wait_for(run, process, moment)
+            if ranks:
+                for victim in [launcher, *ranks] if victims == "all" else [self.random.choice(ranks)]:
+                    victim.kill()
+                found = next(name for name, shows in reversed(MOMENTS.items()) if shows(run))
+                self.tally[found, victims] += 1
+                print(f"kill {self.tally.total()}: {victims}, {found}", file=sys.stderr, flush=True)
+                assert process.wait(PATIENCE) != 0
+                _, alive = psutil.wait_procs(ranks, PATIENCE)
+                assert not alive, f"{alive} outlived the kill"
+                return False
+        assert process.wait(PATIENCE) == 0, self.said(run)
+        return True
+
+    def wait_for(self, run: Path, process: subprocess.Popen, moment: str) -> list[psutil.Process]:
+        """The ranks at that moment, a random number of steps on; nothing if the run is over first."""
+        starting, until = self.random.random() < 0.15, time.monotonic() + self.random.uniform(3, 10)
+        first = steps_logged(run) + self.random.randint(1, 1 + self.steps // 10)
+        late = time.monotonic() + PATIENCE
+
+        def there() -> bool:
+            if starting:
+                return time.monotonic() > until
+            return steps_logged(run) >= first and MOMENTS[moment](run)
+
+        launcher = psutil.Process(process.pid)
+        ranks: list[psutil.Process] = []
+        while process.poll() is None:
+            assert time.monotonic() < late, f"{moment} did not come: {self.said(run)}"
+            if len(ranks) < RANKS:
+                ranks = [child for child in launcher.children() if "pretrain.train" in _command_line(child)]
+                time.sleep(0.05)
+            elif there():
+                time.sleep(self.random.choice([0, 0, self.random.uniform(0, 0.02)]))
+                return ranks
+            else:
+                time.sleep(0.0005)  # the window may be short
+        return []
+
+    def table(self) -> str:
+        lines = ["| at the moment of the kill | one rank | all and the launcher |", "| --- | --: | --: |"]
+        for moment in MOMENTS:
+            lines.append(f"| {moment} | {self.tally[moment, 'one rank']} | {self.tally[moment, 'all']} |")
+        runs = f"{self.runs} run{'s' * (self.runs > 1)} of {self.steps} steps"
+        return "\n".join([*lines, "", f"{self.tally.total()} kills, {runs}: all equal to the uninterrupted run."])
+
+
+def compare(run: Path, straight: Path, steps: int) -> None:
+    """AssertionError with the first difference."""
+    for folder in (run, straight):
+        assert steps_logged(folder) == steps == step_of(checkpoints(folder)[-1]), folder
+        assert not unfinished(folder) and not set_aside_in(folder), f"{folder} was not tidied up"
+        for checkpoint in checkpoints(folder):
+            assert not [*faults(checkpoint, read_manifest(checkpoint))], checkpoint
+    assert [path.name for path in checkpoints(run)] == [path.name for path in checkpoints(straight)]
+    for ours, theirs in zip(metrics(run), metrics(straight), strict=True):
+        assert all(ours[key] == theirs[key] for key in COMPARED), f"{ours} is not {theirs}"
+    ours, theirs = saved_tensors(run), saved_tensors(straight)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), f"{name} differs"
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_logged(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def unfinished(run: Path) -> list[Path]:
+    return list((run / "checkpoints").glob(f"{UNFINISHED}*"))
+
+
+def files(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors")))
+
+
+def sealed(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists()
+
+
+def old(run: Path, folder: Path) -> bool:
+    """A save never makes a step that is older than what stands."""
+    done = checkpoints(run)
+    return bool(done) and int(folder.name.rpartition("-")[2]) < step_of(done[-1])
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+if __name__ == "__main__":
+    main()
