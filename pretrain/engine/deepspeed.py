@@ -175,7 +175,7 @@ class DeepSpeedEngine:
         low_precision = self.compute_dtype != torch.float32
         if self.config.zero_stage == 0 and low_precision:
             autocast = torch.autocast(mesh.device.type, self.compute_dtype)
-            body.forward = autocast(body.forward)  # type: ignore[method-assign]
+            body.forward = autocast(body.forward)
         elif low_precision:
             body.to(self.compute_dtype)
         body.to_empty(device=mesh.device)

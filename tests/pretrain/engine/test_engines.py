@@ -194,18 +194,19 @@ def test_engines_agree_in_bf16(folder, truth):
         assert apart(weights, torch.cat([weight.flatten() for weight in dense.weights.values()])) < 2**-7
 
 
-def initial_state(rank: int, world: int, config: TrainConfig) -> dict[str, Tensor]:
+def initial_states(rank: int, world: int, configs: list[TrainConfig]) -> list[dict[str, Tensor]]:
     """The engine's state before the first step, whole."""
-    engine, _, _ = build_model(config, Mesh.of(int(config.vocab.parallel), torch.device("cpu")), VOCAB)
-    return {name: tensor.full_tensor() for name, tensor in engine.state().items()}
+    mesh = Mesh.of(2, torch.device("cpu"))
+    engines = [build_model(config, mesh, VOCAB)[0] for config in configs]
+    return [{name: tensor.full_tensor() for name, tensor in engine.state().items()} for engine in engines]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_initial_weights_are_the_same_bits_in_every_precision(folder, engine):
-    for precision in ("fp32", "auto"):
-        config = config_of(folder / "initial", 4, engine=engine, train__precision=precision)
-        body = DenseModel(config, torch.float32).body
-        for state in run_ranks(4, initial_state, config):
+    configs = [config_of(folder / "initial", 4, engine=engine, train__precision=name) for name in ("fp32", "auto")]
+    body = DenseModel(configs[0], torch.float32).body
+    for states in run_ranks(4, initial_states, configs):
+        for state in states:
             assert len(state) == 3 * len(list(body.parameters()))
             for name, parameter in body.named_parameters():
                 assert torch.equal(state[name], parameter), name
