@@ -93,7 +93,10 @@ def register() -> None:
     """Tells Hydra the dataclass behind each group, so that keys and types are checked while it composes."""
     store = ConfigStore.instance()
     for name, engine in ENGINES.items():
-        store.store(group="engine", name=name, node=engine)
+        node = OmegaConf.structured(engine)
+        if "extra" in node:
+            OmegaConf.set_struct(node.extra, False)  # it takes keys that we do not know
+        store.store(group="engine", name=name, node=node)
     for name, model in MODELS.items():
         store.store(group="model/family", name=name, node=model)
     for group in PARTS.keys() - {"engine", "model"}:

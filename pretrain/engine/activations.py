@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +33,11 @@ def checkpoint_activations(blocks: Iterable[nn.Module], kind: str) -> None:
     """
     if kind == "none":
         return
-    keep = {"context_fn": partial(create_selective_checkpoint_contexts, EXPENSIVE)} if kind == "selective" else {}
+    keep: dict[str, Any] = {}
+    if kind == "selective":
+        keep["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
     for block in blocks:
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint,
             block.forward,
             use_reentrant=False,

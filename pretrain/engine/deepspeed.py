@@ -106,16 +106,25 @@ class DeepSpeedConfig:
         return f"deepspeed ZeRO-{self.zero_stage}"
 
     def check_device(self, device_type: str) -> None:
-        """ValueError where a build of one of DeepSpeed's operations was killed, and `extra` might ask for one.
+        """ValueError where `extra` cannot be, or might have DeepSpeed wait for a build that was killed.
 
-        DeepSpeed compiles some operations when they are first needed, and would wait for ever for that build.
+        It compiles some operations when they are first needed, none of them for what we ask ourselves.
         """
+        if not self.extra:
+            return
         locks = killed_builds()
-        if self.extra and locks:
+        if locks:
             raise ValueError(
                 f"{locks[0]} exists: a build of that operation was killed, and DeepSpeed would wait for its end."
                 " Delete the file, unless another job is building now, or leave engine.extra empty"
             )
+        zero = self.json(low_precision=False, numbers=1)["zero_optimization"]
+        try:
+            _deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**zero)
+        except ValueError as error:
+            wrong = error.errors()[0]  # type: ignore[attr-defined]  # pydantic's
+            key = ".".join(map(str, wrong["loc"]))
+            raise ValueError(f"engine.extra.zero_optimization.{key}: {wrong['msg']}") from error
 
     def build(self, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> "DeepSpeedEngine":
         return DeepSpeedEngine(self, optim, compute_dtype, seed)
@@ -166,7 +175,7 @@ class DeepSpeedEngine:
         low_precision = self.compute_dtype != torch.float32
         if self.config.zero_stage == 0 and low_precision:
             autocast = torch.autocast(mesh.device.type, self.compute_dtype)
-            body.forward = autocast(body.forward)  # type: ignore[method-assign]
+            body.forward = autocast(body.forward)
         elif low_precision:
             body.to(self.compute_dtype)
         body.to_empty(device=mesh.device)
@@ -342,8 +351,8 @@ class _Partitioned(_Flat):
         pass
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         mine = whole.flatten()[self.mesh.rank * size :][:size]

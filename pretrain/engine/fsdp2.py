@@ -61,7 +61,7 @@ class FSDP2Engine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         if self.config.compile:
             for block in blocks:
-                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+                block.forward = torch.compile(block.forward)
         accurate = torch.promote_types(self.compute_dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=accurate)
         offload = self.config.offload == "cpu"

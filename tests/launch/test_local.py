@@ -121,6 +121,21 @@ def test_a_run_says_how_the_matrix_is_split_and_what_the_lookup_saves(data, tmp_
     assert "lookup_saved" not in scalars(tmp_path / "copies")[0]  # nothing crosses
 
 
+def test_deepspeed_trains_as_fsdp2_does_and_is_quiet(trained, data, tmp_path):
+    """With evaluation, and resumed half-way; every parameter cut."""
+    settings = f"train.steps=12 log.every=4 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=2 {SMALL}"
+    engine = "engine=deepspeed engine.zero_stage=3 engine.extra.zero_optimization.stage3_param_persistence_threshold=0"
+    arguments = f"nproc=2 data.path={data} run.dir={tmp_path / 'run'} {settings}"
+    done = run(f"launch/local.py {arguments} {engine} train.stop_after=8")
+    assert done.returncode == 0, done.stderr
+    assert "deepspeed ZeRO-3, float32" in done.stdout and "DeepSpeed" not in done.stdout and not done.stderr
+    done = run(f"launch/local.py {arguments} {engine}")
+    assert done.returncode == 0 and "step 8" in done.stdout, done.stderr
+    for one, other in zip(scalars(tmp_path / "run"), scalars(trained), strict=True):
+        for key in one.keys() - {"tokens_per_s"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+
+
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 def test_generating_alone_and_on_two_ranks_gives_the_same_text(trained, data, tmp_path, tie):
     if tie == "untied":
@@ -291,9 +306,15 @@ BAD = {
     "a vocabulary axis that does not divide the ranks": ("vocab.parallel=3", "vocab.parallel=3 must divide"),
     "a vocabulary smaller than the tokenizer's": ("vocab.size=300", "vocab.size=300 must be at least 400"),
     "an unknown group": ("+trian.steps=5", "unknown key trian"),
-    "an unknown engine": ("engine.name=zero", "engine.name=zero must be one of fsdp2"),
     "a time that is none": ("train.time_limit=soon", "train.time_limit=soon must be a time such as 4h"),
     "a time too short to save in": ("train.time_limit=50s", "train.time_limit=50s must exceed checkpoint.seconds_bef"),
+    "an unknown engine": ("engine.name=zero", "engine.name=zero must be one of fsdp2, deepspeed"),
+    "a stage that there is not": ("engine=deepspeed engine.zero_stage=4", "engine.zero_stage=4 must be 0, 1, 2 or 3"),
+    "a key of DeepSpeed's that is ours": (
+        "engine=deepspeed engine.extra.train_batch_size=8",
+        "engine.extra.train_batch_size is not for DeepSpeed to know: use train.global_batch",
+    ),
+    "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none here"),
     "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
     "a sweep": ("--multirun", "--multirun is not for this program"),

@@ -45,6 +45,13 @@ def test_other_keys_of_deepspeed_reach_it():
     assert json["zero_optimization"] == json["zero_optimization"] | {"stage": 2, "overlap_comm": True}
 
 
+def test_a_key_that_deepspeed_does_not_know_is_named():
+    with pytest.raises(
+        ValueError, match=r"^engine\.extra\.zero_optimization\.overlap: Extra inputs are not permitted$"
+    ):
+        DeepSpeedConfig(extra={"zero_optimization": {"overlap": True}}).check_device("cpu")
+
+
 def test_moving_the_optimizer_off_a_gpu_needs_one():
     with pytest.raises(ValueError, match=r"engine\.offload=cpu must be none here"):
         FSDP2Config(offload="cpu").check_device("cpu")
