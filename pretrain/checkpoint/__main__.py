@@ -115,7 +115,7 @@ def prune(settings: Settings) -> int:
         saved = (newest_manifest(settings.run) or {}).get("config", {}).get("checkpoint", {})
         rules = CheckpointConfig(**{key: saved[key] for key in RULES if key in saved} | settings.rules)
         remove_unfinished(settings.run)
-        doomed = superfluous(settings.run, rules)
+        doomed = superfluous(settings.run, rules, known={})
         for folder in doomed:
             remove(folder)
             print(f"removed {folder}")

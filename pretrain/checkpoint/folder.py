@@ -152,16 +152,21 @@ def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bo
         raise DamagedCheckpoint(fault)
 
 
-def superfluous(run: Path, rules: CheckpointConfig) -> list[Path]:
-    """What the rules do not keep. A checkpoint whose manifest is not sound is never among them."""
-    val_losses = {}
+def superfluous(run: Path, rules: CheckpointConfig, known: dict[Path, float | None]) -> list[Path]:
+    """What the rules do not keep. A checkpoint whose manifest is not sound is never among them.
+
+    `known`: validation losses that were read before; filled in, so that no manifest is read twice.
+    """
+    sound = []
     for folder in checkpoints(run) if rules.keep else []:
         try:
-            val_losses[folder] = read_manifest(folder).get("val_loss")
+            if folder not in known:
+                known[folder] = read_manifest(folder).get("val_loss")
+            sound.append(folder)
         except CheckpointError:
             continue
-    kept = rules.kept({step_of(folder): loss for folder, loss in val_losses.items()})
-    return [folder for folder in val_losses if step_of(folder) not in kept]
+    kept = rules.kept({step_of(folder): known[folder] for folder in sound})
+    return [folder for folder in sound if step_of(folder) not in kept]
 
 
 def remove(folder: Path) -> None:

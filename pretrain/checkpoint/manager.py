@@ -89,6 +89,7 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)  # joined when the process exits
         self._pending: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}
+        self._val_losses: dict[Path, float | None] = {}
 
     def save(self, state: TrainState) -> Path:
         """Begins to write step-%08d, once the save before it has ended; where it will be.
@@ -219,7 +220,7 @@ class CheckpointManager:
         unfinished.mkdir(parents=True)
 
     def _prune(self) -> None:
-        for old in superfluous(self.run, self.config):
+        for old in superfluous(self.run, self.config, self._val_losses):
             remove(old)
 
     def _last_good(self) -> str:
