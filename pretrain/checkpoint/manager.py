@@ -6,6 +6,7 @@ those of training. Nothing that is read is a pickle.
 """
 
 import os
+import sys
 import threading
 import time
 import warnings
@@ -44,7 +45,7 @@ from .folder import (
 from .state import ModelState, TrainState, check_split, restore_rng, rng_state, shapes, slices
 from .tensor_file import Slice, file_name, write_slices
 
-YIELDING = 10  # the writer's niceness: where cores are short, training goes first
+YIELDING = 0  # how much nicer the writer is: where cores are short, training goes first
 T = TypeVar("T")
 
 
@@ -253,8 +254,9 @@ class CheckpointManager:
 
 
 def _yield_to_training() -> None:
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELDING)  # of this thread alone, on Linux
+    if sys.platform == "linux":  # where the priority is a thread's own
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING)
 
 
 def _is_sound(folder: Path) -> bool:

@@ -88,7 +88,8 @@ def check_split(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) ->
 
 def digest(rows_vD: Tensor) -> tuple[int, int]:
     """Two sums over the bits, one of them by row: exact, so that their order does not matter. One pass, v numbers."""
-    sums_v = rows_vD.view(torch.int32).sum(dim=1, dtype=torch.int64)
+    words = rows_vD.view(torch.int64) if rows_vD.shape[1] % 2 == 0 else rows_vD.view(torch.int32)
+    sums_v = words.sum(dim=1, dtype=torch.int64)  # of int32, torch would first make a copy of twice the size
     return int(sums_v.sum()), int((sums_v * torch.arange(1, len(sums_v) + 1, device=sums_v.device)).sum())
 
 
