@@ -5,9 +5,6 @@ happens on a thread of its own, over a process group of its own, so that no coll
 those of training. Nothing that is read is a pickle.
 """
 
-import os
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -45,7 +42,6 @@ from .folder import (
 from .state import ModelState, TrainState, check_split, restore_rng, rng_state, shapes, slices
 from .tensor_file import Slice, file_name, write_slices
 
-YIELDING = 0  # how much nicer the writer is: where cores are short, training goes first
 T = TypeVar("T")
 
 
@@ -87,7 +83,7 @@ class CheckpointManager:
         self.about = about  # goes into the manifest as it is: config, tokenizer
         self.longest = 0.0  # seconds from the call of a save to its end
         self._group = dist.new_group(backend="gloo")
-        self._writer = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)  # joined when the process exits
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
         self._pending: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}
         self._val_losses: dict[Path, float | None] = {}
@@ -251,12 +247,6 @@ class CheckpointManager:
         if failures:
             raise max(failures, key=lambda error: not isinstance(error, DamagedCheckpoint))
         return [result for _, result in outcomes]
-
-
-def _yield_to_training() -> None:
-    if sys.platform == "linux":  # where the priority is a thread's own
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING)
 
 
 def _is_sound(folder: Path) -> bool:

@@ -3,8 +3,10 @@
     python tests/benchmarks/save.py [--vocab 50304] [--width 768] [--layers 4] [--folder .]
 
 Prints Markdown. Each turn trains as many steps once without a save and once after each kind of save, and waits for
-what is still being written; medians over the turns. `--folder` is on the disk that is to be measured. Take figures on
-a quiet machine.
+what is still being written; medians over the turns. The whole cost is what the turn took longer, CPU what the rank's
+processor did more: where training leaves no core free, as on a CPU, the steps pay for it; with one rank on two cores
+the writer has a core of its own, as it has beside a GPU. `--folder` is on the disk that is to be measured. Take
+figures on a quiet machine.
 """
 
 import argparse
@@ -60,12 +62,12 @@ def main() -> None:
         for kind in KINDS:
             progress(f"memory of {kind}")
             memory[kind] = max(run_ranks(options.ranks, memory_on_rank, Path(folder), options, kind, timeout=900))
-    state, seconds_a_step, held, cost, written = per_rank[0]
+    state, seconds_a_step, held, cost, work, written = per_rank[0]
     rows = []
     for kind in KINDS:
         shares = [f"{100 * figure[kind] / figure['synchronous']:.0f}%" for figure in (held, cost)]
-        row = [kind, f"{held[kind]:.3f}", shares[0], f"{cost[kind]:.3f}", shares[1], f"{written[kind]:.2f}"]
-        rows.append([*row, f"{memory[kind]:,.0f}"])
+        row = [kind, f"{held[kind]:.3f}", shares[0], f"{cost[kind]:.3f}", shares[1], f"{work[kind]:.3f}"]
+        rows.append([*row, f"{written[kind]:.2f}", f"{memory[kind]:,.0f}"])
     print(
         f"\n{options.ranks} ranks, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {state / MIB:,.0f} MiB of"
         f" state a rank, {seconds_a_step:.2f} s a step, {options.repeats} turns of {options.steps} steps\n"
@@ -76,9 +78,8 @@ def main() -> None:
         "of synchronous",
         "whole cost, s",
         "of synchronous",
-        "on disk after, s",
     ]
-    print(markdown([*header, "extra peak MiB a rank"], rows))
+    print(markdown([*header, "CPU, s", "on disk after, s", "extra peak MiB a rank"], rows))
 
 
 class Run:
@@ -145,28 +146,30 @@ class _NoSamples:
 
 
 def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace) -> tuple:
-    """Bytes of state of a rank, seconds of a step; by kind: held, whole cost, and until all is on the disk."""
+    """Bytes of state of a rank, seconds of a step; by kind: held, whole cost, of the processor, until on the disk."""
     run = Run(folder, options)
     state = sum(tensor.to_local().nbytes for tensor in run.state.tensors().values())
     plain: list[float] = []
     held: dict[str, list[float]] = {kind: [] for kind in KINDS}
     cost: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    work: dict[str, list[float]] = {kind: [] for kind in KINDS}
     written: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(options.repeats + 1):
-        totals = {}
+        totals, processor = {}, {}
         for kind in ("", *KINDS):
             run.tidy()
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             if kind:
                 run.save(kind, turn)
             edge = time.perf_counter() - start
             for _ in range(options.steps):
                 run.trainer.train_step(run.batch)
             run.wait()
-            totals[kind] = time.perf_counter() - start
+            totals[kind], processor[kind] = time.perf_counter() - start, time.process_time() - begun
             if turn and kind:
                 held[kind].append(edge)
                 cost[kind].append(totals[kind] - totals[""])
+                work[kind].append(processor[kind] - processor[""])
                 longest = run.managers[kind].longest if kind in run.managers else edge
                 written[kind].append(longest)
                 if kind in run.managers:
@@ -174,7 +177,7 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
         if turn:
             plain.append(totals[""] / options.steps)
     run.tidy()
-    middle = [{kind: statistics.median(values) for kind, values in of.items()} for of in (held, cost, written)]
+    middle = [{kind: statistics.median(values) for kind, values in of.items()} for of in (held, cost, work, written)]
     return state, statistics.median(plain), *middle
 
 
