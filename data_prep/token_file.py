@@ -13,6 +13,7 @@ length (int32) and its byte offset (int64), and the first sequence of each docum
 import json
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -136,6 +137,15 @@ class TokenFile:
         if size != expected:
             raise DataError(f"{bin_path}: {size} bytes, but its index says {expected}")
         self.tokens: np.ndarray = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Places in [start, stop) of the tokens that begin a document, rising. Reads a few numbers of the index."""
+        first, last = (bisect_left(self.pointers, place * self.dtype.itemsize) for place in (start, stop))
+        sequences = np.arange(first, last)
+        low = bisect_left(self.document_indices, first)
+        documents = self.document_indices[low : low + len(sequences)]  # a document may be of several sequences, or none
+        begin = sequences[np.isin(sequences, documents)]
+        return np.unique(self.pointers[begin] // self.dtype.itemsize)
 
     def index_faults(self) -> list[str]:
         """What is wrong inside the index. Reads it all, and no token."""

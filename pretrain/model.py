@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Mask, attention, within_documents
 from .vocab import LookupPlan, VocabLoss, VocabParallelEmbedding, seeded_normal
 
 
@@ -40,22 +41,32 @@ class GPT2Config:
 class LanguageModel:
     """vocab + body: tokens in, loss out."""
 
-    def __init__(self, vocab: VocabParallelEmbedding, body: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, vocab: VocabParallelEmbedding, body: Callable[..., Tensor]) -> None:
         self.vocab = vocab
         self.body = body
 
     def loss(
-        self, tokens_BT: Tensor, targets_BT: Tensor, scale: float | None = None, plan: LookupPlan | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        starts_BT: Tensor | None = None,
+        scale: float | None = None,
+        plan: LookupPlan | None = None,
     ) -> VocabLoss:
         """Sum of the loss over this rank's targets.
 
-        `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives: its and the engine's.
+        `starts_BT`: see `Body`. `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives:
+        its and the engine's.
         """
-        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT, plan)), targets_BT, scale)
+        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT, plan), starts_BT), targets_BT, scale)
 
 
 class Body(nn.Module):
-    """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D]."""
+    """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D].
+
+    `starts_BT`: the position at which the document of each position begins. Attention and positions then keep to
+    documents; None: a sequence is one.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -64,10 +75,15 @@ class Body(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        hidden_BTD = hidden_BTD + self.positions[: hidden_BTD.shape[1]]
+    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        length, mask = hidden_BTD.shape[1], None
+        if starts_BT is None:
+            hidden_BTD = hidden_BTD + self.positions[:length]
+        else:
+            hidden_BTD = hidden_BTD + self.positions[torch.arange(length, device=starts_BT.device) - starts_BT]
+            mask = within_documents(starts_BT)
         for block in self.blocks:
-            hidden_BTD = block(hidden_BTD)
+            hidden_BTD = block(hidden_BTD, mask)
         return self.norm(hidden_BTD)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
@@ -97,13 +113,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD))
+    def forward(self, hidden_BTD: Tensor, mask: Mask | None) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD), mask)
         return hidden_BTD + self.mlp(self.norm2(hidden_BTD))
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention."""
+    """Causal multi-head attention; with a `mask`, within documents."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -111,11 +127,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, mask: Mask | None = None) -> Tensor:
         queries, keys, values = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.qkv(hidden_BTD).chunk(3, dim=-1)
         )
-        mixed_BHTd = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        mixed_BHTd = attention(queries, keys, values, mask)
         return self.out(mixed_BHTd.transpose(1, 2).flatten(2))
 
 

@@ -108,7 +108,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
 
 
 def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
-    windows = Windows(corpus.train, config.seq_len)
+    windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
     return BatchLoader(
         windows,
         Order(len(windows), config.seed, corpus.name),
@@ -127,7 +127,7 @@ def _hooks(
     config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int, log: MetricsLog | None, manager: CheckpointManager
 ) -> list[Hook]:
     hooks: list[Hook] = []
-    held_out = Windows(corpus.val, config.seq_len)
+    held_out = Windows(corpus.val, config.seq_len, masked=config.data.masked)
     if len(held_out) and corpus.bytes_of_ids is not None:
         batches = partial(
             validation_batches,

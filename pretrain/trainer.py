@@ -194,7 +194,8 @@ class Trainer:
         targets = self._sum(batch.n_targets)
         loss = torch.zeros((), device=self.mesh.device)
         for i, micro in enumerate(batch.micro_batches):
-            part = self.model.loss(micro.tokens_BT, micro.targets_BT, 1 / max(1, targets), micro.plan).loss
+            scale = 1 / max(1, targets)
+            part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
             self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
             loss += part.detach()
         self.matrix.reduce_gradients()
@@ -245,7 +246,7 @@ class Evaluate:
         """
         sums = torch.zeros(3, dtype=torch.float64, device=trainer.mesh.device)
         for micro in self.batches():
-            out = trainer.model.loss(micro.tokens_BT, micro.targets_BT)
+            out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
             text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
             sums += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)

@@ -1,6 +1,6 @@
 """Token files in, batches out: a pure function of seed and sample number."""
 
-from .dataset import IGNORED, Corpus, DataConfig, Order, Permutation, Windows, open_corpus
+from .dataset import IGNORED, Corpus, DataConfig, Order, Permutation, Window, Windows, open_corpus
 from .loader import Batch, BatchLoader, MicroBatch, validation_batches
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MicroBatch",
     "Order",
     "Permutation",
+    "Window",
     "Windows",
     "open_corpus",
     "validation_batches",

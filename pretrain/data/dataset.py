@@ -8,8 +8,10 @@ one index at a time: it needs no memory and is the same for any number of ranks.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,17 +26,25 @@ NAMED_BY = 2**18  # tokens and lengths at each end of a foreign pair that its na
 class DataConfig:
     """path: a folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx.
 
-    prefetch: batches made ready ahead of the step.
+    documents: causal lets a token see all before it in its window, masked only those of its document, whose positions
+    begin at 0; there the first token of a document is nobody's target. prefetch: batches made ready ahead of the step.
     """
 
     path: str = ""
+    documents: str = "causal"
     prefetch: int = 2
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
+        if self.documents not in ("causal", "masked"):
+            raise ValueError(f"data.documents={self.documents} must be causal or masked")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
+
+    @property
+    def masked(self) -> bool:
+        return self.documents == "masked"
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,22 @@ def _name_of_pair(file: TokenFile) -> str:
     return digest.hexdigest()[:16]
 
 
-class Windows:
-    """The windows of T tokens over a stream of token files."""
+class Window(NamedTuple):
+    """tokens, targets: [T] int64, a target IGNORED where there is none.
 
-    def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
-        self.files, self.seq_len = files, seq_len
+    starts: where in the window the document of each token begins, [T] int64; None where they are not told apart.
+    """
+
+    tokens_T: np.ndarray
+    targets_T: np.ndarray
+    starts_T: np.ndarray | None = None
+
+
+class Windows:
+    """The windows of T tokens over a stream of token files; `masked`: their documents are told apart."""
+
+    def __init__(self, files: tuple[TokenFile, ...], seq_len: int, *, masked: bool = False) -> None:
+        self.files, self.seq_len, self.masked = files, seq_len, masked
         self.starts = np.cumsum([0, *(len(file.tokens) for file in files)])
 
     @property
@@ -97,28 +118,47 @@ class Windows:
     def __len__(self) -> int:
         return -(-max(0, self.tokens - 1) // self.seq_len)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens [T] and targets [T], int64; at the stream's end the targets are IGNORED."""
+    def __getitem__(self, index: int) -> Window:
+        """At the stream's end, and between documents that are told apart, targets are IGNORED."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} is outside [0, {len(self)})")
         stream = self._read(index * self.seq_len, (index + 1) * self.seq_len + 1)
-        tokens = np.zeros(self.seq_len, np.int64)
-        targets = np.full(self.seq_len, IGNORED, np.int64)
-        tokens[: len(stream) - 1] = stream[:-1]
-        targets[: len(stream) - 1] = stream[1:]
-        return tokens, targets
+        window = self.empty()
+        window.tokens_T[: len(stream) - 1] = stream[:-1]
+        window.targets_T[: len(stream) - 1] = stream[1:]
+        if window.starts_T is not None:
+            begins = self._document_starts(index)
+            window.targets_T[begins[begins > 0] - 1] = IGNORED
+            inside = begins[begins < self.seq_len]
+            window.starts_T[inside] = inside
+            np.maximum.accumulate(window.starts_T, out=window.starts_T)
+        return window
+
+    def empty(self) -> Window:
+        """One without a target."""
+        tokens_T, starts_T = (np.zeros(self.seq_len, np.int64) for _ in range(2))
+        return Window(tokens_T, np.full(self.seq_len, IGNORED, np.int64), starts_T if self.masked else None)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """The stream's tokens [start, stop), fewer at its end."""
-        stop = min(stop, self.tokens)
+        return np.concatenate([file.tokens[low:high] for _, file, low, high in self._parts(start, stop)])
+
+    def _document_starts(self, index: int) -> np.ndarray:
+        """Places in the window, and right after it, of tokens that begin a document."""
+        start = index * self.seq_len
+        parts = self._parts(start, start + self.seq_len + 1)
+        return np.concatenate([at - low + file.document_starts(low, high) for at, file, low, high in parts])
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, int, int]]:
+        """The files that have the stream's tokens [start, stop), with where in that range and in the file they are."""
+        begin, stop = start, min(stop, self.tokens)
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            inside = start - int(self.starts[first])
-            pieces.append(self.files[first].tokens[inside : inside + stop - start])
-            start += len(pieces[-1])
-            first += 1
-        return np.concatenate(pieces)
+        for file, at in zip(self.files[first:], self.starts[first:].tolist(), strict=False):
+            if start >= stop:
+                return
+            end = min(stop, at + len(file.tokens))
+            yield start - begin, file, start - at, end - at
+            start = end
 
 
 class Permutation:

@@ -2,27 +2,34 @@
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..vocab import LookupPlan, VocabShard, plan_lookup
-from .dataset import IGNORED, Order, Windows
+from .dataset import IGNORED, Order, Window, Windows
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """tokens, targets: [B, T] int64 on the rank's device; a target is IGNORED where there is none.
 
+    starts_BT: where in its sequence the document of each token begins; None: they are not told apart.
     plan: who sends which rows for the lookup of the tokens; None leaves it to the lookup.
     """
 
     tokens_BT: Tensor
     targets_BT: Tensor
+    starts_BT: Tensor | None = None
     plan: LookupPlan | None = None
+
+    def moved(self, move: Callable[[Tensor], Tensor], plan: LookupPlan | None = None) -> "MicroBatch":
+        """Its tensors elsewhere."""
+        starts_BT = None if self.starts_BT is None else move(self.starts_BT)
+        return MicroBatch(move(self.tokens_BT), move(self.targets_BT), starts_BT, plan)
 
 
 @dataclass(frozen=True)
@@ -112,35 +119,31 @@ class BatchLoader:
     def _micro_batch(self, first: int) -> MicroBatch:
         """This rank's samples of the micro-step that begins with sample `first`."""
         group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
-        tensors = {}
+        micro = {}
         for rank in group:
             samples = range(first + rank * self.micro_batch, first + (rank + 1) * self.micro_batch)
-            windows = [self.windows[self.order(sample)] for sample in samples]
-            tensors[rank] = stack(windows, self.shard.vocab_size)
-        plan = plan_lookup([tokens_BT.flatten() for tokens_BT, _ in tensors.values()], self.shard, self.dtype)
-        tokens_BT, targets_BT = tensors[self.rank]
-        if self.device.type == "cuda":
-            return MicroBatch(tokens_BT.pin_memory(), targets_BT.pin_memory(), plan.pin_memory())
-        return MicroBatch(tokens_BT, targets_BT, plan)
+            micro[rank] = stack([self.windows[self.order(sample)] for sample in samples], self.shard.vocab_size)
+        plan = plan_lookup([of_rank.tokens_BT.flatten() for of_rank in micro.values()], self.shard, self.dtype)
+        mine = replace(micro[self.rank], plan=plan)
+        return mine.moved(Tensor.pin_memory, plan.pin_memory()) if self.device.type == "cuda" else mine
 
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
         assert micro.plan is not None
-        return MicroBatch(
-            micro.tokens_BT.to(self.device, non_blocking=True),
-            micro.targets_BT.to(self.device, non_blocking=True),
-            micro.plan.to(self.device),
-        )
+        return micro.moved(lambda tensor: tensor.to(self.device, non_blocking=True), micro.plan.to(self.device))
 
 
-def stack(windows: list[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """tokens and targets [B, T] on the host. ValueError on an id outside [0, vocab_size)."""
-    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
-    smallest, largest = int(tokens.min()), int(max(tokens.max(), targets.max()))
+def stack(windows: list[Window], vocab_size: int) -> MicroBatch:
+    """On the host. ValueError on an id outside [0, vocab_size)."""
+    tokens_BT, targets_BT, starts_BT = (
+        None if parts[0] is None else torch.from_numpy(np.stack(parts)) for parts in zip(*windows, strict=True)
+    )
+    assert tokens_BT is not None and targets_BT is not None
+    smallest, largest = int(tokens_BT.min()), int(max(tokens_BT.max(), targets_BT.max()))
     if smallest < 0:
         raise ValueError(f"the data holds id {smallest}: an id must not be negative")
     if largest >= vocab_size:
         raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
-    return tokens, targets
+    return MicroBatch(tokens_BT, targets_BT, starts_BT)
 
 
 def validation_batches(
@@ -151,8 +154,8 @@ def validation_batches(
     Where the windows run out a batch is filled up with windows without targets.
     """
     n = min(len(windows), most) if most else len(windows)
-    empty = np.zeros(windows.seq_len, np.int64), np.full(windows.seq_len, IGNORED, np.int64)
+    empty = windows.empty()
     for start in range(0, n, batch * world):
         mine = range(start + rank * batch, start + (rank + 1) * batch)
-        tokens_BT, targets_BT = stack([windows[i] if i < n else empty for i in mine], vocab_size)
-        yield MicroBatch(tokens_BT.to(device), targets_BT.to(device))
+        micro = stack([windows[i] if i < n else empty for i in mine], vocab_size)
+        yield micro.moved(lambda tensor: tensor.to(device))

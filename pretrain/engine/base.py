@@ -17,8 +17,8 @@ class Engine(Protocol):
     A loss arrives divided by the targets of the global batch, so gradients are summed over ranks, not averaged.
     """
 
-    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[[Tensor], Tensor]:
-        """Takes over a body on the meta device, draws its initial weights; hidden [B, T, D] -> hidden [B, T, D]."""
+    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
+        """Takes over a body on the meta device, draws its initial weights; what it returns is called as the body is."""
         ...
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:

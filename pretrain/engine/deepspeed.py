@@ -163,7 +163,7 @@ class DeepSpeedEngine:
     def __init__(self, config: DeepSpeedConfig, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
 
-    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[[Tensor], Tensor]:
+    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
         name_rank(mesh.device)
         deepspeed = _deepspeed()
         if mesh.rank == 0:
@@ -202,12 +202,12 @@ class DeepSpeedEngine:
             self.weights.write(self.parameters[name], values.full_tensor(), MAIN)
         return self.forward
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """The body. DeepSpeed averages gradients over ranks: within the body they are `world` times as large."""
         world = self.mesh.world
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(lambda gradient: gradient / world)
-        hidden_BTD = self.engine(hidden_BTD)
+        hidden_BTD = self.engine(hidden_BTD, starts_BT)
         if hidden_BTD.requires_grad:
             hidden_BTD.register_hook(lambda gradient: gradient * world)
         return hidden_BTD

@@ -56,7 +56,7 @@ class FSDP2Engine:
     def __init__(self, config: FSDP2Config, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
 
-    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[[Tensor], Tensor]:
+    def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
         blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         if self.config.compile:

@@ -111,7 +111,7 @@ class Run:
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([its[:, :-1].flatten() for its in ids], model.vocab.shard, model.vocab.compute_dtype)
         mine = ids[self.mesh.rank]
-        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan)
+        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         self.batch = Batch([micro], options.sequences * options.length)
         self.folder = folder
         self.managers = {}

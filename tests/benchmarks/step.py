@@ -116,7 +116,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     def step() -> float:
         plan = plan_lookup([its[:, :-1].flatten() for its in ids], shard, BF16)
         mine = ids[mesh.rank]
-        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan)
+        micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         report = trainer.train_step(Batch([micro], sequences * model.context))
         dist.all_reduce(report.loss)
         return float(report.loss)

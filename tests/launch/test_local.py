@@ -64,7 +64,7 @@ def bits_per_byte(folder: Path, data: Path) -> float:
     corpus = open_corpus(data)
     model, context = load_model(checkpoints(folder)[-1], torch.device("cpu"))
     nats, text_bytes = 0.0, 0
-    for tokens, targets in Windows(corpus.val, context):
+    for tokens, targets, _ in Windows(corpus.val, context):
         targets = torch.from_numpy(targets)
         with torch.no_grad():
             hidden = model.body(model.vocab.lookup(torch.from_numpy(tokens)[None]))[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import TrainConfig
-from pretrain.data import Order, Windows, open_corpus
+from pretrain.data import IGNORED, Order, Windows, open_corpus
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 
@@ -29,18 +29,28 @@ class DenseModel(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         head = self.weight if self.head_weight is None else self.head_weight
         logits = self.body(F.embedding(tokens, self.weight)) @ head[:VOCAB].T
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def loss_of_documents(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """Each document on its own, one after the other: nothing is packed."""
+        total = torch.zeros((), dtype=self.weight.dtype)
+        for sequence in zip(tokens, targets, starts, strict=True):
+            for start in sequence[2].unique():
+                document_tokens, document_targets = (part[sequence[2] == start][None] for part in sequence[:2])
+                valid = int((document_targets != IGNORED).sum())
+                if valid:
+                    total = total + self.loss(document_tokens, document_targets) * valid
+        return total / (targets != IGNORED).sum()
 
 
-def windows_of(config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a step, tokens and targets [global_batch, T]."""
+def windows_of(config: TrainConfig, step: int) -> list[Tensor]:
+    """The global batch of a step: tokens, targets [global_batch, T], and where documents begin, if it matters."""
     corpus = open_corpus(Path(config.data.path))
-    windows = Windows(corpus.train, config.seq_len)
+    windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
     order = Order(len(windows), config.seed, corpus.name)
     size = config.train.global_batch
     chosen = [windows[order(sample)] for sample in range(step * size, (step + 1) * size)]
-    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
-    return tokens, targets
+    return [torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True) if part[0] is not None]
 
 
 class Dense(NamedTuple):
@@ -57,7 +67,7 @@ def dense_training(config: TrainConfig) -> Dense:
     adamw = config.optim.adamw(model.parameters())
     losses, norms = [], []
     for step in range(config.train.steps):
-        loss = model.loss(*windows_of(config, step))
+        loss = (model.loss_of_documents if config.data.masked else model.loss)(*windows_of(config, step))
         losses.append(float(loss.detach()))
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))

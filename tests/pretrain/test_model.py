@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from pretrain import config as configuration
+from pretrain.attention import attention, block_mask, within_documents
 from pretrain.model import Attention, Body, GPT2Config
 
 SMALL = GPT2Config(layers=2, width=12, heads=3, context=8)
@@ -43,6 +44,33 @@ def test_attention_is_a_softmax_over_the_past():
             scores = (keys[:, : t + 1, part] @ queries[:, t, part].unsqueeze(-1)).squeeze(-1) / math.sqrt(size)
             mixed[:, part] = (scores.softmax(-1).unsqueeze(-1) * values[:, : t + 1, part]).sum(1)
         torch.testing.assert_close(out[:, t], attention.out(mixed))
+
+
+def packed() -> tuple[torch.Tensor, list[list[int]]]:
+    """Where the document of each position begins, and the positions of each document."""
+    starts_BT = torch.tensor([[0, 0, 2, 2, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0]])
+    return starts_BT, [[0, 1], [2, 3, 4], [5], [6]]
+
+
+def test_packed_documents_are_what_they_are_alone():
+    body = initialised(SMALL)
+    starts_BT, documents = packed()
+    hidden = torch.randn(2, 7, SMALL.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = body(hidden, starts_BT)
+    for document in documents:
+        torch.testing.assert_close(together[:1, document], body(hidden[:1, document]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together[1:], body(hidden[1:]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_block_mask_of_a_gpu_is_the_exact_mask():
+    """FlexAttention itself, uncompiled, on the CPU."""
+    starts_BT, _ = packed()
+    exact = within_documents(starts_BT)
+    blocks = block_mask(starts_BT)
+    queries, keys, values = torch.randn(3, 2, 3, 7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, truth = attention(queries, keys, values, blocks), attention(queries, keys, values, exact)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.token_file import TokenFile
+from data_prep.token_file import TokenFile, TokenFileWriter
 from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus
 from tests.data_prep.commands import small_spec
 from tests.pretrain.helpers import make_corpus, write_tokens
@@ -69,13 +69,55 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path_factory, lengths, s
     assert windows.tokens == len(whole)
     seen = []
     for index in range(len(windows)):
-        tokens, targets = windows[index]
+        tokens, targets, _ = windows[index]
         assert tokens.shape == targets.shape == (seq_len,) and tokens.dtype == targets.dtype == np.int64
         valid = targets != IGNORED
         assert valid.any() and (targets[valid] == tokens[valid] + 1).all()  # across seams too
         assert not valid[np.argmin(valid) :].any() or valid.all()  # only the end of the stream goes without
         seen += targets[valid].tolist()
     assert seen == whole[1:].tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    files=st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=3),
+    seq_len=st.integers(1, 9),
+)
+def test_masked_windows_know_their_documents(tmp_path_factory, files, seq_len):
+    folder = tmp_path_factory.mktemp("files")
+    place = 0
+    document = []  # of each token of the stream
+    for i, lengths in enumerate(files):
+        with TokenFileWriter(folder / f"{i}", 1000) as file:
+            for length in lengths:
+                file.add(np.arange(place, place + length))  # every token tells its place in the stream
+                document += [place] * length
+                place += length
+    windows = Windows(tuple(TokenFile(folder / f"{i}") for i in range(len(files))), seq_len, masked=True)
+    for index in range(len(windows)):
+        tokens, targets, starts = windows[index]
+        for t in range(min(seq_len, len(document) - index * seq_len)):
+            here = index * seq_len + t
+            if here + 1 == len(document):  # the stream's last token is a target alone
+                assert targets[t] == IGNORED
+                continue
+            assert tokens[t] == here and starts[t] == max(0, document[here] - index * seq_len)
+            goes_on = document[here + 1] == document[here]
+            assert targets[t] == (here + 1 if goes_on else IGNORED)
+
+
+def test_a_document_of_several_sequences_begins_once(tmp_path):
+    indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
+    builder.add_document(np.arange(7), [3, 0, 4])
+    builder.add_document(np.arange(7, 9), [2])
+    builder.end_document()  # one without a sequence
+    builder.add_document(np.arange(9, 14), [4, 1])
+    builder.finalize(str(tmp_path / "a.idx"))
+    file = TokenFile(tmp_path / "a")
+    assert file.document_starts(0, 14).tolist() == [0, 7, 9]
+    assert file.document_starts(1, 9).tolist() == [7] and file.document_starts(10, 14).tolist() == []
+    assert Windows((file,), 14, masked=True)[0].starts_T.tolist() == [0] * 7 + [7] * 2 + [9] * 5
 
 
 def test_a_window_that_is_not_there(tmp_path):
@@ -107,7 +149,7 @@ def test_a_pair_written_by_megatron(tmp_path, given):
     corpus = open_corpus(tmp_path / given)
     assert corpus.name == open_corpus(tmp_path / "theirs").name, "one counter, however it is spelled"
     assert not corpus.val and corpus.vocab_size is None and corpus.tokenizer is None
-    tokens, targets = Windows(corpus.train, 4)[0]
+    tokens, targets, _ = Windows(corpus.train, 4)[0]
     assert tokens.tolist() == [5, 6, 7, 70_000] and targets.tolist() == [6, 7, 70_000, 9]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
-from pretrain.data import IGNORED, BatchLoader, Order, Windows, validation_batches
+from pretrain.data import IGNORED, BatchLoader, Order, Window, Windows, validation_batches
 from pretrain.data import loader as loading
 from pretrain.vocab import VocabShard, plan_lookup
 from tests.pretrain.helpers import write_tokens
@@ -115,7 +115,7 @@ def test_an_id_that_is_no_row_is_named(loader):
     with pytest.raises(ValueError, match=rf"holds id {largest}, but vocab\.size={largest}: it needs a larger"):
         next(batch)
     with pytest.raises(ValueError, match="holds id -3: an id must not be negative"):
-        loading.stack([(np.array([5, -3]), np.array([-3, 7]))], 10)
+        loading.stack([Window(np.array([5, -3]), np.array([-3, 7]))], 10)
 
 
 @pytest.mark.parametrize("most", [0, 13])

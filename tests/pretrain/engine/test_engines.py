@@ -238,3 +238,20 @@ def test_a_state_gathers_one_parameter_at_a_time(folder, engine):
     """Gloo's thread may not have let go of the one before."""
     most = run_ranks(2, gathered_at_once, config_of(folder / "gathered", 2, engine=engine, vocab__parallel=1))
     assert max(most) <= 2
+
+
+@pytest.mark.parametrize(
+    "engine,kind",
+    [("fsdp2", "none"), ("fsdp2", "block"), ("hsdp", "selective"), ("zero0", "none"), ("zero3", "block")],
+)
+def test_masked_documents_train_as_each_alone(folder, engine, kind):
+    """The truth runs the documents of each window one by one."""
+    settings = {"data__documents": "masked", "train__steps": 4}
+    run = folder / f"masked-{engine}-{kind}"
+    config = config_of(run, 2, 2, engine, {"activation_checkpointing": kind}, **settings)
+    run_ranks(2, train_rank, config, timeout=120)
+    ours, truth = outcome(run), dense_training(config_of(folder / "dense", 1, **settings))
+    np.testing.assert_allclose(ours.losses, truth.losses, rtol=1e-5)
+    np.testing.assert_allclose(ours.norms, truth.norms, rtol=1e-5)
+    for name, tensor in truth.weights.items():
+        assert apart(ours.tensors[name][: len(tensor)], tensor) <= 5e-5, name  # biases are still near 0

@@ -1,0 +1,47 @@
+"""Causal attention, over a whole sequence or within each of the documents that are packed into one.
+
+B sequences, T positions, H heads of d. Where documents are told apart, a mask is made once a forward and shared by all
+blocks: on a GPU the block mask of FlexAttention (Dong et al., arXiv:2412.05496), which skips what is masked; elsewhere
+the exact boolean one.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask
+
+
+def within_documents(starts_BT: Tensor) -> Mask:
+    """Who sees whom: itself and what came before it in its document. `starts_BT`: where each position's begins."""
+    if starts_BT.is_cuda:
+        return block_mask(starts_BT)
+    position_T = torch.arange(starts_BT.shape[1])
+    return ((position_T[:, None] >= position_T) & (position_T >= starts_BT[..., None]))[:, None]
+
+
+def block_mask(starts_BT: Tensor) -> BlockMask:
+    """The same for FlexAttention."""
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (key >= starts_BT[b, query])
+
+    batch, length = starts_BT.shape
+    return create_block_mask(sees, batch, None, length, length, device=starts_BT.device)
+
+
+def attention(queries_BHTd: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor, mask: Mask | None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v [B, H, T, d]; `mask` None: causal."""
+    if isinstance(mask, BlockMask):
+        return _flex(queries_BHTd.is_cuda)(queries_BHTd, keys_BHTd, values_BHTd, block_mask=mask)
+    return F.scaled_dot_product_attention(queries_BHTd, keys_BHTd, values_BHTd, attn_mask=mask, is_causal=mask is None)
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    """Uncompiled it would make the whole matrix of scores."""
+    return torch.compile(flex_attention) if compiled else flex_attention
