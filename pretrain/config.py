@@ -26,7 +26,7 @@ from .model import GPT2Config
 from .monitor import LogConfig
 from .optim import OptimConfig
 from .trainer import EvalConfig, LoopConfig
-from .vocab import Machine, Parallel, VocabConfig, Workload, choose_parallel
+from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS = {"gpt2": GPT2Config}
@@ -190,16 +190,21 @@ def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
 
 def vocab_parallel(config: TrainConfig, rows: int, world: int, node: int, device_type: str) -> Parallel:
     """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. ValueError as `check`."""
-    train = config.train
-    work = Workload(
-        rows=rows,
+    work = vocab_workload(config, rows, world, config.train.compute_dtype(device_type).itemsize)
+    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
+
+
+def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) -> Workload:
+    """What a rank's matrix has to do in a step, `itemsize` bytes to a number of the compute dtype."""
+    return Workload(
+        rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
         width=config.model.width,
         matrices=2 if config.vocab.tie == "untied" else 1,
-        tokens=train.micro_batch * config.seq_len,
-        micro_batches=train.global_batch // (train.micro_batch * world),
-        itemsize=train.compute_dtype(device_type).itemsize,
+        tokens=config.train.micro_batch * config.seq_len,
+        micro_batches=config.train.global_batch // (config.train.micro_batch * world),
+        itemsize=itemsize,
+        smoothing=config.vocab.label_smoothing > 0,
     )
-    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 
 def about(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
