@@ -132,7 +132,12 @@ def freeze(config: TrainConfig, corpus: Corpus) -> None:
     if corpus.tokenizer is not None:
         TokenizerSpec.load(corpus.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
     with durable(config.path) as file:
-        file.write(OmegaConf.to_yaml(asdict(config)).encode())
+        file.write(text(config).encode())
+
+
+def text(config: TrainConfig) -> str:
+    """What is frozen."""
+    return OmegaConf.to_yaml(asdict(config))
 
 
 @contextmanager
@@ -153,18 +158,18 @@ def load(path: Path) -> TrainConfig:
     return build(frozen)
 
 
-def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
+def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None = None) -> Corpus:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
-    the checkpoint that would be resumed.
+    the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
     """
     config.train.check_world(world)
-    config.train.compute_dtype(device_type)
+    config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
-    vocab_parallel(config, rows, world, world, device_type)
+    vocab_parallel(config, rows, world, world, device_type, bf16)
     try:
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
     except CheckpointError as error:
@@ -188,9 +193,11 @@ def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
     return rows
 
 
-def vocab_parallel(config: TrainConfig, rows: int, world: int, node: int, device_type: str) -> Parallel:
-    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. ValueError as `check`."""
-    work = vocab_workload(config, rows, world, config.train.compute_dtype(device_type).itemsize)
+def vocab_parallel(
+    config: TrainConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
+) -> Parallel:
+    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check`."""
+    work = vocab_workload(config, rows, world, config.train.compute_dtype(device_type, bf16).itemsize)
     return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 

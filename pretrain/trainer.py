@@ -55,12 +55,12 @@ class LoopConfig:
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
 
-    def compute_dtype(self, device_type: str) -> torch.dtype:
-        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it."""
-        native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if device_type == "cpu":
-            capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    def compute_dtype(self, device_type: str, bf16: bool | None = None) -> torch.dtype:
+        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it.
+
+        bf16: whether the device computes it natively; None: this machine's is asked.
+        """
+        native = bf16 if bf16 is not None else _computes_bf16(device_type)
         if self.precision == "bf16" and not native:
             raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
         return torch.bfloat16 if native and self.precision != "fp32" else torch.float32
@@ -85,6 +85,13 @@ class LoopConfig:
     def last_step(self) -> int:
         """Where this launch stops."""
         return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
+
+
+def _computes_bf16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
