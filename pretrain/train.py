@@ -71,7 +71,9 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
         stops: list[Stop] = [stop, manager.failed, *_deadlines(config, started, manager)]
-        trainer = Trainer(model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stops)
+        trainer = Trainer(
+            model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stops, manager.wait_for_copy
+        )
         try:
             trainer.fit()
             saved = manager.save(state)

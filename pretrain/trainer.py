@@ -181,9 +181,11 @@ class Trainer:
         state: TrainState,
         hooks: list[Hook],
         stops: list[Stop],
+        before_update: Callable[[], None],
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
         self.loop, self.optim, self.state, self.hooks, self.stops = loop, optim, state, hooks, stops
+        self.before_update = before_update  # a save may still be reading what an update changes
 
     def fit(self) -> None:
         """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop."""
@@ -210,6 +212,7 @@ class Trainer:
                 " lower optim.lr or raise optim.warmup_steps, and run again from the last checkpoint"
             )
         lr = self.optim.lr_at(self.state.step, self.loop.steps)
+        self.before_update()
         self.engine.step(lr, factor)
         self.matrix.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None

@@ -2,9 +2,11 @@
 
 A checkpoint is written to a temporary folder, brought to the disk, and renamed; its manifest is its last file. That
 happens on a thread of its own, over a process group of its own, so that no collective of a save ever falls between
-those of training. Nothing that is read is a pickle.
+those of training. Forward and backward only read what is saved, so it is copied behind those of the next step, as
+CheckFreq does (Mohan et al., FAST '21). Nothing that is read is a pickle.
 """
 
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -70,7 +72,7 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
 
 
 class CheckpointManager:
-    """Saves and restores a run. All its methods but `failed` are collective: every rank of the mesh calls them.
+    """Saves and restores a run. All its methods but two are collective: every rank of the mesh calls them.
 
     An asynchronous save holds a copy of what this rank writes, in host memory, from the first save to the last.
     """
@@ -86,20 +88,21 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
         self._pending: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}
+        self._taken = threading.Event()  # what is being saved may change
+        self._taken.set()
         self._val_losses: dict[Path, float | None] = {}
 
     def save(self, state: TrainState) -> Path:
         """Begins to write step-%08d, once the save before it has ended; where it will be.
 
-        When this returns, training may go on: the rest happens on the writer's thread. CheckpointError, of this save
-        or of the one before: no checkpoint has changed.
+        When this returns, training may go on, but must `wait_for_copy` before it changes a weight: the rest happens on
+        the writer's thread. CheckpointError, of this save or of the one before: no checkpoint has changed.
         """
         self.wait()
         start = time.monotonic()
         final = self.folder / f"step-{state.step:08d}"
         if self._as_seen_by_first_rank(lambda: _is_sound(final)):
             return final
-        self.check_split()
         tensors = self.model.tensors()
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -109,14 +112,15 @@ class CheckpointManager:
             "mesh": {"dp": self.mesh.dp_size, "vocab": self.mesh.vocab_size},
             "tensors": shapes(tensors),
         }
-        mine, rng = list(slices(tensors)), rng_state()
-        if self.config.asynchronous:
-            self._together(lambda: self._copy(mine))
-            mine = [Slice(part.name, self._copies[part.name], part.offsets) for part in mine]
-        self._pending = self._writer.submit(self._write, final, manifest, mine, rng, start)
+        self._taken.clear()
+        self._pending = self._writer.submit(self._write, final, manifest, list(slices(tensors)), rng_state(), start)
         if not self.config.asynchronous:
             self.wait()
         return final
+
+    def wait_for_copy(self) -> None:
+        """Until this rank may change its weights and moments, with an asynchronous save at work. Not collective."""
+        self._taken.wait()
 
     def failed(self) -> bool:
         """Whether this rank knows that the save in the background has failed: then all ranks must `wait`."""
@@ -184,11 +188,17 @@ class CheckpointManager:
         check_files(folder, manifest, lambda i: i % self.mesh.world == self.mesh.rank)
         return manifest
 
-    def _copy(self, mine: list[Slice]) -> None:
-        for part in mine:
-            if part.name not in self._copies:
-                self._copies[part.name] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
-            self._copies[part.name].copy_(part.tensor)
+    def _take(self, mine: list[Slice]) -> dict[str, tuple[int, int] | None]:
+        """Puts copies into `mine`, where the save is asynchronous; what the rows to be saved look like."""
+        try:
+            digests = self.model.digests()
+            for i, part in enumerate(mine if self.config.asynchronous else []):
+                if part.name not in self._copies:
+                    self._copies[part.name] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
+                mine[i] = Slice(part.name, self._copies[part.name].copy_(part.tensor), part.offsets)
+            return digests
+        finally:
+            self._taken.set()
 
     def _write(
         self, final: Path, manifest: dict[str, Any], mine: list[Slice], rng: dict[str, str], start: float
@@ -197,6 +207,7 @@ class CheckpointManager:
         unfinished = final.with_name(UNFINISHED + final.name)
         name = file_name(self.mesh.rank)
         try:
+            check_split(self._together(lambda: self._take(mine)), self.mesh)
             self._on_first_rank(lambda: self._begin(unfinished))
             facts = self._together(lambda: (rng, {name: write_slices(unfinished / name, mine)} if mine else {}))
             manifest["rng"] = [of_rank for of_rank, _ in facts]

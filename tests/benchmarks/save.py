@@ -3,7 +3,8 @@
     python tests/benchmarks/save.py [--vocab 50304] [--width 768] [--layers 4] [--folder .]
 
 Prints Markdown. Each turn trains as many steps once without a save and once after each kind of save, and waits for
-what is still being written; medians over the turns. The whole cost is what the turn took longer, CPU what the rank's
+what is still being written; medians over the turns. Held is how long the training stood still: at the step edge, and
+before the next update for what was not copied yet. The whole cost is what the turn took longer, CPU what the rank's
 processor did more: where training leaves no core free, as on a CPU, the steps pay for it; with one rank on two cores
 the writer has a core of its own, as it has beside a GPU. `--folder` is on the disk that is to be measured. Take
 figures on a quiet machine.
@@ -74,7 +75,7 @@ def main() -> None:
     )
     header = [
         "save",
-        "held at the step edge, s",
+        "training held, s",
         "of synchronous",
         "whole cost, s",
         "of synchronous",
@@ -104,7 +105,9 @@ class Run:
             TrainState(),
             [],
             [],
+            self.wait_for_copies,
         )
+        self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([its[:, :-1].flatten() for its in ids], model.vocab.shard, model.vocab.compute_dtype)
         mine = ids[self.mesh.rank]
@@ -116,7 +119,18 @@ class Run:
             rules = tiny_config(folder, folder, checkpoint__asynchronous=kind == "asynchronous").checkpoint
             self.managers[kind] = CheckpointManager(folder / kind, self.state, self.mesh, rules, seed=0, about={})
 
+    def wait_for_copies(self) -> None:
+        start = time.perf_counter()
+        for manager in self.managers.values():
+            manager.wait_for_copy()
+        self.held += time.perf_counter() - start
+
     def save(self, kind: str, step: int) -> None:
+        start = time.perf_counter()
+        self._save(kind, step)
+        self.held += time.perf_counter() - start
+
+    def _save(self, kind: str, step: int) -> None:
         if kind in self.managers:
             self.managers[kind].save(TrainState(step))
             return
@@ -158,19 +172,19 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
         totals, processor = {}, {}
         for kind in ("", *KINDS):
             run.tidy()
+            run.held = 0.0
             start, begun = time.perf_counter(), time.process_time()
             if kind:
                 run.save(kind, turn)
-            edge = time.perf_counter() - start
             for _ in range(options.steps):
                 run.trainer.train_step(run.batch)
             run.wait()
             totals[kind], processor[kind] = time.perf_counter() - start, time.process_time() - begun
             if turn and kind:
-                held[kind].append(edge)
+                held[kind].append(run.held)
                 cost[kind].append(totals[kind] - totals[""])
                 work[kind].append(processor[kind] - processor[""])
-                longest = run.managers[kind].longest if kind in run.managers else edge
+                longest = run.managers[kind].longest if kind in run.managers else run.held
                 written[kind].append(longest)
                 if kind in run.managers:
                     run.managers[kind].longest = 0.0

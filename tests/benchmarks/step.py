@@ -109,6 +109,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
         TrainState(),
         [],
         [],
+        lambda: None,
     )
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 

@@ -31,7 +31,7 @@ from pretrain.checkpoint.folder import write_manifest
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.vocab import stable_seed
-from tests.pretrain.tiny import tiny_config
+from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
 POSITION = TrainState(step=3, tokens=77, samples={"a": 5, "b": 6}, val_loss=1.5)
@@ -433,8 +433,18 @@ def test_an_asynchronous_save_is_the_synchronous_one_bit_for_bit(tmp_path, world
     assert facts[0] == facts[1] and len(facts[0]["files"]) == world
 
 
+def after(seconds, work):
+    """`work`, late."""
+
+    def late():
+        time.sleep(seconds)
+        return work()
+
+    return late
+
+
 def save_while_training_goes_on(rank, world, run):
-    """The writer is held up while the live tensors change; then a second save."""
+    """The writer is held up in its copying, then in its writing while the live tensors change; then a second save."""
     manager = build(run, world)
     fill(manager)
     held = threading.Event()
@@ -445,7 +455,9 @@ def save_while_training_goes_on(rank, world, run):
         return write(*arguments)
 
     manager_module.write_slices = slowly
+    manager.model.digests = after(0.3, manager.model.digests)
     manager.save(POSITION)
+    manager.wait_for_copy()
     assert manager.model.tensors() and not checkpoints(run)
     for tensor in manager.model.tensors().values():
         tensor.to_local().add_(1)
@@ -467,6 +479,28 @@ def test_training_goes_on_while_the_files_are_written_and_a_second_save_waits(tm
     assert all(right for right, _ in run_ranks(2, load, tmp_path)), "what was saved is what it was at the save"
 
 
+def train_with_late_copies(rank, world, config):
+    """A copy takes longer than a forward and backward: the next update must wait for it."""
+    digests = ModelState.digests
+    ModelState.digests = lambda state: after(0.2, lambda: digests(state))()
+    train_rank(rank, world, config)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_a_save_copied_behind_the_next_step_has_nothing_of_it(tmp_path, engine):
+    data = write_tokens(tmp_path / "tokens")
+    settings = {"engine": {"name": engine}, "train__steps": 4, "checkpoint__every": 1}
+    late, straight = (tiny_config(data, tmp_path / name, **settings) for name in ("late", "straight"))
+    straight.checkpoint.asynchronous = False
+    run_ranks(2, train_with_late_copies, late)
+    run_ranks(2, train_rank, straight)
+    files = [
+        {folder.name: read_manifest(folder)["files"] for folder in checkpoints(config.run_dir)}
+        for config in (late, straight)
+    ]
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
 def copied(rank, world, run, what):
     """What the checks of the split say after one rank's rows went wrong."""
     manager = build(run, world, vocab__parallel="2" if world == 4 else "auto", vocab__tie="untied")
@@ -477,7 +511,7 @@ def copied(rank, world, run, what):
     elif rank == 3:
         rows[1, 1] += 1e-7
     messages = []
-    for check in (lambda: manager.save(POSITION), lambda: manager.restore(no_warning)):
+    for check in (lambda: (manager.save(POSITION), manager.wait()), lambda: manager.restore(no_warning)):
         try:
             check()
             messages.append("fine")
