@@ -16,6 +16,7 @@ from typing import Any
 
 import submitit
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from launch.hardware import HARDWARE
@@ -186,7 +187,10 @@ class ClusterConfig:
 
 def register() -> None:
     """Tells Hydra the dataclass behind conf/cluster/*.yaml."""
-    ConfigStore.instance().store(group="cluster/scheduler", name="slurm", node=ClusterConfig)
+    node = OmegaConf.structured(ClusterConfig)
+    for key in ("environment", "sbatch"):
+        OmegaConf.set_struct(node[key], False)  # they take keys that we do not know
+    ConfigStore.instance().store(group="cluster/scheduler", name="slurm", node=node)
 
 
 def submit(
