@@ -33,7 +33,7 @@ from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.trainer import Trainer
+from pretrain.trainer import Trainer, Watchdog
 from pretrain.vocab import plan_lookup
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text
@@ -106,6 +106,7 @@ class Run:
             [],
             [],
             self.wait_for_copies,
+            Watchdog(0),
         )
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)

@@ -29,7 +29,7 @@ from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import GPT2Config, LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
-from pretrain.trainer import LoopConfig, Trainer
+from pretrain.trainer import LoopConfig, Trainer, Watchdog
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.ranks import run_ranks
@@ -110,6 +110,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
         [],
         [],
         lambda: None,
+        Watchdog(0),
     )
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 
