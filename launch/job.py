@@ -21,13 +21,14 @@ from typing import Any
 from data_prep.durable import durable
 from pretrain.exits import Exit
 
-from .restart import BAD_NODE, Decision, History, RestartConfig, cause, decide, newest_step
+from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from .supervisor import Record, StopRequests, Supervisor
 
 __all__ = ["RestartConfig", "SlurmRank", "close"]
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
 RECORD_SECONDS = 20  # for the ranks of a job that Slurm is ending to leave their records
+SILENT = "gone without a word"
 FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
 
 
@@ -72,13 +73,14 @@ class Attempt:
 
     def begin(self, restart: RestartConfig) -> None:
         """The first rank's part: what the run had when the attempt began, and how to decide at its end."""
+        self._tell_of_lost_ones()
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"]), "restart": asdict(restart)}
         _write(self.folder / "attempt.json", facts)
 
     def join(self, rank: int) -> None:
         """Until the rank has a record of its own, it has gone without a word."""
-        self._keep(Record(rank, Exit.KILLED, -signal.SIGKILL, "gone without a word"))
+        self._keep(Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT))
 
     def record(self, record: Record) -> None:
         self._keep(record)
@@ -100,6 +102,17 @@ class Attempt:
         """The newest step at the beginning, the number of ranks, and the settings."""
         facts = json.loads((self.folder / "attempt.json").read_text())
         return facts["step"], facts["ranks"], RestartConfig(**facts["restart"])
+
+    def _tell_of_lost_ones(self) -> None:
+        """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
+        history = History(self.run)
+        told = {line["job"] for line in history.lines()}
+        for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
+            other = Attempt(self.run, path.parent.name)
+            if other.name not in told and other.name != self.name and other.records():
+                why = "its end was not seen: a node was lost, or Slurm preempted it"
+                first = cause(other.records())
+                history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
     def _keep(self, record: Record) -> None:
         try:
@@ -159,21 +172,22 @@ def close(run: Path) -> None:
         return
     state, end = _ask("squeue", "-h", "-j", job, "-o", "%T"), job_end()
     ended_by_slurm = state != "RUNNING" and (end is None or time.time() < end)
-    first = cause(_all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS))
+    records = _all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS)
+    first = cause(records)
     step = newest_step(run)
     fruitless = history.fruitless() + (step <= start_step)
     decision, why = decide(first.ending, step > start_step, fruitless, config)
     if ended_by_slurm and decision is not Decision.DONE:
         decision, why = Decision.LEFT, f"Slurm ends the job, its state is {state}"
-    bad = None
-    if decision is Decision.RESTART and first.ending in BAD_NODE:
-        bad, remark = _spared(first.host)
+    bad, excluded = bad_node(first, records), None
+    if decision is Decision.RESTART and bad is not None:
+        excluded, remark = _without(bad)
         why += f"; {remark}"
     history.write(attempt.name, start_step, step, first, decision, why)
-    print(f"{decision}: {why} (rank {first.rank} on {first.host}: {first.ending.name}, {first.how})", flush=True)
+    print(f"{decision}: {why} (rank {first.rank} on {first.host}: {first.how})", flush=True)
     if decision is Decision.RESTART:
         time.sleep(config.delay if not first.ending.good else 0)
-        _requeue(bad)
+        _requeue(excluded)
 
 
 def _all_records(attempt: Attempt, ranks: int, patience: float) -> list[Record]:
@@ -182,13 +196,13 @@ def _all_records(attempt: Attempt, ranks: int, patience: float) -> list[Record]:
     while True:
         records = attempt.records()
         silent = set(range(ranks)) - {record.rank for record in records}
-        waiting = silent or any(record.last == "gone without a word" for record in records)
+        waiting = silent or any(record.last == SILENT for record in records)
         if not waiting or time.monotonic() >= late:
-            return records + [Record(rank, Exit.KILLED, -signal.SIGKILL, "never started", "?") for rank in silent]
+            return records + [Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host="?") for rank in silent]
         time.sleep(0.5)
 
 
-def _spared(host: str) -> tuple[str | None, str]:
+def _without(host: str) -> tuple[str | None, str]:
     """The nodes to exclude so that `host` gets no part of the next start, and a remark; None where too few are left."""
     job = os.environ["SLURM_JOB_ID"]
     listed = _ask("squeue", "-h", "-j", job, "-o", "%x").strip()
@@ -203,7 +217,7 @@ def _spared(host: str) -> tuple[str | None, str]:
 
 
 def _requeue(excluded: str | None) -> None:
-    """The job waits anew, with the same number. Nodes are excluded right after: of waiting jobs alone Slurm takes that."""
+    """The job waits anew, with its number. Nodes are excluded right after: Slurm takes that of waiting jobs alone."""
     job = os.environ["SLURM_JOB_ID"]
     said = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SLURM_SECONDS)
     if said.returncode:

@@ -7,7 +7,6 @@ after a failure that another start may mend.
 
 import os
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,12 +80,13 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
             history.write(f"local-{os.getpid()}", start_step, step, first, decision, why)
             if first.ending.good:
                 return 0
-            print(
-                f"error: rank {first.rank} failed ({first.how}); {decision}: {why}: {config.run.dir}", file=sys.stderr
-            )
-            if decision is not Decision.RESTART:
+            what = f"error: rank {first.rank} failed ({first.how})"
+            if decision is Decision.RESTART:
+                print(f"{what}; the run starts again: {why}", file=sys.stderr, flush=True)
+                requests.sleep(restart.delay)
+            if decision is not Decision.RESTART or requests.count:
+                print(f"{what}; the run stopped, {why}: {config.run.dir}", file=sys.stderr, flush=True)
                 return 1
-            time.sleep(restart.delay)
 
 
 def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:

@@ -1,8 +1,11 @@
 """Whether a run whose ranks have ended is started again, and RUN/restarts.jsonl, which tells why."""
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +19,6 @@ NEVER = {
     Exit.REFUSED: "the same settings would be refused again",
     Exit.DIVERGED: "the same steps would diverge again",
 }
-BAD_NODE = (Exit.DEVICE, Exit.HUNG, Exit.KILLED)  # what may be the node's fault
 
 
 @dataclass
@@ -45,11 +47,18 @@ class Decision(StrEnum):
 def cause(records: Iterable[Record]) -> Record:
     """The record that explains how all have ended: of those that failed, the first to do so on its own."""
 
-    def order(record: Record) -> tuple[int, float]:
+    def order(record: Record) -> tuple[int, bool, float]:
         innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
-        return innocent.index(record.ending) if record.ending in innocent else len(innocent), -record.time
+        guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
+        return guilt, not record.waits, -record.time
 
     return max(records, key=order)
+
+
+def bad_node(first: Record, records: Iterable[Record]) -> str | None:
+    """The host that may be at fault for that cause. Of a hang only where the ranks of all others wait for it."""
+    hung_alone = first.ending is Exit.HUNG and all(record.waits for record in records if record.host != first.host)
+    return first.host if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
 
 
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
@@ -85,7 +94,11 @@ class History:
             text = self.path.read_text()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        found = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def fruitless(self) -> int:
         """Failed starts without a newer checkpoint, in a row and up to now."""
@@ -107,11 +120,17 @@ class History:
             "rank": cause.rank,
             "host": cause.host,
             "how": cause.how,
+            "last": cause.last,
             "decision": decision,
             "why": why,
         }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "ab+") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def newest_step(run: Path) -> int:

@@ -6,12 +6,13 @@ line of a rank that has failed can be told.
 
 import ctypes
 import os
+import re
 import selectors
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -22,18 +23,23 @@ from pretrain.exits import Exit
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECONDS = 0.05
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
-KEPT_BYTES = 1 << 16  # of a rank's stderr
+KEPT_BYTES = 1 << 18  # of a rank's stderr
+INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # faulthandler's
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Record:
-    """How one rank has ended. `last`: the last line of its stderr; `time`: unix seconds."""
+    """How one rank has ended. code: as `subprocess` gives it; last: what it said last on stderr; time: unix seconds.
+
+    waits: it hung in a collective, so that the fault is another rank's.
+    """
 
     rank: int
     ending: Exit
     code: int
     last: str = ""
+    waits: bool = False
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
 
@@ -46,9 +52,12 @@ class Record:
 
     @property
     def how(self) -> str:
-        """In words: its exit code or signal, and its last line."""
-        way = f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
-        return f"{way}: {self.last}" if self.last else way
+        """In words."""
+        if self.ending is Exit.HUNG:
+            return f"hung in {self.last}"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return f"exit code {self.code}, {self.ending.name}"
 
 
 class StopRequests:
@@ -56,6 +65,12 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.count = 0
+
+    def sleep(self, seconds: float) -> None:
+        """Not so long if there is a request."""
+        until = time.monotonic() + seconds
+        while not self.count and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
 
     def __enter__(self) -> "StopRequests":
         self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
@@ -124,10 +139,15 @@ class _Rank:
         self.process.stderr.close()
         return code
 
-    @property
-    def last_line(self) -> str:
-        lines = self.said.decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+    def record(self, ending: Exit, code: int) -> Record:
+        said = self.said.decode(errors="replace")
+        if ending is Exit.HUNG:
+            stacks = INNERMOST.findall(said)
+            path, line, function = stacks[-1] if stacks else ("", "", "")
+            where = f"{function}, {path}:{line}" if stacks else "a state in which it cannot tell its stack"
+            return Record(self.rank, ending, code, where, waits="/torch/distributed/" in path)
+        lines = said.strip().splitlines()
+        return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
 
 
 class Supervisor:
@@ -158,7 +178,7 @@ class Supervisor:
         handed_on = 0
         while self._alive:
             self._look()
-            records += self._ended(lambda rank, code: Exit.of(code))
+            records += self._ended(Exit.of)
             if handed_on < self.requests.count:
                 handed_on = self.requests.count
                 self._send(signal.SIGTERM)
@@ -186,18 +206,19 @@ class Supervisor:
                 self._selector.unregister(key.fileobj)
         time.sleep(max(0.0, LOOK_SECONDS - (time.monotonic() - start)))
 
-    def _ended(self, ending: Callable[[_Rank, int], Exit]) -> Iterable[Record]:
+    def _ended(self, ending: Callable[[int], Exit]) -> Iterator[Record]:
         for rank in [rank for rank in self._alive if rank.over()]:
             self._alive.remove(rank)
             with suppress(KeyError):
                 self._selector.unregister(rank.stderr)
             code = rank.reap()
-            record = Record(rank.rank, ending(rank, code), code, rank.last_line)
+            record = rank.record(ending(code), code)
             self.record(record)
             yield record
 
-    def _end(self, failure: Exit) -> Iterable[Record]:
+    def _end(self, failure: Exit) -> Iterator[Record]:
         """All that are left. When one hangs, what the others were at is the better half of the story."""
+        ending = Exit.HUNG if failure is Exit.HUNG else Exit.ENDED
         if failure is Exit.HUNG:
             self._send(signal.SIGALRM)
             late = time.monotonic() + DUMP_SECONDS
@@ -207,7 +228,7 @@ class Supervisor:
             rank.kill()
         while self._alive:
             self._look()
-            yield from self._ended(lambda rank, code: Exit.ENDED)
+            yield from self._ended(lambda code: ending)
 
     def _send(self, number: int) -> None:
         for rank in self._alive:

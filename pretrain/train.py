@@ -94,14 +94,22 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
         hooks: list[Hook] = [*evaluations, Log(config.log.every, log)]
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
-        stops = [(Reason.REQUESTED, stop), (Reason.UNSAVED, manager.failed), *_deadlines(config, started, manager)]
+        stops: list[Stop] = [
+            (Reason.REQUESTED, stop),
+            (Reason.UNSAVED, manager.failed),
+            *_deadlines(config, started, manager),
+        ]
         loop, copied = config.train, manager.wait_for_copy
         trainer = Trainer(
             model, engine, matrix, loader, mesh, loop, config.optim, state, hooks, stops, copied, watchdog
         )
         try:
             for evaluate in evaluations:
-                evaluate.catch_up(trainer, log)
+                measured = evaluate.catch_up(trainer)
+                if measured:
+                    manager.save(state)  # it is there; now its loss is known
+                if measured and log is not None:
+                    log.complete(state.step, measured)
             reason = trainer.fit()
             watchdog.alive()
             saved = manager.save(state)

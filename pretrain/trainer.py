@@ -297,12 +297,10 @@ class Evaluate:
         if self._due(trainer):
             report.scalars |= self._measured(trainer)
 
-    def catch_up(self, trainer: Trainer, log: MetricsLog | None) -> None:
+    def catch_up(self, trainer: Trainer) -> dict[str, float]:
         """Before the first step of a run that is resumed: the evaluation that a stop has cut short, if one has."""
-        if trainer.state.step and trainer.state.val_loss is None and self._due(trainer):
-            measured = self._measured(trainer)
-            if measured and log is not None:
-                log.write({"step": trainer.state.step, **measured})
+        missing = trainer.state.step and trainer.state.val_loss is None and self._due(trainer)
+        return self._measured(trainer) if missing else {}
 
     def _due(self, trainer: Trainer) -> bool:
         step = trainer.state.step
@@ -315,8 +313,8 @@ class Evaluate:
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. Nothing if the
-        ranks must stop before the end.
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. Nothing where
+        the ranks must stop before the end.
 
         One all-reduce of three numbers, and one of one number a batch, besides the model's.
         """
