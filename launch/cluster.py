@@ -1,4 +1,4 @@
-"""What a job asks of a cluster, from conf/cluster/NAME.yaml; the script that asks it; and what Slurm says of the job."""
+"""What a job asks of a cluster, as in conf/cluster/NAME.yaml; how it is submitted; and what Slurm says of it."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,8 @@ ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
     *("DEADLINE", "REVOKED"),
 }
-TIME_FORMS = "minutes, 2:30:00, or 1-12:00:00 with days"
+TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
+CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
 OURS = {  # sbatch's keys that we or submitit write, and the setting to use instead
     "nodes": "cluster.nodes",
     "ntasks": "cluster.nodes and cluster.tasks_per_node",
@@ -46,13 +47,14 @@ OURS = {  # sbatch's keys that we or submitit write, and the setting to use inst
     "output": "run.dir",
     "error": "run.dir",
     "open-mode": "nothing: the log of a job that is requeued goes on",
-    "array": "--multirun",
+    "array": "--multirun, or cluster.tasks where a corpus is tokenised",
 }
 
 
 @dataclass
 class ClusterConfig:
     """nodes, gpus_per_node, cpus_per_task: how many. tasks_per_node: ranks of a node; null: one a GPU, or one.
+    tasks: jobs side by side, of tokenising alone.
     gpu: what GPU a node has, a name in launch/hardware.py; null where it has none. memory: of a node, such as 400G;
     0: all. time: Slurm's limit, such as 1-12:00:00. partition, account, qos, constraint, exclude: as for sbatch.
 
@@ -66,6 +68,7 @@ class ClusterConfig:
     gpus_per_node: int = 0
     gpu: str | None = None
     tasks_per_node: int | None = None
+    tasks: int = 1
     cpus_per_task: int = 1
     memory: str = "0"
     time: str = ""
@@ -84,7 +87,8 @@ class ClusterConfig:
     sbatch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("cpus_per_task", 1)):
+        leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "tasks": 1, "cpus_per_task": 1}
+        for key, least in leasts.items():
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ValueError(f"cluster.{key}={value} must be at least {least}")
@@ -101,7 +105,7 @@ class ClusterConfig:
         if not re.fullmatch(r"\d+[KMGT]?", self.memory):
             raise ValueError(f"cluster.memory={self.memory} must be a size such as 400G (0: all of a node's)")
         if not self.time:
-            raise ValueError(f"cluster.time is missing: the job's time limit, as {TIME_FORMS}")
+            raise ValueError(f"cluster.time is missing: give the job's limit, {TIME_FORM}")
         if not 0 <= self.warn_seconds < 60 * self.minutes:
             raise ValueError(
                 f"cluster.warn_seconds={self.warn_seconds} must be less than cluster.time={self.time}, and not negative"
@@ -134,15 +138,12 @@ class ClusterConfig:
 
     @property
     def minutes(self) -> int:
-        """Of `time`, rounded up as Slurm does. ValueError unless it is a time in one of Slurm's forms."""
-        form = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", self.time)
-        if form is None:
-            raise ValueError(f"cluster.time={self.time} must be a time: {TIME_FORMS}")
-        days, parts = int(form[1] or 0), [int(part) for part in form[2].split(":")]
-        units = [3600, 60, 1] if form[1] or len(parts) == 3 else [60, 1]  # days-hours:…, hours:…:…, else minutes:…
-        seconds = days * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+        """Of `time`, rounded up as Slurm does. ValueError unless it is one."""
+        form = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time)
+        numbers = [int(number or 0) for number in form.groups()] if form else [0] * 4
+        seconds = sum(number * unit for number, unit in zip(numbers, (86400, 3600, 60, 1), strict=True))
         if not seconds:
-            raise ValueError(f"cluster.time={self.time} must be more than nothing")
+            raise ValueError(f"cluster.time={self.time} must be {TIME_FORM}")
         return math.ceil(seconds / 60)
 
     def describe(self) -> str:
@@ -151,13 +152,13 @@ class ClusterConfig:
         return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{of}, at most {self.time}"
 
     def parameters(self, name: str, setup: list[str], mounts: list[Path]) -> dict[str, Any]:
-        """What submitit's executor is told. `setup` follows our own lines, `mounts` are what the job reads and writes."""
+        """What submitit's executor is told. `setup` comes after our lines; `mounts` is what the job needs."""
         threads = {"OMP_NUM_THREADS": str(self.cpus_per_task)}
         exports = [f"export {key}={shlex.quote(value)}" for key, value in (threads | self.environment).items()]
         further: dict[str, Any] = {"gres": f"gpu:{self.gpus_per_node}"} if self.gpus_per_node else {}
         further |= {"signal": f"USR1@{self.warn_seconds}", "requeue" if self.requeue else "no-requeue": True}
         further |= {_option(key): value for key, value in self.sbatch.items() if value not in (None, False)}
-        srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_task}"]  # which Slurm 22.05 no longer passes on
+        srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_task}"]  # srun 22.05 no longer inherits these
         if self.container is not None:
             everything = [*(f"{path}:{path}" for path in mounts), *self.mounts]
             srun += [f"--container-image={self.container}", f"--container-mounts={','.join(everything)}"]
@@ -191,6 +192,26 @@ def register() -> None:
     for key in ("environment", "sbatch"):
         OmegaConf.set_struct(node[key], False)  # they take keys that we do not know
     ConfigStore.instance().store(group="cluster/scheduler", name="slurm", node=node)
+
+
+def need_cluster(composed: Container[object]) -> None:
+    """ValueError where the command names no cluster."""
+    if "cluster" not in composed:
+        there = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
+        raise ValueError(f"+cluster=NAME is missing; there are {there}")
+
+
+def need_slurm(dry_run: bool) -> None:
+    """ValueError where jobs cannot be submitted."""
+    if not dry_run and shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not here: run this on a login node of a Slurm cluster, or with dry_run=true")
+
+
+def plain_path(key: str, path: str) -> Path:
+    """A folder in full: a job may have another current one. ValueError where Slurm would read it in its own way."""
+    if not re.fullmatch(r"[\w@+=./-]+", path, re.ASCII):
+        raise ValueError(f"{key}={path} must hold letters, digits and @+=./_- alone")
+    return Path(os.path.abspath(path))
 
 
 def submit(

@@ -75,6 +75,11 @@ class Snapshot:
         return target
 
 
+def import_from(code: Path) -> str:
+    """The line of a script that gives Python a snapshot's packages, and none of the current folder's."""
+    return f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+
+
 def git_says(root: Path) -> dict[str, bytes]:
     """The commit, and the difference of the working tree from it: what is not yet known to git is in the files."""
     try:
