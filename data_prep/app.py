@@ -243,17 +243,30 @@ def register() -> None:
 def run(composed: DictConfig) -> int:
     """The exit code of the whole program."""
     try:
-        if missing := OmegaConf.missing_keys(composed):
-            raise DataError(f"{', '.join(sorted(missing))} must be given")
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, TokenizeConfig)
-        refuse_unknown_keys(config)
+        return execute(config_of(composed))
+    except (DataError, OmegaConfBaseException) as error:
+        return fail(headline(error))
+
+
+def config_of(composed: DictConfig) -> TokenizeConfig:
+    """DataError or OmegaConf's own where it is not right."""
+    if missing := OmegaConf.missing_keys(composed):
+        raise DataError(f"{', '.join(sorted(missing))} must be given")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TokenizeConfig)
+    refuse_unknown_keys(config)
+    return config
+
+
+def execute(config: TokenizeConfig) -> int:
+    """Do what the settings say; the exit code."""
+    try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
         assert config.out is not None
         tokenize(config, Path(config.out))
         return 0
-    except (DataError, OmegaConfBaseException) as error:
+    except DataError as error:
         return fail(headline(error))
     except OSError as error:
         return fail(f"{error}; finished units are kept, and the same command does the rest")

@@ -82,7 +82,7 @@ def main() -> None:
         return
     try:
         if corpus.asked_for(composed[0][0]):
-            last = corpus.launch(composed[0][0])
+            last = corpus.launch([one for one, _ in composed])
             sys.exit(follow(last) if last else 0)
         sys.exit(launch(*composed))
     except (ValueError, OSError) as error:
@@ -252,7 +252,7 @@ def follow(job: submitit.Job[object]) -> int:
             said = now
             while time.monotonic() - asked < ASK_EVERY:
                 seen = show(job.paths.stdout, seen)
-                time.sleep(0.5)
+                time.sleep(min(0.5, ASK_EVERY))
     except KeyboardInterrupt:
         print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
         return EXIT_INTERRUPTED
