@@ -26,8 +26,9 @@ from .mesh import Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
-from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer, Watchdog
+from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
+from .watchdog import Watchdog
 
 MINUTES_OF_A_COLLECTIVE = 10  # at least; while steps are done, the watchdog is there before the process group
 

@@ -1,6 +1,5 @@
 """The loop: batches in, steps out, hooks after each step."""
 
-import faulthandler
 import math
 import re
 import signal
@@ -24,6 +23,7 @@ from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
 from .vocab import LookupTraffic
+from .watchdog import Watchdog
 
 
 @dataclass
@@ -172,29 +172,6 @@ class StopFlag:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
-
-
-class Watchdog:
-    """Ends this rank `seconds` after it was last said to be alive, with the stacks of all its threads on stderr.
-
-    The kernel's timer and faulthandler's handler do it, which need no Python: it works where the interpreter hangs.
-    A launcher that sends SIGALRM has the same.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __enter__(self) -> "Watchdog":
-        faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)  # then it does what it always does
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.unregister(signal.SIGALRM)
-
-    def alive(self) -> None:
-        """From the first call on, and until the next one, it watches; 0 seconds are for ever."""
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
 
 class Deadline:

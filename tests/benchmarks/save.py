@@ -33,8 +33,9 @@ from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.trainer import Trainer, Watchdog
+from pretrain.trainer import Trainer
 from pretrain.vocab import plan_lookup
+from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text
 from tests.pretrain.tiny import tiny_config

@@ -29,8 +29,9 @@ from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import GPT2Config, LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
-from pretrain.trainer import LoopConfig, Trainer, Watchdog
+from pretrain.trainer import LoopConfig, Trainer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
+from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.ranks import run_ranks
 
