@@ -35,6 +35,11 @@ system:
 	@command -v c++ >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq g++ >/dev/null; } \
 	  || echo "c++ is missing and cannot be installed here: the tests of compiled rivals will be skipped"
+	@{ command -v slurmctld && command -v slurmdbd && command -v munged && command -v mariadb-install-db; } >/dev/null \
+	  || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	     slurm-wlm slurmdbd munge mariadb-server-core mariadb-client-core >/dev/null; } \
+	  || echo "Slurm is missing and cannot be installed here: the tests on a real cluster will be skipped"
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

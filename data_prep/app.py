@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ from tqdm import tqdm
 
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
 from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
-from data_prep.encode import EncodeJob, UnitRecord, digest_of, encode_corpus, split_of
+from data_prep.encode import EncodeJob, Part, UnitRecord, digest_of, encode_corpus, split_of
 from data_prep.errors import DataError, headline
 from data_prep.output import Output
 from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest, verify
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
-from data_prep.tokenizer_spec import SPEC_FILE
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_FAULTS = 1
+PREPARE = "prepare"
 NAMES_SHOWN = 3
 
 
@@ -40,6 +41,7 @@ class TokenizeConfig:
     val_fraction: float = 0.02  # of the documents, by the hash of their text
     unit_mib: float = 16.0  # text in one work unit, hence in one token file
     workers: int = 0  # processes; 0: one a core
+    part: str | None = None  # K/N: units K, K + N, ... alone, without manifest; prepare: what comes before all parts
 
     def __post_init__(self) -> None:
         if (self.out is None) == (self.verify is None):
@@ -50,17 +52,23 @@ class TokenizeConfig:
             raise DataError(f"unit_mib={self.unit_mib} must be positive")
         if self.workers < 0:
             raise DataError(f"workers={self.workers} must be positive, or 0 for one a core")
+        if self.part not in (None, PREPARE):
+            Part.parse(self.part)
 
     @property
     def processes(self) -> int:
         return self.workers or len(os.sched_getaffinity(0))
 
     @property
+    def units(self) -> Part:
+        return Part() if self.part is None else Part.parse(self.part)
+
+    @property
     def unit_bytes(self) -> int:
         return max(1, int(self.unit_mib * 2**20))
 
     def settings(self) -> dict[str, Any]:
-        """What the output follows from, as JSON. The number of workers is not part of it."""
+        """What the output follows from, as JSON. Workers and parts are not in it."""
         config = {
             "tokenizer": self.tokenizer.describe(),
             "val_fraction": self.val_fraction,
@@ -84,32 +92,68 @@ class Tally:
         files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
         return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
 
+    def rate(self, seconds: float) -> str:
+        """For the end of a report; nothing where all units were there already."""
+        megabytes = sum(record.text_bytes for record in self.records if not record.kept) / 1e6
+        return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
+
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
-    """Tokenise the corpus into `out`; prints what it does. Raises DataError or OSError."""
-    trained = isinstance(config.tokenizer, BpeTokenizer)
-    output = Output(out, config.settings(), tokenizer_from_corpus=trained)
+    """Tokenise the corpus, or one part of it, into `out`; prints what it does. Raises DataError or OSError."""
+    output = output_of(config, out)
     if manifest := output.finished():
         print(f"already done, nothing changed: {summary(out, manifest)}")
-        return
-    ensure_documents(config.corpus)
-    tokenizer = tokenizer_for(config, out / TOKENIZER_FOLDER)
-    with output.started():
-        if not (out / TOKENIZER_FOLDER / SPEC_FILE).exists():
-            tokenizer.save(out / TOKENIZER_FOLDER)
+    elif config.part is None:
+        tokenize_all(config, output)
+    elif config.part == PREPARE:
+        with prepared(config, output):
+            print(f"prepared: {out}")
+    else:
+        tokenize_part(config, output)
+
+
+def output_of(config: TokenizeConfig, out: Path) -> Output:
+    return Output(out, config.settings(), tokenizer_from_corpus=isinstance(config.tokenizer, BpeTokenizer))
+
+
+def tokenize_all(config: TokenizeConfig, output: Output) -> None:
+    """Every unit that is not there yet, and the manifest."""
+    with prepared(config, output) as tokenizer:
         start = time.perf_counter()
-        tally = encode(config, out)
+        tally = encode(config, output.folder)
         manifest = tally.manifest(tokenizer, output.settings)
         warn_of(tally, manifest, config.val_fraction)
         output.finish(manifest)
-    megabytes = sum(record.text_bytes for record in tally.records if not record.kept) / 1e6
-    print(f"done: {summary(out, manifest)}, {megabytes / (time.perf_counter() - start):.1f} MB/s")
+    print(f"done: {summary(output.folder, manifest)}{tally.rate(time.perf_counter() - start)}")
 
 
-def tokenizer_for(config: TokenizeConfig, folder: Path) -> Tokenizer:
+def tokenize_part(config: TokenizeConfig, output: Output) -> None:
+    """The part's units alone. Parts run beside each other, on any machines that share the folder."""
+    with output.joined():
+        start = time.perf_counter()
+        tally = encode(config, output.folder)
+    done = sum(not record.kept for record in tally.records)
+    print(
+        f"part {config.part} of {output.folder}: {done} units done,"
+        f" {len(tally.records) - done} were there{tally.rate(time.perf_counter() - start)}"
+    )
+
+
+@contextmanager
+def prepared(config: TokenizeConfig, output: Output) -> Iterator[Tokenizer]:
+    """Hold the folder for this run alone, with its settings and its tokenizer in it."""
+    ensure_documents(config.corpus)
+    tokenizer = tokenizer_for(config, output)
+    with output.started():
+        if not output.has_tokenizer:
+            tokenizer.save(output.folder / TOKENIZER_FOLDER)
+        yield tokenizer
+
+
+def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
     """The tokenizer of the run that was cut off here, or a new one."""
-    if (folder / SPEC_FILE).exists():
-        return Tokenizer.load(folder)
+    if output.has_tokenizer:
+        return Tokenizer.load(output.folder / TOKENIZER_FOLDER)
     start = time.perf_counter()
     tokenizer = config.tokenizer.build(lambda: training_texts(config))
     if isinstance(config.tokenizer, BpeTokenizer):
@@ -134,12 +178,13 @@ def ensure_documents(corpus: CorpusConfig) -> None:
 
 
 def encode(config: TokenizeConfig, out: Path) -> Tally:
-    """All units, with a progress bar in bytes of text."""
+    """The units of this run or part, with a progress bar in bytes of text."""
     tally, tokens = Tally(), 0
     texts = config.corpus.documents(tally.skipped)
     job = EncodeJob(out, config.val_fraction)
-    records = encode_corpus(texts, job, config.unit_bytes, config.processes)
-    with progress_bar(config.corpus.text_bytes()) as bar:
+    records = encode_corpus(texts, job, config.unit_bytes, config.processes, config.units)
+    total = config.corpus.text_bytes()
+    with progress_bar(total and total // config.units.count) as bar:
         for record in records:
             tally.records.append(record)
             tokens += record.tokens
@@ -198,17 +243,30 @@ def register() -> None:
 def run(composed: DictConfig) -> int:
     """The exit code of the whole program."""
     try:
-        if missing := OmegaConf.missing_keys(composed):
-            raise DataError(f"{', '.join(sorted(missing))} must be given")
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, TokenizeConfig)
-        refuse_unknown_keys(config)
+        return execute(config_of(composed))
+    except (DataError, OmegaConfBaseException) as error:
+        return fail(headline(error))
+
+
+def config_of(composed: DictConfig) -> TokenizeConfig:
+    """DataError or OmegaConf's own where it is not right."""
+    if missing := OmegaConf.missing_keys(composed):
+        raise DataError(f"{', '.join(sorted(missing))} must be given")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TokenizeConfig)
+    refuse_unknown_keys(config)
+    return config
+
+
+def execute(config: TokenizeConfig) -> int:
+    """Do what the settings say; the exit code."""
+    try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
         assert config.out is not None
         tokenize(config, Path(config.out))
         return 0
-    except (DataError, OmegaConfBaseException) as error:
+    except DataError as error:
         return fail(headline(error))
     except OSError as error:
         return fail(f"{error}; finished units are kept, and the same command does the rest")

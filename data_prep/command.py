@@ -14,10 +14,10 @@ from data_prep.errors import headline
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
-def run_hydra(composed: Callable[[], Any]) -> None:
-    """Run a function under `hydra.main`; what Hydra finds wrong is one line."""
+def run_hydra(composed: Callable[[], Any], sweeps: bool = False) -> None:
+    """Run a function under `hydra.main`; what Hydra finds wrong is one line. sweeps: it is one for --multirun."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+    if not sweeps and {"-m", "--multirun"} & set(sys.argv[1:]):
         sys.exit(fail("--multirun is not for this program: a command makes one folder"))
     try:
         composed()

@@ -1,10 +1,11 @@
-"""Files that are on the disk whole, or not at all; and that one process has for itself."""
+"""Files that are on the disk whole, or not at all; and locks between processes, also of several machines."""
 
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import DataError
@@ -22,7 +23,8 @@ class DurableFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+        owner = f"{socket.gethostname()}-{os.getpid()}"  # two machines may write the same file at once
+        self.temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{owner}")
         self._stream = open(self.temporary, "wb", buffering=BUFFER_BYTES)  # noqa: SIM115
         self._hash = hashlib.sha256()
 
@@ -73,12 +75,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def exclusive(path: Path, busy: str) -> Iterator[None]:
+def exclusive(path: Path, busy: str) -> AbstractContextManager[None]:
     """Hold the lock file `path` for this process; it goes with the process. DataError(`busy`) if another one has it."""
-    with open(path, "w") as file:
+    return _locked(path, fcntl.LOCK_EX, busy)
+
+
+def shared(path: Path, busy: str) -> AbstractContextManager[None]:
+    """Hold the lock file `path` beside others that share it. DataError(`busy`) if one has it exclusively."""
+    return _locked(path, fcntl.LOCK_SH, busy)
+
+
+@contextmanager
+def _locked(path: Path, kind: int, busy: str) -> Iterator[None]:
+    with open(path, "a+") as file:  # NFS grants a shared lock on what is open for reading, the other for writing
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(busy) from None
         yield

@@ -4,7 +4,8 @@
         └ a worker each: encode, split, write train-KKKKK and val-KKKKK, then the unit's record, last
     a rerun: a unit whose record is there, for the same texts, is not done again
 
-What a unit holds follows from the corpus alone, so the files are the same bytes for any number of workers.
+What a unit holds follows from the corpus alone, so the files are the same bytes for any number of workers, and
+units may be done by several machines, each its own part of them.
 The parent hands over text; tokens never pass between processes.
 """
 
@@ -64,6 +65,25 @@ class EncodeJob:
     val_fraction: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """Every `count`-th unit, from `index` on; by default all."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From "K/N". DataError unless 0 <= K < N."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise DataError(f"part={text} must be K/N, 0 <= K < N")
+        return cls(int(index), int(count))
+
+    def has(self, unit: int) -> bool:
+        return unit % self.count == self.index
+
+
 def digest_of(data: bytes) -> bytes:
     return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
@@ -87,8 +107,10 @@ def units(texts: Iterable[str], unit_bytes: int) -> Iterator[list[str]]:
         yield unit
 
 
-def encode_corpus(texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers: int) -> Iterator[UnitRecord]:
-    """Encode every unit that is not done yet; yields each unit's record, in the order in which they are done.
+def encode_corpus(
+    texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers: int, part: Part
+) -> Iterator[UnitRecord]:
+    """Encode the part's units that are not done yet; yields each one's record, in the order in which they are done.
 
     Holds `workers` + 1 units of text. Raises DataError when a worker dies, OSError when it cannot write: what
     is finished stays, and the next run takes it over.
@@ -98,6 +120,8 @@ def encode_corpus(texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers
     running: set[Future[UnitRecord]] = set()
     try:
         for index, unit in enumerate(units(texts, unit_bytes)):
+            if not part.has(index):
+                continue
             if record := finished_unit(job, index, unit):
                 yield record
                 continue

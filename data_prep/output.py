@@ -1,7 +1,8 @@
 """The output folder of a run: absent, unfinished, or finished. Nothing that is in it is ever overwritten.
 
 While a run is under way, OUT/unfinished/ holds its settings, a lock and the units' records; when the manifest
-is written, it goes away.
+is written, it goes away. The lock keeps runs from getting in each other's way, parts of one run excepted. The
+files need it not: two that write the same unit write the same bytes, each under a temporary name of its own.
 """
 
 import json
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.durable import TEMPORARY_MARK, durable, exclusive, sync_folder
+from data_prep.durable import TEMPORARY_MARK, durable, exclusive, shared, sync_folder
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, check, with_suffix
+from data_prep.tokenizer_spec import SPEC_FILE
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = "lock"
@@ -54,10 +56,10 @@ class Output:
         When the block fails before any unit is done, the folder is left as it was found.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        with exclusive(self._unfinished / LOCK_FILE, f"another run is writing to {self.folder}"):
+        with exclusive(self._unfinished / LOCK_FILE, self._busy):
             if (self.folder / MANIFEST_FILE).exists():  # it came while this run made its tokenizer
                 shutil.rmtree(self._unfinished)
-                raise DataError(f"another run has just finished {self.folder}: give the same command again")
+                raise DataError(self._just_finished)
             for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
                 path.unlink()
             try:
@@ -67,6 +69,28 @@ class Output:
             except BaseException:
                 self._forget_if_empty()
                 raise
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Hold the folder beside other parts of the same run. DataError where it is not prepared for them.
+
+        Removes nothing: what is half written here may be another part's.
+        """
+        if not self.prepared:
+            raise DataError(f"out={self.folder} is not prepared for parts: part=prepare comes first")
+        with shared(self._unfinished / LOCK_FILE, self._busy):
+            if (self.folder / MANIFEST_FILE).exists():
+                raise DataError(self._just_finished)
+            yield
+
+    @property
+    def prepared(self) -> bool:
+        """Whether all that parts need is there: the settings and the tokenizer."""
+        return self._settings_path.exists() and self.has_tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.folder / TOKENIZER_FOLDER / SPEC_FILE).exists()  # written last
 
     def finish(self, manifest: Manifest) -> None:
         """Remove token files that are not the manifest's (the corpus shrank after a crash), then write it."""
@@ -100,6 +124,14 @@ class Output:
         except ValueError as error:
             raise DataError(f"{self._settings_path} is not JSON; delete {self.folder}") from error
         return there if self.tokenizer_from_corpus else {**there, "corpus": self.settings["corpus"]}
+
+    @property
+    def _busy(self) -> str:
+        return f"another run is writing to {self.folder}"
+
+    @property
+    def _just_finished(self) -> str:
+        return f"another run has just finished {self.folder}: give the same command again"
 
     @property
     def _unfinished(self) -> Path:

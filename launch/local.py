@@ -1,14 +1,12 @@
 #!/usr/bin/env python
 """Train on this machine: `python launch/local.py --help`.
 
-Composes the configuration once, checks it, freezes it to RUN/config.yaml and starts the ranks with torchrun.
+Composes the configuration once, checks it, freezes it to RUN/config.yaml, starts the ranks, and starts them again
+after a failure that another start may mend.
 """
 
-import logging
 import os
-import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,13 +14,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import hydra  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed.run as torchrun  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed import TCPStore  # noqa: E402
 
-from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
+from data_prep.command import fail, run_hydra  # noqa: E402
+from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
+from launch.supervisor import StopRequests, Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
 from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
@@ -31,6 +30,7 @@ from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
 def main() -> None:
     """Exits 0 when the run has got where it should, or was stopped and saved; 2 on a wrong setting; else 1."""
     configuration.register()
+    ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     run_hydra(_composed)
 
 
@@ -39,12 +39,13 @@ def _composed(composed: DictConfig) -> None:
     try:
         OmegaConf.set_struct(composed, False)
         nproc = ranks_here(composed.pop("nproc"))
+        restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         config = configuration.build(composed)
         corpus = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
                 configuration.freeze(config, corpus)
-            code = run_ranks(config, nproc)
+            code = run_ranks(config, nproc, restart)
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))
     if code == 0:
@@ -62,35 +63,44 @@ def ranks_here(nproc: object) -> int:
     return nproc or gpus or 1
 
 
-def run_ranks(config: TrainConfig, nproc: int) -> int:
-    """Runs the ranks to their end under torchrun; 0 if all went well.
+def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
+    """Runs the ranks to their end, and again where that is what the policy says; 0 if all went well in the end.
 
-    SIGTERM and SIGINT are handed to the ranks, which save and stop; torchrun's own handlers would kill them.
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
     """
-    arguments = ["--standalone", f"--nproc-per-node={nproc}", "--signals-to-handle=SIGHUP,SIGQUIT"]
-    arguments += ["-m", "pretrain.train", str(config.path)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    history, command = History(config.run_dir), [sys.executable, "-m", "pretrain.train", str(config.path)]
+    with StopRequests() as requests:
+        while True:
+            start_step, store = newest_step(config.run_dir), TCPStore("127.0.0.1", 0, is_master=True)
+            records = Supervisor(command, environments(nproc, store.port), requests).run()
+            first, step = cause(records), newest_step(config.run_dir)
+            decision, why = decide(first.ending, step > start_step, history.fruitless() + (step <= start_step), restart)
+            if decision is Decision.RESTART and (first.ending.good or requests.count):
+                decision, why = Decision.STOP, "stopped on request"
+            history.write(f"local-{os.getpid()}", start_step, step, first, decision, why)
+            if first.ending.good:
+                return 0
+            what = f"error: rank {first.rank} failed ({first.how})"
+            if decision is Decision.RESTART:
+                print(f"{what}; the run starts again: {why}", file=sys.stderr, flush=True)
+                requests.sleep(restart.delay)
+            if decision is not Decision.RESTART or requests.count:
+                print(f"{what}; the run stopped, {why}: {config.run.dir}", file=sys.stderr, flush=True)
+                return 1
 
-    def hand_on(number: int, frame: object) -> None:
-        ranks = psutil.Process().children()
-        if not ranks:
-            sys.exit(EXIT_INTERRUPTED)
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
-    try:
-        torchrun.run(torchrun.get_args_parser().parse_args(arguments))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        print(f"error: rank {rank} failed ({how}); the run stopped: {config.run.dir}", file=sys.stderr)
-        return 1
-    return 0
+def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
+    """What `pretrain.train` reads, for each rank. The store at that port is the launcher's, and outlives the ranks."""
+    given = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    given.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    return {rank: given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)}
 
 
 def farewell(config: TrainConfig) -> str:

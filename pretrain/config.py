@@ -26,7 +26,7 @@ from .model import GPT2Config
 from .monitor import LogConfig
 from .optim import OptimConfig
 from .trainer import EvalConfig, LoopConfig
-from .vocab import Machine, Parallel, VocabConfig, Workload, choose_parallel
+from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS = {"gpt2": GPT2Config}
@@ -132,7 +132,12 @@ def freeze(config: TrainConfig, corpus: Corpus) -> None:
     if corpus.tokenizer is not None:
         TokenizerSpec.load(corpus.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
     with durable(config.path) as file:
-        file.write(OmegaConf.to_yaml(asdict(config)).encode())
+        file.write(text(config).encode())
+
+
+def text(config: TrainConfig) -> str:
+    """What is frozen."""
+    return OmegaConf.to_yaml(asdict(config))
 
 
 @contextmanager
@@ -153,18 +158,18 @@ def load(path: Path) -> TrainConfig:
     return build(frozen)
 
 
-def check(config: TrainConfig, world: int, device_type: str) -> Corpus:
+def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None = None) -> Corpus:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
-    the checkpoint that would be resumed.
+    the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
     """
     config.train.check_world(world)
-    config.train.compute_dtype(device_type)
+    config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
     corpus = open_corpus(Path(config.data.path))
     rows = vocab_rows(config, corpus)
-    vocab_parallel(config, rows, world, world, device_type)
+    vocab_parallel(config, rows, world, world, device_type, bf16)
     try:
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
     except CheckpointError as error:
@@ -188,18 +193,25 @@ def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
     return rows
 
 
-def vocab_parallel(config: TrainConfig, rows: int, world: int, node: int, device_type: str) -> Parallel:
-    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. ValueError as `check`."""
-    train = config.train
-    work = Workload(
-        rows=rows,
+def vocab_parallel(
+    config: TrainConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
+) -> Parallel:
+    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check`."""
+    work = vocab_workload(config, rows, world, config.train.compute_dtype(device_type, bf16).itemsize)
+    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
+
+
+def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) -> Workload:
+    """What a rank's matrix has to do in a step, `itemsize` bytes to a number of the compute dtype."""
+    return Workload(
+        rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
         width=config.model.width,
         matrices=2 if config.vocab.tie == "untied" else 1,
-        tokens=train.micro_batch * config.seq_len,
-        micro_batches=train.global_batch // (train.micro_batch * world),
-        itemsize=train.compute_dtype(device_type).itemsize,
+        tokens=config.train.micro_batch * config.seq_len,
+        micro_batches=config.train.global_batch // (config.train.micro_batch * world),
+        itemsize=itemsize,
+        smoothing=config.vocab.label_smoothing > 0,
     )
-    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 
 def about(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:

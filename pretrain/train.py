@@ -7,52 +7,74 @@
 import os
 import sys
 import time
+import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import config as configuration
-from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, ModelState, TrainState
+from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .config import TrainConfig, hold
 from .data import BatchLoader, Corpus, Order, Windows, validation_batches
 from .engine import Engine
-from .mesh import Mesh, lost_peer, ranks, ranks_of_a_node
+from .exits import Exit
+from .mesh import Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
-from .trainer import Deadline, Evaluate, Hook, Log, Save, Stop, StopFlag, Trainer
+from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
+from .watchdog import Watchdog
+
+MINUTES_OF_A_COLLECTIVE = 10  # at least; while steps are done, the watchdog is there before the process group
 
 
 def main() -> None:
-    """Exits 0 when the run is where it was meant to get, or saved after SIGTERM or SIGINT; 1 with one line else."""
+    """Exits with an `Exit`; where that is neither FINISHED nor STOPPED, with a line on stderr, or a traceback."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    rank = os.environ.get("RANK", "0")
     try:
-        config = configuration.load(Path(sys.argv[1]))
-        with StopFlag() as stop, ranks() as device:
-            train(config, device, stop)
+        with StopFlag() as stop:
+            config = configuration.load(Path(sys.argv[1]))
+            timeout = max(timedelta(minutes=MINUTES_OF_A_COLLECTIVE), timedelta(seconds=config.train.hang_after))
+            with ranks(timeout) as device:
+                reason = train(config, device, stop)
+        sys.exit(Exit.STOPPED if reason is Reason.REQUESTED else Exit.FINISHED)
     except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {error}")
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, DamagedCheckpoint):
+            sys.exit(Exit.REFUSED)
+        sys.exit(Exit.UNSAVED if isinstance(error, CheckpointError) else Exit.DIVERGED)
+    except ValueError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(Exit.REFUSED)
+    except OSError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(Exit.CRASHED)
     except RuntimeError as error:
+        if device_error(error):
+            traceback.print_exc()
+            sys.exit(Exit.DEVICE)
         if not lost_peer(error):
             raise
-        sys.exit(f"rank {os.environ.get('RANK', 0)} has lost another rank, and stops")
+        print(f"rank {rank} has lost another rank, and stops", file=sys.stderr)
+        sys.exit(Exit.LOST_PEER)
 
 
-def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
-    """Trains to the end, or to where this launch stops, and saves there. Every rank calls it."""
+def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
+    """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
     corpus = configuration.check(config, world, device.type)
     rows = configuration.vocab_rows(config, corpus)
     parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device)
-    with hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext():
+    with Watchdog(config.train.hang_after) as watchdog, _held(config, mesh):
         engine, model, matrix = build_model(config, mesh, rows)
         manager = CheckpointManager(
             config.run_dir,
@@ -69,13 +91,28 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
         if mesh.rank == 0:
             _announce(config, corpus, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
-        hooks = _hooks(config, corpus, mesh, model.vocab.shard.vocab_size, log, manager)
-        stops: list[Stop] = [stop, manager.failed, *_deadlines(config, started, manager)]
+        evaluations = _evaluations(config, corpus, mesh, model.vocab.shard.vocab_size)
+        hooks: list[Hook] = [*evaluations, Log(config.log.every, log)]
+        if config.checkpoint.every:
+            hooks.append(Save(config.checkpoint.every, manager))
+        stops: list[Stop] = [
+            (Reason.REQUESTED, stop),
+            (Reason.UNSAVED, manager.failed),
+            *_deadlines(config, started, manager),
+        ]
+        loop, copied = config.train, manager.wait_for_copy
         trainer = Trainer(
-            model, engine, matrix, loader, mesh, config.train, config.optim, state, hooks, stops, manager.wait_for_copy
+            model, engine, matrix, loader, mesh, loop, config.optim, state, hooks, stops, copied, watchdog
         )
         try:
-            trainer.fit()
+            for evaluate in evaluations:
+                measured = evaluate.catch_up(trainer)
+                if measured:
+                    manager.save(state)  # it is there; now its loss is known
+                if measured and log is not None:
+                    log.complete(state.step, measured)
+            reason = trainer.fit()
+            watchdog.alive()
             saved = manager.save(state)
             manager.wait()
         finally:
@@ -84,8 +121,12 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> None:
             if log is not None:
                 log.close()
     if mesh.rank == 0:
-        early = state.step < config.train.last_step
-        print(f"{'stopped and saved' if early else 'saved'}: {saved}", flush=True)
+        print(f"{'stopped and saved' if reason else 'saved'}: {saved}", flush=True)
+    return reason
+
+
+def _held(config: TrainConfig, mesh: Mesh) -> AbstractContextManager[None]:
+    return hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext()
 
 
 def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, MatrixOptimizer]:
@@ -123,42 +164,37 @@ def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab: VocabParalle
     )
 
 
-def _hooks(
-    config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int, log: MetricsLog | None, manager: CheckpointManager
-) -> list[Hook]:
-    hooks: list[Hook] = []
+def _evaluations(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) -> list[Evaluate]:
+    """One, where there is something to evaluate on."""
     held_out = Windows(corpus.val, config.seq_len, masked=config.data.masked)
-    if len(held_out) and corpus.bytes_of_ids is not None:
-        batches = partial(
-            validation_batches,
-            held_out,
-            config.eval.max_windows,
-            batch=config.train.micro_batch,
-            rank=mesh.rank,
-            world=mesh.world,
-            vocab_size=vocab_size,
-            device=mesh.device,
-        )
-        bytes_of_ids_V = torch.from_numpy(corpus.bytes_of_ids).to(mesh.device)
-        hooks.append(Evaluate(config.eval, batches, bytes_of_ids_V))
-    hooks.append(Log(config.log.every, log))
-    if config.checkpoint.every:
-        hooks.append(Save(config.checkpoint.every, manager))
-    return hooks
+    if not len(held_out) or corpus.bytes_of_ids is None:
+        return []
+    batches = partial(
+        validation_batches,
+        held_out,
+        config.eval.max_windows,
+        batch=config.train.micro_batch,
+        rank=mesh.rank,
+        world=mesh.world,
+        vocab_size=vocab_size,
+        device=mesh.device,
+    )
+    return [Evaluate(config.eval, batches, torch.from_numpy(corpus.bytes_of_ids).to(mesh.device))]
 
 
 def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:
     """The run's own time limit, and that of its job: ROWSHARD_DEADLINE. ValueError where that is no unix time."""
     limits = []
     if config.train.time_limit_seconds is not None:
-        limits.append(started + config.train.time_limit_seconds)
+        limits.append((Reason.TIME_LIMIT, started + config.train.time_limit_seconds))
     given = os.environ.get("ROWSHARD_DEADLINE")
     if given:
         try:
-            limits.append(float(given))
+            limits.append((Reason.REQUESTED, float(given)))
         except ValueError:
             raise ValueError(f"ROWSHARD_DEADLINE={given} in the environment must be a unix time") from None
-    return [Deadline(limit, config.checkpoint.seconds_before_limit, lambda: manager.longest) for limit in limits]
+    reserve = config.checkpoint.seconds_before_limit
+    return [(reason, Deadline(limit, reserve, lambda: manager.longest)) for reason, limit in limits]
 
 
 def _announce(

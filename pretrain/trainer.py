@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import reduce
 from operator import add
 from types import FrameType
@@ -22,12 +23,16 @@ from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
 from .vocab import LookupTraffic
+from .watchdog import Watchdog
 
 
 @dataclass
 class LoopConfig:
     """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end). time_limit: stop and save
     before the ranks have run for so long, such as 4h or 1d12h30m (null: no limit).
+
+    hang_after: seconds without a finished step, evaluation batch or save after which a rank ends itself, its stacks on
+    stderr (0: never).
 
     seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks;
     micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
@@ -37,6 +42,7 @@ class LoopConfig:
     steps: int = 1000
     stop_after: int | None = None
     time_limit: str | None = None
+    hang_after: float = 1800.0
     seq_len: int | None = None
     global_batch: int = 32
     micro_batch: int = 4
@@ -50,17 +56,19 @@ class LoopConfig:
             raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
         if self.time_limit is not None and self.time_limit_seconds is None:
             raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
+        if not self.hang_after >= 0:
+            raise ValueError(f"train.hang_after={self.hang_after} must not be negative (0: never)")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
 
-    def compute_dtype(self, device_type: str) -> torch.dtype:
-        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it."""
-        native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if device_type == "cpu":
-            capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    def compute_dtype(self, device_type: str, bf16: bool | None = None) -> torch.dtype:
+        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it.
+
+        bf16: whether the device computes it natively; None: this machine's is asked.
+        """
+        native = bf16 if bf16 is not None else _computes_bf16(device_type)
         if self.precision == "bf16" and not native:
             raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
         return torch.bfloat16 if native and self.precision != "fp32" else torch.float32
@@ -85,6 +93,13 @@ class LoopConfig:
     def last_step(self) -> int:
         """Where this launch stops."""
         return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
+
+
+def _computes_bf16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
@@ -119,17 +134,33 @@ class Report:
 
 
 Hook = Callable[["Trainer", Report], None]
-Stop = Callable[[], bool]  # asked by each rank at each step edge: whether to stop there
+
+
+class Reason(IntEnum):
+    """Why all ranks stop; of several, the highest counts."""
+
+    NONE = 0
+    TIME_LIMIT = 1  # train.time_limit: this launch is where it was meant to get
+    REQUESTED = 2  # a signal, or the end of the job is near: to be gone on with
+    UNSAVED = 3  # a save in the background has failed
+
+
+Stop = tuple[Reason, Callable[[], bool]]  # asked by each rank at each step edge: whether there is that reason
 
 
 class StopFlag:
-    """Raised by SIGTERM and SIGINT while the context lasts. No more than that: a collective in a handler deadlocks."""
+    """Raised by a signal that asks to stop, while the context lasts. No more than that: a collective in a handler
+    deadlocks. A launcher may have blocked the signals: one that came before the context is seen as soon as it begins.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.raised = False
 
     def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._raise) for number in self.SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,19 +206,32 @@ class Trainer:
         hooks: list[Hook],
         stops: list[Stop],
         before_update: Callable[[], None],
+        watchdog: Watchdog,
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
         self.loop, self.optim, self.state, self.hooks, self.stops = loop, optim, state, hooks, stops
         self.before_update = before_update  # a save may still be reading what an update changes
+        self.watchdog, self.reason = watchdog, Reason.NONE
 
-    def fit(self) -> None:
-        """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop."""
-        while self.state.step < self.loop.last_step and not self._agree_to_stop():
+    def fit(self) -> Reason:
+        """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop, and gives it."""
+        while self.state.step < self.loop.last_step and not self.must_stop():
             start = time.monotonic()
             report = self.train_step(next(self.batches))
             report.seconds = time.monotonic() - start
             for hook in self.hooks:
                 hook(self, report)
+        return self.reason
+
+    def must_stop(self) -> bool:
+        """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number; a sign of life."""
+        self.watchdog.alive()
+        if not self.reason:
+            mine = max([reason for reason, stop in self.stops if stop()], default=Reason.NONE)
+            agreed = torch.tensor(int(mine), device=self.mesh.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            self.reason = Reason(int(agreed))
+        return self.reason is not Reason.NONE
 
     def train_step(self, batch: Batch) -> Report:
         """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
@@ -215,10 +259,6 @@ class Trainer:
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
         return Report(self.state.step, loss, norm, lr, targets, lookups)
 
-    def _agree_to_stop(self) -> bool:
-        """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number."""
-        return self._sum(sum([stop() for stop in self.stops])) > 0
-
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, device=self.mesh.device)
         dist.all_reduce(total)
@@ -232,20 +272,34 @@ class Evaluate:
         self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
-        due = self.config.every and report.step % self.config.every == 0
-        if due or report.step == trainer.loop.steps:
-            measured = self.measure(trainer)
-            report.scalars |= measured
-            trainer.state.val_loss = measured["val_loss"]
+        if self._due(trainer):
+            report.scalars |= self._measured(trainer)
+
+    def catch_up(self, trainer: Trainer) -> dict[str, float]:
+        """Before the first step of a run that is resumed: the evaluation that a stop has cut short, if one has."""
+        missing = trainer.state.step and trainer.state.val_loss is None and self._due(trainer)
+        return self._measured(trainer) if missing else {}
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.state.step
+        return step == trainer.loop.steps or bool(self.config.every and step % self.config.every == 0)
+
+    def _measured(self, trainer: Trainer) -> dict[str, float]:
+        measured = self.measure(trainer)
+        trainer.state.val_loss = measured.get("val_loss")
+        return measured
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored.
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. Nothing where
+        the ranks must stop before the end.
 
-        One all-reduce of three numbers besides the model's.
+        One all-reduce of three numbers, and one of one number a batch, besides the model's.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=trainer.mesh.device)
         for micro in self.batches():
+            if trainer.must_stop():
+                return {}
             out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
             text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
             sums += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
@@ -255,7 +309,9 @@ class Evaluate:
 
 
 class Log:
-    """Every few steps, on the last one, and whenever another hook has measured something. Rank 0 holds the log."""
+    """Every few steps, on the last one, and whenever another hook has measured something, or a stop kept it from that.
+    Rank 0 holds the log.
+    """
 
     def __init__(self, every: int, log: MetricsLog | None) -> None:
         self.every, self.log = every, log
@@ -264,7 +320,8 @@ class Log:
     def __call__(self, trainer: Trainer, report: Report) -> None:
         self.tokens += report.tokens
         self.seconds += report.seconds
-        if report.step % self.every and not report.scalars and report.step != trainer.loop.last_step:
+        last = report.step == trainer.loop.last_step or trainer.reason is not Reason.NONE
+        if report.step % self.every and not report.scalars and not last:
             return
         dist.all_reduce(report.loss)
         scalars = {

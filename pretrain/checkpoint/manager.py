@@ -102,6 +102,7 @@ class CheckpointManager:
         start = time.monotonic()
         final = self.folder / f"step-{state.step:08d}"
         if self._as_seen_by_first_rank(lambda: _is_sound(final)):
+            self._on_first_rank(lambda: _complete(final, state.val_loss))
             return final
         tensors = self.model.tensors()
         manifest = {
@@ -266,6 +267,13 @@ def _is_sound(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _complete(folder: Path, val_loss: float | None) -> None:
+    """The checkpoint was saved before the evaluation at its step, which a stop had cut short."""
+    manifest = read_manifest(folder)
+    if manifest.get("val_loss") is None and val_loss is not None:
+        write_manifest(folder, manifest | {"val_loss": val_loss})
 
 
 def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -1,13 +1,17 @@
-"""Scalars of a run: `RUN/metrics.jsonl`, TensorBoard, and a line on the terminal. Rank 0 only."""
+"""What a run tells: scalars in `RUN/metrics.jsonl`, in TensorBoard, and on the terminal; its restarts. Rank 0 only."""
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.durable import durable
+
+from ..exits import RESTARTS_FILE
 
 
 @dataclass
@@ -31,10 +35,30 @@ class MetricsLog:
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (held until close)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if config.tensorboard else None
         self._first_step, self._started = step, time.monotonic()
+        self._tell_restarts(run / RESTARTS_FILE, step)
 
     def write(self, scalars: dict[str, float]) -> None:
         """`scalars` has "step", and whatever else was measured there."""
         self._file.write(json.dumps(scalars) + "\n")
+        self._show(scalars)
+
+    def complete(self, step: int, scalars: dict[str, float]) -> None:
+        """Adds to the last line, that of `step`, what a stop kept from it."""
+        *before, last = self.path.read_bytes().splitlines(keepends=True) or [b""]
+        if _step_of(last) != step:
+            before, last = [*before, last], json.dumps({"step": step}).encode()
+        self._file.close()
+        with durable(self.path) as file:
+            file.write(b"".join(before) + json.dumps(json.loads(last) | scalars).encode() + b"\n")
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self._show({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _show(self, scalars: dict[str, float]) -> None:
         step = int(scalars["step"])
         if self._board is not None:
             for name, value in scalars.items():
@@ -42,10 +66,18 @@ class MetricsLog:
                     self._board.add_scalar(TAGS.get(name, name), value, step)
         print(self._line(step, scalars), flush=True)
 
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def _tell_restarts(self, path: Path, step: int) -> None:
+        """All starts before this one, as one table: whoever opens TensorBoard sees why the run stood still."""
+        if self._board is None or not path.exists():
+            return
+        rows = ["| start | ended | at step | how | then |", "| --: | --- | --: | --- | --- |"]
+        for line in path.read_text().splitlines():
+            with suppress(ValueError, KeyError):  # cut short by a kill
+                end = json.loads(line)
+                when = datetime.fromtimestamp(end["time"]).isoformat(" ", "seconds")
+                how = f"{end['class']}, rank {end['rank']} on {end['host']}: {end['how']}"
+                rows.append(f"| {end['attempt']} | {when} | {end['step']} | {how} | {end['decision']}: {end['why']} |")
+        self._board.add_text("restarts", "\n".join(rows), step)
 
     def _line(self, step: int, scalars: dict[str, float]) -> str:
         seconds_a_step = (time.monotonic() - self._started) / max(1, step - self._first_step)

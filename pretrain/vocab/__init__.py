@@ -3,7 +3,7 @@
 from .embedding import VocabConfig, VocabParallelEmbedding
 from .lookup import LookupPlan, LookupTraffic, plan_lookup, vocab_parallel_lookup
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
-from .parallel import Machine, Parallel, Workload, choose_parallel
+from .parallel import Machine, Parallel, Transfer, Workload, choose_parallel
 from .readout import check_sampling, sample
 from .shard import VocabShard, seeded_normal, stable_seed
 
@@ -12,6 +12,7 @@ __all__ = [
     "LookupTraffic",
     "Machine",
     "Parallel",
+    "Transfer",
     "VocabConfig",
     "VocabLoss",
     "VocabParallelEmbedding",

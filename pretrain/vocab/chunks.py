@@ -31,6 +31,14 @@ def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: 
     return tokens if tokens < ROUND else tokens // ROUND * ROUND
 
 
+def chunk_size(longest: int, ranks: int, budget: int) -> int:
+    """Tokens of each rank in a chunk, where ranks bring up to `longest`: even chunks of whole tiles."""
+    most = max(1, budget // ranks)
+    even = -(-longest // max(1, -(-longest // most)))
+    whole = max(1, ROUND // ranks)
+    return min(most, -(-even // whole) * whole)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """m tokens of the group in rank order: c of each rank that brings its own, padded where a rank has fewer."""
@@ -53,11 +61,7 @@ class Chunks:
         self.longest = traffic.longest(N, hidden_ND.device) if longest is None else longest
         if self.longest < N:
             raise ValueError(f"longest={longest} must be at least the {N} tokens of this rank")
-        most = max(1, budget // traffic.ranks)
-        count = -(-self.longest // most)
-        even = -(-self.longest // max(1, count))
-        whole = max(1, ROUND // traffic.ranks)
-        self.size = min(most, -(-even // whole) * whole)
+        self.size = chunk_size(self.longest, traffic.ranks, budget)
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,8 @@ An estimate of one step for each size p of the axis. With more ranks a rank hold
 group's tokens have to meet all of them:
 
     matmuls    6·N·V·D a micro-batch, whatever p is
-    tokens     (p-1)·N·D hidden states out and gradients back, a micro-batch; behind the matmuls on a GPU
+    tokens     (p-1)·N·D hidden states out and gradients back, and (p-1)·N·3p statistics, a micro-batch; behind the
+               matmuls on a GPU
     lookup     (p-1)/p of the distinct rows, about N/3, out and their gradients back, a micro-batch
     replicas   all-reduce of the gradient of V·D/p, once a step, where there are several copies
     rows       AdamW on V·D/p once a step, its compute copy and its gradient once a micro-batch
@@ -16,8 +17,12 @@ group has fewer of them than there are rows, M < V. It is shown beside the other
 import math
 from dataclasses import dataclass
 
+from .shard import VocabShard
+
 DISTINCT = 1 / 3  # of the ids in text
-GRADIENT = 4  # bytes: fp32
+GRADIENT = STATISTIC = 4  # bytes: fp32
+ID = 8  # bytes: int64
+STATISTICS = 3  # a token and shard: max, sum, and the target's logit; label smoothing needs one more
 STATES = 16  # bytes held for each number: main weight, gradient, two moments
 UPDATE, TOUCH = 28, 14  # bytes read and written for each: AdamW, and compute copy and gradient of a micro-batch
 SLOWER = 1.05  # memory decides between sizes that are no slower than this
@@ -27,8 +32,8 @@ WORTH_A_WORD = 256 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """rows: V. width: D. matrices: 1 tied, 2 untied. tokens: N, of a rank and micro-batch. micro_batches: a rank's in a
-    step. itemsize: of the compute dtype.
+    """rows: V, padding included. width: D. matrices: 1 tied, 2 untied. tokens: N, of a rank and micro-batch.
+    micro_batches: a rank's in a step. itemsize: of the compute dtype. smoothing: whether labels are smoothed.
     """
 
     rows: int
@@ -37,6 +42,34 @@ class Workload:
     tokens: int
     micro_batches: int
     itemsize: int
+    smoothing: bool = False
+
+    def rows_of_a_rank(self, p: int) -> int:
+        """v, with p ranks to a copy."""
+        return VocabShard.of(0, p, self.rows, multiple=1).rows_per_rank
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The collectives of one purpose in a step, of one kind, over the `ranks` of an axis (vocab, dp or world).
+
+    given: bytes that a rank hands to all the calls; to an all-to-all, those for others.
+    """
+
+    purpose: str
+    kind: str
+    axis: str
+    ranks: int
+    calls: int
+    given: int
+    formula: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends, its own part never counted."""
+        others = self.ranks - 1
+        times = {"all-gather": others, "reduce-scatter": others / self.ranks, "all-reduce": 2 * others / self.ranks}
+        return times.get(self.kind, 1) * self.given
 
 
 @dataclass(frozen=True)
@@ -105,18 +138,53 @@ def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
     return Parallel(chosen.ranks, f"{why}\n{_table(list(sizes.values()), weights_gathered(work, machine), chosen)}")
 
 
+def transfers(
+    p: int, work: Workload, world: int, chunks: int = 1, lookup: tuple[int, int] | None = None
+) -> list[Transfer]:
+    """What the matrix moves in a step, with p ranks to a copy and each micro-batch's loss in that many chunks.
+
+    lookup: rows that a rank sends to others for their lookups of a step, and that it gets; None: as in text.
+    """
+    N, D, v, repeats = work.tokens, work.width, work.rows_of_a_rank(p), work.micro_batches
+    moved: list[Transfer] = []
+
+    def add(purpose: str, kind: str, calls: int, given: int, formula: str, axis: str = "vocab", ranks: int = p) -> None:
+        if ranks > 1:
+            moved.append(Transfer(purpose, kind, axis, ranks, calls, given, formula))
+
+    mean = round(repeats * DISTINCT * N * (p - 1) / p)
+    rows_sent, rows_got = lookup or (mean, mean)
+    add("rows looked up", "all-to-all", repeats, rows_sent * D * work.itemsize, "(p-1)/p · distinct ids · D · item")
+    add("looked-up rows' gradients", "all-to-all", repeats, rows_got * D * GRADIENT, "(p-1)/p · distinct ids · D · 4")
+    add("targets", "all-gather", repeats, repeats * N * ID, "N · 8")
+    add("hidden states", "all-gather", repeats * chunks, repeats * N * D * work.itemsize, "N · D · item")
+    statistics = STATISTICS + work.smoothing
+    given = repeats * statistics * p * N * STATISTIC
+    add("softmax statistics", "all-gather", repeats * chunks, given, f"{statistics} · p·N · 4")
+    add("hidden states' gradients", "reduce-scatter", repeats * chunks, repeats * p * N * D * GRADIENT, "p·N · D · 4")
+    add(
+        "replicas' gradients",
+        "all-reduce",
+        work.matrices,
+        work.matrices * v * D * GRADIENT,
+        "v · D · 4 a matrix",
+        axis="dp",
+        ranks=world // p,
+    )
+    return moved
+
+
 def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
     """One step with p ranks to a copy."""
-    copies = machine.world // p
     fits = p <= machine.node and machine.node % p == 0  # or a group lies on several nodes
     inside = machine.near if fits else machine.far
     outside = machine.near if machine.world <= machine.node else machine.far
-    numbers = work.rows * work.width / p * work.matrices
-    a_token = work.width * (work.itemsize + GRADIENT)
+    numbers = work.rows_of_a_rank(p) * work.width * work.matrices
 
-    tokens = work.micro_batches * (p - 1) * work.tokens * a_token
-    lookup = work.micro_batches * (p - 1) / p * DISTINCT * work.tokens * a_token
-    replicas = 2 * (copies - 1) / copies * numbers * GRADIENT
+    moved = transfers(p, work, machine.world)
+    lookup = sum(one.sent for one in moved if one.kind == "all-to-all")
+    replicas = sum(one.sent for one in moved if one.axis == "dp")
+    tokens = sum(one.sent for one in moved) - lookup - replicas
     matmuls = _matmuls(work, machine)
     head = max(matmuls, tokens / inside) if machine.overlaps else matmuls + tokens / inside
     rows = numbers * (UPDATE + TOUCH * work.micro_batches) / machine.memory

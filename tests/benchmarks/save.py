@@ -35,6 +35,7 @@ from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.trainer import Trainer
 from pretrain.vocab import plan_lookup
+from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text
 from tests.pretrain.tiny import tiny_config
@@ -106,6 +107,7 @@ class Run:
             [],
             [],
             self.wait_for_copies,
+            Watchdog(0),
         )
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)

@@ -31,6 +31,7 @@ from pretrain.model import GPT2Config, LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
 from pretrain.trainer import LoopConfig, Trainer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
+from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.ranks import run_ranks
 
@@ -110,6 +111,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
         [],
         [],
         lambda: None,
+        Watchdog(0),
     )
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 

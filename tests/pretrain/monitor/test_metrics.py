@@ -50,6 +50,36 @@ def test_tensorboard_shows_each_step_once(tmp_path):
         assert points == truth
 
 
+@pytest.mark.parametrize("logged", [True, False], ids=["with its loss", "without"])
+def test_what_a_stop_kept_from_the_last_step_is_added_to_it(tmp_path, logged):
+    write(tmp_path, 0, range(1, 6), 1.0)
+    log = MetricsLog(tmp_path, LogConfig(), 5 if logged else 6, 100)
+    log.complete(5 if logged else 6, {"val_loss": 2.5})
+    log.write({"step": 7, "loss": 0.5})
+    log.close()
+    lines = objects(tmp_path)
+    assert [line["step"] for line in lines] == ([1, 2, 3, 4, 5, 7] if logged else [1, 2, 3, 4, 5, 6, 7])
+    assert lines[-2]["val_loss"] == 2.5 and ("loss" in lines[-2]) == logged and lines[0]["loss"] == math.pi
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/loss")] == [(lines[-2]["step"], 2.5)]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 7]
+
+
+def test_the_restarts_are_told_in_tensorboard(tmp_path):
+    """Each start tells of all before it."""
+    write(tmp_path, 0, range(1, 6), 1.0)
+    end = {"time": 0.0, "attempt": 1, "job": "7-0", "from": -1, "step": 3, "class": "KILLED", "rank": 1, "host": "n2"}
+    end |= {"how": "killed by SIGKILL", "last": "", "decision": "restart", "why": "n2 is excluded"}
+    (tmp_path / "restarts.jsonl").write_text(json.dumps(end) + '\n{"time": 1, "att')
+    write(tmp_path, 3, range(4, 7), 1.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("restarts/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert event.step == 3
+    *_, row = text.decode().splitlines()
+    assert "KILLED, rank 1 on n2: killed by SIGKILL | restart: n2 is excluded |" in row
+
+
 def test_the_line_on_the_terminal(tmp_path, capsys):
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 1000)
     log.write({"step": 10, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.25, "tokens": 5000, "tokens_per_s": 12345.6})

@@ -1,0 +1,287 @@
+"""What a job asks of a cluster, as in conf/cluster/NAME.yaml; how it is submitted; and what Slurm says of it."""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from launch.hardware import HARDWARE
+
+ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
+    *("DEADLINE", "REVOKED"),
+}
+TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
+CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
+OURS = {  # sbatch's keys that we or submitit write, and the setting to use instead
+    "nodes": "cluster.nodes",
+    "ntasks": "cluster.nodes and cluster.tasks_per_node",
+    "ntasks-per-node": "cluster.tasks_per_node",
+    "cpus-per-task": "cluster.cpus_per_task",
+    "mem": "cluster.memory",
+    "time": "cluster.time",
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "exclude": "cluster.exclude",
+    "signal": "cluster.warn_seconds",
+    "requeue": "cluster.requeue",
+    "no-requeue": "cluster.requeue",
+    "export": "cluster.environment",
+    "job-name": "run.dir",
+    "output": "run.dir",
+    "error": "run.dir",
+    "open-mode": "nothing: the log of a job that is requeued goes on",
+    "array": "--multirun, or cluster.tasks where a corpus is tokenised",
+}
+
+
+@dataclass
+class ClusterConfig:
+    """nodes, gpus_per_node, cpus_per_task: how many. tasks_per_node: ranks of a node; null: one a GPU, or one.
+    tasks: jobs side by side, of tokenising alone.
+    gpu: what GPU a node has, a name in launch/hardware.py; null where it has none. memory: of a node, such as 400G;
+    0: all. time: Slurm's limit, such as 1-12:00:00. partition, account, qos, constraint, exclude: as for sbatch.
+
+    container: an image for Slurm's --container-image (pyxis); mounts: what it sees besides the run and the data, as
+    FROM:TO. python: the command that is Python in a task; null: this one, or python3 in a container.
+    setup: lines of the job's script. environment: variables of every rank. warn_seconds: how long before its time
+    limit the job is told to save. requeue: whether it may go on by itself. sbatch: further keys of sbatch.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    gpu: str | None = None
+    tasks_per_node: int | None = None
+    tasks: int = 1
+    cpus_per_task: int = 1
+    memory: str = "0"
+    time: str = ""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    container: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    python: str | None = None
+    setup: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    warn_seconds: int = 120
+    requeue: bool = True
+    sbatch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "tasks": 1, "cpus_per_task": 1}
+        for key, least in leasts.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"cluster.{key}={value} must be at least {least}")
+        gpus = [name for name, hardware in HARDWARE.items() if hardware.device == "cuda"]
+        if self.gpus_per_node and self.gpu not in gpus:
+            raise ValueError(f"cluster.gpu={self.gpu} must be one of {', '.join(gpus)}: cluster.gpus_per_node is not 0")
+        if not self.gpus_per_node and self.gpu is not None:
+            raise ValueError(f"cluster.gpu={self.gpu} must be null: cluster.gpus_per_node=0")
+        if self.gpus_per_node and self.ranks_of_a_node > self.gpus_per_node:
+            raise ValueError(
+                f"cluster.tasks_per_node={self.tasks_per_node} must not exceed"
+                f" cluster.gpus_per_node={self.gpus_per_node}"
+            )
+        if not re.fullmatch(r"\d+[KMGT]?", self.memory):
+            raise ValueError(f"cluster.memory={self.memory} must be a size such as 400G (0: all of a node's)")
+        if not self.time:
+            raise ValueError(f"cluster.time is missing: give the job's limit, {TIME_FORM}")
+        if not 0 <= self.warn_seconds < 60 * self.minutes:
+            raise ValueError(
+                f"cluster.warn_seconds={self.warn_seconds} must be less than cluster.time={self.time}, and not negative"
+            )
+        for key in ("partition", "account", "qos", "constraint", "exclude", "container", "python"):
+            if getattr(self, key) == "":
+                raise ValueError(f"cluster.{key}= must not be empty (null: none)")
+        if self.mounts and self.container is None:
+            raise ValueError(f"cluster.mounts={self.mounts} are of a container: name it with cluster.container")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"cluster.environment.{name} is no name of a variable")
+        for key in map(_option, self.sbatch):
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                raise ValueError(f"cluster.sbatch.{key} is no option of sbatch")
+            if key in OURS:
+                raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OURS[key]}")
+
+    @property
+    def ranks_of_a_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_of_a_node
+
+    @property
+    def device_type(self) -> str:
+        return "cuda" if self.gpus_per_node else "cpu"
+
+    @property
+    def minutes(self) -> int:
+        """Of `time`, rounded up as Slurm does. ValueError unless it is one."""
+        form = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time)
+        numbers = [int(number or 0) for number in form.groups()] if form else [0] * 4
+        seconds = sum(number * unit for number, unit in zip(numbers, (86400, 3600, 60, 1), strict=True))
+        if not seconds:
+            raise ValueError(f"cluster.time={self.time} must be {TIME_FORM}")
+        return math.ceil(seconds / 60)
+
+    def describe(self) -> str:
+        each = f"{self.ranks_of_a_node} ranks" if self.ranks_of_a_node > 1 else "1 rank"
+        of = f" on {self.gpu}" if self.gpu else ""
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{of}, at most {self.time}"
+
+    def parameters(self, name: str, setup: list[str], mounts: list[Path]) -> dict[str, Any]:
+        """What submitit's executor is told. `setup` comes after our lines; `mounts` is what the job needs."""
+        threads = {"OMP_NUM_THREADS": str(self.cpus_per_task)}
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in (threads | self.environment).items()]
+        further: dict[str, Any] = {"gres": f"gpu:{self.gpus_per_node}"} if self.gpus_per_node else {}
+        further |= {"signal": f"USR1@{self.warn_seconds}", "requeue" if self.requeue else "no-requeue": True}
+        further |= {_option(key): value for key, value in self.sbatch.items() if value not in (None, False)}
+        srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_task}"]  # srun 22.05 no longer inherits these
+        if self.container is not None:
+            everything = [*(f"{path}:{path}" for path in mounts), *self.mounts]
+            srun += [f"--container-image={self.container}", f"--container-mounts={','.join(everything)}"]
+        return {
+            "job_name": name,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.ranks_of_a_node,
+            "cpus_per_task": self.cpus_per_task,
+            "mem": self.memory,
+            "time": self.minutes,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+            "setup": [*self.setup, *exports, *setup],
+            "srun_args": srun,
+            "stderr_to_stdout": True,
+            "wckey": None,  # submitit's own would be refused where keys are checked
+            "additional_parameters": further,
+        }
+
+    @property
+    def task_python(self) -> str:
+        return self.python or ("python3" if self.container else shlex.quote(sys.executable))
+
+
+def register() -> None:
+    """Tells Hydra the dataclass behind conf/cluster/*.yaml."""
+    node = OmegaConf.structured(ClusterConfig)
+    for key in ("environment", "sbatch"):
+        OmegaConf.set_struct(node[key], False)  # they take keys that we do not know
+    ConfigStore.instance().store(group="cluster/scheduler", name="slurm", node=node)
+
+
+def need_cluster(composed: Container[object]) -> None:
+    """ValueError where the command names no cluster."""
+    if "cluster" not in composed:
+        there = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
+        raise ValueError(f"+cluster=NAME is missing; there are {there}")
+
+
+def need_slurm(dry_run: bool) -> None:
+    """ValueError where jobs cannot be submitted."""
+    if not dry_run and shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not here: run this on a login node of a Slurm cluster, or with dry_run=true")
+
+
+def plain_path(key: str, path: str) -> Path:
+    """A folder in full: a job may have another current one. ValueError where Slurm would read it in its own way."""
+    if not re.fullmatch(r"[\w@+=./-]+", path, re.ASCII):
+        raise ValueError(f"{key}={path} must hold letters, digits and @+=./_- alone")
+    return Path(os.path.abspath(path))
+
+
+def submit(
+    folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]
+) -> list[submitit.Job[object]]:
+    """Hands one job to Slurm, or several as one array. ValueError with sbatch's own words where it refuses."""
+    executor = submitit.SlurmExecutor(folder, python=python)
+    executor.update_parameters(**parameters)
+    try:
+        return executor.submit_array(calls)
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
+        raise ValueError(said[-1] if said else str(error)) from error
+
+
+def script(folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]) -> str:
+    """What `submit` would hand to sbatch, to the letter. Needs no Slurm, and leaves nothing behind."""
+    with _rehearsal() as scratch:
+        job, *_ = submit(scratch, python, parameters, calls)
+        return job.paths.submission_file.read_text().replace(str(scratch), str(folder))
+
+
+@contextmanager
+def _rehearsal() -> Iterator[Path]:
+    """A folder for submitit, while an `srun` and an `sbatch` that do nothing stand before those of the system."""
+    with tempfile.TemporaryDirectory(prefix="rowshard-") as scratch:
+        for command in ("srun", "sbatch"):
+            path = Path(scratch, command)
+            path.write_text("#!/bin/sh\necho Submitted batch job 1\n")
+            path.chmod(0o700)
+        before = os.environ["PATH"]
+        os.environ["PATH"] = os.pathsep.join([scratch, before])
+        try:
+            yield Path(scratch, "slurm")
+        finally:
+            os.environ["PATH"] = before
+
+
+def state(job: str) -> str | None:
+    """squeue's word for a job; None for one that Slurm has forgotten. OSError where Slurm does not answer."""
+    done = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T")
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise OSError(f"squeue does not say what job {job} does: {done.stderr.strip() or done.returncode}")
+    return done.stdout.split()[0] if done.stdout.strip() else None
+
+
+def alive(job: str) -> bool:
+    """Whether a job waits, runs, or is about to."""
+    now = state(job)
+    return now is not None and now not in ENDED
+
+
+def exit_code(job: str) -> int | None:
+    """Of a job that has ended: 0 if it was completed, its own code, or 128 + the signal; None if nobody knows."""
+    done = _ask("scontrol", "--oneliner", "show", "job", job)
+    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
+    if found is None and shutil.which("sacct"):
+        done = _ask("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
+        found = re.search(r"(\w+).*\|(\d+):(\d+)", done.stdout)
+    if found is None:
+        return None
+    state, code, signal = found[1], int(found[2]), int(found[3])
+    if state == "COMPLETED":
+        return 0
+    return code or (128 + signal if signal else 1)
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _option(key: object) -> str:
+    return str(key).replace("_", "-")

@@ -1,0 +1,215 @@
+"""Tokenising on a Slurm cluster: `python launch/slurm.py --config-name tokenize +cluster=cpu cluster.tasks=16 …`.
+
+    prepare    one job     the tokenizer, where it is trained from the corpus and not there yet
+      └ parts    an array    of cluster.tasks jobs: each its own part of the units
+          └ manifest  one job     whatever is still missing, and the manifest
+
+Each is a job of its own, so a lost node costs its part alone. The last one waits for all parts to end, well or not:
+where all went well it finds every unit done, else it does the rest itself. The parts need the preparation to end well,
+for without a tokenizer there is no work; what waits for a job that failed so is taken off the queue. All of them may be
+requeued or submitted again at any time: what is finished is not done twice, and the bytes are those of a plain run.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from data_prep import app
+from data_prep.app import PREPARE, TokenizeConfig
+from data_prep.durable import durable
+from data_prep.errors import DataError
+from data_prep.tokenizer import BpeTokenizer
+from launch import cluster as slurm
+from launch.cluster import ClusterConfig
+from launch.snapshot import Snapshot, import_from
+
+PARTS, MANIFEST = "parts", "manifest"  # the steps' names, beside PREPARE
+CODE, JOB_FILE = "code", "job.json"
+
+
+@dataclass
+class CorpusConfig(TokenizeConfig):
+    """What the command says: a corpus to tokenise, where, and what becomes of the jobs."""
+
+    cluster: ClusterConfig = MISSING
+    dry_run: bool = False
+    tail: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verify is not None or self.part is not None:
+            raise DataError("verify= and part= are for data_prep/tokenize.py: here the jobs' parts are cluster.tasks")
+        if self.cluster.ranks != 1:
+            raise DataError(
+                f"cluster.nodes={self.cluster.nodes} × {self.cluster.ranks_of_a_node} tasks must be 1 × 1:"
+                " what runs side by side is cluster.tasks"
+            )
+
+    @property
+    def here(self) -> Path:
+        """The folder to write, in full."""
+        assert self.out is not None
+        return slurm.plain_path("out", self.out)
+
+    @property
+    def jobs(self) -> Path:
+        """Logs and code, beside the folder to write: that one holds the same bytes whoever made it."""
+        return self.here.with_name(f"{self.here.name}.slurm")
+
+    def tokenizing(self) -> TokenizeConfig:
+        """What a job does, but for its part."""
+        known = {item.name: getattr(self, item.name) for item in fields(TokenizeConfig)}
+        workers = self.workers or self.cluster.cpus_per_task
+        return replace(TokenizeConfig(**known), out=str(self.here), workers=workers)
+
+
+@dataclass(frozen=True)
+class CorpusTask:
+    """Called in a job: tokenises, in the folder where the command was given, and exits as the program does."""
+
+    config: TokenizeConfig
+    folder: str
+
+    def __call__(self) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the time limit comes near: what is finished is kept anyway
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would go on until it is killed
+        os.chdir(self.folder)
+        sys.exit(app.execute(self.config))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One submission: its tasks, and which steps must have ended before it, and how."""
+
+    name: str
+    parts: list[str | None]
+    after: Mapping[str, str] = field(default_factory=dict)
+
+    def dependency(self, jobs: Mapping[str, str]) -> dict[str, Any]:
+        """For sbatch, by the ids of the steps that were submitted."""
+        waits = [f"{how}:{jobs[name]}" for name, how in self.after.items() if name in jobs]
+        return {"dependency": ",".join(waits), "kill-on-invalid-dep": "yes"} if waits else {}
+
+
+def register() -> None:
+    """Tells Hydra that, here, conf/tokenize.yaml has the keys of CorpusConfig."""
+    app.register()
+    ConfigStore.instance().store(name="tokenize_schema", node=CorpusConfig)
+
+
+def asked_for(composed: DictConfig) -> bool:
+    """Whether the configuration that was composed is this one."""
+    return OmegaConf.get_type(composed) is CorpusConfig
+
+
+def launch(composed: list[DictConfig]) -> submitit.Job[object] | None:
+    """Submits the jobs, or prints their scripts; the last one, if `tail` is for following it.
+
+    ValueError: key, value, rule.
+    """
+    if len(composed) > 1:
+        raise ValueError("--multirun is not for tokenising: a command makes one folder")
+    slurm.need_cluster(composed[0])
+    config = app.config_of(composed[0])
+    assert isinstance(config, CorpusConfig)
+    slurm.need_slurm(config.dry_run)
+    output = app.output_of(config, config.here)
+    if output.finished():
+        app.tokenize(config, config.here)  # says so
+        return None
+    steps, snapshot = steps_of(config, output.prepared), Snapshot.take()
+    if config.dry_run:
+        names = {step.name: step.name.upper() for step in steps}  # in place of numbers that are not known
+        print(*(slurm.script(*job_of(config, step, names, snapshot)) for step in steps), sep="\n")
+        return None
+    refuse_if_held(config)
+    if steps[0].name == PARTS:
+        app.tokenize(replace(config.tokenizing(), part=PREPARE), config.here)
+    snapshot.save(config.jobs / CODE)
+    jobs = submit(config, steps, snapshot)
+    print(farewell(config, jobs), flush=True)
+    last = jobs[MANIFEST][0]
+    with durable(config.jobs / JOB_FILE) as file:
+        file.write(json.dumps({"job": last.job_id}).encode() + b"\n")
+    return last if config.tail else None
+
+
+def steps_of(config: CorpusConfig, prepared: bool) -> list[Step]:
+    """What is to be submitted, in order. One task needs no parts.
+
+    A tokenizer that is not trained is prepared here and not by a job: to download it takes a network.
+    """
+    count = config.cluster.tasks
+    last = Step(MANIFEST, [None], {PREPARE: "afterok", PARTS: "afterany"})
+    if count == 1:
+        return [last]
+    parts = Step(PARTS, [f"{index}/{count}" for index in range(count)], {PREPARE: "afterok"})
+    if prepared or not isinstance(config.tokenizer, BpeTokenizer):
+        return [parts, last]
+    return [Step(PREPARE, [PREPARE]), parts, last]
+
+
+def job_of(
+    config: CorpusConfig, step: Step, jobs: Mapping[str, str], snapshot: Snapshot
+) -> tuple[Path, str, dict[str, Any], list[CorpusTask]]:
+    """A step as `slurm.submit` takes it, given the ids of those before it."""
+    here = Path.cwd()
+    name, mounts = f"{config.here.name}-{step.name}", [config.here.parent, here]
+    parameters = config.cluster.parameters(name, [import_from(config.jobs / CODE / snapshot.name)], mounts)
+    parameters["additional_parameters"] |= step.dependency(jobs)
+    tasks = [CorpusTask(replace(config.tokenizing(), part=part), str(here)) for part in step.parts]
+    return config.jobs, config.cluster.task_python, parameters, tasks
+
+
+def submit(config: CorpusConfig, steps: list[Step], snapshot: Snapshot) -> dict[str, list[submitit.Job[object]]]:
+    """All steps or none: when one is refused, those before it are cancelled."""
+    jobs: dict[str, list[submitit.Job[object]]] = {}
+    try:
+        for step in steps:
+            jobs[step.name] = slurm.submit(*job_of(config, step, ids_of(jobs), snapshot))
+    except BaseException:
+        for job in chain.from_iterable(jobs.values()):
+            job.cancel(check=False)
+        raise
+    return jobs
+
+
+def ids_of(jobs: Mapping[str, list[submitit.Job[object]]]) -> dict[str, str]:
+    """An array has one id for all its tasks."""
+    return {name: each[0].job_id.split("_")[0] for name, each in jobs.items()}
+
+
+def refuse_if_held(config: CorpusConfig) -> None:
+    """ValueError while the jobs of an earlier command have not ended: of those the last waits for all others."""
+    try:
+        job = json.loads((config.jobs / JOB_FILE).read_text())["job"]
+    except FileNotFoundError:
+        return
+    if slurm.alive(job):
+        raise ValueError(
+            f"out={config.out} is held by job {job} and those it waits for: cancel them, or wait for its end"
+        )
+
+
+def farewell(config: CorpusConfig, jobs: Mapping[str, list[submitit.Job[object]]]) -> str:
+    ids = ids_of(jobs)
+    each = f"{config.cluster.cpus_per_task} cores, at most {config.cluster.time}"
+    return "\n".join(
+        [
+            f"out: {config.here}",
+            *(f"{name}: job {job} ({len(jobs[name])} × {each})" for name, job in ids.items()),
+            f"logs: {config.jobs}",
+            f"state: squeue -j {','.join(ids.values())}",
+            f"cancel: scancel {' '.join(ids.values())}",
+        ]
+    )

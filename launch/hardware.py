@@ -1,0 +1,47 @@
+"""What a GPU, or a CPU core, and its links can do, by name. Peaks are the makers' figures; a plan counts on half."""
+
+from dataclasses import dataclass
+
+from pretrain.vocab import Machine
+
+GB = 10**9
+GIB = 2**30
+ATTAINED = 0.5  # of every peak; good for comparing, not measured
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Of one rank. device: torch's name of its type. memory: bytes; reserved: those of the driver, NCCL's buffers and
+    the allocator's gaps. bf16: whether it computes that natively. flops: peak of its matmuls, in bf16 and in fp32.
+    bandwidth: of its memory; near, far: of its links within a node and to other nodes, one way; bytes/s.
+    """
+
+    device: str
+    memory: int
+    reserved: int
+    bf16: bool
+    flops_bf16: float
+    flops_fp32: float
+    bandwidth: float
+    near: float
+    far: float
+
+    def machine(self, world: int, node: int, itemsize: int) -> Machine:
+        """What can be counted on, for `world` ranks, `node` of them on each node."""
+        return Machine(
+            world,
+            node,
+            flops=ATTAINED * (self.flops_bf16 if itemsize == 2 else self.flops_fp32),
+            memory=ATTAINED * self.bandwidth,
+            near=ATTAINED * self.near,
+            far=ATTAINED * self.far,
+            overlaps=self.device == "cuda",
+        )
+
+
+HARDWARE = {
+    "a100-80gb": Hardware("cuda", 79 * GIB, 3 * GIB, True, 312e12, 19.5e12, 2039 * GB, 300 * GB, 25 * GB),
+    "h100": Hardware("cuda", 79 * GIB, 3 * GIB, True, 989e12, 67e12, 3350 * GB, 450 * GB, 50 * GB),
+    "h200": Hardware("cuda", 140 * GIB, 3 * GIB, True, 989e12, 67e12, 4800 * GB, 450 * GB, 50 * GB),
+    "cpu": Hardware("cpu", 16 * GIB, GIB, True, 2e11, 1e11, 10 * GB, 2 * GB, 2 * GB),  # a core with AVX-512 bf16
+}

@@ -1,0 +1,249 @@
+"""What runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
+
+`srun` starts `SlurmRank` once a rank (submitit carries it there). Supervisors tell each other of failures in
+RUN/attempts/<job>-<restart>/ on the shared file system. When all have ended, whatever the reason, the batch script
+calls `python -m launch.job close RUN` on the first node, which has Slurm requeue the job or not.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import durable
+from pretrain.exits import Exit
+
+from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
+from .supervisor import Record, StopRequests, Supervisor
+
+__all__ = ["RestartConfig", "SlurmRank", "close"]
+
+SLURM_SECONDS = 60  # for one answer of Slurm's
+RECORD_SECONDS = 20  # for the ranks of a job that Slurm is ending to leave their records
+SILENT = "gone without a word"
+FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
+
+
+@dataclass
+class SlurmRank:
+    """One rank of a job, called in the task that srun has started for it. Never returns: exits 0 when the rank has
+    finished, or was stopped and saved; a task that exits otherwise has srun end all others.
+    """
+
+    config_path: str
+    restart: RestartConfig
+
+    def __call__(self) -> None:
+        run = Path(self.config_path).parent
+        rank = int(os.environ["SLURM_PROCID"])
+        attempt = Attempt.of_job(run)
+        with StopRequests() as requests:
+            if rank == 0:
+                attempt.begin(self.restart)
+            attempt.join(rank)
+            supervisor = Supervisor(
+                [sys.executable, "-m", "pretrain.train", self.config_path],
+                {rank: os.environ | rendezvous()},
+                requests,
+                record=attempt.record,
+                elsewhere=attempt.failure,
+            )
+            (record,) = supervisor.run()
+        sys.exit(0 if record.ending.good else record.code if record.code > 0 else 1)
+
+
+class Attempt:
+    """One start of the run's ranks, as its supervisors tell each other of it in a folder of its own."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.run, self.name, self.folder = run, name, run / "attempts" / name
+
+    @classmethod
+    def of_job(cls, run: Path) -> "Attempt":
+        """Each requeue of a job is a start of its own."""
+        return cls(run, f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}")
+
+    def begin(self, restart: RestartConfig) -> None:
+        """The first rank's part: what the run had when the attempt began, and how to decide at its end."""
+        self._tell_of_lost_ones()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"]), "restart": asdict(restart)}
+        _write(self.folder / "attempt.json", facts)
+
+    def join(self, rank: int) -> None:
+        """Until the rank has a record of its own, it has gone without a word."""
+        self._keep(Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT))
+
+    def record(self, record: Record) -> None:
+        self._keep(record)
+        if not record.ending.good:
+            with suppress(OSError):  # another one was first, or the disk is full: then srun ends the others
+                (self.folder / "failed").symlink_to(record.ending.name)
+
+    def failure(self) -> Exit | None:
+        """How the first rank that has failed did so."""
+        try:
+            return Exit[os.readlink(self.folder / "failed")]
+        except OSError:
+            return None
+
+    def records(self) -> list[Record]:
+        return [Record.of_dict(json.loads(path.read_text())) for path in sorted(self.folder.glob("rank-*.json"))]
+
+    def begun(self) -> tuple[int, int, RestartConfig]:
+        """The newest step at the beginning, the number of ranks, and the settings."""
+        facts = json.loads((self.folder / "attempt.json").read_text())
+        return facts["step"], facts["ranks"], RestartConfig(**facts["restart"])
+
+    def _tell_of_lost_ones(self) -> None:
+        """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
+        history = History(self.run)
+        told = {line["job"] for line in history.lines()}
+        for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
+            other = Attempt(self.run, path.parent.name)
+            if other.name not in told and other.name != self.name and other.records():
+                why = "its end was not seen: a node was lost, or Slurm preempted it"
+                first = cause(other.records())
+                history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
+
+    def _keep(self, record: Record) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict())
+        except OSError as error:
+            print(f"warning: cannot tell how rank {record.rank} has ended: {error}", file=sys.stderr, flush=True)
+
+
+def rendezvous() -> dict[str, str]:
+    """What `pretrain.train` reads from its environment, out of Slurm's."""
+    job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    found = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_of_this_node()),
+        "MASTER_ADDR": hosts(os.environ["SLURM_JOB_NODELIST"])[0],
+        "MASTER_PORT": str(FIRST_PORT + (job * 31 + restarts) % PORTS),
+    }
+    end = job_end()
+    return found | ({"ROWSHARD_DEADLINE": str(end)} if end is not None else {})
+
+
+def _tasks_of_this_node() -> int:
+    """Out of a list such as 4(x2),3 of all nodes."""
+    given = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ["SLURM_TASKS_PER_NODE"]
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", given):
+        counts += [int(tasks)] * int(times or 1)
+    return counts[int(os.environ["SLURM_NODEID"])]
+
+
+def job_end() -> float | None:
+    """When Slurm ends the job, in unix time; None where it has no limit. Old Slurms do not say so by themselves."""
+    given = os.environ.get("SLURM_JOB_END_TIME")
+    if given:
+        return float(given)
+    with suppress(ValueError):
+        return datetime.fromisoformat(_ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e")).timestamp()
+    return None
+
+
+def hosts(nodes: str) -> list[str]:
+    """The names in a list such as n[1-3]."""
+    return _ask("scontrol", "show", "hostnames", nodes).split()
+
+
+def close(run: Path) -> None:
+    """Decides what comes after the attempt of this job that has just ended, writes it down, and does it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue itself ends the batch script
+    attempt, history, job = Attempt.of_job(run), History(run), os.environ["SLURM_JOB_ID"]
+    try:
+        start_step, ranks, config = attempt.begun()
+    except FileNotFoundError:
+        print("the ranks of this job have not started: it is not requeued", file=sys.stderr)
+        return
+    state, end = _ask("squeue", "-h", "-j", job, "-o", "%T"), job_end()
+    ended_by_slurm = state != "RUNNING" and (end is None or time.time() < end)
+    records = _all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS)
+    first = cause(records)
+    step = newest_step(run)
+    fruitless = history.fruitless() + (step <= start_step)
+    decision, why = decide(first.ending, step > start_step, fruitless, config)
+    if ended_by_slurm and decision is not Decision.DONE:
+        decision, why = Decision.LEFT, f"Slurm ends the job, its state is {state}"
+    bad, excluded = bad_node(first, records), None
+    if decision is Decision.RESTART and bad is not None:
+        excluded, remark = _without(bad)
+        why += f"; {remark}"
+    history.write(attempt.name, start_step, step, first, decision, why)
+    print(f"{decision}: {why} (rank {first.rank} on {first.host}: {first.how})", flush=True)
+    if decision is Decision.RESTART:
+        time.sleep(config.delay if not first.ending.good else 0)
+        _requeue(excluded)
+
+
+def _all_records(attempt: Attempt, ranks: int, patience: float) -> list[Record]:
+    """Of all ranks, where need be after a while; a rank whose task has not come so far has gone without a word."""
+    late = time.monotonic() + patience
+    while True:
+        records = attempt.records()
+        silent = set(range(ranks)) - {record.rank for record in records}
+        waiting = silent or any(record.last == SILENT for record in records)
+        if not waiting or time.monotonic() >= late:
+            return records + [Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host="?") for rank in silent]
+        time.sleep(0.5)
+
+
+def _without(host: str) -> tuple[str | None, str]:
+    """The nodes to exclude so that `host` gets no part of the next start, and a remark; None where too few are left."""
+    job = os.environ["SLURM_JOB_ID"]
+    listed = _ask("squeue", "-h", "-j", job, "-o", "%x").strip()
+    excluded = set(hosts(listed)) if listed and listed != "(null)" else set()
+    excluded.add(host)
+    up = _ask("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %t").splitlines()
+    usable = {line.split()[0] for line in up if re.match(r"(idle|mix|alloc|comp|resv|plnd)", line.split()[1])}
+    needed = int(os.environ["SLURM_JOB_NUM_NODES"])
+    if len(usable - excluded) < needed:
+        return None, f"{host} is not excluded: without it there are too few nodes"
+    return ",".join(sorted(excluded)), f"{host} is excluded"
+
+
+def _requeue(excluded: str | None) -> None:
+    """The job waits anew, with its number. Nodes are excluded right after: Slurm takes that of waiting jobs alone."""
+    job = os.environ["SLURM_JOB_ID"]
+    said = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SLURM_SECONDS)
+    if said.returncode:
+        print(f"error: Slurm does not requeue the job: {said.stderr.strip()}", file=sys.stderr, flush=True)
+    elif excluded:
+        print(_ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}"), flush=True)
+
+
+def _ask(*command: str) -> str:
+    """What one of Slurm's commands says; nothing where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return ""
+    if done.returncode:
+        print(f"warning: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+    return done.stdout.strip()
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    with durable(path) as file:
+        file.write(json.dumps(facts).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "close":
+        sys.exit("usage: python -m launch.job close RUN")
+    close(Path(sys.argv[2]))

@@ -1,0 +1,139 @@
+"""Whether a run whose ranks have ended is started again, and RUN/restarts.jsonl, which tells why."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pretrain.exits import RESTARTS_FILE, Exit
+
+from .supervisor import Record
+
+NEVER = {
+    Exit.REFUSED: "the same settings would be refused again",
+    Exit.DIVERGED: "the same steps would diverge again",
+}
+
+
+@dataclass
+class RestartConfig:
+    """without_progress: so many starts in a row may fail without a newer checkpoint, then the run is given up; 0: a run
+    that has failed is never started again. delay: seconds before it is.
+    """
+
+    without_progress: int = 3
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("without_progress", "delay"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"restart.{key}={getattr(self, key)} must not be negative")
+
+
+class Decision(StrEnum):
+    DONE = "done"
+    RESTART = "restart"
+    STOP = "stop"  # on this machine, as asked
+    GIVE_UP = "give up"
+    LEFT = "left to Slurm"  # which is ending the job: it was cancelled, or Slurm starts it again by itself
+
+
+def cause(records: Iterable[Record]) -> Record:
+    """The record that explains how all have ended: of those that failed, the first to do so on its own."""
+
+    def order(record: Record) -> tuple[int, bool, float]:
+        innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
+        guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
+        return guilt, not record.waits, -record.time
+
+    return max(records, key=order)
+
+
+def bad_node(first: Record, records: Iterable[Record]) -> str | None:
+    """The host that may be at fault for that cause. Of a hang only where the ranks of all others wait for it."""
+    hung_alone = first.ending is Exit.HUNG and all(record.waits for record in records if record.host != first.host)
+    return first.host if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
+
+
+def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
+    """What to do after a start that has ended so, and why.
+
+    progress: whether there is a newer checkpoint than at its beginning; fruitless: failed starts without, in a row and
+    up to this one.
+    """
+    if ending is Exit.FINISHED:
+        return Decision.DONE, "where it was meant to get"
+    if ending is Exit.STOPPED:
+        return Decision.RESTART, "stopped on request, and saved"
+    if ending in NEVER:
+        return Decision.GIVE_UP, NEVER[ending]
+    if config.without_progress == 0:
+        return Decision.GIVE_UP, "restart.without_progress=0"
+    if progress:
+        return Decision.RESTART, "there is a newer checkpoint than at its start"
+    if fruitless < config.without_progress:
+        return Decision.RESTART, f"start {fruitless} of {config.without_progress} without a newer checkpoint"
+    return Decision.GIVE_UP, f"{fruitless} starts in a row without a newer checkpoint"
+
+
+class History:
+    """RUN/restarts.jsonl: an object for every start that has ended."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / RESTARTS_FILE
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Oldest first. A line that a kill cut short is none."""
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def fruitless(self) -> int:
+        """Failed starts without a newer checkpoint, in a row and up to now."""
+        count = 0
+        for line in reversed(self.lines()):
+            if line["decision"] in (Decision.DONE, Decision.STOP, Decision.GIVE_UP) or line["step"] > line["from"]:
+                break
+            count += not Exit[line["class"]].good and line["decision"] == Decision.RESTART
+        return count
+
+    def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> None:
+        line = {
+            "time": time.time(),
+            "attempt": len(self.lines()) + 1,
+            "job": job,
+            "from": start_step,
+            "step": step,
+            "class": cause.ending.name,
+            "rank": cause.rank,
+            "host": cause.host,
+            "how": cause.how,
+            "last": cause.last,
+            "decision": decision,
+            "why": why,
+        }
+        try:
+            with open(self.path, "ab+") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def newest_step(run: Path) -> int:
+    """Of the newest finished checkpoint, -1 where there is none. Reads no checkpoint: that is the ranks' part."""
+    steps = [path.parent.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*/manifest.json")]
+    return max((int(step) for step in steps if step.isdecimal()), default=-1)

@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+"""Train on a Slurm cluster: `python launch/slurm.py --help`.
+
+Composes the configuration once, checks it for the cluster's ranks, freezes it and the code into the run, and submits
+one job, or a sweep as one array. What runs in the job is launch/job.py.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+import submitit  # noqa: E402
+import torch  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
+from data_prep.durable import durable  # noqa: E402
+from launch import cluster as slurm  # noqa: E402
+from launch import corpus  # noqa: E402
+from launch.cluster import ClusterConfig  # noqa: E402
+from launch.hardware import HARDWARE  # noqa: E402
+from launch.job import RestartConfig, SlurmRank  # noqa: E402
+from launch.snapshot import Snapshot, import_from  # noqa: E402
+from pretrain import config as configuration  # noqa: E402
+from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
+from pretrain.data import Corpus  # noqa: E402
+
+JOB_FILE = "job.json"  # of a run: the job that was submitted last
+ASK_EVERY = 5.0  # seconds, for the state of a job that is followed
+FORGOTTEN = "forgotten"
+
+
+@dataclass
+class LaunchConfig:
+    """What the command says besides the training."""
+
+    cluster: ClusterConfig = MISSING
+    restart: RestartConfig = field(default_factory=RestartConfig)
+    dry_run: bool = False
+    tail: bool = False
+
+
+@dataclass
+class Run:
+    """One training of the command."""
+
+    config: TrainConfig
+    corpus: Corpus
+
+    @property
+    def dir(self) -> Path:
+        return self.config.run_dir
+
+
+def main() -> None:
+    """Exits 0 once submitted, with `tail` as the job does, 2 on a wrong setting."""
+    configuration.register()
+    slurm.register()
+    corpus.register()
+    ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
+    composed = compose()
+    if not composed:  # --help and the like
+        return
+    try:
+        if corpus.asked_for(composed[0][0]):
+            last = corpus.launch([one for one, _ in composed])
+            sys.exit(follow(last) if last else 0)
+        sys.exit(launch(*composed))
+    except (ValueError, OSError) as error:
+        sys.exit(fail(str(error)))
+
+
+def compose() -> list[tuple[DictConfig, list[str]]]:
+    """What Hydra makes of the command line, and the overrides of each: of a sweep there are several."""
+    composed: list[tuple[DictConfig, list[str]]] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="slurm")
+    def keep(one: DictConfig) -> None:
+        composed.append((one, list(HydraConfig.get().overrides.task)))
+
+    first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
+    with TemporaryDirectory() as scratch:  # for a file of Hydra's
+        sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # the overrides must stand together
+        run_hydra(keep, sweeps=True)
+    return composed
+
+
+def launch(*composed: tuple[DictConfig, list[str]]) -> int:
+    """Checks everything, and submits it unless `dry_run`; the exit code. ValueError: key, value, rule."""
+    ours = settings_of([one for one, _ in composed])
+    if ours.cluster.tasks != 1:
+        raise ValueError(
+            f"cluster.tasks={ours.cluster.tasks} is for tokenising; ranks: cluster.nodes and cluster.tasks_per_node"
+        )
+    slurm.need_slurm(ours.dry_run)
+    base = run_dir([one for one, _ in composed])
+    for (one, _), name in zip(composed, names([overrides for _, overrides in composed]), strict=True):
+        one.run.dir = str(base / name)
+    runs = [checked(one, ours.cluster) for one, _ in composed]
+    snapshot = Snapshot.take()
+    mounts = sorted({base, *(Path(run.config.data.path).parent for run in runs)})
+    job = (
+        base / "slurm",
+        ours.cluster.task_python,
+        ours.cluster.parameters(base.name, setup(runs, base / "code" / snapshot.name), mounts),
+        [SlurmRank(str(run.config.path), ours.restart) for run in runs],
+    )
+    if ours.dry_run:
+        print(slurm.script(*job))
+        for run in runs:
+            print(f"# {run.config.path}\n{configuration.text(run.config)}")
+        return 0
+    new = not base.exists()
+    with ExitStack() as locks:
+        try:
+            for run in runs:
+                locks.enter_context(hold(run.dir, LAUNCH_LOCK))
+                refuse_if_held(run.dir)
+                with hold(run.dir, RANKS_LOCK):
+                    configuration.freeze(run.config, run.corpus)
+            snapshot.save(base / "code")
+            jobs = slurm.submit(*job)
+        except (ValueError, OSError):
+            if new:
+                shutil.rmtree(base)
+            raise
+        print(farewell(ours, base, runs, jobs), flush=True)
+        for run, submitted in zip(runs, jobs, strict=True):
+            record(run, submitted, snapshot)
+    return follow(jobs[0]) if ours.tail else 0
+
+
+def settings_of(composed: list[DictConfig]) -> LaunchConfig:
+    """Takes what is not the training's out of the composed configurations. ValueError unless they agree on it."""
+    found = []
+    for one in composed:
+        OmegaConf.set_struct(one, False)
+        slurm.need_cluster(one)
+        given = {item.name: one.pop(item.name) for item in fields(LaunchConfig)}
+        try:
+            found.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LaunchConfig), given)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+    if any(other != found[0] for other in found):
+        raise ValueError("--multirun is for settings of the training: one array has one cluster, restart and dry_run")
+    ours = found[0]
+    assert isinstance(ours, LaunchConfig)
+    if ours.tail and len(found) > 1:
+        raise ValueError("tail=true follows one job, not an array")
+    return ours
+
+
+def run_dir(composed: list[DictConfig]) -> Path:
+    """run.dir in full: a job may have another current folder. ValueError where Slurm would read it in its own way."""
+    given, *others = {one.run.dir for one in composed}
+    configuration.RunConfig(given)
+    if others:
+        raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
+    return slurm.plain_path("run.dir", given)
+
+
+def names(overrides: Sequence[list[str]]) -> list[str]:
+    """A folder for each job of a sweep: the settings that not all have in common. Of a single job: none."""
+    common = set.intersection(*map(set, overrides))
+    own = ["_".join(one.lstrip("+") for one in job if one not in common) for job in overrides]
+    found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
+    if len(set(found)) < len(found):
+        raise ValueError(f"two jobs of this sweep would share the folder {max(found, key=found.count)}")
+    return found
+
+
+def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
+    """A run that can be trained on that cluster, as far as can be known here. ValueError: key, value, rule."""
+    config = configuration.build(composed)
+    config.data.path = os.path.abspath(config.data.path)
+    hardware = HARDWARE[cluster.gpu or "cpu"]
+    corpus = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    with torch.device("meta"):
+        config.model.body()
+    return Run(config, corpus)
+
+
+def setup(runs: list[Run], code: Path) -> list[str]:
+    """Lines of the job's script: the run's own code, and who decides how it goes on when the ranks have ended."""
+    python, run = shlex.quote(sys.executable), str(runs[0].dir)
+    lines = [import_from(code)]
+    if len(runs) > 1:
+        lines.append(f"runs=({' '.join(str(run.dir) for run in runs)})")
+        run = "${runs[$SLURM_ARRAY_TASK_ID]}"
+    return [*lines, f"trap {shlex.quote(f'{python} -m launch.job close {run}')} EXIT"]
+
+
+def refuse_if_held(run: Path) -> None:
+    """ValueError where a job that was submitted for this run has not ended yet."""
+    try:
+        job = json.loads((run / JOB_FILE).read_text())["job"]
+    except FileNotFoundError:
+        return
+    if slurm.alive(job):
+        raise ValueError(f"run.dir={run} is held by job {job}: wait for its end, or scancel {job}")
+
+
+def record(run: Run, job: submitit.Job[object], snapshot: Snapshot) -> None:
+    """RUN/job.json: which job has the run, where its log is, and what code it runs."""
+    known: dict[str, Any] = {"job": job.job_id, "submitted": round(time.time()), "log": str(job.paths.stdout)}
+    known |= {"code": snapshot.name, "commit": snapshot.commit}
+    with durable(run.dir / JOB_FILE) as file:
+        file.write(json.dumps(known, indent=1).encode() + b"\n")
+
+
+def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submitit.Job[object]]) -> str:
+    several, job = len(runs) > 1, jobs[0].job_id.split("_")[0]
+    lines = [f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()})"]
+    for run, submitted in zip(runs, jobs, strict=True):
+        lines += [f"run: {run.dir}", f"log: {submitted.paths.stdout}"]
+    lines.append(f"curves: tensorboard --logdir {base if several else base.parent}")
+    return "\n".join([*lines, f"state: squeue -j {job}", f"cancel: scancel {job}"])
+
+
+def follow(job: submitit.Job[object]) -> int:
+    """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
+    said, seen, ended = "", 0, 0
+    try:
+        while ended < 2:  # a job that is requeued may seem to have ended for a moment
+            asked = time.monotonic()
+            try:
+                now = slurm.state(job.job_id) or FORGOTTEN
+            except OSError as error:  # a controller that starts anew
+                now = str(error)
+            ended = ended + 1 if now == FORGOTTEN or now in slurm.ENDED else 0
+            if now != said:
+                print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
+            said = now
+            while time.monotonic() - asked < ASK_EVERY:
+                seen = show(job.paths.stdout, seen)
+                time.sleep(min(0.5, ASK_EVERY))
+    except KeyboardInterrupt:
+        print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    show(job.paths.stdout, seen)
+    code = slurm.exit_code(job.job_id)
+    if code is None:
+        raise ValueError(f"Slurm has forgotten job {job.job_id}; its log: {job.paths.stdout}")
+    return code
+
+
+def show(log: Path, seen: int) -> int:
+    """Prints what a log holds beyond the bytes that were seen; how many are seen now."""
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(seen)
+            new = stream.read()
+    except FileNotFoundError:
+        return seen
+    sys.stdout.buffer.write(new)
+    sys.stdout.buffer.flush()
+    return seen + len(new)
+
+
+if __name__ == "__main__":
+    main()

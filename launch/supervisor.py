@@ -1,0 +1,236 @@
+"""Starts rank processes on this machine and watches them: hands signals on, and ends all when one has failed.
+
+Knows neither Slurm nor torch. A rank never outlives its supervisor, and its stderr goes through it, so that the last
+line of a rank that has failed can be told.
+"""
+
+import ctypes
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+from pretrain.exits import Exit
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+LOOK_SECONDS = 0.05
+DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
+KEPT_BYTES = 1 << 18  # of a rank's stderr
+INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # faulthandler's
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one rank has ended. code: as `subprocess` gives it; last: what it said last on stderr; time: unix seconds.
+
+    waits: it hung in a collective, so that the fault is another rank's.
+    """
+
+    rank: int
+    ending: Exit
+    code: int
+    last: str = ""
+    waits: bool = False
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ending": self.ending.name}
+
+    @classmethod
+    def of_dict(cls, fields: dict[str, Any]) -> "Record":
+        return cls(**fields | {"ending": Exit[fields["ending"]]})
+
+    @property
+    def how(self) -> str:
+        """In words."""
+        if self.ending is Exit.HUNG:
+            return f"hung in {self.last}"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return f"exit code {self.code}, {self.ending.name}"
+
+
+class StopRequests:
+    """Counts the signals that ask to save and stop, while the context lasts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def sleep(self, seconds: float) -> None:
+        """Not so long if there is a request."""
+        until = time.monotonic() + seconds
+        while not self.count and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+
+    def __enter__(self) -> "StopRequests":
+        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+class _Rank:
+    """One process, in a session of its own: a Ctrl-C of the terminal reaches it through its supervisor alone."""
+
+    def __init__(self, rank: int, command: list[str], environment: dict[str, str]) -> None:
+        supervisor = os.getpid()
+
+        def die_with_supervisor() -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != supervisor:
+                os._exit(1)
+
+        self.rank, self.said = rank, b""
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=die_with_supervisor,
+        )
+        assert self.process.stderr is not None
+        self.stderr = self.process.stderr.fileno()
+        os.set_blocking(self.stderr, False)
+
+    def pump(self) -> bool:
+        """Hands on what it has written; False at the end of it."""
+        while True:
+            try:
+                data = os.read(self.stderr, KEPT_BYTES)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
+            self.said = (self.said + data)[-KEPT_BYTES:]
+            with suppress(OSError):
+                os.write(2, data)
+
+    def over(self) -> bool:
+        """Whether it has ended; not yet reaped, its number still stands for it and its children."""
+        flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        return os.waitid(os.P_PID, self.process.pid, flags) is not None
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Its return code. Whatever it has started ends too."""
+        self.kill()
+        code = self.process.wait()
+        self.pump()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def record(self, ending: Exit, code: int) -> Record:
+        said = self.said.decode(errors="replace")
+        if ending is Exit.HUNG:
+            stacks = INNERMOST.findall(said)
+            path, line, function = stacks[-1] if stacks else ("", "", "")
+            where = f"{function}, {path}:{line}" if stacks else "a state in which it cannot tell its stack"
+            return Record(self.rank, ending, code, where, waits="/torch/distributed/" in path)
+        lines = said.strip().splitlines()
+        return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
+
+
+class Supervisor:
+    """Runs `command` once for each rank, with the environment given for it.
+
+    `elsewhere` says whether, and how, a rank that another supervisor watches has failed; `record` is called with each
+    rank's record as soon as it has ended.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        environments: dict[int, dict[str, str]],
+        requests: StopRequests,
+        *,
+        record: Callable[[Record], None] = lambda record: None,
+        elsewhere: Callable[[], Exit | None] = lambda: None,
+    ) -> None:
+        self.command, self.environments, self.requests = command, environments, requests
+        self.record, self.elsewhere = record, elsewhere
+        self._alive: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> list[Record]:
+        """Until all have ended; their records, in the order of their ends."""
+        self._start()
+        records: list[Record] = []
+        handed_on = 0
+        while self._alive:
+            self._look()
+            records += self._ended(Exit.of)
+            if handed_on < self.requests.count:
+                handed_on = self.requests.count
+                self._send(signal.SIGTERM)
+            failures = [record.ending for record in records if not record.ending.good]
+            failure = failures[0] if failures else self.elsewhere()
+            if failure is not None:
+                records += self._end(failure)
+        self._selector.close()
+        return records
+
+    def _start(self) -> None:
+        """With the signals blocked, in the ranks too: what comes before a rank has its handlers waits for them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for rank, environment in self.environments.items():
+                self._alive.append(_Rank(rank, self.command, environment))
+                self._selector.register(self._alive[-1].stderr, selectors.EVENT_READ, self._alive[-1])
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _look(self) -> None:
+        start = time.monotonic()
+        for key, _ in self._selector.select(LOOK_SECONDS):
+            if not key.data.pump():
+                self._selector.unregister(key.fileobj)
+        time.sleep(max(0.0, LOOK_SECONDS - (time.monotonic() - start)))
+
+    def _ended(self, ending: Callable[[int], Exit]) -> Iterator[Record]:
+        for rank in [rank for rank in self._alive if rank.over()]:
+            self._alive.remove(rank)
+            with suppress(KeyError):
+                self._selector.unregister(rank.stderr)
+            code = rank.reap()
+            record = rank.record(ending(code), code)
+            self.record(record)
+            yield record
+
+    def _end(self, failure: Exit) -> Iterator[Record]:
+        """All that are left. When one hangs, what the others were at is the better half of the story."""
+        ending = Exit.HUNG if failure is Exit.HUNG else Exit.ENDED
+        if failure is Exit.HUNG:
+            self._send(signal.SIGALRM)
+            late = time.monotonic() + DUMP_SECONDS
+            while time.monotonic() < late and not all(rank.over() for rank in self._alive):
+                self._look()
+        for rank in self._alive:
+            rank.kill()
+        while self._alive:
+            self._look()
+            yield from self._ended(lambda code: ending)
+
+    def _send(self, number: int) -> None:
+        for rank in self._alive:
+            with suppress(ProcessLookupError):
+                os.kill(rank.process.pid, number)

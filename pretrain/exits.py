@@ -1,0 +1,36 @@
+"""How a rank ends: the exit codes of `pretrain.train`, and what its launcher makes of a signal.
+
+Imports nothing heavy: a launcher waits for ranks without torch.
+"""
+
+import signal
+from enum import IntEnum
+
+RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line for every start that has ended, and what came of it
+
+
+class Exit(IntEnum):
+    """Codes of 0 and more are a rank's own; those below are signals that ended it."""
+
+    FINISHED = 0  # at the run's end, train.stop_after or train.time_limit, saved
+    CRASHED = 1  # any exception that has no code of its own
+    REFUSED = 2  # a wrong setting, wrong data, or no checkpoint that may be resumed
+    DIVERGED = 3  # a norm or a loss that is not finite
+    UNSAVED = 4  # a checkpoint could not be written
+    LOST_PEER = 5  # a collective failed because another rank is gone
+    DEVICE = 6  # an error of CUDA or NCCL
+    STOPPED = 75  # saved, as a signal or ROWSHARD_DEADLINE asked: to be gone on with (EX_TEMPFAIL)
+    ENDED = 76  # given by the launcher, never by a rank: ended because another one had failed
+    KILLED = -signal.SIGKILL  # or by any other signal
+    HUNG = -signal.SIGALRM  # by its own watchdog
+
+    @classmethod
+    def of(cls, code: int) -> "Exit":
+        """Of a process's return code, as `subprocess` gives it."""
+        if code in (*cls,) and code != cls.ENDED:
+            return cls(code)
+        return cls.KILLED if code < 0 else cls.CRASHED
+
+    @property
+    def good(self) -> bool:
+        return self in (Exit.FINISHED, Exit.STOPPED)

@@ -1,0 +1,88 @@
+"""Tokenising as jobs: what is submitted, what waits for what, and what is refused. No Slurm; tests/slurm has one."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.app import TokenizeConfig
+from data_prep.corpus import FilesCorpus
+from data_prep.errors import DataError
+from data_prep.tokenizer import BpeTokenizer, FileTokenizer, TokenizerConfig
+from launch.cluster import ClusterConfig
+from launch.corpus import CorpusConfig, steps_of
+from tests.data_prep.commands import ROOT, python
+
+SCRIPT = ROOT / "launch" / "slurm.py"
+
+
+def config_of(tokenizer: TokenizerConfig | None = None, tasks: int = 3, **settings) -> CorpusConfig:
+    cluster = ClusterConfig(time="0:10:00", tasks=tasks, cpus_per_task=4, **settings.pop("cluster", {}))
+    settings = {"out": "data/mine"} | settings
+    return CorpusConfig(FilesCorpus(["texts"]), tokenizer or BpeTokenizer(), cluster=cluster, **settings)
+
+
+def test_the_parts_wait_for_a_tokenizer_and_the_manifest_for_all() -> None:
+    prepare, parts, manifest = steps_of(config_of(), prepared=False)
+    assert (prepare.parts, parts.parts, manifest.parts) == (["prepare"], ["0/3", "1/3", "2/3"], [None])
+    jobs = {"prepare": "7"}
+    assert prepare.dependency({}) == {}
+    assert parts.dependency(jobs) == {"dependency": "afterok:7", "kill-on-invalid-dep": "yes"}
+    assert manifest.dependency({**jobs, "parts": "8"})["dependency"] == "afterok:7,afterany:8"
+    assert manifest.dependency({"parts": "8"})["dependency"] == "afterany:8"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prepared", "tasks", "names"),
+    [
+        (BpeTokenizer(), True, 3, ["parts", "manifest"]),
+        (FileTokenizer("x"), False, 3, ["parts", "manifest"]),  # saved by the command itself
+        (BpeTokenizer(), False, 1, ["manifest"]),  # which is the plain run
+    ],
+)
+def test_nothing_is_submitted_for_nothing(
+    tokenizer: TokenizerConfig, prepared: bool, tasks: int, names: list[str]
+) -> None:
+    assert [step.name for step in steps_of(config_of(tokenizer, tasks), prepared)] == names
+
+
+def test_a_job_tokenises_as_the_command_says() -> None:
+    config = config_of(val_fraction=0.5).tokenizing()
+    assert type(config) is TokenizeConfig and config.val_fraction == 0.5
+    assert config.out == str(Path.cwd() / "data/mine") and config.workers == 4
+    assert config_of(workers=2).tokenizing().workers == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"part": "0/2"}, "verify= and part= are for data_prep/tokenize.py"),
+        ({"out": None, "verify": "data/mine"}, "verify= and part= are for data_prep/tokenize.py"),
+        ({"cluster": {"nodes": 2}}, "cluster.nodes=2 × 1 tasks must be 1 × 1: what runs side by side is cluster.tasks"),
+        ({"cluster": {"tasks_per_node": 3}}, "cluster.nodes=1 × 3 tasks"),
+    ],
+)
+def test_what_is_not_for_jobs(settings: dict, message: str) -> None:
+    with pytest.raises(DataError) as error:
+        config_of(**settings)
+    assert message in str(error.value)
+
+
+def test_a_dry_run_prints_every_script_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    command = ["--config-name", "tokenize", "corpus=files", "corpus.paths=[a.txt]", "out=out", "cluster.tasks=3"]
+    done = python(SCRIPT, *command, "+cluster=cpu", "dry_run=true", cwd=tmp_path, PATH="")
+    assert done.returncode == 0, done.stderr
+    scripts = done.stdout.split("#!/bin/bash\n")[1:]
+    assert [value_of("job-name", script) for script in scripts] == ["out-prepare", "out-parts", "out-manifest"]
+    assert [value_of("array", script) for script in scripts] == [None, "0-2%3", None]
+    assert [value_of("dependency", script) for script in scripts] == [
+        None,
+        "afterok:PREPARE",
+        "afterok:PREPARE,afterany:PARTS",
+    ]
+    assert all(f"-m submitit.core._submit {tmp_path}/out.slurm\n" in script for script in scripts)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def value_of(key: str, script: str) -> str | None:
+    return next((line.split("=", 1)[1] for line in script.splitlines() if line.startswith(f"#SBATCH --{key}=")), None)

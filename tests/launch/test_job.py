@@ -1,0 +1,310 @@
+"""The launcher's half of a failure: who ends whom, how fast, and what comes next. Small real processes for ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.job import Attempt, _all_records, _tasks_of_this_node, job_end
+from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
+from launch.supervisor import Record, StopRequests, Supervisor
+from pretrain.exits import Exit
+
+ROOT = Path(__file__).resolve().parents[2]
+RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['RANK']); here = os.environ['HERE']\n"
+SAYS_SO = "open(f'{here}/{rank}', 'w').write(str(os.getpid()))\n"  # that it is ready, and its pid
+ACCEPTS = (  # a stop, as pretrain.train does
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+)
+WATCHED = "from pretrain.watchdog import Watchdog\nwatchdog = Watchdog(float(os.environ['SECONDS']))\n"
+
+
+def ranks(folder: Path, code: str, world: int = 2, requests: StopRequests | None = None, **more: str) -> Supervisor:
+    """A supervisor of so many processes that run this code."""
+    environments = {rank: os.environ | more | {"RANK": str(rank), "HERE": str(folder)} for rank in range(world)}
+    return Supervisor([sys.executable, "-c", RANK + code], environments, requests or StopRequests())
+
+
+def when(ready: Callable[[], bool], then: Callable[[], None]) -> None:
+    """Beside the test: does `then` as soon as it is `ready`."""
+
+    def wait() -> None:
+        until = time.monotonic() + 30
+        while not ready() and time.monotonic() < until:
+            time.sleep(0.01)
+        then()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def said(folder: Path, *names: str) -> bool:
+    return all((folder / name).is_file() and (folder / name).read_text() for name in names)
+
+
+def pid(folder: Path, name: str) -> int:
+    return int((folder / name).read_text())
+
+
+def gone(number: int) -> bool:
+    return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("fault", ["killed", "failed"])
+def test_the_first_rank_that_fails_ends_the_others_at_once(tmp_path, fault):
+    """With all that they have started, and though they do not listen."""
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nhelper = subprocess.Popen(['sleep', '60'])\n"
+    says = "open(f'{here}/helper-{rank}', 'w').write(str(helper.pid))\n" + SAYS_SO
+    ends = f"if rank == 1 and {fault == 'failed'}:\n    time.sleep(0.5); sys.exit('no more of this')\n"
+    began = []
+
+    def strike() -> None:
+        began.append(time.time())
+        if fault == "killed":
+            os.kill(pid(tmp_path, "1"), signal.SIGKILL)
+
+    when(lambda: said(tmp_path, "0", "1", "2"), strike)
+    records = ranks(tmp_path, deaf + says + ends + "time.sleep(60)\n", world=3).run()
+    first, *others = records
+    assert (first.rank, first.ending) == ((1, Exit.KILLED) if fault == "killed" else (1, Exit.CRASHED))
+    assert fault == "killed" or first.last == "no more of this"
+    assert {(record.rank, record.ending) for record in others} == {(0, Exit.ENDED), (2, Exit.ENDED)}
+    assert max(record.time for record in records) - first.time < 1
+    assert all(gone(pid(tmp_path, name)) for name in ("0", "1", "2", "helper-0", "helper-1", "helper-2"))
+    assert cause(records) is first
+
+
+def test_a_request_to_stop_waits_for_a_rank_that_is_still_starting(tmp_path):
+    """The signal comes before its handlers are there."""
+    with StopRequests() as requests:
+        when(lambda: said(tmp_path, "0", "1"), lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        wait = f"while not os.path.exists('{tmp_path}/later'): time.sleep(0.01)\n"
+        when(lambda: requests.count > 0, lambda: (time.sleep(0.3), (tmp_path / "later").touch()))
+        records = ranks(tmp_path, SAYS_SO + wait + ACCEPTS + "time.sleep(60)\n", requests=requests).run()
+    assert [record.ending for record in records] == [Exit.STOPPED, Exit.STOPPED]
+
+
+def test_ranks_do_not_outlive_their_supervisor(tmp_path):
+    code = f"""
+import os, sys
+from launch.supervisor import StopRequests, Supervisor
+command = [sys.executable, "-c", {RANK + SAYS_SO + "time.sleep(60)"!r}]
+environments = {{rank: os.environ | {{"RANK": str(rank), "HERE": {str(tmp_path)!r}}} for rank in range(2)}}
+Supervisor(command, environments, StopRequests()).run()
+"""
+    supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until = time.monotonic() + 30
+    while not said(tmp_path, "0", "1") and time.monotonic() < until:
+        time.sleep(0.01)
+    supervisor.kill()
+    supervisor.wait()
+    late = time.monotonic() + 1
+    while not all(gone(pid(tmp_path, name)) for name in ("0", "1")):
+        assert time.monotonic() < late
+        time.sleep(0.01)
+
+
+def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait_for(tmp_path, capfd):
+    """Rank 1 is lost in thought, rank 0 waits for it in a collective."""
+    waits = tmp_path / "torch" / "distributed"  # where torch's collectives would be
+    waits.mkdir(parents=True)
+    (waits / "collectives.py").write_text("import time\ndef all_reduce():\n    time.sleep(60)\n")
+    code = (
+        WATCHED + f"sys.path.insert(0, {str(waits)!r})\nimport collectives\n"
+        "def lost_in_thought():\n    time.sleep(60)\n"
+        "with watchdog:\n    watchdog.alive()\n    collectives.all_reduce() if rank == 0 else lost_in_thought()\n"
+    )
+    records = ranks(tmp_path, code, SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    assert {record.ending for record in records} == {Exit.HUNG}
+    assert {record.rank: record.waits for record in records} == {0: True, 1: False}
+    first = cause(records)
+    assert first.rank == 1 and first.how.startswith("hung in lost_in_thought, <string>")
+    stacks = capfd.readouterr().err
+    assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
+
+
+def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.supervisor.DUMP_SECONDS", 0.5)
+    frozen = "if rank == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\nwatchdog.alive()\ntime.sleep(60)\n"
+    code = WATCHED + "watchdog.__enter__()\n" + frozen
+    records = ranks(tmp_path, code, SECONDS="0.5", PYTHONPATH=str(ROOT)).run()
+    assert {(record.rank, record.code) for record in records} == {(0, -signal.SIGALRM), (1, -signal.SIGKILL)}
+    assert {record.ending for record in records} == {Exit.HUNG}
+
+
+def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path):
+    """Each in a process of its own, over a shared folder; the rank is killed with kill -9."""
+    code = """
+import os, sys
+from pathlib import Path
+from launch.job import Attempt
+from launch.supervisor import StopRequests, Supervisor
+here, rank, child = sys.argv[1:]
+attempt = Attempt(Path(here) / "run", "7-0")
+attempt.join(int(rank))
+environments = {int(rank): os.environ | {"RANK": rank, "HERE": here}}
+command, requests = [sys.executable, "-c", child], StopRequests()
+Supervisor(command, environments, requests, record=attempt.record, elsewhere=attempt.failure).run()
+"""
+    child = RANK + SAYS_SO + "time.sleep(60)"
+    nodes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(rank), child], cwd=ROOT) for rank in range(3)
+    ]
+    until = time.monotonic() + 30
+    while not said(tmp_path, "0", "1", "2") and time.monotonic() < until:
+        time.sleep(0.01)
+    attempt = Attempt(tmp_path / "run", "7-0")
+    assert {(record.rank, record.ending, record.last) for record in attempt.records()} == {
+        (rank, Exit.KILLED, "gone without a word") for rank in range(3)
+    }
+    os.kill(pid(tmp_path, "2"), signal.SIGKILL)
+    assert [node.wait(10) for node in nodes] == [0, 0, 0]
+    records = attempt.records()
+    assert [record.ending for record in records] == [Exit.ENDED, Exit.ENDED, Exit.KILLED]
+    assert max(record.time for record in records) - records[2].time < 1
+    assert cause(records).how == "killed by SIGKILL" and attempt.failure() is Exit.KILLED
+
+
+def test_a_supervisor_needs_no_torch():
+    code = "import sys, launch.job; print(*{'torch', 'numpy', 'hydra', 'omegaconf'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "", done.stdout + done.stderr
+
+
+THREE = RestartConfig()
+DECISIONS = [  # ending, progress, failed starts in a row without it, settings -> decision
+    (Exit.FINISHED, False, 1, THREE, Decision.DONE),
+    (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
+    (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
+    (Exit.STOPPED, False, 9, THREE, Decision.RESTART),
+    (Exit.STOPPED, False, 9, RestartConfig(without_progress=0), Decision.RESTART),
+    *[
+        (ending, *case)
+        for ending in (Exit.CRASHED, Exit.UNSAVED, Exit.LOST_PEER, Exit.DEVICE, Exit.KILLED, Exit.HUNG)
+        for case in (
+            (True, 0, THREE, Decision.RESTART),
+            (False, 1, THREE, Decision.RESTART),
+            (False, 2, THREE, Decision.RESTART),
+            (False, 3, THREE, Decision.GIVE_UP),
+            (True, 0, RestartConfig(without_progress=1), Decision.RESTART),
+            (False, 1, RestartConfig(without_progress=1), Decision.GIVE_UP),
+            (True, 0, RestartConfig(without_progress=0), Decision.GIVE_UP),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize("ending,progress,fruitless,config,decision", DECISIONS)
+def test_the_policy(ending, progress, fruitless, config, decision):
+    assert decide(ending, progress, fruitless, config)[0] is decision
+
+
+@pytest.mark.parametrize("key", ["without_progress", "delay"])
+def test_a_wrong_setting_is_named(key):
+    with pytest.raises(ValueError, match=rf"restart\.{key}=-1 must not be negative"):
+        RestartConfig(**{key: -1})
+
+
+def record(rank: int, ending: Exit, host: str = "a", at: float = 0.0, waits: bool = False) -> Record:
+    return Record(rank, ending, 1, host=host, time=at, waits=waits)
+
+
+def test_who_began_it():
+    """The first to fail on its own, though another was earlier to notice that it had lost a peer."""
+    lost, killed, late = record(0, Exit.LOST_PEER, at=1), record(1, Exit.KILLED, at=2), record(2, Exit.DEVICE, at=3)
+    ended, stopped = record(3, Exit.ENDED, at=0), record(4, Exit.STOPPED, at=0)
+    assert cause([lost, killed, late, ended, stopped]) is killed
+    assert cause([lost, ended, stopped]) is lost
+    assert cause([stopped, record(5, Exit.FINISHED)]) is stopped
+
+
+def test_which_node_is_at_fault():
+    for ending, host in ((Exit.KILLED, "b"), (Exit.DEVICE, "b"), (Exit.CRASHED, None), (Exit.UNSAVED, None)):
+        first = record(1, ending, "b")
+        assert bad_node(first, [first, record(0, Exit.ENDED)]) == host
+    hung = record(1, Exit.HUNG, "b")
+    assert bad_node(hung, [hung, record(0, Exit.HUNG, waits=True)]) == "b"
+    assert bad_node(hung, [hung, record(0, Exit.HUNG)]) is None, "either may be the one"
+
+
+def test_exit_codes():
+    assert [Exit.of(code) for code in (0, 1, 2, 75, -9, -11, -14, 3, 76, 250)] == [
+        *(Exit.FINISHED, Exit.CRASHED, Exit.REFUSED, Exit.STOPPED, Exit.KILLED, Exit.KILLED, Exit.HUNG),
+        *(Exit.DIVERGED, Exit.CRASHED, Exit.CRASHED),
+    ]
+
+
+def test_failed_starts_in_a_row_are_counted(tmp_path):
+    history = History(tmp_path)
+    failed, stopped = record(1, Exit.KILLED), record(1, Exit.STOPPED)
+
+    def after(first: Record, start: int, step: int, decision: Decision) -> int:
+        history.write("7-0", start, step, first, decision, "why")
+        return history.fruitless()
+
+    assert history.fruitless() == 0
+    assert after(failed, -1, -1, Decision.RESTART) == 1
+    assert after(stopped, -1, -1, Decision.RESTART) == 1, "a stop does not count"
+    assert after(failed, -1, -1, Decision.LEFT) == 1, "nor what Slurm has done"
+    assert after(failed, -1, -1, Decision.RESTART) == 2
+    assert after(failed, -1, 5, Decision.RESTART) == 0
+    assert after(failed, 5, 5, Decision.RESTART) == 1
+    with open(history.path, "a") as file:
+        file.write('{"time": 1, "att')  # a kill
+    assert after(failed, 5, 5, Decision.RESTART) == 2
+    assert after(failed, 5, 5, Decision.GIVE_UP) == 0, "who starts it by hand has three more"
+    assert [line["attempt"] for line in history.lines()] == list(range(1, 9))
+    line = history.lines()[-1]
+    assert (line["class"], line["rank"], line["host"], line["decision"]) == ("KILLED", 1, "a", "give up")
+
+
+def test_progress_is_a_newer_finished_checkpoint(tmp_path):
+    assert newest_step(tmp_path) == -1
+    for name in ("step-00000004", "step-00000010", "damaged-step-00000030", ".tmp-step-00000040"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "step-00000020").mkdir()
+    assert newest_step(tmp_path) == 10
+
+
+def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for restarts in range(2):
+        attempt = Attempt(tmp_path, f"7-{restarts}")
+        attempt.begin(THREE)
+        attempt.join(0)
+        attempt.record(Record(1, Exit.LOST_PEER, 5))
+    (line,) = History(tmp_path).lines()
+    assert (line["job"], line["rank"], line["class"], line["decision"]) == ("7-0", 0, "KILLED", "left to Slurm")
+    assert line["last"] == "gone without a word"
+    assert {one.rank for one in _all_records(attempt, ranks=3, patience=0)} == {0, 1, 2}
+    assert json.loads((attempt.folder / "attempt.json").read_text())["restart"] == {"without_progress": 3, "delay": 0}
+
+
+@pytest.mark.parametrize("node,tasks", [(0, 4), (1, 4), (2, 3)])
+def test_what_slurm_says_of_its_tasks(monkeypatch, node, tasks):
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
+    monkeypatch.setenv("SLURM_NODEID", str(node))
+    assert _tasks_of_this_node() == tasks
+
+
+def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):
+    """Newer Slurms say it in the environment; of older ones squeue is asked, which has no time for it."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
+    assert job_end() == 1.8e9
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho $ANSWER\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for answer, end in (("N/A", None), ("2027-01-15T08:00:00", time.mktime((2027, 1, 15, 8, 0, 0, 0, 0, -1)))):
+        monkeypatch.setenv("ANSWER", answer)
+        assert job_end() == end

@@ -1,0 +1,69 @@
+"""A run that is stopped in an evaluation, or that hangs."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrain.train
+from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.config import TrainConfig
+from pretrain.data import MicroBatch, validation_batches
+from pretrain.trainer import LoopConfig, Reason, StopFlag
+from tests.pretrain.helpers import make_corpus
+from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
+from tests.ranks import run_ranks
+
+
+def lines(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in found]
+
+
+def stopped_while_evaluating(rank: int, world: int, config: TrainConfig, number: int) -> tuple[Reason, list[int]]:
+    """One rank is told to stop at the third batch of the second evaluation; the batches of each that were taken."""
+    taken: list[int] = []
+
+    def batches(*args: object, **kwargs: object) -> Iterator[MicroBatch]:
+        taken.append(0)
+        for batch in validation_batches(*args, **kwargs):
+            taken[-1] += 1
+            if rank == 1 and len(taken) == 2 and taken[-1] == 3:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    pretrain.train.validation_batches = batches  # this process is a rank, and ends after it
+    with StopFlag() as stop:
+        return pretrain.train.train(config, torch.device("cpu"), stop), taken
+
+
+@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 8), (signal.SIGUSR1, 12)], ids=["in between", "at the end"])
+def test_an_evaluation_that_is_cut_short_is_done_after_the_resume(tmp_path, number, step):
+    """Also where nothing else would have been logged at its step, and where it was the last thing left to do."""
+    settings = {"train__steps": 12, "eval__every": step // 2, "log__every": 5, "checkpoint__every": 4}
+    data = make_corpus(tmp_path / "data")
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
+    config = tiny_config(data, tmp_path / "parts", **settings)
+    (reason, taken), _ = run_ranks(2, stopped_while_evaluating, config, number)
+    assert reason is Reason.REQUESTED and taken[0] > taken[1] == 3, "it was not waited for"
+    last = checkpoints(config.run_dir)[-1]
+    assert last.name == f"step-{step:08d}" and read_manifest(last)["val_loss"] is None
+    assert "val_loss" not in lines(config.run_dir)[-1] and lines(config.run_dir)[-1]["step"] == step
+    run_ranks(2, train_rank, config)
+    assert lines(config.run_dir) == lines(tmp_path / "straight")
+    ours, theirs = saved_tensors(config.run_dir), saved_tensors(tmp_path / "straight")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for mine, other in zip(checkpoints(config.run_dir), checkpoints(tmp_path / "straight"), strict=True):
+        assert mine.name == other.name and read_manifest(mine)["val_loss"] == read_manifest(other)["val_loss"]
+    before = lines(config.run_dir)
+    run_ranks(2, train_rank, config)
+    assert lines(config.run_dir) == before
+
+
+def test_a_limit_on_hanging_is_no_negative_number():
+    with pytest.raises(ValueError, match=r"train\.hang_after=-1 must not be negative \(0: never\)"):
+        LoopConfig(hang_after=-1)

@@ -1,0 +1,83 @@
+"""Tokenising as jobs of a real Slurm: the bytes of a plain run, also without a part; and a failure that ends all."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.token_file import verify
+from tests.data_prep.commands import ROOT, SCRIPT, folder_bytes, texts, write_jsonl
+from tests.slurm.cluster import Slurm
+
+PATIENCE = 120.0
+CORPUS = ["corpus=files", "corpus.paths=[a.jsonl]", "tokenizer=bpe", "tokenizer.vocab_size=300", "unit_mib=0.1"]
+CLUSTER = ["+cluster=cpu", "cluster.tasks=4", "cluster.cpus_per_task=1", "cluster.time=0:10:00"]
+
+
+@pytest.fixture
+def submit(slurm: Slurm, tmp_path: Path):
+    """The command, given in a folder with a corpus of 0.7 MB in 8 units."""
+    write_jsonl(tmp_path / "a.jsonl", texts(400))
+
+    def run(*settings: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                sys.executable,
+                ROOT / "launch" / "slurm.py",
+                "--config-name",
+                "tokenize",
+                *CLUSTER,
+                *CORPUS,
+                "out=out",
+                *settings,
+            ],
+            cwd=tmp_path,
+            env=slurm.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    return run
+
+
+def job(name: str, said: str) -> str:
+    found = re.search(rf"^{name}: job (\d+) ", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+def states(slurm: Slurm, ids: str) -> list[str]:
+    return slurm.call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%T").split()
+
+
+def test_the_bytes_of_a_plain_run_even_without_one_part(slurm: Slurm, submit, tmp_path: Path) -> None:
+    submitted = submit()
+    assert submitted.returncode == 0, submitted.stderr
+    parts, manifest = job("parts", submitted.stdout), job("manifest", submitted.stdout)
+    slurm.call("scancel", f"{parts}_2")
+    again = submit()
+    assert again.returncode == 2 and f"out=out is held by job {manifest}" in again.stderr
+
+    slurm.wait_until(lambda: states(slurm, manifest) == ["COMPLETED"], PATIENCE)
+    assert set(states(slurm, parts)) == {"COMPLETED"}
+    (log,) = (tmp_path / "out.slurm").glob(f"{manifest}_*.out")
+    assert not list((tmp_path / "out.slurm").glob(f"{parts}_2_*.out")) and "MB/s" in log.read_text()  # what 2/4 left
+    plain = [sys.executable, SCRIPT, *CORPUS, "out=plain", "workers=1"]
+    subprocess.run(plain, cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "plain")
+    assert verify(tmp_path / "out") == []
+    again = submit()
+    assert again.returncode == 0 and again.stdout.startswith("already done, nothing changed"), again
+    assert len(list((tmp_path / "out.slurm").glob("*.pkl"))) == 6  # no job but those of the first command
+
+
+def test_without_a_tokenizer_nothing_runs(slurm: Slurm, submit, tmp_path: Path) -> None:
+    submitted = submit("tokenizer.pattern='('", "tail=true")
+    assert "tokenizer.pattern='(' must be a regular expression" in submitted.stdout, submitted
+    ids = [job(name, submitted.stdout) for name in ("prepare", "parts", "manifest")]
+    slurm.wait_until(lambda: states(slurm, ids[2]) == ["CANCELLED"], PATIENCE)
+    assert states(slurm, ids[0]) == ["FAILED"] and set(states(slurm, ids[1])) == {"CANCELLED"}
+    assert submitted.returncode and not (tmp_path / "out").exists()
