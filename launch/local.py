@@ -41,10 +41,10 @@ def _composed(composed: DictConfig) -> None:
         nproc = ranks_here(composed.pop("nproc"))
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         config = configuration.build(composed)
-        corpus = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
+        data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
-                configuration.freeze(config, corpus)
+                configuration.freeze(config, data)
             code = run_ranks(config, nproc, restart)
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))

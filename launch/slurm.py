@@ -42,7 +42,7 @@ from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
 from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
-from pretrain.data import Corpus  # noqa: E402
+from pretrain.data import Data  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
 ASK_EVERY = 5.0  # seconds, for the state of a job that is followed
@@ -64,7 +64,7 @@ class Run:
     """One training of the command."""
 
     config: TrainConfig
-    corpus: Corpus
+    data: Data
 
     @property
     def dir(self) -> Path:
@@ -136,7 +136,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
                 locks.enter_context(hold(run.dir, LAUNCH_LOCK))
                 refuse_if_held(run.dir)
                 with hold(run.dir, RANKS_LOCK):
-                    configuration.freeze(run.config, run.corpus)
+                    configuration.freeze(run.config, run.data)
             snapshot.save(base / "code")
             jobs = slurm.submit(*job)
         except (ValueError, OSError):
@@ -193,10 +193,10 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config = configuration.build(composed)
     config.data.path = os.path.abspath(config.data.path)
     hardware = HARDWARE[cluster.gpu or "cpu"]
-    corpus = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
     with torch.device("meta"):
         config.model.body()
-    return Run(config, corpus)
+    return Run(config, data)
 
 
 def setup(runs: list[Run], code: Path) -> list[str]:

@@ -19,7 +19,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
-from .data import Corpus, DataConfig, open_corpus
+from .data import Data, DataConfig, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .model import GPT2Config
@@ -100,7 +100,10 @@ def register() -> None:
     for name, model in MODELS.items():
         store.store(group="model/family", name=name, node=model)
     for group in PARTS.keys() - {"engine", "model"}:
-        store.store(group=group, name="default", node=PARTS[group])
+        node = OmegaConf.structured(PARTS[group])
+        for key in {"corpora", "stages"} & set(node):
+            OmegaConf.set_struct(node[key], False)
+        store.store(group=group, name="default", node=node)
 
 
 def build(composed: DictConfig) -> TrainConfig:
@@ -126,11 +129,11 @@ def build(composed: DictConfig) -> TrainConfig:
     return TrainConfig(seed=composed.seed, **parts)  # type: ignore[arg-type]
 
 
-def freeze(config: TrainConfig, corpus: Corpus) -> None:
+def freeze(config: TrainConfig, data: Data) -> None:
     """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    if corpus.tokenizer is not None:
-        TokenizerSpec.load(corpus.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
+    if data.tokenizer is not None:
+        TokenizerSpec.load(data.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
     with durable(config.path) as file:
         file.write(text(config).encode())
 
@@ -158,7 +161,7 @@ def load(path: Path) -> TrainConfig:
     return build(frozen)
 
 
-def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None = None) -> Corpus:
+def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None = None) -> Data:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
@@ -167,27 +170,25 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
     config.train.check_world(world)
     config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
-    corpus = open_corpus(Path(config.data.path))
-    rows = vocab_rows(config, corpus)
+    data = open_data(config.data)
+    rows = vocab_rows(config, data)
     vocab_parallel(config, rows, world, world, device_type, bf16)
     try:
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if saved is not None:
-        _check_resumable(config, corpus, rows, saved)
-    return corpus
+        _check_resumable(config, data, rows, saved)
+    return data
 
 
-def vocab_rows(config: TrainConfig, corpus: Corpus) -> int:
+def vocab_rows(config: TrainConfig, data: Data) -> int:
     """V: vocab.size, or the tokenizer's where it is null."""
-    size, needed = config.vocab.size, corpus.vocab_size
+    size, needed = config.vocab.size, data.vocab_size
     if size is None and needed is None:
-        raise ValueError(f"vocab.size=null must be given: data.path={config.data.path} brings no tokenizer")
+        raise ValueError("vocab.size=null must be given: the data brings no tokenizer")
     if size is not None and needed is not None and size < needed:
-        raise ValueError(
-            f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {config.data.path}"
-        )
+        raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {data.tokenizer}")
     rows = size if size is not None else needed
     assert rows is not None
     return rows
@@ -214,16 +215,16 @@ def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) ->
     )
 
 
-def about(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def about(config: TrainConfig, data: Data) -> dict[str, Any]:
     """What a checkpoint says of the run it is of."""
     return {
         "config": asdict(config),
-        "vocab_size": vocab_rows(config, corpus),
-        "tokenizer_fingerprint": corpus.tokenizer_fingerprint,
+        "vocab_size": vocab_rows(config, data),
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
     }
 
 
-def _check_resumable(config: TrainConfig, corpus: Corpus, rows: int, manifest: dict[str, Any]) -> None:
+def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
     """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
     saved = manifest["config"]
     now = asdict(config)
@@ -237,8 +238,8 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, rows: int, manifest: d
             _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
     if manifest["vocab_size"] != rows:
         _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
-    if manifest["tokenizer_fingerprint"] != corpus.tokenizer_fingerprint:
-        _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{corpus.tokenizer_fingerprint}")
+    if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint:
+        _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{data.tokenizer_fingerprint}")
 
 
 def _refuse(config: TrainConfig, was: str, now: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from . import config as configuration
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .config import TrainConfig, hold
-from .data import BatchLoader, Corpus, Order, Windows, validation_batches
+from .data import BatchLoader, Data, MicroBatch, Order, Samples, Windows, validation_batches
 from .engine import Engine
 from .exits import Exit
 from .mesh import Mesh, device_error, lost_peer, ranks, ranks_of_a_node
@@ -70,8 +71,8 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
-    corpus = configuration.check(config, world, device.type)
-    rows = configuration.vocab_rows(config, corpus)
+    data = configuration.check(config, world, device.type)
+    rows = configuration.vocab_rows(config, data)
     parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device)
     with Watchdog(config.train.hang_after) as watchdog, _held(config, mesh):
@@ -82,16 +83,16 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
             mesh,
             config.checkpoint,
             seed=config.seed,
-            about=configuration.about(config, corpus),
+            about=configuration.about(config, data),
         )
         state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
-        loader = _loader(config, corpus, mesh, model.vocab)
+        loader = _loader(config, data, mesh, model.vocab)
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            _announce(config, corpus, model, mesh, parallel, state, found)
+            _announce(config, data, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
-        evaluations = _evaluations(config, corpus, mesh, model.vocab.shard.vocab_size)
+        evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
         hooks: list[Hook] = [*evaluations, Log(config.log.every, log)]
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
@@ -148,11 +149,13 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
     return engine, model, MatrixOptimizer(vocab.parameters(), config.optim, mesh)
 
 
-def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
-    windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+def _loader(config: TrainConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
+    sources = {}
+    for title, corpus in data.corpora.items():
+        windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+        sources[title] = windows, Order(len(windows), config.seed, corpus.name)
     return BatchLoader(
-        windows,
-        Order(len(windows), config.seed, corpus.name),
+        Samples(sources, data.blend),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=mesh.rank,
@@ -164,22 +167,25 @@ def _loader(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab: VocabParalle
     )
 
 
-def _evaluations(config: TrainConfig, corpus: Corpus, mesh: Mesh, vocab_size: int) -> list[Evaluate]:
+def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[Evaluate]:
     """One, where there is something to evaluate on."""
-    held_out = Windows(corpus.val, config.seq_len, masked=config.data.masked)
-    if not len(held_out) or corpus.bytes_of_ids is None:
+    batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
+    for title, corpus in data.corpora.items():
+        held_out = Windows(corpus.val, config.seq_len, masked=config.data.masked)
+        if len(held_out):
+            batches[title] = partial(
+                validation_batches,
+                held_out,
+                config.eval.max_windows,
+                batch=config.train.micro_batch,
+                rank=mesh.rank,
+                world=mesh.world,
+                vocab_size=vocab_size,
+                device=mesh.device,
+            )
+    if not batches or data.bytes_of_ids is None:
         return []
-    batches = partial(
-        validation_batches,
-        held_out,
-        config.eval.max_windows,
-        batch=config.train.micro_batch,
-        rank=mesh.rank,
-        world=mesh.world,
-        vocab_size=vocab_size,
-        device=mesh.device,
-    )
-    return [Evaluate(config.eval, batches, torch.from_numpy(corpus.bytes_of_ids).to(mesh.device))]
+    return [Evaluate(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
 
 
 def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:
@@ -199,7 +205,7 @@ def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) 
 
 def _announce(
     config: TrainConfig,
-    corpus: Corpus,
+    data: Data,
     model: LanguageModel,
     mesh: Mesh,
     parallel: Parallel,
@@ -211,18 +217,29 @@ def _announce(
         body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
     matrices = len(vocab.named_rows())
     matrix = matrices * vocab.shard.vocab_size * config.model.width
-    tokens, sample = sum(len(file.tokens) for file in corpus.train), state.samples.get(corpus.name, 0)
     print(
         f"model: {(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in {matrices} matrix"
         f"{'es' if matrices > 1 else ''} of {vocab.shard.vocab_size:,} rows ({config.vocab.tie})\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
-        + f"data: {config.data.path}, {tokens:,} tokens, from sample {sample:,}"
-        f"{' (not the data of before: it starts anew)' if state.samples and not sample else ''}\n"
+        + "".join(f"data: {line}\n" for line in _data_lines(data, state))
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
         flush=True,
     )
+
+
+def _data_lines(data: Data, state: TrainState) -> list[str]:
+    """Where each corpus stands; with several, their shares from here on."""
+    known = sum(state.samples.values())
+    shares = data.blend.shares(known)
+    lines = []
+    for (title, corpus), share in zip(data.corpora.items(), shares, strict=True):
+        tokens, sample = sum(len(file.tokens) for file in corpus.train), state.samples.get(corpus.name, 0)
+        new = " (not the data of before: it starts anew)" if known and not sample else ""
+        part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
+        lines.append(f"{title}, {tokens:,} tokens, {part}from sample {sample:,}{new}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Report:
     """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
 
     tokens: targets in the global batch; lookups: the traffic of this vocab group's; seconds: from one step edge to the
-    next, hooks left out; scalars: what hooks add for the log, the same on all ranks.
+    next, hooks left out; waited: of them, for the batch; scalars: what hooks add for the log, the same on all ranks.
     """
 
     step: int
@@ -130,6 +130,7 @@ class Report:
     tokens: int
     lookups: list[LookupTraffic] = field(default_factory=list)
     seconds: float = 0.0
+    waited: float = 0.0
     scalars: dict[str, float] = field(default_factory=dict)
 
 
@@ -217,8 +218,10 @@ class Trainer:
         """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop, and gives it."""
         while self.state.step < self.loop.last_step and not self.must_stop():
             start = time.monotonic()
-            report = self.train_step(next(self.batches))
-            report.seconds = time.monotonic() - start
+            batch = next(self.batches)
+            waited = time.monotonic() - start
+            report = self.train_step(batch)
+            report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
                 hook(self, report)
         return self.reason
@@ -268,7 +271,10 @@ class Trainer:
 class Evaluate:
     """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
 
-    def __init__(self, config: EvalConfig, batches: Callable[[], Iterator[MicroBatch]], bytes_of_ids_V: Tensor) -> None:
+    def __init__(
+        self, config: EvalConfig, batches: dict[str, Callable[[], Iterator[MicroBatch]]], bytes_of_ids_V: Tensor
+    ) -> None:
+        """`batches`: of each corpus, by its title."""
         self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
@@ -291,21 +297,27 @@ class Evaluate:
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. Nothing where
-        the ranks must stop before the end.
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. With several
+        corpora of all their targets together, and of each. Nothing where the ranks must stop before the end.
 
-        One all-reduce of three numbers, and one of one number a batch, besides the model's.
+        One all-reduce of three numbers a corpus, and one of one number a batch, besides the model's.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=trainer.mesh.device)
-        for micro in self.batches():
-            if trainer.must_stop():
-                return {}
-            out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
-            text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
-            sums += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
+        sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
+        for corpus, batches in zip(sums, self.batches.values(), strict=True):
+            for micro in batches():
+                if trainer.must_stop():
+                    return {}
+                out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
+                text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
+                corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)
-        loss, tokens, text_bytes = sums.tolist()
-        return {"val_loss": loss / tokens, "val_bits_per_byte": loss / math.log(2) / max(1.0, text_bytes)}
+        measured = {"": sums.sum(0)} | {f"/{title}": of for title, of in zip(self.batches, sums, strict=True)}
+        scalars = {}
+        for title, of in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
+            loss, tokens, text_bytes = of.tolist()
+            scalars[f"val_loss{title}"] = loss / tokens
+            scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
+        return scalars
 
 
 class Log:
@@ -315,11 +327,12 @@ class Log:
 
     def __init__(self, every: int, log: MetricsLog | None) -> None:
         self.every, self.log = every, log
-        self.tokens, self.seconds = 0, 0.0  # since the last logged step
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0  # since the last logged step
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
         self.tokens += report.tokens
         self.seconds += report.seconds
+        self.waited += report.waited
         last = report.step == trainer.loop.last_step or trainer.reason is not Reason.NONE
         if report.step % self.every and not report.scalars and not last:
             return
@@ -331,12 +344,23 @@ class Log:
             "lr": report.lr,
             "tokens": trainer.state.tokens,
             "tokens_per_s": self.tokens / self.seconds,
+            "data_wait": self.waited / self.seconds,
+            **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,
         }
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
         if self.log is not None:
             self.log.write(scalars)
+
+
+def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:
+    """How often the data has been gone through; of several corpora, each."""
+    return (
+        {f"epochs/{title}": gone for title, gone in epochs.items()}
+        if len(epochs) > 1
+        else {"epochs": sum(epochs.values())}
+    )
 
 
 def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:

@@ -1,19 +1,23 @@
 """Token files in, batches out: a pure function of seed and sample number."""
 
-from .dataset import IGNORED, Corpus, DataConfig, Order, Permutation, Window, Windows, open_corpus
+from .dataset import IGNORED, Corpus, Data, DataConfig, Order, Permutation, Window, Windows, open_corpus, open_data
 from .loader import Batch, BatchLoader, MicroBatch, validation_batches
+from .samples import Samples
 
 __all__ = [
     "IGNORED",
     "Batch",
     "BatchLoader",
     "Corpus",
+    "Data",
     "DataConfig",
     "MicroBatch",
     "Order",
     "Permutation",
+    "Samples",
     "Window",
     "Windows",
     "open_corpus",
+    "open_data",
     "validation_batches",
 ]

@@ -1,9 +1,9 @@
 """Which corpus sample number i of a run is of: weights, kept as closely as whole samples can, and at any place at once.
 
 Sample i belongs to the corpus in whose share of the circle the point i·φ⁻¹ falls: a Weyl sequence, which spreads more
-evenly than any random draw (Kuipers & Niederreiter, "Uniform Distribution of Sequences", 1974). So the corpora of a batch
-have nearly their weights' shares, and how many of the first n samples a corpus has is a sum of floors, found in a few
-dozen divisions for any n.
+evenly than any random draw (Kuipers & Niederreiter, "Uniform Distribution of Sequences", 1974). So the corpora of a
+batch have nearly their weights' shares, and how many of the first n samples a corpus has is a sum of floors, found in a
+few dozen divisions for any n.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,11 @@ class Blend:
     """weights: of each corpus, from a sample number on; the first number is 0. Only their ratios count."""
 
     weights: Mapping[int, Sequence[float]]
+
+    def shares(self, sample: int) -> list[float]:
+        """Of each corpus, at that sample."""
+        weights = self.weights[max(begin for begin in self.weights if begin <= sample)]
+        return [weight / sum(weights) for weight in weights]
 
     def corpora(self, start: int, stop: int) -> np.ndarray:
         """The corpus of each of the samples [start, stop), by its place in the weights."""
@@ -56,7 +61,7 @@ def _points_below(edge: int, n: int) -> int:
 
 
 def _floor_sum(n: int, a: int, b: int, m: int) -> int:
-    """Σ ⌊(a·i + b) / m⌋ over 0 ≤ i < n, by Euclid's algorithm (Graham, Knuth, Patashnik, "Concrete Mathematics", 3.5)."""
+    """Σ ⌊(a·i + b) / m⌋ over 0 ≤ i < n, as Euclid divides (Graham, Knuth, Patashnik, "Concrete Mathematics", 3.5)."""
     total = 0
     while n:
         total += (n - 1) * n // 2 * (a // m) + n * (b // m)

@@ -9,7 +9,7 @@ one index at a time: it needs no memory and is the same for any number of ranks.
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,29 +18,73 @@ import numpy as np
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile, check
 from data_prep.tokenizer_spec import TokenizerSpec
 
+from .blend import Blend
+
 IGNORED = -100  # target of a position that has none
 NAMED_BY = 2**18  # tokens and lengths at each end of a foreign pair that its name is made of
+
+
+@dataclass
+class SourceConfig:
+    """path: as data.path. weight: of its samples, relative to the other corpora's."""
+
+    path: str = ""
+    weight: float = 1.0
 
 
 @dataclass
 class DataConfig:
     """path: a folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx.
 
+    corpora: instead, several by names of your own. stages: other weights, by name, from a sample number of the run on.
     documents: causal lets a token see all before it in its window, masked only those of its document, whose positions
     begin at 0; there the first token of a document is nobody's target. prefetch: batches made ready ahead of the step.
     """
 
     path: str = ""
+    corpora: dict[str, SourceConfig] = field(default_factory=dict)
+    stages: dict[int, dict[str, float]] = field(default_factory=dict)
     documents: str = "causal"
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        if not self.path:
+        if not self.path and not self.corpora:
             raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
+        if self.path and self.corpora:
+            raise ValueError(f"data.path={self.path} must not be given beside data.corpora: make it one of them")
+        if self.stages and not self.corpora:
+            raise ValueError("data.stages needs data.corpora, whose weights it changes")
+        for name, source in self.corpora.items():
+            if not source.path:
+                raise ValueError(f"data.corpora.{name}.path is missing: give a folder made by data_prep/tokenize.py")
+        for where, weights in self._weights().items():
+            for name, weight in weights.items():
+                if not 0 <= weight < math.inf:
+                    raise ValueError(f"{where.format(name)}={weight} must be a number of at least 0")
+            if weights and not sum(weights.values()):
+                raise ValueError(f"{where.format('*')}=0: one weight must be above 0")
+        for begin, stage in self.stages.items():
+            if begin < 1:
+                raise ValueError(f"data.stages.{begin} must be the number of a sample, from 1 on")
+            if stage.keys() != self.corpora.keys():
+                raise ValueError(
+                    f"data.stages.{begin} must name each of data.corpora: {', '.join(self.corpora)}; it names"
+                    f" {', '.join(stage)}"
+                )
         if self.documents not in ("causal", "masked"):
             raise ValueError(f"data.documents={self.documents} must be causal or masked")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
+
+    def _weights(self) -> dict[str, dict[str, float]]:
+        """All that are given, by the key of one of them."""
+        first = {"data.corpora.{}.weight": {name: source.weight for name, source in self.corpora.items()}}
+        return first | {f"data.stages.{begin}.{{}}": stage for begin, stage in self.stages.items()}
+
+    def blend(self) -> Blend:
+        names = list(self.corpora)
+        stages = {begin: [stage[name] for name in names] for begin, stage in self.stages.items()}
+        return Blend({0: [source.weight for source in self.corpora.values()] or [1.0]} | stages)
 
     @property
     def masked(self) -> bool:
@@ -58,6 +102,51 @@ class Corpus:
     bytes_of_ids: np.ndarray | None  # length of each id's text; 0 for special tokens
     tokenizer: Path | None
     tokenizer_fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """The corpora of a run, by their titles: all of one vocabulary."""
+
+    corpora: dict[str, Corpus]
+    blend: Blend
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self._any.vocab_size
+
+    @property
+    def bytes_of_ids(self) -> np.ndarray | None:
+        return self._any.bytes_of_ids
+
+    @property
+    def tokenizer(self) -> Path | None:
+        return self._any.tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        return self._any.tokenizer_fingerprint
+
+    @property
+    def _any(self) -> Corpus:
+        return next(iter(self.corpora.values()))
+
+
+def open_data(config: DataConfig) -> Data:
+    """Opens every corpus. ValueError naming the fault; also where two have other tokenizers, or are the same tokens."""
+    paths = {name: source.path for name, source in config.corpora.items()} or {config.path: config.path}
+    data = Data({title: open_corpus(Path(path)) for title, path in paths.items()}, config.blend())
+    for title, corpus in data.corpora.items():
+        if corpus.tokenizer_fingerprint != data.tokenizer_fingerprint:
+            first = next(iter(paths))
+            raise ValueError(
+                f"data.corpora.{title}.path={paths[title]} must be tokenised as data.corpora.{first} is: it has another"
+                " tokenizer"
+            )
+        for other in data.corpora.keys() - {title}:
+            if data.corpora[other].name == corpus.name:
+                raise ValueError(f"data.corpora.{title} and data.corpora.{other} are the same tokens: give one weight")
+    return data
 
 
 def open_corpus(path: Path) -> Corpus:

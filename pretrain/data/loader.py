@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..vocab import LookupPlan, VocabShard, plan_lookup
-from .dataset import IGNORED, Order, Window, Windows
+from .dataset import IGNORED, Window, Windows
+from .samples import Samples
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,13 @@ class BatchLoader:
     It reads the tokens of all ranks that share the matrix (`shard.world` neighbours), and so plans this rank's part of
     their lookup, of rows in `dtype`, without a word between them.
 
-    Its whole state is how many samples of the corpus were handed out, so it continues at any world size,
+    Its whole state is how many samples of each corpus were handed out, so it continues at any world size,
     micro-batch and global batch. Raises ValueError on a token id that is no row of the vocabulary.
     """
 
     def __init__(
         self,
-        windows: Windows,
-        order: Order,
+        samples: Samples,
         *,
         global_batch: int,
         micro_batch: int,
@@ -64,19 +64,23 @@ class BatchLoader:
         device: torch.device,
         prefetch: int,
     ) -> None:
-        self.windows, self.order, self.device, self.prefetch = windows, order, device, prefetch
+        self.samples, self.device, self.prefetch = samples, device, prefetch
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
         self.shard, self.dtype = shard, dtype
-        self.consumed = 0
+        self.consumed: dict[str, int] = {}
         self._ready: queue.Queue[Batch | Exception] | None = None
         self._stop = threading.Event()
 
     def state_dict(self) -> dict[str, int]:
-        return {self.order.corpus: self.consumed}
+        return dict(self.consumed)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert self._ready is None, "the position must be set before the first batch"
-        self.consumed = state.get(self.order.corpus, 0)
+        self.consumed = dict(state)
+
+    def epochs(self) -> dict[str, float]:
+        """How often each corpus has been gone through, by its title."""
+        return self.samples.epochs(self.consumed)
 
     def __next__(self) -> Batch:
         if self._ready is None:
@@ -86,7 +90,7 @@ class BatchLoader:
         batch = self._ready.get()
         if isinstance(batch, Exception):
             raise batch
-        self.consumed += self.global_batch
+        self.consumed = self.samples.after(self.consumed, self.global_batch)
         return Batch([self._to_device(micro) for micro in batch.micro_batches], batch.n_targets)
 
     def close(self) -> None:
@@ -98,32 +102,32 @@ class BatchLoader:
             except queue.Empty:
                 continue
 
-    def _fill(self, start: int) -> None:
+    def _fill(self, consumed: dict[str, int]) -> None:
         assert self._ready is not None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a thread starts on GPU 0, and pinning memory would touch it
         while not self._stop.is_set():
             try:
-                self._ready.put(self._batch(start))
+                self._ready.put(self._batch(consumed))
             except Exception as error:
                 self._ready.put(error)
                 return
-            start += self.global_batch
+            consumed = self.samples.after(consumed, self.global_batch)
 
-    def _batch(self, start: int) -> Batch:
-        micro_batches = []
-        for first in range(start, start + self.global_batch, self.micro_batch * self.world):
-            micro_batches.append(self._micro_batch(first))
+    def _batch(self, consumed: dict[str, int]) -> Batch:
+        places = self.samples.next(consumed, self.global_batch)
+        together = self.micro_batch * self.world
+        micro_batches = [self._micro_batch(places[first:][:together]) for first in range(0, len(places), together)]
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))
 
-    def _micro_batch(self, first: int) -> MicroBatch:
-        """This rank's samples of the micro-step that begins with sample `first`."""
+    def _micro_batch(self, places: list[tuple[Windows, int]]) -> MicroBatch:
+        """This rank's of the samples of a micro-step."""
         group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
         micro = {}
         for rank in group:
-            samples = range(first + rank * self.micro_batch, first + (rank + 1) * self.micro_batch)
-            micro[rank] = stack([self.windows[self.order(sample)] for sample in samples], self.shard.vocab_size)
-        plan = plan_lookup([of_rank.tokens_BT.flatten() for of_rank in micro.values()], self.shard, self.dtype)
+            of_rank = places[rank * self.micro_batch :][: self.micro_batch]
+            micro[rank] = stack([windows[index] for windows, index in of_rank], self.shard.vocab_size)
+        plan = plan_lookup([one.tokens_BT.flatten() for one in micro.values()], self.shard, self.dtype)
         mine = replace(micro[self.rank], plan=plan)
         return mine.moved(Tensor.pin_memory, plan.pin_memory()) if self.device.type == "cuda" else mine
 

@@ -63,7 +63,7 @@ class MetricsLog:
         if self._board is not None:
             for name, value in scalars.items():
                 if name != "step":
-                    self._board.add_scalar(TAGS.get(name, name), value, step)
+                    self._board.add_scalar(_tag(name), value, step)
         print(self._line(step, scalars), flush=True)
 
     def _tell_restarts(self, path: Path, step: int) -> None:
@@ -99,6 +99,12 @@ class MetricsLog:
                 file.write(b"".join(kept))
 
 
+def _tag(name: str) -> str:
+    """What is measured of each corpus keeps its title: val/loss/web."""
+    head, slash, title = name.partition("/")
+    return TAGS.get(head, head) + slash + title
+
+
 def _step_of(line: bytes) -> float:
     """A line cut short by a kill counts as beyond every step."""
     try:
@@ -121,6 +127,8 @@ TAGS = {
     "lr": "train/lr",
     "tokens": "train/tokens",
     "tokens_per_s": "train/tokens_per_s",
+    "data_wait": "data/wait",
+    "epochs": "data/epochs",
     "lookup_saved": "vocab/lookup_saved",
     "lookup_balance": "vocab/lookup_balance",
     "val_loss": "val/loss",

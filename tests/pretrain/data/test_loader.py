@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
-from pretrain.data import IGNORED, BatchLoader, Order, Window, Windows, validation_batches
+from pretrain.data import IGNORED, BatchLoader, Order, Samples, Window, Windows, validation_batches
 from pretrain.data import loader as loading
+from pretrain.data.blend import Blend
 from pretrain.vocab import VocabShard, plan_lookup
 from tests.pretrain.helpers import write_tokens
 
@@ -30,9 +31,9 @@ def loader(windows):
 
     def build(rank=0, world=1, global_batch=8, micro_batch=1, shard=ONE_SHARD, data=windows, **state):
         settings = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world}
-        order = Order(len(windows), seed=0, corpus="a")
+        samples = Samples({"a": (data, Order(len(windows), seed=0, corpus="a"))}, Blend({0: [1]}))
         device = torch.device("cpu")
-        built.append(BatchLoader(data, order, shard=shard, dtype=torch.float32, device=device, prefetch=2, **settings))
+        built.append(BatchLoader(samples, shard=shard, dtype=torch.float32, device=device, prefetch=2, **settings))
         built[-1].load_state_dict(state)
         return built[-1]
 

@@ -1,0 +1,103 @@
+"""Several corpora in one run: nothing repeated, nothing skipped, whatever changes on the way."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep.token_file import TokenFile
+from pretrain.data import DataConfig, Order, Samples, Windows, open_data
+from pretrain.data.blend import Blend
+from pretrain.data.dataset import SourceConfig
+from tests.pretrain.helpers import make_corpus, write_tokens
+
+SIZES = {"web": 60, "code": 30, "books": 20}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Corpora of so many windows of 4 tokens."""
+    found = {}
+    for name, size in SIZES.items():
+        write_tokens(tmp_path / name, np.arange(4 * size + 1), 1000)
+        windows = Windows((TokenFile(tmp_path / name),), 4)
+        found[name] = windows, Order(len(windows), seed=0, corpus=name)
+    return found
+
+
+def served(samples: Samples, consumed: dict[str, int], count: int) -> tuple[list[tuple[str, int]], dict[str, int]]:
+    titles = {id(windows): title for title, (windows, _) in samples.sources.items()}
+    windows = [(titles[id(windows)], index) for windows, index in samples.next(consumed, count)]
+    return windows, samples.after(consumed, count)
+
+
+def test_what_is_served_does_not_depend_on_the_pieces_it_is_served_in(sources):
+    samples = Samples(sources, Blend({0: [3, 2, 1], 50: [1, 1, 1]}))
+    whole, end = served(samples, {}, 90)
+    pieces, consumed = [], {}
+    for count in (1, 7, 32, 50):
+        part, consumed = served(samples, consumed, count)
+        pieces += part
+    assert pieces == whole and consumed == end
+    assert Counter(title for title, _ in whole) == {title: end[title] for title in SIZES}
+
+
+def test_corpora_and_weights_may_change_and_nothing_is_repeated_or_skipped(sources):
+    """A corpus comes, weights change, one goes and comes back: within an epoch each window is served at most once."""
+    some = {name: sources[name] for name in ("web", "code")}
+    less = {name: sources[name] for name in ("web", "books")}
+    consumed, seen = {}, []
+    for samples, count in [
+        (Samples(some, Blend({0: [3, 1]})), 24),
+        (Samples(sources, Blend({0: [1, 1, 1]})), 21),
+        (Samples(sources, Blend({0: [5, 1, 1]})), 21),
+        (Samples(less, Blend({0: [1, 1]})), 10),
+        (Samples(sources, Blend({0: [1, 2, 0]})), 20),
+    ]:
+        windows, consumed = served(samples, consumed, count)
+        seen += windows
+        assert sum(consumed.values()) == len(seen)
+    assert len(set(seen)) == len(seen), "no window twice"
+    for name, (_, order) in sources.items():
+        assert {index for title, index in seen if title == name} == {order(i) for i in range(consumed[name])}, (
+            "none left out"
+        )
+
+
+def test_epochs_are_told(sources):
+    samples = Samples(sources, Blend({0: [1, 1, 0]}))
+    consumed = samples.after({}, 120)
+    assert samples.epochs(consumed) == {"web": consumed["web"] / 60, "code": consumed["code"] / 30, "books": 0}
+    assert sum(consumed.values()) == 120 and consumed["code"] > 30
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({}, "data.path is missing"),
+        ({"path": "a", "corpora": {"web": SourceConfig("b")}}, "data.path=a must not be given beside data.corpora"),
+        ({"path": "a", "stages": {5: {"web": 1.0}}}, "data.stages needs data.corpora"),
+        ({"corpora": {"web": SourceConfig()}}, "data.corpora.web.path is missing"),
+        ({"corpora": {"web": SourceConfig("a", -1.0)}}, "data.corpora.web.weight=-1.0 must be a number of at least 0"),
+        ({"corpora": {"web": SourceConfig("a", float("nan"))}}, "data.corpora.web.weight=nan must be"),
+        ({"corpora": {"web": SourceConfig("a", 0.0)}}, r"data.corpora.\*.weight=0: one weight must be above 0"),
+        ({"corpora": {"web": SourceConfig("a")}, "stages": {0: {"web": 1.0}}}, "data.stages.0 must be the number"),
+        (
+            {"corpora": {"web": SourceConfig("a")}, "stages": {9: {"wab": 1.0}}},
+            "must name each of data.corpora: web; it",
+        ),
+        ({"path": "a", "documents": "packed"}, "data.documents=packed must be causal or masked"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+def test_corpora_must_share_a_tokenizer_and_differ_in_tokens(tmp_path):
+    one, same = (make_corpus(tmp_path / name, train=100) for name in ("one", "same"))
+    other = write_tokens(tmp_path / "other", np.arange(50), 100).prefix
+    with pytest.raises(ValueError, match=r"data.corpora.b.path=.* must be tokenised as data.corpora.a is"):
+        open_data(DataConfig(corpora={"a": SourceConfig(str(one)), "b": SourceConfig(str(other))}))
+    with pytest.raises(ValueError, match=r"data.corpora.a and data.corpora.b are the same tokens"):
+        open_data(DataConfig(corpora={"a": SourceConfig(str(one)), "b": SourceConfig(str(same))}))
