@@ -101,7 +101,7 @@ def register() -> None:
         store.store(group="model/family", name=name, node=model)
     for group in PARTS.keys() - {"engine", "model"}:
         node = OmegaConf.structured(PARTS[group])
-        for key in {"corpora", "stages"} & set(node):
+        for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
             OmegaConf.set_struct(node[key], False)
         store.store(group=group, name="default", node=node)
 

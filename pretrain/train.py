@@ -235,10 +235,10 @@ def _data_lines(data: Data, state: TrainState) -> list[str]:
     shares = data.blend.shares(known)
     lines = []
     for (title, corpus), share in zip(data.corpora.items(), shares, strict=True):
-        tokens, sample = sum(len(file.tokens) for file in corpus.train), state.samples.get(corpus.name, 0)
+        sample = state.samples.get(corpus.name, 0)
         new = " (not the data of before: it starts anew)" if known and not sample else ""
         part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
-        lines.append(f"{title}, {tokens:,} tokens, {part}from sample {sample:,}{new}")
+        lines.append(f"{title}, {corpus.tokens:,} tokens, {part}from sample {sample:,}{new}")
     return lines
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,25 +25,19 @@ NAMED_BY = 2**18  # tokens and lengths at each end of a foreign pair that its na
 
 
 @dataclass
-class SourceConfig:
-    """path: as data.path. weight: of its samples, relative to the other corpora's."""
-
-    path: str = ""
-    weight: float = 1.0
-
-
-@dataclass
 class DataConfig:
     """path: a folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx.
 
-    corpora: instead, several by names of your own. stages: other weights, by name, from a sample number of the run on.
+    corpora: instead, several such paths by names of your own. weights: of their samples, by name, relative to each
+    other; none: by their tokens. stages: other weights, from a sample number of the run on.
     documents: causal lets a token see all before it in its window, masked only those of its document, whose positions
     begin at 0; there the first token of a document is nobody's target. prefetch: batches made ready ahead of the step.
     """
 
     path: str = ""
-    corpora: dict[str, SourceConfig] = field(default_factory=dict)
-    stages: dict[int, dict[str, float]] = field(default_factory=dict)
+    corpora: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    stages: dict[int, Any] = field(default_factory=dict)  # of weights, which may be whole numbers
     documents: str = "causal"
     prefetch: int = 2
 
@@ -52,39 +46,25 @@ class DataConfig:
             raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
         if self.path and self.corpora:
             raise ValueError(f"data.path={self.path} must not be given beside data.corpora: make it one of them")
-        if self.stages and not self.corpora:
-            raise ValueError("data.stages needs data.corpora, whose weights it changes")
-        for name, source in self.corpora.items():
-            if not source.path:
-                raise ValueError(f"data.corpora.{name}.path is missing: give a folder made by data_prep/tokenize.py")
-        for where, weights in self._weights().items():
+        if not all(self.corpora.values()):
+            raise ValueError("data.corpora must give each a path: a folder made by data_prep/tokenize.py")
+        given = {"data.weights": self.weights} if self.weights else {}
+        given |= {f"data.stages.{begin}": stage for begin, stage in self.stages.items()}
+        for key, weights in given.items():
+            if not isinstance(weights, dict) or weights.keys() != self.corpora.keys():
+                there = ", ".join(self.corpora) or "none"
+                raise ValueError(f"{key}={weights} must give a weight to each of data.corpora: {there}")
             for name, weight in weights.items():
-                if not 0 <= weight < math.inf:
-                    raise ValueError(f"{where.format(name)}={weight} must be a number of at least 0")
-            if weights and not sum(weights.values()):
-                raise ValueError(f"{where.format('*')}=0: one weight must be above 0")
-        for begin, stage in self.stages.items():
-            if begin < 1:
-                raise ValueError(f"data.stages.{begin} must be the number of a sample, from 1 on")
-            if stage.keys() != self.corpora.keys():
-                raise ValueError(
-                    f"data.stages.{begin} must name each of data.corpora: {', '.join(self.corpora)}; it names"
-                    f" {', '.join(stage)}"
-                )
+                if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                    raise ValueError(f"{key}.{name}={weight} must be a number of at least 0")
+            if not sum(weights.values()):
+                raise ValueError(f"{key} must have a weight above 0")
+        if min(self.stages, default=1) < 1:
+            raise ValueError(f"data.stages.{min(self.stages)} must be the number of a sample, from 1 on")
         if self.documents not in ("causal", "masked"):
             raise ValueError(f"data.documents={self.documents} must be causal or masked")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
-
-    def _weights(self) -> dict[str, dict[str, float]]:
-        """All that are given, by the key of one of them."""
-        first = {"data.corpora.{}.weight": {name: source.weight for name, source in self.corpora.items()}}
-        return first | {f"data.stages.{begin}.{{}}": stage for begin, stage in self.stages.items()}
-
-    def blend(self) -> Blend:
-        names = list(self.corpora)
-        stages = {begin: [stage[name] for name in names] for begin, stage in self.stages.items()}
-        return Blend({0: [source.weight for source in self.corpora.values()] or [1.0]} | stages)
 
     @property
     def masked(self) -> bool:
@@ -102,6 +82,11 @@ class Corpus:
     bytes_of_ids: np.ndarray | None  # length of each id's text; 0 for special tokens
     tokenizer: Path | None
     tokenizer_fingerprint: str | None
+
+    @property
+    def tokens(self) -> int:
+        """For training."""
+        return sum(len(file.tokens) for file in self.train)
 
 
 @dataclass(frozen=True)
@@ -134,13 +119,15 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
     """Opens every corpus. ValueError naming the fault; also where two have other tokenizers, or are the same tokens."""
-    paths = {name: source.path for name, source in config.corpora.items()} or {config.path: config.path}
-    data = Data({title: open_corpus(Path(path)) for title, path in paths.items()}, config.blend())
+    paths = config.corpora or {config.path: config.path}
+    corpora = {title: open_corpus(Path(path)) for title, path in paths.items()}
+    weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
+    data = Data(corpora, Blend({begin: [of[title] for title in corpora] for begin, of in weights.items()}))
     for title, corpus in data.corpora.items():
         if corpus.tokenizer_fingerprint != data.tokenizer_fingerprint:
             first = next(iter(paths))
             raise ValueError(
-                f"data.corpora.{title}.path={paths[title]} must be tokenised as data.corpora.{first} is: it has another"
+                f"data.corpora.{title}={paths[title]} must be tokenised as data.corpora.{first} is: it has another"
                 " tokenizer"
             )
         for other in data.corpora.keys() - {title}:
@@ -158,7 +145,7 @@ def open_corpus(path: Path) -> Corpus:
         corpus = Corpus(_name_of_pair(file), (file,), (), None, None, None, None)
     else:
         raise ValueError(f"data.path={path} is neither a folder of token files nor the prefix of a .bin and .idx pair")
-    if sum(len(file.tokens) for file in corpus.train) < 2:
+    if corpus.tokens < 2:
         raise ValueError(f"data.path={path} has fewer than two training tokens")
     return corpus
 

@@ -8,7 +8,6 @@ import pytest
 from data_prep.token_file import TokenFile
 from pretrain.data import DataConfig, Order, Samples, Windows, open_data
 from pretrain.data.blend import Blend
-from pretrain.data.dataset import SourceConfig
 from tests.pretrain.helpers import make_corpus, write_tokens
 
 SIZES = {"web": 60, "code": 30, "books": 20}
@@ -75,17 +74,22 @@ def test_epochs_are_told(sources):
     "settings,message",
     [
         ({}, "data.path is missing"),
-        ({"path": "a", "corpora": {"web": SourceConfig("b")}}, "data.path=a must not be given beside data.corpora"),
-        ({"path": "a", "stages": {5: {"web": 1.0}}}, "data.stages needs data.corpora"),
-        ({"corpora": {"web": SourceConfig()}}, "data.corpora.web.path is missing"),
-        ({"corpora": {"web": SourceConfig("a", -1.0)}}, "data.corpora.web.weight=-1.0 must be a number of at least 0"),
-        ({"corpora": {"web": SourceConfig("a", float("nan"))}}, "data.corpora.web.weight=nan must be"),
-        ({"corpora": {"web": SourceConfig("a", 0.0)}}, r"data.corpora.\*.weight=0: one weight must be above 0"),
-        ({"corpora": {"web": SourceConfig("a")}, "stages": {0: {"web": 1.0}}}, "data.stages.0 must be the number"),
+        ({"path": "a", "corpora": {"web": "b"}}, "data.path=a must not be given beside data.corpora"),
         (
-            {"corpora": {"web": SourceConfig("a")}, "stages": {9: {"wab": 1.0}}},
-            "must name each of data.corpora: web; it",
+            {"path": "a", "stages": {5: {"web": 1.0}}},
+            r"data.stages.5=.* must give a weight to each of data.corpora: none",
         ),
+        ({"corpora": {"web": ""}}, "data.corpora must give each a path"),
+        (
+            {"corpora": {"web": "a"}, "weights": {"wab": 1.0}},
+            r"data.weights=.* must give a weight to each of data.corpora: web",
+        ),
+        ({"corpora": {"web": "a"}, "weights": {"web": -1.0}}, r"data.weights.web=-1.0 must be a number of at least 0"),
+        ({"corpora": {"web": "a"}, "weights": {"web": float("nan")}}, r"data.weights.web=nan must be"),
+        ({"corpora": {"web": "a"}, "weights": {"web": 0.0}}, r"data.weights must have a weight above 0"),
+        ({"corpora": {"web": "a"}, "stages": {0: {"web": 1.0}}}, r"data.stages.0 must be the number of a sample"),
+        ({"corpora": {"web": "a"}, "stages": {9: {"wab": 1.0}}}, r"data.stages.9=.* must give a weight to each of"),
+        ({"corpora": {"web": "a"}, "stages": {9: {"web": "much"}}}, r"data.stages.9.web=much must be a number"),
         ({"path": "a", "documents": "packed"}, "data.documents=packed must be causal or masked"),
     ],
 )
@@ -97,7 +101,10 @@ def test_a_wrong_setting_is_named(settings, message):
 def test_corpora_must_share_a_tokenizer_and_differ_in_tokens(tmp_path):
     one, same = (make_corpus(tmp_path / name, train=100) for name in ("one", "same"))
     other = write_tokens(tmp_path / "other", np.arange(50), 100).prefix
-    with pytest.raises(ValueError, match=r"data.corpora.b.path=.* must be tokenised as data.corpora.a is"):
-        open_data(DataConfig(corpora={"a": SourceConfig(str(one)), "b": SourceConfig(str(other))}))
+    with pytest.raises(ValueError, match=r"data.corpora.b=.* must be tokenised as data.corpora.a is"):
+        open_data(DataConfig(corpora={"a": str(one), "b": str(other)}))
     with pytest.raises(ValueError, match=r"data.corpora.a and data.corpora.b are the same tokens"):
-        open_data(DataConfig(corpora={"a": SourceConfig(str(one)), "b": SourceConfig(str(same))}))
+        open_data(DataConfig(corpora={"a": str(one), "b": str(same)}))
+    longer = make_corpus(tmp_path / "longer", train=300)
+    data = open_data(DataConfig(corpora={"a": str(one), "b": str(longer)}, stages={7: {"a": 3.0, "b": 1.0}}))
+    assert data.blend.shares(0) == [0.25, 0.75] and data.blend.shares(7) == [0.75, 0.25]
