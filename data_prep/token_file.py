@@ -13,7 +13,7 @@ length (int32) and its byte offset (int64), and the first sequence of each docum
 import json
 import struct
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -146,6 +146,13 @@ class TokenFile:
         documents = self.document_indices[low : low + len(sequences)]  # a document may be of several sequences, or none
         begin = sequences[np.isin(sequences, documents)]
         return np.unique(self.pointers[begin] // self.dtype.itemsize)
+
+    def document_at(self, place: int) -> tuple[int, int]:
+        """The document that the token at `place` is of, and which of its tokens it is."""
+        sequence = bisect_right(self.pointers, place * self.dtype.itemsize) - 1
+        document = bisect_right(self.document_indices, sequence) - 1
+        start = int(self.pointers[self.document_indices[document]]) // self.dtype.itemsize
+        return document, place - start
 
     def index_faults(self) -> list[str]:
         """What is wrong inside the index. Reads it all, and no token."""

@@ -19,7 +19,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
-from .data import Data, DataConfig, open_data
+from .data import Data, DataConfig, Order, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .model import GPT2Config
@@ -213,6 +213,15 @@ def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) ->
         itemsize=itemsize,
         smoothing=config.vocab.label_smoothing > 0,
     )
+
+
+def samples(config: TrainConfig, data: Data) -> Samples:
+    """The windows of the data's corpora, in the order of the run."""
+    sources = {}
+    for title, corpus in data.corpora.items():
+        windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+        sources[title] = windows, Order(len(windows), config.seed, corpus.name)
+    return Samples(sources, data.blend)
 
 
 def about(config: TrainConfig, data: Data) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from . import config as configuration
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .config import TrainConfig, hold
-from .data import BatchLoader, Data, MicroBatch, Order, Samples, Windows, validation_batches
+from .data import BatchLoader, Data, MicroBatch, Windows, validation_batches
 from .engine import Engine
 from .exits import Exit
 from .mesh import Mesh, device_error, lost_peer, ranks, ranks_of_a_node
@@ -150,12 +150,8 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
 
 
 def _loader(config: TrainConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
-    sources = {}
-    for title, corpus in data.corpora.items():
-        windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
-        sources[title] = windows, Order(len(windows), config.seed, corpus.name)
     return BatchLoader(
-        Samples(sources, data.blend),
+        configuration.samples(config, data),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=mesh.rank,

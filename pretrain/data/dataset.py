@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +181,16 @@ class Window(NamedTuple):
     starts_T: np.ndarray | None = None
 
 
+class Part(NamedTuple):
+    """A document's tokens in a window: [start, stop) of it, which begin at the document's token `offset`."""
+
+    file: TokenFile
+    document: int
+    offset: int
+    start: int
+    stop: int
+
+
 class Windows:
     """The windows of T tokens over a stream of token files; `masked`: their documents are told apart."""
 
@@ -209,6 +220,16 @@ class Windows:
             window.starts_T[inside] = inside
             np.maximum.accumulate(window.starts_T, out=window.starts_T)
         return window
+
+    def documents(self, index: int) -> list[Part]:
+        """The documents that window `index` has tokens of, in their order."""
+        parts = []
+        for at, file, low, high in self._parts(index * self.seq_len, (index + 1) * self.seq_len):
+            begins = [place for place in file.document_starts(low, high).tolist() if place > low]
+            for start, stop in pairwise([low, *begins, high]):
+                document, offset = file.document_at(start)
+                parts.append(Part(file, document, offset, at + start - low, at + stop - low))
+        return parts
 
     def empty(self) -> Window:
         """One without a target."""

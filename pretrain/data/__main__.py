@@ -1,0 +1,147 @@
+"""What did the model see? `python -m pretrain.data --help`. Reads the index and the batch's tokens; starts no rank."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.command import EXIT_ERROR, fail, override_error
+from data_prep.tokenizer import Tokenizer
+
+from .. import config as configuration
+from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
+from .dataset import Windows
+from .samples import Samples
+
+HELP = """What did the model see?
+
+  python -m pretrain.data show run=runs/a step=1234                  the batch of that step: its documents and tokens
+  python -m pretrain.data show run=runs/a step=1234 rank=3 world=8   what rank 3 of 8 saw of it
+  python -m pretrain.data show data.path=data/mine step=1234 train.global_batch=64 seed=1
+                                                                     of a run that has those settings
+
+Steps are numbered as in metrics.jsonl. From the newest checkpoint before it on, the run's present settings are taken to
+hold. On a terminal each token has a shade of its own, each document a colour; a line tells where it lies in its file.
+"""
+CONF = Path(__file__).resolve().parents[2] / "conf"
+COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of a document: two shades for its tokens, of 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """step: 1 is the first. rank of world: whose part; null: the whole batch."""
+
+    config: configuration.TrainConfig
+    run: Path | None
+    step: int
+    rank: int | None
+    world: int
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on a wrong command."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return
+    try:
+        if arguments[0] != "show":
+            raise ValueError(f"{arguments[0]} must be show; see --help")
+        for line in show(_request(arguments[1:]), coloured=sys.stdout.isatty()):
+            print(line)
+    except BrokenPipeError:
+        sys.exit(EXIT_ERROR)
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(fail(override_error(error)))
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(fail(str(error)))
+
+
+def _request(arguments: list[str]) -> Request:
+    given, settings = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument!r} must be key=value; see --help")
+        if key in ("run", "step", "rank", "world"):
+            given[key] = value
+        else:
+            settings.append(argument)
+    for key in given.keys() - {"run"}:
+        if not given[key].isdecimal():
+            raise ValueError(f"{key}={given[key]} must be a number of at least 0")
+    step, rank, world = int(given.get("step", 1)), given.get("rank"), int(given.get("world", 1))
+    if step < 1:
+        raise ValueError(f"step={step} must be at least 1")
+    if rank is not None and int(rank) >= world:
+        raise ValueError(f"rank={rank} must be below world={world}")
+    if "run" in given:
+        if settings:
+            raise ValueError(f"{settings[0]} is not for run={given['run']}, which has settings of its own")
+        config = configuration.load(Path(given["run"]) / configuration.CONFIG_FILE)
+    else:
+        configuration.register()
+        with initialize_config_dir(str(CONF), version_base=None):
+            config = configuration.build(compose("train", ["run.dir=unused", *settings]))
+    config.train.check_world(world)
+    run = Path(given["run"]) if "run" in given else None
+    return Request(config, run, step, None if rank is None else int(rank), world)
+
+
+def show(request: Request, coloured: bool) -> Iterator[str]:
+    """The lines to print."""
+    config, train = request.config, request.config.train
+    data = configuration.open_data(config.data)
+    samples = configuration.samples(config, data)
+    tokenizer = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
+    consumed = _consumed(request, samples)
+    first = sum(consumed.values())
+    titles = {id(windows): title for title, (windows, _) in samples.sources.items()}
+    yield f"step {request.step:,}: samples {first:,} to {first + train.global_batch - 1:,}"
+    for i, (windows, index) in enumerate(samples.next(consumed, train.global_batch)):
+        rank = i // train.micro_batch % request.world
+        if request.rank in (None, rank):
+            of = f"rank {rank} of {request.world}, " if request.world > 1 else ""
+            yield f"\nsample {first + i:,}: {of}{titles[id(windows)]}, window {index:,} of {len(windows):,}"
+            yield from _documents(windows, index, tokenizer, coloured)
+
+
+def _consumed(request: Request, samples: Samples) -> dict[str, int]:
+    """Where the run stood before that step: from its newest checkpoint before it on."""
+    steps, consumed = request.step - 1, {}
+    for folder in reversed(checkpoints(request.run) if request.run else []):
+        if step_of(folder) < request.step:
+            consumed = read_manifest(folder)["samples"]
+            steps -= step_of(folder)
+            break
+    return samples.after(consumed, steps * request.config.train.global_batch)
+
+
+def _documents(windows: Windows, index: int, tokenizer: Tokenizer | None, coloured: bool) -> Iterator[str]:
+    tokens = windows[index].tokens_T
+    for part in windows.documents(index):
+        yield f"  {part.file.prefix.name}, document {part.document:,} from its token {part.offset:,}"
+        shades = COLOURS[part.document % len(COLOURS)]
+        yield _text(tokens[part.start : part.stop], tokenizer, shades if coloured else None)
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer | None, shades: tuple[int, int] | None) -> str:
+    """The tokens' text, or their ids where there is no tokenizer."""
+    if shades is None:
+        return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+    pieces = []
+    for i, id in enumerate(ids.tolist()):
+        text = f" {id}" if tokenizer is None else tokenizer.decode([id])
+        lines = text.split("\n")  # a shade must not run on to the end of a line
+        on, off = f"\033[48;5;{shades[i % 2]}m", "\033[0m"
+        pieces.append(f"{off}\n{on}".join([on + lines[0], *lines[1:]]) + off)
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    main()

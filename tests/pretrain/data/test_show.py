@@ -1,0 +1,120 @@
+"""`python -m pretrain.data show`: what a step saw, against what training really served."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.token_file import TokenFile
+from pretrain import config as configuration
+from pretrain.checkpoint import checkpoints
+from pretrain.data import BatchLoader, Windows
+from pretrain.vocab import VocabShard
+from tests.pretrain.helpers import make_corpus
+from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def show(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain.data", "show", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def batches_of(config: configuration.TrainConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
+    """What the training's own loader hands to that rank, step by step: the tokens of each sequence."""
+    loader = BatchLoader(
+        configuration.samples(config, configuration.open_data(config.data)),
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world=world,
+        shard=VocabShard.of(0, 1, VOCAB),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        prefetch=1,
+    )
+    try:
+        batches = [next(loader).micro_batches for _ in range(steps)]
+    finally:
+        loader.close()
+    return [[tokens for micro in batch for tokens in micro.tokens_BT.tolist()] for batch in batches]
+
+
+def shown(text: str) -> list[list[int]]:
+    """The ids of each sample."""
+    samples = re.split(r"\nsample .*\n", text)[1:]
+    ids = [re.sub(r"(?m)^  .*, document .*$", "", sample).split() for sample in samples]
+    return [[int(id) for id in sample] for sample in ids]
+
+
+def test_it_shows_what_training_served_also_after_the_batch_has_changed(tmp_path):
+    data = {"a": str(write_tokens(tmp_path / "a")), "b": str(write_tokens(tmp_path / "b", seed=1))}
+    settings = {"data__path": "", "data__corpora": data, "data__weights": {"a": 1, "b": 2}}
+    first = tiny_config(tmp_path, tmp_path / "run", train__stop_after=3, **settings)
+    run_ranks(2, train_rank, first)
+    then = tiny_config(tmp_path, tmp_path / "run", train__stop_after=5, train__global_batch=6, **settings)
+    configuration.freeze(then, configuration.open_data(then.data))
+    assert len(checkpoints(tmp_path / "run")) == 1
+    truth = batches_of(first, 1, 2, 3)
+    with_first = show(
+        *(f"data.corpora.{name}={path}" for name, path in data.items()),
+        *("data.weights={a:1,b:2}", f"vocab.size={VOCAB}", "seed=7", "train.seq_len=16"),
+        *("train.global_batch=12", "train.micro_batch=3", "step=3", "rank=1", "world=2"),
+    )
+    assert with_first.returncode == 0, with_first.stderr
+    assert "step 3: samples 24 to 35" in with_first.stdout
+    for ours, theirs in zip(shown(with_first.stdout), truth[2], strict=True):
+        assert ours == theirs[: len(ours)] and len(ours) >= 15
+
+    after = show(f"run={tmp_path / 'run'}", "step=5")
+    assert after.returncode == 0 and "step 5: samples 42 to 47" in after.stdout, after.stderr + after.stdout
+
+
+def test_documents_are_told_by_their_file_and_place(tmp_path):
+    windows = Windows((TokenFile(write_tokens(tmp_path / "a")),), 16)
+    for index in range(len(windows) - 1):
+        tokens = windows[index].tokens_T
+        parts = windows.documents(index)
+        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == 16
+        for part in parts:
+            begin = int(part.file.pointers[part.document]) // part.file.dtype.itemsize + part.offset
+            np.testing.assert_array_equal(
+                part.file.tokens[begin:][: part.stop - part.start], tokens[part.start : part.stop]
+            )
+            assert part.offset + part.stop - part.start <= part.file.lengths[part.document]
+
+
+def test_text_is_shown_where_there_is_a_tokenizer(tmp_path):
+    data = make_corpus(tmp_path / "data")
+    done = show(f"data.path={data}", "train.seq_len=32", "train.global_batch=2", "train.micro_batch=1")
+    assert done.returncode == 0 and done.stdout.count("sample ") == 2, done.stderr
+    assert "train-0000" in done.stdout and ", document 0 from its token " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["run=nowhere"], "nowhere/config.yaml is missing"),
+        (["step=0", "data.path=x"], "step=0 must be at least 1"),
+        (["rank=2", "world=2", "data.path=x"], "rank=2 must be below world=2"),
+        (["data.path=x", "trian.steps=3"], "trian"),
+        (["data.path=nowhere"], "data.path=nowhere is neither a folder of token files"),
+        (["run=a", "seed=3"], "seed=3 is not for run=a"),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments, expected):
+    done = show(*arguments)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
