@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,11 @@ def submit(
     executor = submitit.SlurmExecutor(folder, python=python)
     executor.update_parameters(**parameters)
     try:
-        return executor.submit_array(calls)
+        with redirect_stderr(StringIO()):  # on which submitit repeats what is in its error
+            return executor.submit_array(calls)
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
-        raise ValueError(said[-1] if said else str(error)) from error
+        said = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).splitlines()[:1]
+        raise ValueError(f"sbatch refuses the job: {'; '.join(said)}") from error
 
 
 def script(folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]) -> str:

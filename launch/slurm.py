@@ -45,7 +45,7 @@ from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
 from pretrain.data import Corpus  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
-ASK_EVERY = 5.0  # seconds, for the state of a job that is followed
+ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
 FORGOTTEN = "forgotten"
 
 
@@ -238,21 +238,17 @@ def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submiti
 
 def follow(job: submitit.Job[object]) -> int:
     """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
-    said, seen, ended = "", 0, 0
+    said, seen, ended, due = "", 0, 0, 0.0
     try:
         while ended < 2:  # a job that is requeued may seem to have ended for a moment
-            asked = time.monotonic()
-            try:
-                now = slurm.state(job.job_id) or FORGOTTEN
-            except OSError as error:  # a controller that starts anew
-                now = str(error)
-            ended = ended + 1 if now == FORGOTTEN or now in slurm.ENDED else 0
-            if now != said:
-                print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
-            said = now
-            while time.monotonic() - asked < ASK_EVERY:
-                seen = show(job.paths.stdout, seen)
-                time.sleep(min(0.5, ASK_EVERY))
+            if time.monotonic() >= due:
+                now = _state(job.job_id)
+                ended = ended + 1 if now == FORGOTTEN or now in slurm.ENDED else 0
+                if now != said:
+                    print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
+                said, due = now, time.monotonic() + ASK_EVERY
+            seen = show(job.paths.stdout, seen)
+            time.sleep(LOOK_EVERY)
     except KeyboardInterrupt:
         print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -261,6 +257,13 @@ def follow(job: submitit.Job[object]) -> int:
     if code is None:
         raise ValueError(f"Slurm has forgotten job {job.job_id}; its log: {job.paths.stdout}")
     return code
+
+
+def _state(job: str) -> str:
+    try:
+        return slurm.state(job) or FORGOTTEN
+    except OSError as error:  # a controller that is being restarted
+        return str(error)
 
 
 def show(log: Path, seen: int) -> int:
