@@ -25,7 +25,6 @@ if str(ROOT) not in sys.path:
 
 import hydra  # noqa: E402
 import submitit  # noqa: E402
-import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
@@ -36,8 +35,9 @@ from data_prep.durable import durable  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
-from launch.hardware import HARDWARE  # noqa: E402
+from launch.hardware import GIB, HARDWARE  # noqa: E402
 from launch.job import RestartConfig, SlurmRank  # noqa: E402
+from launch.plan import plan  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
@@ -194,8 +194,15 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config.data.path = os.path.abspath(config.data.path)
     hardware = HARDWARE[cluster.gpu or "cpu"]
     corpus = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
-    with torch.device("meta"):
-        config.model.body()
+    rows = configuration.vocab_rows(config, corpus)
+    needed = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware).peak_bytes
+    room = hardware.memory - hardware.reserved
+    if cluster.gpu and needed > room:
+        raise ValueError(
+            f"a rank would hold {needed / GIB:.1f} GiB, and a {cluster.gpu} has room for {room / GIB:.1f}: lower"
+            f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
+            " ranks; launch/plan.py shows what it is"
+        )
     return Run(config, corpus)
 
 

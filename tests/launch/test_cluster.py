@@ -106,7 +106,7 @@ def test_a_job_lives_until_it_has_ended_or_is_forgotten(fake_slurm):
 
 def test_a_slurm_that_does_not_answer_is_an_error(fake_slurm):
     fake_slurm.command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(OSError, match="job 12 does: .*Unable to contact"):
+    with pytest.raises(OSError, match=r"job 12 does: .*Unable to contact"):
         cluster.alive("12")
 
 
