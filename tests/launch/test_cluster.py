@@ -93,6 +93,21 @@ def test_a_wrong_value_is_named_with_its_rule(changes, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_job_submitted_from_within_another_is_none_of_its(fake_slurm, tmp_path, monkeypatch):
+    fake_slurm.command("sbatch", "env | grep ^S > environment; echo Submitted batch job 12")
+    told = given({})
+    for variables, passed in (
+        ({"SBATCH_ACCOUNT": "ours", "SLURM_CONF": "/etc/slurm.conf"}, {"SBATCH_ACCOUNT", "SLURM_CONF"}),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "9"}, {"SLURM_CONF"}),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        (job,) = cluster.submit(tmp_path / "slurm", "python3", told, [int])
+        environment = (fake_slurm.folder / "environment").read_text().splitlines()
+        assert job.job_id == "12"
+        assert {line.split("=")[0] for line in environment if line.startswith(("SLURM_", "SBATCH_"))} == passed
+
+
 def test_a_job_lives_until_it_has_ended_or_is_forgotten(fake_slurm):
     for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
         fake_slurm.states(state)
