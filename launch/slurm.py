@@ -82,8 +82,8 @@ def main() -> None:
         return
     try:
         if corpus.asked_for(composed[0][0]):
-            last = corpus.launch([one for one, _ in composed])
-            sys.exit(follow(last) if last else 0)
+            jobs = corpus.launch([one for one, _ in composed])
+            sys.exit(next(filter(None, map(follow, jobs)), 0))  # none after one that has not ended well
         sys.exit(launch(*composed))
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))
