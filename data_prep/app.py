@@ -61,7 +61,7 @@ class TokenizeConfig:
 
     @property
     def units(self) -> Part:
-        return Part() if self.part is None else Part.parse(self.part)
+        return Part() if self.part in (None, PREPARE) else Part.parse(self.part)
 
     @property
     def unit_bytes(self) -> int:

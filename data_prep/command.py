@@ -38,6 +38,8 @@ def override_error(error: Exception) -> str:
     message, cause = headline(error), error.__cause__
     if isinstance(error, OverrideParseException):
         message = f"cannot read {error.override}: {message}"
+    append = [line for line in str(error).splitlines() if line.startswith("To append to your default list")]
+    message = " ".join([message, *append])
     if cause is not None and headline(cause) not in message:
         message = f"{message.rstrip('.')}: {headline(cause)}"
     if isinstance(error, MissingConfigException) and error.options:

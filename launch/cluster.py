@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,23 @@ def submit(
     executor = submitit.SlurmExecutor(folder, python=python)
     executor.update_parameters(**parameters)
     try:
-        return executor.submit_array(calls)
+        with _outside_of_jobs(), redirect_stderr(StringIO()):  # on which submitit repeats what is in its error
+            return executor.submit_array(calls)
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
-        raise ValueError(said[-1] if said else str(error)) from error
+        said = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).splitlines()[:1]
+        raise ValueError(f"sbatch refuses the job: {'; '.join(said)}") from error
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """In an interactive job: without its variables, which would be taken for settings of the new one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def script(folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]) -> str:

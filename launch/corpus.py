@@ -13,11 +13,14 @@ requeued or submitted again at any time: what is finished is not done twice, and
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import submitit
@@ -27,6 +30,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from data_prep import app
 from data_prep.app import PREPARE, TokenizeConfig
 from data_prep.durable import durable
+from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.tokenizer import BpeTokenizer
 from launch import cluster as slurm
@@ -35,6 +39,8 @@ from launch.snapshot import Snapshot, import_from
 
 PARTS, MANIFEST = "parts", "manifest"  # the steps' names, beside PREPARE
 CODE, JOB_FILE = "code", "job.json"
+WARNING = signal.SIGUSR1  # comes cluster.warn_seconds before the time limit
+LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 
 
 @dataclass
@@ -75,16 +81,32 @@ class CorpusConfig(TokenizeConfig):
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """Called in a job: tokenises, in the folder where the command was given, and exits as the program does."""
+    """Called in a job: tokenises, in the folder where the command was given, and exits as the program does.
+
+    Told to end, it waits to be killed: Slurm starts a preempted job again, but not if it has failed on its own. Near
+    its time limit it has itself started again, provided that it has finished a unit since its last start.
+    """
 
     config: TokenizeConfig
     folder: str
 
     def __call__(self) -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the time limit comes near: what is finished is kept anyway
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would go on until it is killed
         os.chdir(self.folder)
+        signal.signal(signal.SIGTERM, lambda *_: time.sleep(LONGER_THAN_SLURM_WAITS))
+        signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])  # in the processes that this one starts, too
+        Thread(target=self._go_on_later, args=(self._done(),), daemon=True).start()
         sys.exit(app.execute(self.config))
+
+    def _go_on_later(self, before: set[str]) -> None:
+        signal.sigwait([WARNING])
+        if self._done() > before:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+
+    def _done(self) -> set[str]:
+        """The units of this task that are finished."""
+        assert self.config.out is not None
+        records = Path(self.config.out, UNFINISHED_FOLDER).glob("[0-9]*.json")
+        return {record.stem for record in records if self.config.units.has(int(record.stem))}
 
 
 @dataclass(frozen=True)
@@ -112,8 +134,8 @@ def asked_for(composed: DictConfig) -> bool:
     return OmegaConf.get_type(composed) is CorpusConfig
 
 
-def launch(composed: list[DictConfig]) -> submitit.Job[object] | None:
-    """Submits the jobs, or prints their scripts; the last one, if `tail` is for following it.
+def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
+    """Submits the jobs, or prints their scripts; those to follow, one after the other, if `tail` says so.
 
     ValueError: key, value, rule.
     """
@@ -126,22 +148,21 @@ def launch(composed: list[DictConfig]) -> submitit.Job[object] | None:
     output = app.output_of(config, config.here)
     if output.finished():
         app.tokenize(config, config.here)  # says so
-        return None
+        return []
     steps, snapshot = steps_of(config, output.prepared), Snapshot.take()
     if config.dry_run:
         names = {step.name: step.name.upper() for step in steps}  # in place of numbers that are not known
         print(*(slurm.script(*job_of(config, step, names, snapshot)) for step in steps), sep="\n")
-        return None
+        return []
     refuse_if_held(config)
     if steps[0].name == PARTS:
         app.tokenize(replace(config.tokenizing(), part=PREPARE), config.here)
     snapshot.save(config.jobs / CODE)
     jobs = submit(config, steps, snapshot)
     print(farewell(config, jobs), flush=True)
-    last = jobs[MANIFEST][0]
     with durable(config.jobs / JOB_FILE) as file:
-        file.write(json.dumps({"job": last.job_id}).encode() + b"\n")
-    return last if config.tail else None
+        file.write(json.dumps({"job": ids_of(jobs)[MANIFEST]}).encode() + b"\n")
+    return [each[0] for name, each in jobs.items() if name != PARTS] if config.tail else []
 
 
 def steps_of(config: CorpusConfig, prepared: bool) -> list[Step]:

@@ -179,6 +179,8 @@ def close(run: Path) -> None:
     decision, why = decide(first.ending, step > start_step, fruitless, config)
     if ended_by_slurm and decision is not Decision.DONE:
         decision, why = Decision.LEFT, f"Slurm ends the job, its state is {state}"
+    elif decision is Decision.RESTART and "Requeue=0" in _ask("scontrol", "--oneliner", "show", "job", job):
+        decision, why = Decision.STOP, f"{why}; cluster.requeue=false"
     bad, excluded = bad_node(first, records), None
     if decision is Decision.RESTART and bad is not None:
         excluded, remark = _without(bad)

@@ -1,40 +1,242 @@
 #!/usr/bin/env python
-"""What a run will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
+"""What a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from launch.hardware import Hardware
-from pretrain.config import TrainConfig
-from pretrain.vocab import Transfer
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+import torch  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from data_prep.command import fail, run_hydra  # noqa: E402
+from launch import cluster as slurm  # noqa: E402
+from launch.cluster import ClusterConfig  # noqa: E402
+from launch.hardware import HARDWARE, Hardware  # noqa: E402
+from launch.step import Item, Step, total  # noqa: E402
+from pretrain import config as configuration  # noqa: E402
+from pretrain.config import TrainConfig  # noqa: E402
+from pretrain.data import open_corpus  # noqa: E402
+from pretrain.vocab import Transfer  # noqa: E402
+from pretrain.vocab.kernels import choose_kernels  # noqa: E402
+from pretrain.vocab.parallel import UPDATE, estimate  # noqa: E402
+
+MIB = 2**20
+AXES = ("vocab", "dp", "world")
+ROWS = (32_768, 65_536, 131_072, 262_144, 524_288)  # of the picture
+MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a rank holds when it holds most."""
+class Size:
+    """One step with `ranks` to a copy of the matrix. near, far: bytes that a rank sends within a node and to others, on
+    each axis. seconds: of the matrix and of the body.
+    """
 
-    name: str
-    bytes: int
-    formula: str
+    ranks: int
+    moments: dict[str, list[Item]]
+    links: list[Transfer]
+    near: dict[str, float]
+    far: dict[str, float]
+    seconds: tuple[float, float]
+
+    @property
+    def memory(self) -> list[Item]:
+        """What is held when most is."""
+        return max(self.moments.values(), key=total)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of a rank: what it holds at its peak, what it moves, and how long it should take."""
+    """A step on that hardware with each size of the vocab axis, and the one that the run will take."""
 
-    ranks: int  # to a copy of the matrix
-    why: str  # auto's table, "" where there is nothing to say
-    memory: list[Item]
-    links: list[Transfer]
-    seconds: float
+    hardware: Hardware
+    sizes: list[Size]
+    chosen: Size
+    tokens: int  # of a rank and step
+
+    @property
+    def memory(self) -> list[Item]:
+        return self.chosen.memory
 
     @property
     def peak_bytes(self) -> int:
-        return sum(item.bytes for item in self.memory)
+        return total(self.memory)
+
+    @property
+    def links(self) -> list[Transfer]:
+        return self.chosen.links
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.chosen.seconds)
 
     def table(self) -> str:
-        return ""
+        return "\n\n".join([self._memory(), self._links(), self._sizes()])
+
+    def _memory(self) -> str:
+        moments = self.chosen.moments
+        header = ["a rank holds, MiB, in", *moments, ""]
+        rows = [
+            [items[0].name, *(f"{item.bytes / MIB:,.0f}" for item in items), f"  {items[0].formula}"]
+            for items in zip(*moments.values(), strict=True)
+        ]
+        of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
+        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in moments.values()), of])
+        return _aligned([header, *rows])
+
+    def _links(self) -> str:
+        rows = [["a rank sends, MiB a step", "axis", "calls", "", "", ""]]
+        for one in self.links:
+            sent = f"{one.sent / MIB:,.1f}"
+            rows.append(
+                [one.purpose, f"{one.axis} ({one.ranks})", f"{one.calls:,}", sent, f"  {one.kind}", one.formula]
+            )
+        return _aligned(rows, left=(0, 4, 5))
+
+    def _sizes(self) -> str:
+        header = ["ranks to a copy"]
+        for axis in AXES:
+            header += [f"{axis}: in node", "between"]
+        rows = [[*header, "ms a step", "tokens/s", "peak MiB", ""]]
+        for size in self.sizes:
+            row = [f"{size.ranks:,}"]
+            for axis in AXES:
+                row += [f"{size.near[axis] / MIB:,.0f}", f"{size.far[axis] / MIB:,.0f}"]
+            seconds = sum(size.seconds)
+            row += [f"{seconds * 1e3:,.0f}", f"{self.tokens / seconds:,.0f}", f"{total(size.memory) / MIB:,.0f}"]
+            rows.append([*row, " <" * (size is self.chosen)])
+        return _aligned(rows)
 
 
 def plan(config: TrainConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
     """For a vocabulary of `rows` on `world` ranks, `node` of them on each node. ValueError where the settings clash."""
-    raise NotImplementedError
+    config.train.check_world(world)
+    device, bf16 = hardware.device, hardware.bf16
+    chosen = configuration.vocab_parallel(config, rows, world, node, device, bf16).ranks
+    dtype, kernels = config.train.compute_dtype(device, bf16), choose_kernels(torch.device(device))
+    work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
+    sizes = {
+        p: _size(Step(config, work, p, world, dtype, kernels), node, hardware)
+        for p in range(1, world + 1)
+        if world % p == 0
+    }
+    return Plan(hardware, list(sizes.values()), sizes[chosen], work.tokens * work.micro_batches)
+
+
+def _size(step: Step, node: int, hardware: Hardware) -> Size:
+    links = step.transfers()
+    near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
+    for one in links:
+        outside = one.sent * _outside(one, step, node)
+        near[one.axis] += one.sent - outside
+        far[one.axis] += outside
+    machine = hardware.machine(step.world, node, step.dtype.itemsize)
+    matrix = estimate(step.p, step.work, machine).seconds
+    body = step.of_the_body()
+    outside = sum(one.sent * _outside(one, step, node) for one in body)
+    moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
+    matmuls = step.flops / machine.flops
+    update = UPDATE * step.body.shard(step.ranks) / machine.memory
+    seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
+    return Size(step.p, step.moments(), links, near, far, (matrix, seconds))
+
+
+def _outside(one: Transfer, step: Step, node: int) -> float:
+    """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
+    if step.world <= node or one.axis == "vocab" and step.p <= node and node % step.p == 0:
+        return 0.0
+    here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
+    return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> str:
+    """Columns as wide as they need, numbers to the right; the last column as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell if k == len(row) - 1 else cell.ljust(width) if k in left else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def draw(config: TrainConfig, world: int, node: int, hardware: Hardware, path: Path) -> None:
+    """Peak memory and time of a step over the rows, for worlds of one node and more, each rank's tokens the same."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"plot={path} needs matplotlib: pip install matplotlib") from None
+    repeats = config.train.global_batch // world
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    memory, speed = figure.subplots(1, 2)
+    worlds = [node]
+    while worlds[-1] * 4 <= max(world, MOST_RANKS):
+        worlds.append(worlds[-1] * 4)
+    for ranks in worlds:
+        wider = replace(config, train=replace(config.train, global_batch=repeats * ranks))
+        plans = [plan(wider, rows, ranks, node, hardware) for rows in ROWS]
+        label = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
+        memory.plot(ROWS, [one.peak_bytes / 2**30 for one in plans], marker="o", markersize=3, label=label)
+        speed.plot(ROWS, [one.tokens / one.seconds / 1e3 for one in plans], marker="o", markersize=3, label=label)
+    for axes, title in ((memory, "peak memory of a rank, GiB"), (speed, "thousand tokens a second and rank")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ROWS, [f"{rows // 1024}k" for rows in ROWS])
+        axes.set(title=title, xlabel="rows of the vocabulary", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Prints the plan. Exits 2 on a wrong setting."""
+    configuration.register()
+    slurm.register()
+    run_hydra(_composed)
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
+def _composed(composed: DictConfig) -> None:
+    try:
+        OmegaConf.set_struct(composed, False)
+        slurm.need_cluster(composed)
+        cluster, plot = composed.pop("cluster"), composed.pop("plot")
+        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), cluster))
+        config, rows = _training(composed)
+        hardware = HARDWARE[cluster.gpu or "cpu"]
+        node, world = cluster.ranks_of_a_node, cluster.ranks
+        planned = plan(config, rows, world, node, hardware)
+        print(
+            f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {planned.tokens:,} tokens a rank and step\n"
+        )
+        print(planned.table())
+        if plot is not None:
+            draw(config, world, node, hardware, Path(plot))
+            print(f"\npicture: {plot}")
+    except (ValueError, OSError) as error:
+        sys.exit(fail(str(error)))
+
+
+def _training(composed: DictConfig) -> tuple[TrainConfig, int]:
+    """A plan needs no run, and no data where the rows are given."""
+    composed.run.dir = composed.run.dir or "not a run"
+    known = composed.data.path
+    if not known and composed.vocab.size is None:
+        raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer tells it")
+    composed.data.path = known or "no data"
+    config = configuration.build(composed)
+    if known:
+        return config, configuration.vocab_rows(config, open_corpus(Path(known)))
+    assert config.vocab.size is not None
+    return config, config.vocab.size
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ class RestartConfig:
 class Decision(StrEnum):
     DONE = "done"
     RESTART = "restart"
-    STOP = "stop"  # on this machine, as asked
+    STOP = "stop"  # as asked: on this machine, or with cluster.requeue=false
     GIVE_UP = "give up"
     LEFT = "left to Slurm"  # which is ending the job: it was cancelled, or Slurm starts it again by itself
 

@@ -25,7 +25,6 @@ if str(ROOT) not in sys.path:
 
 import hydra  # noqa: E402
 import submitit  # noqa: E402
-import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
@@ -36,8 +35,9 @@ from data_prep.durable import durable  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
-from launch.hardware import HARDWARE  # noqa: E402
+from launch.hardware import GIB, HARDWARE  # noqa: E402
 from launch.job import RestartConfig, SlurmRank  # noqa: E402
+from launch.plan import plan  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
@@ -45,7 +45,7 @@ from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
 from pretrain.data import Data  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
-ASK_EVERY = 5.0  # seconds, for the state of a job that is followed
+ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
 FORGOTTEN = "forgotten"
 
 
@@ -82,8 +82,8 @@ def main() -> None:
         return
     try:
         if corpus.asked_for(composed[0][0]):
-            last = corpus.launch([one for one, _ in composed])
-            sys.exit(follow(last) if last else 0)
+            jobs = corpus.launch([one for one, _ in composed])
+            sys.exit(next(filter(None, map(follow, jobs)), 0))  # none after one that has not ended well
         sys.exit(launch(*composed))
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error)))
@@ -117,7 +117,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         one.run.dir = str(base / name)
     runs = [checked(one, ours.cluster) for one, _ in composed]
     snapshot = Snapshot.take()
-    mounts = sorted({base, *(Path(run.config.data.path).parent for run in runs)})
+    mounts = sorted({base, *(Path(path).parent for run in runs for path in run.config.data.paths.values())})
     job = (
         base / "slurm",
         ours.cluster.task_python,
@@ -191,11 +191,18 @@ def names(overrides: Sequence[list[str]]) -> list[str]:
 def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     """A run that can be trained on that cluster, as far as can be known here. ValueError: key, value, rule."""
     config = configuration.build(composed)
-    config.data.path = os.path.abspath(config.data.path)
+    config.data.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
-    with torch.device("meta"):
-        config.model.body()
+    rows = configuration.vocab_rows(config, data)
+    needed = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware).peak_bytes
+    room = hardware.memory - hardware.reserved
+    if cluster.gpu and needed > room:
+        raise ValueError(
+            f"a rank would hold {needed / GIB:.1f} GiB, and a {cluster.gpu} has room for {room / GIB:.1f}: lower"
+            f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
+            " ranks; launch/plan.py shows what it is"
+        )
     return Run(config, data)
 
 
@@ -238,21 +245,17 @@ def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submiti
 
 def follow(job: submitit.Job[object]) -> int:
     """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
-    said, seen, ended = "", 0, 0
+    said, seen, ended, due = "", 0, 0, 0.0
     try:
         while ended < 2:  # a job that is requeued may seem to have ended for a moment
-            asked = time.monotonic()
-            try:
-                now = slurm.state(job.job_id) or FORGOTTEN
-            except OSError as error:  # a controller that starts anew
-                now = str(error)
-            ended = ended + 1 if now == FORGOTTEN or now in slurm.ENDED else 0
-            if now != said:
-                print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
-            said = now
-            while time.monotonic() - asked < ASK_EVERY:
-                seen = show(job.paths.stdout, seen)
-                time.sleep(min(0.5, ASK_EVERY))
+            if time.monotonic() >= due:
+                now = _state(job.job_id)
+                ended = ended + 1 if now == FORGOTTEN or now in slurm.ENDED else 0
+                if now != said:
+                    print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
+                said, due = now, time.monotonic() + ASK_EVERY
+            seen = show(job.paths.stdout, seen)
+            time.sleep(LOOK_EVERY)
     except KeyboardInterrupt:
         print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -261,6 +264,13 @@ def follow(job: submitit.Job[object]) -> int:
     if code is None:
         raise ValueError(f"Slurm has forgotten job {job.job_id}; its log: {job.paths.stdout}")
     return code
+
+
+def _state(job: str) -> str:
+    try:
+        return slurm.state(job) or FORGOTTEN
+    except OSError as error:  # a controller that is being restarted
+        return str(error)
 
 
 def show(log: Path, seen: int) -> int:

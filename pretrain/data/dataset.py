@@ -8,6 +8,7 @@ one index at a time: it needs no memory and is the same for any number of ranks.
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -68,6 +69,16 @@ class DataConfig:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
 
     @property
+    def paths(self) -> dict[str, str]:
+        """By their titles."""
+        return self.corpora or {self.path: self.path}
+
+    def resolve(self) -> None:
+        """Makes the paths whole: a job may run in another folder."""
+        self.path = self.path and os.path.abspath(self.path)
+        self.corpora = {title: os.path.abspath(path) for title, path in self.corpora.items()}
+
+    @property
     def masked(self) -> bool:
         return self.documents == "masked"
 
@@ -120,7 +131,7 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
     """Opens every corpus. ValueError naming the fault; also where two have other tokenizers, or are the same tokens."""
-    paths = config.corpora or {config.path: config.path}
+    paths = config.paths
     corpora = {title: open_corpus(Path(path)) for title, path in paths.items()}
     weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
     data = Data(corpora, Blend({begin: [of[title] for title in corpora] for begin, of in weights.items()}))

@@ -17,18 +17,22 @@ ROUND = 128  # tokens: matmuls like chunks of whole tiles
 def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: int | None, kernels: Kernels) -> int:
     """How many tokens of all ranks may be in work at once; the same on every rank.
 
-    A token in work holds its factors [v] and its hidden states in this and the next chunk, scaled, and the matmul's
-    product, in `dtype`; and its gradient, before and after the reduction, accurate. The kernels' slab goes off the
-    memory, at most half of it. Where nobody gives a budget it grows with the rows' gradient: every chunk passes over
-    all of that once, which a chunk of few tokens does not repay.
+    The kernels' slab goes off the memory, at most half of it. Where nobody gives a budget it grows with the rows'
+    gradient: every chunk passes over all of that once, which a chunk of few tokens does not repay.
     """
-    held = shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
     if memory_mib is None:
         memory = max(kernels.memory_mib * 2**20, shard.rows_per_rank * width * accurate_dtype(dtype).itemsize // 4)
     else:
         memory = memory_mib * 2**20
-    tokens = max(1, max(memory - kernels.slab_bytes, memory // 2) // held)
+    tokens = max(1, max(memory - kernels.slab_bytes, memory // 2) // token_bytes(shard, width, dtype))
     return tokens if tokens < ROUND else tokens // ROUND * ROUND
+
+
+def token_bytes(shard: VocabShard, width: int, dtype: torch.dtype) -> int:
+    """What a token in work holds: its factors [v] and its hidden states in this and the next chunk, scaled, and the
+    matmul's product, in `dtype`; and its gradient, before and after the reduction, accurate.
+    """
+    return shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
 
 
 def chunk_size(longest: int, ranks: int, budget: int) -> int:

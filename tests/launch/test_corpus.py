@@ -1,5 +1,9 @@
 """Tokenising as jobs: what is submitted, what waits for what, and what is refused. No Slurm; tests/slurm has one."""
 
+import signal
+import subprocess
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from data_prep.corpus import FilesCorpus
 from data_prep.errors import DataError
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, TokenizerConfig
 from launch.cluster import ClusterConfig
-from launch.corpus import CorpusConfig, steps_of
+from launch.corpus import WARNING, CorpusConfig, CorpusTask, steps_of
 from tests.data_prep.commands import ROOT, python
 
 SCRIPT = ROOT / "launch" / "slurm.py"
@@ -65,6 +69,34 @@ def test_what_is_not_for_jobs(settings: dict, message: str) -> None:
     with pytest.raises(DataError) as error:
         config_of(**settings)
     assert message in str(error.value)
+
+
+def test_near_its_time_limit_a_task_goes_on_later_if_it_did_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    config = config_of(out=str(tmp_path)).tokenizing()
+    task = CorpusTask(replace(config, part="1/3"), str(tmp_path))
+    records = tmp_path / "unfinished"
+    records.mkdir()
+    (records / "00001.json").touch()
+    (records / "settings.json").touch()
+    before = task._done()
+
+    def warn() -> list[list[str]]:
+        """A signal that waits for this thread, and no other."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
+        signal.pthread_kill(threading.get_ident(), WARNING)
+        task._go_on_later(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return asked
+
+    (records / "00002.json").touch()  # another part's
+    assert warn() == []
+    (records / "00004.json").touch()
+    assert warn() == [["scontrol", "requeue", "7"]]
 
 
 def test_a_dry_run_prints_every_script_and_writes_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Nothing of the system's own Slurm, munge or MariaDB is read, written or started.
 known to every process of a job, so they stand in /etc/hosts while the cluster does.
 """
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -23,6 +24,7 @@ PACKAGES = "slurm-wlm slurmdbd munge mariadb-server-core mariadb-client-core"
 NODES = ("n1", "n2")
 CPUS = 2  # a node says that it has so many, whatever the machine has
 HOSTS = Path("/etc/hosts")
+PR_SET_PDEATHSIG = 1
 PATIENCE = 60.0  # seconds, for whatever should take a few
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
 
@@ -197,6 +199,7 @@ class Slurm:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _munge(self) -> None:
@@ -243,7 +246,7 @@ def running(accounting: bool = True) -> Iterator[Slurm]:
     """A cluster, gone without a trace afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path: a socket's may have 107 characters
     folder.chmod(0o755)
-    with names_in_hosts():
+    with names_in_hosts(folder.name):
         cluster = Slurm(folder)
         try:
             cluster.start(accounting)
@@ -254,13 +257,20 @@ def running(accounting: bool = True) -> Iterator[Slurm]:
 
 
 @contextmanager
-def names_in_hosts() -> Iterator[None]:
-    before = HOSTS.read_text()
-    HOSTS.write_text(f"{before.rstrip()}\n127.0.0.1 {' '.join(NODES)}\n")
+def names_in_hosts(owner: str) -> Iterator[None]:
+    """A line of our own, so that several clusters may come and go."""
+    line = f"\n127.0.0.1 {' '.join(NODES)} # {owner}\n"
+    with open(HOSTS, "a") as hosts:
+        hosts.write(line)
     try:
         yield
     finally:
-        HOSTS.write_text(before)
+        HOSTS.write_text(HOSTS.read_text().replace(line, ""))
+
+
+def die_with_parent() -> None:
+    """Even if the tests are killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(number: int) -> list[int]:

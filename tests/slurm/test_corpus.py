@@ -80,4 +80,4 @@ def test_without_a_tokenizer_nothing_runs(slurm: Slurm, submit, tmp_path: Path) 
     ids = [job(name, submitted.stdout) for name in ("prepare", "parts", "manifest")]
     slurm.wait_until(lambda: states(slurm, ids[2]) == ["CANCELLED"], PATIENCE)
     assert states(slurm, ids[0]) == ["FAILED"] and set(states(slurm, ids[1])) == {"CANCELLED"}
-    assert submitted.returncode and not (tmp_path / "out").exists()
+    assert submitted.returncode == 2 and not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def submit(slurm, data, tmp_path):
 
     yield submit
     for job in jobs:
-        print(job.logs())
+        print(job.logs(), job.slurm.logs())
         slurm.call("scancel", "--quiet", job.id)
 
 

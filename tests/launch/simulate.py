@@ -1,0 +1,201 @@
+"""A rank's real training step without the others and without data: fake tensors, torch's fake process group.
+
+Counts what the step gives to which collectives, and how much it holds.
+"""
+
+import weakref
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from pretrain.checkpoint import TrainState
+from pretrain.config import TrainConfig
+from pretrain.data.loader import Batch, MicroBatch
+from pretrain.engine import Engine
+from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.mesh import Mesh
+from pretrain.model import LanguageModel
+from pretrain.optim import MatrixOptimizer
+from pretrain.train import build_model
+from pretrain.trainer import Trainer
+from pretrain.watchdog import Watchdog
+from pretrain.vocab import VocabShard, plan_lookup
+from pretrain.vocab.kernels.base import Kernels
+from pretrain.vocab.lookup import DistinctRows
+
+aten = torch.ops.aten
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "alltoall_base_": "all-to-all",
+    "reduce_": "reduce",
+    "broadcast_": "broadcast",
+}
+
+
+@dataclass
+class Simulated:
+    """calls, given: of each (axis, kind); lookup: rows that this rank sends to others for theirs, and gets for its own;
+    held: bytes at most.
+    """
+
+    calls: Counter[tuple[str, str]]
+    given: Counter[tuple[str, str]]
+    lookup: tuple[int, int]
+    held: int
+
+
+def simulate(
+    config: TrainConfig, rows: int, parallel: int, world: int, ids_pBT: list[Tensor], kernels: Kernels | None = None
+) -> Simulated:
+    """Rank 0's second step on `world` ranks, `parallel` of them to a copy, whose tokens are the ids, in each
+    micro-batch the same.
+    """
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        mesh = Mesh.of(parallel, torch.device("cpu"))
+        dtype = config.train.compute_dtype("cpu")
+        plan = plan_lookup(
+            [ids_BT.flatten() for ids_BT in ids_pBT], VocabShard.of(0, parallel, rows, config.vocab.multiple), dtype
+        )
+        assert isinstance(plan, DistinctRows)
+        micro_batches = config.train.global_batch // (config.train.micro_batch * world)
+        lookup = micro_batches * sum(plan.send_counts[1:]), micro_batches * sum(plan.receive_counts[1:])
+        fake = (
+            FakeTensorMode() if isinstance(config.engine, FSDP2Config) else None
+        )  # DeepSpeed wants to look at numbers
+        held = Held()
+        with ExitStack() as stack:
+            if fake:
+                stack.enter_context(fake)
+                stack.enter_context(held)
+            engine, model, matrix = build_model(config, mesh, rows)
+            model.vocab.kernels = kernels or model.vocab.kernels
+            trainer = trainer_of(config, mesh, engine, model, matrix)
+            seen = fake.from_tensor if fake else lambda tensor: tensor
+            tokens_BT = seen(ids_pBT[0])
+            batch = Batch([MicroBatch(tokens_BT, tokens_BT, plan._each(seen))] * micro_batches, tokens_BT.numel())
+            with Answers():
+                trainer.train_step(batch)  # makes what is kept
+                held.most = held.now
+                with Collectives(mesh) as collectives:
+                    trainer.train_step(batch)
+        return Simulated(collectives.calls, collectives.given, lookup, held.most)
+    finally:
+        dist.destroy_process_group()
+
+
+def trainer_of(
+    config: TrainConfig, mesh: Mesh, engine: Engine, model: LanguageModel, matrix: MatrixOptimizer
+) -> Trainer:
+    """For steps on given batches, without anything around them."""
+    parts = model, engine, matrix, _NoSamples(), mesh, config.train, config.optim, TrainState()
+    return Trainer(*parts, hooks=[], stops=[], before_update=lambda: None, watchdog=Watchdog(0))  # type: ignore[arg-type]
+
+
+class _NoSamples:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+class Answers(TorchDispatchMode):
+    """Fake tensors hold no numbers; where the step asks for one, it gets one that lets it go on."""
+
+    differs: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fake = bool(args) and isinstance(args[0], FakeTensor)
+        if fake and func is aten._local_scalar_dense.default:
+            return args[0] is not self.differs
+        if fake and func is aten.nonzero.default:  # this rank owns none of the targets
+            return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
+        out = func(*args, **(kwargs or {}))
+        if func is aten.ne.Scalar:  # the gradient of the loss is 1
+            self.differs = out
+        return out
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what this rank gives to each; to an all-to-all, what is for others."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        groups = {"dp": mesh.dp_group, "vocab": mesh.vocab_group, "world": mesh.flat.get_group()}
+        self.axes = {group.group_name: axis for axis, group in groups.items()}  # of the whole world there is but one
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.given: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        if func.namespace == "c10d":
+            self._count(KINDS[func._schema.name.removeprefix("c10d::")], args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, kind: str, args: Any) -> None:
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        mine = args[0] if isinstance(args[0], list) else [args[1]]
+        given = sum(tensor.nbytes for tensor in mine)
+        if kind == "all-to-all":
+            own = args[4][group.rank()]
+            given -= own * (given // len(args[1]))
+        axis = self.axes.get(group.group_name, "world")  # DeepSpeed makes a group of its own of all ranks
+        self.calls[axis, kind] += 1
+        self.given[axis, kind] += given
+
+
+class Held(TorchDispatchMode):
+    """now, most: bytes of all tensors made while this lasts and still alive."""
+
+    now = most = 0
+
+    def __enter__(self) -> "Held":
+        self.sizes: dict[int, int] = {}
+        self._resize, held = torch.UntypedStorage.resize_, self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)
+            held._see(storage)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]  # FSDP2 lets weights go by it
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it does to its local tensors comes here, too
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            weakref.finalize(storage, self._forget, key)
+        self._forget(key)
+        self.sizes[key] = storage.nbytes()
+        self.now += self.sizes[key]
+        self.most = max(self.most, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)

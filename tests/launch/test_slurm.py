@@ -1,0 +1,295 @@
+"""launch/slurm.py as it is typed. A Slurm of small scripts says what a test lays down; tests/slurm/ has a real one."""
+
+import fcntl
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from launch import slurm
+from launch.hardware import HARDWARE
+from launch.snapshot import Snapshot
+from pretrain import config as configuration
+from tests.pretrain.tiny import VOCAB, write_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(__file__).parent / "scripts"
+CLUSTERS = sorted(path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml"))
+SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=64 train.micro_batch=1"
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr."""
+        assert self.code == 2 and self.err.startswith("error: ") and len(self.err.splitlines()) == 1, self
+        return self.err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def code() -> Snapshot:
+    return Snapshot.take()
+
+
+@pytest.fixture
+def command(data, code, monkeypatch, capsys):
+    """The command in this process, for importing torch takes longer than all it does."""
+    monkeypatch.setattr(slurm, "ASK_EVERY", 0.01)
+    monkeypatch.setattr(slurm, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(slurm.Snapshot, "take", lambda: code)
+
+    def run(arguments: str) -> Said:
+        given = f"{arguments} data.path={data} vocab.size={VOCAB} {SMALL}".split()
+        flags = [argument for argument in given if argument.startswith("-")]
+        overrides = {argument.split("=")[0]: argument for argument in reversed(given) if argument not in flags}
+        monkeypatch.setattr(sys, "argv", ["launch/slurm.py", *flags, *overrides.values()])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            slurm.main()
+        return Said(exit.value.code, *capsys.readouterr())
+
+    return run
+
+
+def split(printed: str) -> tuple[str, str]:
+    """What dry_run prints: the script, and the settings."""
+    script, settings = printed.split("\n# /", 1)
+    return script, settings.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_script_of_each_cluster(command, code, name, tmp_path, monkeypatch):
+    """Without Slurm, and without a trace."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    said = command(f"+cluster={name} run.dir=/shared/runs/a dry_run=true")
+    script, settings = split(said.out)
+    assert said.code == 0 and said.err == ""
+    plain = script.replace(sys.executable, "PYTHON").replace(code.name, "CODE")
+    assert plain == (SCRIPTS / f"{name}.sh").read_text(), "where the change is meant, keep what is printed here"
+    assert configuration.build(OmegaConf.create(settings)).run.dir == "/shared/runs/a"
+    assert not list(tmp_path.iterdir()) and not Path("/shared").exists()
+
+
+def test_what_is_submitted_is_what_dry_run_shows(command, fake_slurm, tmp_path):
+    arguments = f"+cluster=cpu cluster.nodes=2 run.dir={tmp_path}/runs/a restart.without_progress=5"
+    script, settings = split(command(f"{arguments} dry_run=true").out)
+    assert not (tmp_path / "runs").exists() and fake_slurm.submissions == 0
+    said = command(arguments)
+    run = tmp_path / "runs" / "a"
+    assert said.code == 0 and said.err == "", said
+    assert fake_slurm.script == script
+    assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(settings)
+    for line in (
+        "job: 12 (2 nodes × 1 rank, at most 4:00:00)",
+        f"run: {run}",
+        f"log: {run}/slurm/12_0_log.out",
+        f"curves: tensorboard --logdir {run.parent}",
+        "state: squeue -j 12",
+        "cancel: scancel 12",
+    ):
+        assert line in said.out.splitlines()
+    known = json.loads((run / "job.json").read_text())
+    code = run / "code" / known["code"]
+    assert (
+        known["job"] == "12" and known["log"] == f"{run}/slurm/12_0_log.out" and time.time() - known["submitted"] < 60
+    )
+    assert f"export PYTHONPATH={code}" in script and (code / "launch" / "job.py").exists()
+    with open(run / "slurm" / "12_submitted.pkl", "rb") as file:
+        call = pickle.load(file).function
+    assert Path(call.config_path) == run / "config.yaml" and call.restart.without_progress == 5
+
+
+def test_paths_are_whole_wherever_the_command_is_given(command, fake_slurm, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command(f"+cluster=cpu run.dir=a data.path={os.path.relpath(data, tmp_path)}")
+    assert said.code == 0, said
+    frozen = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert frozen["run"]["dir"] == f"{tmp_path}/a" and frozen["data"]["path"] == str(data)
+
+
+def test_a_job_that_has_not_ended_holds_the_run(command, fake_slurm, tmp_path):
+    arguments = f"+cluster=cpu run.dir={tmp_path}/a"
+    assert command(arguments).code == 0
+    fake_slurm.states("PENDING")
+    assert f"run.dir={tmp_path}/a is held by job 12" in command(arguments).error and fake_slurm.submissions == 1
+    fake_slurm.states("FAILED")
+    assert command(arguments).code == 0, "the same command again resumes"
+    fake_slurm.forget()
+    assert command(arguments).code == 0 and fake_slurm.submissions == 3
+
+
+@pytest.mark.parametrize("lock", [".launch.lock", ".ranks.lock"])
+def test_a_run_in_use_is_refused(command, fake_slurm, tmp_path, lock):
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a" / lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "is in use by another process" in command(f"+cluster=cpu run.dir={tmp_path}/a").error
+    assert fake_slurm.submissions == 0
+
+
+def test_a_refusal_of_slurms_leaves_no_run(command, fake_slurm, tmp_path):
+    fake_slurm.refuse("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: no\n")
+    arguments = f"+cluster=cpu cluster.partition=x run.dir={tmp_path}/a"
+    assert "sbatch refuses the job: invalid partition specified: x; Batch job" in command(arguments).error
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    assert "sbatch refuses the job" in command(arguments).error
+    assert (tmp_path / "a" / "checkpoints").exists(), "a run that was there stays"
+
+
+def test_a_sweep_is_one_array(command, fake_slurm, tmp_path):
+    base = tmp_path / "sweep"
+    sweep = f"--multirun +cluster=cpu run.dir={base} optim.lr=1e-3,2e-3"
+    script, _ = split(command(f"{sweep} dry_run=true").out)
+    assert not base.exists()
+    said = command(sweep)
+    assert said.code == 0 and fake_slurm.submissions == 1 and fake_slurm.script == script, said
+    runs = [base / f"optim.lr-{lr}" for lr in ("0.001", "0.002")]
+    for index, run in enumerate(runs):
+        config = configuration.load(run / "config.yaml")
+        assert f"optim.lr-{config.optim.lr}" == run.name and config.run_dir == run
+        log = f"{base}/slurm/12_{index}_0_log.out"
+        assert json.loads((run / "job.json").read_text())["log"] == log and f"log: {log}" in said.out
+        with open(base / "slurm" / f"12_{index}_submitted.pkl", "rb") as file:
+            assert pickle.load(file).function.config_path == str(run / "config.yaml")
+    assert "#SBATCH --array=0-1" in script and f"runs=({' '.join(map(str, runs))})" in script
+    assert "launch.job close ${runs[$SLURM_ARRAY_TASK_ID]}' EXIT" in script
+    assert "job: 12 (2 times 1 node × 1 rank, at most 4:00:00)" in said.out and f"--logdir {base}\n" in said.out
+    fake_slurm.states("RUNNING")
+    assert f"run.dir={runs[0]} is held by job 12_0" in command(sweep).error
+
+
+def test_a_log_is_followed_through_a_requeue(command, fake_slurm, tmp_path, monkeypatch):
+    log = tmp_path / "a" / "slurm" / "12_0_log.out"
+    fake_slurm.command("sbatch", f"mkdir -p {log.parent}; echo first >> {log}; echo Submitted batch job 12")
+    fake_slurm.states("PENDING", "RUNNING", "COMPLETED", "PENDING", "RUNNING", "COMPLETED", "COMPLETED")
+    fake_slurm.ended("COMPLETED", "0:0")
+    monkeypatch.setattr(slurm, "show", show := Shown(slurm.show, log))
+    said = command(f"+cluster=cpu run.dir={tmp_path}/a tail=true")
+    assert said.code == 0 and show.calls >= 6
+    assert said.out.split("cancel: scancel 12\n")[1] == "first\n" + "more\n" * 3
+    states = [f"job 12: {state}" for state in ("PENDING", "RUNNING", "COMPLETED")]
+    assert said.err.splitlines() == states * 2
+
+
+class Shown:
+    """Looks at the log as launch/slurm.py does, while the job still writes to it."""
+
+    def __init__(self, show, log: Path) -> None:
+        self.show, self.log, self.calls = show, log, 0
+
+    def __call__(self, log: Path, seen: int) -> int:
+        self.calls += 1
+        if self.calls in (2, 3, 4):
+            with open(self.log, "a") as file:
+                file.write("more\n")
+        return self.show(log, seen)
+
+
+def test_tail_exits_as_the_job_did(command, fake_slurm, tmp_path):
+    fake_slurm.states("FAILED")
+    fake_slurm.ended("FAILED", "3:0")
+    said = command(f"+cluster=cpu run.dir={tmp_path}/a tail=true")
+    assert said.code == 3
+    (fake_slurm.folder / "job").unlink()
+    fake_slurm.forget()
+    said = command(f"+cluster=cpu run.dir={tmp_path}/a tail=true")
+    assert said.code == 2 and f"Slurm has forgotten job 12; its log: {tmp_path}/a/slurm/12_0_log.out" in said.err
+
+
+def test_the_gpu_is_that_of_the_cluster(command):
+    """bf16 and offload to the CPU are asked of the cluster's GPUs, whatever this machine has."""
+    settings = "run.dir=/shared/runs/a dry_run=true train.precision=bf16"
+    assert command(f"+cluster=a100x8 {settings} engine.offload=cpu").code == 0
+    assert "engine.offload=cpu must be none here" in command(f"+cluster=cpu {settings} engine.offload=cpu").error
+
+
+WRONG = {
+    "no cluster": ("", f"+cluster=NAME is missing; there are {', '.join(CLUSTERS)}"),
+    "an unknown cluster": ("+cluster=b900x8", f"there are {', '.join(CLUSTERS)}"),
+    "a cluster without the plus": ("cluster=cpu", "+cluster=cpu"),
+    "an unknown key": ("+cluster=cpu cluster.node=2", "Key 'node' not in 'ClusterConfig'"),
+    "an unknown variable's type": ("+cluster=cpu cluster.nodes=many", "cluster.nodes"),
+    "a wrong number": ("+cluster=cpu cluster.nodes=0", "cluster.nodes=0 must be at least 1"),
+    "a time that is none": ("+cluster=cpu cluster.time=soon", "cluster.time=soon must be a time such as 2:30:00"),
+    "a GPU that is none": ("+cluster=h100x8 cluster.gpu=b900", f"must be one of {', '.join(list(HARDWARE)[:-1])}"),
+    "tasks, which are for tokenising": ("+cluster=cpu cluster.tasks=4", "cluster.tasks=4 is for tokenising"),
+    "a batch that the ranks cannot share": ("+cluster=h100x64 cluster.nodes=9", "× 72 ranks = 72 must divide"),
+    "more than the GPU holds": (
+        "+cluster=a100x8 model.width=2048 model.layers=48 model.context=1024 train.micro_batch=64 train.global_batch=512",
+        "GiB, and a a100-80gb has room for 76.0: lower train.micro_batch=64",
+    ),
+    "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
+    "a setting of the restarts": ("+cluster=cpu restart.without_progress=-1", "restart.without_progress=-1"),
+    "neither true nor false": ("+cluster=cpu dry_run=perhaps", "dry_run"),
+    "heads that do not divide": ("+cluster=cpu model.heads=3", "model.heads=3 must divide model.width=32"),
+    "no data": ("+cluster=cpu data.path=", "data.path is missing"),
+    "data that is not there": ("+cluster=cpu data.path=/nowhere", "data.path=/nowhere is neither"),
+    "no run": ("+cluster=cpu run.dir=", "run.dir is missing"),
+    "a run that Slurm would misread": ("+cluster=cpu run.dir=/tmp/%j", "run.dir=/tmp/%j must hold letters, digits"),
+    "a sweep of clusters": ("--multirun +cluster=cpu cluster.nodes=1,2", "--multirun is for settings of the training"),
+    "a sweep of runs": ("--multirun +cluster=cpu run.dir=/tmp/a,/tmp/b", "run.dir is not to be swept"),
+    "a sweep that is followed": ("--multirun +cluster=cpu seed=1,2 tail=true", "tail=true follows one job"),
+    "a sweep of the same": ("--multirun +cluster=cpu seed=1,1", "two jobs of this sweep"),
+    "a sweep with one wrong value": ("--multirun +cluster=cpu optim.lr=1e-3,-1", "optim.lr=-1.0 must be positive"),
+}
+
+
+@pytest.mark.parametrize("bad,message", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(command, fake_slurm, tmp_path, bad, message):
+    said = command(f"{bad} run.dir={tmp_path}/a")
+    assert message in said.error
+    assert not list(tmp_path.iterdir()) and fake_slurm.submissions == 0
+
+
+def test_without_slurm_and_as_a_script(tmp_path, data):
+    """As users start it, from anywhere."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HYDRA"))}
+    arguments = f"+cluster=cpu run.dir={tmp_path}/a data.path={data} vocab.size={VOCAB} {SMALL}".split()
+    for further, code, said in (("dry_run=true", 0, "#SBATCH --nodes=1"), ("", 2, "error: sbatch is not here")):
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch" / "slurm.py", *arguments, *further.split()],
+            cwd=tmp_path,
+            env=clean | {"PATH": "/nowhere"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code and said in done.stdout + done.stderr, done
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_keys(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch/slurm.py", "--help"])
+    with pytest.raises(SystemExit):
+        slurm.main()
+    shown = capsys.readouterr().out
+    for word in (
+        "+cluster=a100x8",
+        "dry_run",
+        "tail",
+        "--multirun",
+        "cluster: a100x8, cpu",
+        "restart:",
+        "global_batch",
+    ):
+        assert word in shown
