@@ -14,7 +14,7 @@ import json
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.durable import DurableFile, durable, sha256_of
+from data_prep.durable import DurableFile, durable
 from data_prep.errors import DataError, headline
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -33,6 +33,8 @@ DTYPE_NAMES = ("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2")  # Megatron
 DTYPES = {code: np.dtype(name) for code, name in enumerate(DTYPE_NAMES, start=1)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_ROWS = 65_500  # Megatron's bound
+LONGEST_DOCUMENT = 2**31 - 1  # tokens: the index has their number as an int32
+PIECE = 1 << 20  # numbers of an index that are looked at at once
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -49,10 +51,10 @@ def index_bytes(sequences: int, documents: int) -> int:
 
 
 class TokenFileWriter:
-    """Writes PREFIX.bin and PREFIX.idx, one document at a time; a context manager.
+    """Writes PREFIX.bin and PREFIX.idx, a document or a piece at a time; a context manager.
 
     Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an
-    id outside [0, vocab_size), OSError on a full disk.
+    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -63,6 +65,7 @@ class TokenFileWriter:
         self.largest_id = -1
         self.sha256: dict[str, str] = {}
         self._lengths = array("i")
+        self._open = 0  # tokens of the document whose end has not come yet
 
     def __enter__(self) -> "TokenFileWriter":
         self._bin = DurableFile(with_suffix(self.prefix, ".bin"))
@@ -70,16 +73,28 @@ class TokenFileWriter:
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document: a 1-D array of ids, its end-of-document id included."""
-        if len(ids) == 0 or len(ids) > np.iinfo(np.int32).max:
-            raise DataError(f"{self.prefix}: a document of {len(ids)} tokens must have 1 to 2^31 - 1")
-        smallest, largest = int(ids.min()), int(ids.max())  # before narrowing: astype wraps silently
-        if smallest < 0 or largest >= self.vocab_size:
-            wrong = smallest if smallest < 0 else largest
-            raise DataError(f"{self.prefix}: id {wrong} must be in [0, {self.vocab_size})")
-        self._bin.write(ids.astype(self.dtype).data.cast("B"))
-        self._lengths.append(len(ids))
+        self.write(ids, [len(ids)])
+
+    def write(self, ids: np.ndarray, ends: Sequence[int]) -> None:
+        """Append a piece of the stream. `ends`: the places in it, rising, where a document ends, [1, len(ids)]."""
+        if len(ids):
+            smallest, largest = int(ids.min()), int(ids.max())  # before narrowing: astype wraps silently
+            if smallest < 0 or largest >= self.vocab_size:
+                wrong = smallest if smallest < 0 else largest
+                raise DataError(f"{self.prefix}: id {wrong} must be in [0, {self.vocab_size})")
+            self._bin.write(ids.astype(self.dtype).data.cast("B"))
+            self.largest_id = max(self.largest_id, largest)
+        begin = -self._open
+        for end in ends:
+            self._check_length(end - begin)
+            self._lengths.append(end - begin)
+            begin = end
+        self._open = len(ids) - begin
         self.tokens += len(ids)
-        self.largest_id = max(self.largest_id, largest)
+
+    def _check_length(self, length: int) -> None:
+        if not 1 <= length <= LONGEST_DOCUMENT:
+            raise DataError(f"{self.prefix}: a document of {length} tokens must have 1 to 2^31 - 1")
 
     @property
     def documents(self) -> int:
@@ -91,6 +106,8 @@ class TokenFileWriter:
         files = [self._bin]
         try:
             if error is None:
+                if self._open:
+                    raise DataError(f"{self.prefix}: the last document has no end")
                 files.append(DurableFile(with_suffix(self.prefix, ".idx")))
                 files[1].write(self._index())
                 for file in files:
@@ -133,37 +150,46 @@ class TokenFile:
         self.lengths: np.ndarray = lengths.view("<i4")
         self.pointers: np.ndarray = pointers.view("<i8")
         self.document_indices: np.ndarray = documents.view("<i8")
-        expected, size = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize, bin_path.stat().st_size
+        self._pointers, self._documents = pointers.data.cast("q"), documents.data.cast("q")  # to bisect in
+        last = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        expected, size = last, bin_path.stat().st_size  # their sum is `index_faults`' to check: a start costs O(1)
         if size != expected:
             raise DataError(f"{bin_path}: {size} bytes, but its index says {expected}")
-        self.tokens: np.ndarray = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
+        tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
+        self.tokens: np.ndarray = tokens.view(np.ndarray)  # a slice of a memmap costs ten times as much
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
+    def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) of the tokens that begin a document, rising. Reads a few numbers of the index."""
-        first, last = (bisect_left(self.pointers, place * self.dtype.itemsize) for place in (start, stop))
-        sequences = np.arange(first, last)
-        low = bisect_left(self.document_indices, first)
-        documents = self.document_indices[low : low + len(sequences)]  # a document may be of several sequences, or none
-        begin = sequences[np.isin(sequences, documents)]
-        return np.unique(self.pointers[begin] // self.dtype.itemsize)
+        size = self.dtype.itemsize
+        sequences = (bisect_left(self._pointers, place * size) for place in (start, stop))
+        first, last = (bisect_left(self._documents, sequence) for sequence in sequences)
+        # A document may be of several sequences, or of none: then it begins where the next one does.
+        return sorted({self._pointers[sequence] // size for sequence in self._documents[first:last]})
 
     def document_at(self, place: int) -> tuple[int, int]:
         """The document that the token at `place` is of, and which of its tokens it is."""
-        sequence = bisect_right(self.pointers, place * self.dtype.itemsize) - 1
-        document = bisect_right(self.document_indices, sequence) - 1
-        start = int(self.pointers[self.document_indices[document]]) // self.dtype.itemsize
+        sequence = bisect_right(self._pointers, place * self.dtype.itemsize) - 1
+        document = bisect_right(self._documents, sequence) - 1
+        start = self._pointers[self._documents[document]] // self.dtype.itemsize
         return document, place - start
 
     def index_faults(self) -> list[str]:
-        """What is wrong inside the index. Reads it all, and no token."""
+        """What is wrong inside the index. Reads it all, a piece at a time, and no token."""
         name, faults = with_suffix(self.prefix, ".idx"), []
-        if (self.lengths < 0).any():
+        end, negative, misplaced = 0, False, False
+        for start in range(0, len(self.lengths), PIECE):
+            lengths = self.lengths[start : start + PIECE].astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(lengths)
+            negative |= bool((lengths < 0).any())
+            misplaced |= not np.array_equal(self.pointers[start : start + PIECE], ends - lengths)
+            end = int(ends[-1])
+        if negative:
             faults.append(f"{name}: a sequence has a negative length")
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        if not np.array_equal(self.pointers, (ends - self.lengths) * self.dtype.itemsize):
+        if misplaced:
             faults.append(f"{name}: the offsets are not those of the lengths")
         documents = self.document_indices
-        if documents[0] != 0 or documents[-1] != len(self.lengths) or (np.diff(documents) < 0).any():
+        falling = any((np.diff(documents[i : i + PIECE + 1]) < 0).any() for i in range(0, len(documents), PIECE))
+        if documents[0] != 0 or documents[-1] != len(self.lengths) or falling:
             faults.append(f"{name}: the documents must rise from 0 to {len(self.lengths)} sequences")
         return faults
 
@@ -260,81 +286,54 @@ class Manifest:
 def check(folder: Path) -> Manifest:
     """The cheap half of `verify`, for the start of a training: reads no token.
 
-    The manifest, its tokenizer against the folder's, and that each file is there with the right size. Raises
-    DataError on the first fault.
+    Manifest against tokenizer, and that just its files are there, of the right size and type. Raises DataError on
+    the first fault.
     """
     manifest = Manifest.load(Path(folder))
-    for fault in [*_tokenizer_faults(folder, manifest), *_size_faults(folder, manifest)]:
+    for fault in cheap_faults(Path(folder), manifest):
         raise DataError(fault)
     return manifest
 
 
-def verify(folder: Path) -> list[str]:
-    """Every fault of the folder, one line each; reads everything. An empty list: it is as it was written."""
-    folder = Path(folder)
-    try:
-        manifest = Manifest.load(folder)
-    except DataError as error:
-        return [str(error)]
-    faults = [*_tokenizer_faults(folder, manifest), *_size_faults(folder, manifest)]
+def cheap_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Faults that show without reading a token; an index's header is read."""
+    yield from _tokenizer_faults(folder / TOKENIZER_FOLDER, manifest)
     for entry in manifest.files:
-        faults += _content_faults(folder, manifest, entry)
+        yield from _file_faults(folder / entry.name, manifest, entry)
     expected = {entry.name for entry in manifest.files}
     for path in sorted([*folder.glob("*.bin"), *folder.glob("*.idx")]):
         if path.stem not in expected:
-            faults.append(f"{path} is not in the manifest")
-    return faults
+            yield f"{path} is not in the manifest: does it come from another folder, of another tokenizer?"
 
 
-def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
-    where = Path(folder) / TOKENIZER_FOLDER
+def _tokenizer_faults(where: Path, manifest: Manifest) -> Iterator[str]:
     try:
         spec = TokenizerSpec.load(where)
     except DataError as error:
-        return [str(error)]
-    faults = []
+        yield str(error)
+        return
     if spec.fingerprint != manifest.tokenizer_fingerprint:
-        faults.append(
+        yield (
             f"{where}: fingerprint {spec.fingerprint[:12]}, but the tokens were made by"
             f" {manifest.tokenizer_fingerprint[:12]}: it is another tokenizer"
         )
     if spec.vocab_size != manifest.vocab_size:
-        faults.append(f"{where}: {spec.vocab_size} rows, but the manifest says {manifest.vocab_size}")
-    return faults
+        yield f"{where}: {spec.vocab_size} rows, but the manifest says {manifest.vocab_size}"
 
 
-def _size_faults(folder: Path, manifest: Manifest) -> list[str]:
-    faults = []
-    for entry in manifest.files:
-        for suffix, expected in entry.sizes(token_dtype(manifest.vocab_size)).items():
-            path = with_suffix(Path(folder) / entry.name, suffix)
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                faults.append(f"{path} is missing")
-            elif size != expected:
-                faults.append(f"{path}: {size} bytes, but the manifest says {expected}")
-    return faults
-
-
-def _content_faults(folder: Path, manifest: Manifest, entry: TokenFileEntry) -> list[str]:
-    prefix, faults = folder / entry.name, []
-    for suffix, expected in entry.sha256.items():
+def _file_faults(prefix: Path, manifest: Manifest, entry: TokenFileEntry) -> Iterator[str]:
+    dtype, found = token_dtype(manifest.vocab_size), None
+    if (index := with_suffix(prefix, ".idx")).is_file():
+        try:
+            found = read_header(index)[0]
+        except DataError as error:
+            yield str(error)
+    if found not in (None, dtype):
+        yield f"{index}: ids of {found}, but a tokenizer of {manifest.vocab_size} rows needs {dtype}: it is another's"
+        return
+    for suffix, expected in entry.sizes(dtype).items():
         path = with_suffix(prefix, suffix)
-        if path.is_file() and sha256_of(path) != expected:
-            faults.append(f"{path}: its sha256 is not that of the manifest")
-    try:
-        file = TokenFile(prefix)
-    except DataError as error:
-        return [*faults, str(error)]
-    faults += file.index_faults()
-    largest = int(file.tokens.max()) if len(file.tokens) else -1
-    if largest != entry.largest_id:
-        faults.append(f"{prefix}.bin: largest id {largest}, but the manifest says {entry.largest_id}")
-    if largest >= manifest.vocab_size:
-        faults.append(f"{prefix}.bin: id {largest} must be below vocab_size {manifest.vocab_size}")
-    if (file.documents, len(file.tokens)) != (entry.documents, entry.tokens):
-        faults.append(
-            f"{prefix}: {file.documents} documents and {len(file.tokens)} tokens, but the manifest says"
-            f" {entry.documents} and {entry.tokens}"
-        )
-    return faults
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif (size := path.stat().st_size) != expected:
+            yield f"{path}: {size} bytes, but the manifest says {expected}"

@@ -9,9 +9,10 @@ one index at a time: it needs no memory and is the same for any number of ranks.
 import hashlib
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,7 +183,7 @@ def _name_of_pair(file: TokenFile) -> str:
 
 
 class Window(NamedTuple):
-    """tokens, targets: [T] int64, a target IGNORED where there is none.
+    """tokens, targets: [T] int64, a target IGNORED where there is none. Of several windows, [B, T].
 
     starts: where in the window the document of each token begins, [T] int64; None where they are not told apart.
     """
@@ -190,6 +191,10 @@ class Window(NamedTuple):
     tokens_T: np.ndarray
     targets_T: np.ndarray
     starts_T: np.ndarray | None = None
+
+    def row(self, b: int) -> "Window":
+        """One of several, to be filled."""
+        return Window(self.tokens_T[b], self.targets_T[b], None if self.starts_T is None else self.starts_T[b])
 
 
 class Part(NamedTuple):
@@ -207,66 +212,64 @@ class Windows:
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int, *, masked: bool = False) -> None:
         self.files, self.seq_len, self.masked = files, seq_len, masked
-        self.starts = np.cumsum([0, *(len(file.tokens) for file in files)])
+        self._begins = [0, *accumulate(len(file.tokens) for file in files)]  # of the files in the stream, and its end
 
     @property
     def tokens(self) -> int:
-        return int(self.starts[-1])
+        return self._begins[-1]
 
     def __len__(self) -> int:
         return -(-max(0, self.tokens - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> Window:
-        """At the stream's end, and between documents that are told apart, targets are IGNORED."""
+        window = self.room()
+        self.fill(index, window)
+        return window
+
+    def room(self, *batch: int) -> Window:
+        """For one window, or a batch of them; not filled."""
+        shape = (*batch, self.seq_len)
+        return Window(
+            np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64) if self.masked else None
+        )
+
+    def fill(self, index: int, window: Window) -> None:
+        """Window `index`. At the stream's end, and between documents that are told apart, targets are IGNORED."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} is outside [0, {len(self)})")
-        stream = self._read(index * self.seq_len, (index + 1) * self.seq_len + 1)
-        window = self.empty()
-        window.tokens_T[: len(stream) - 1] = stream[:-1]
-        window.targets_T[: len(stream) - 1] = stream[1:]
+        parts = list(self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1))
+        pieces = [file.tokens[low:high] for _, file, low, high in parts]
+        stream = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        n = len(stream) - 1
+        window.tokens_T[:n], window.tokens_T[n:] = stream[:-1], 0
+        window.targets_T[:n], window.targets_T[n:] = stream[1:], IGNORED
         if window.starts_T is not None:
-            begins = self._document_starts(index)
-            window.targets_T[begins[begins > 0] - 1] = IGNORED
-            inside = begins[begins < self.seq_len]
-            window.starts_T[inside] = inside
-            np.maximum.accumulate(window.starts_T, out=window.starts_T)
-        return window
+            window.starts_T[:] = 0
+            for at, file, low, high in parts:
+                for begin in file.document_starts(low, high):
+                    place = at + begin - low
+                    if place:
+                        window.targets_T[place - 1] = IGNORED
+                    window.starts_T[place:] = place
 
     def documents(self, index: int) -> list[Part]:
         """The documents that window `index` has tokens of, in their order."""
         parts = []
         for at, file, low, high in self._parts(index * self.seq_len, (index + 1) * self.seq_len):
-            begins = [place for place in file.document_starts(low, high).tolist() if place > low]
+            begins = [begin for begin in file.document_starts(low, high) if begin > low]
             for start, stop in pairwise([low, *begins, high]):
                 document, offset = file.document_at(start)
                 parts.append(Part(file, document, offset, at + start - low, at + stop - low))
         return parts
 
-    def empty(self) -> Window:
-        """One without a target."""
-        tokens_T, starts_T = (np.zeros(self.seq_len, np.int64) for _ in range(2))
-        return Window(tokens_T, np.full(self.seq_len, IGNORED, np.int64), starts_T if self.masked else None)
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        """The stream's tokens [start, stop), fewer at its end."""
-        return np.concatenate([file.tokens[low:high] for _, file, low, high in self._parts(start, stop)])
-
-    def _document_starts(self, index: int) -> np.ndarray:
-        """Places in the window, and right after it, of tokens that begin a document."""
-        start = index * self.seq_len
-        parts = self._parts(start, start + self.seq_len + 1)
-        return np.concatenate([at - low + file.document_starts(low, high) for at, file, low, high in parts])
-
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, int, int]]:
         """The files that have the stream's tokens [start, stop), with where in that range and in the file they are."""
         begin, stop = start, min(stop, self.tokens)
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        for file, at in zip(self.files[first:], self.starts[first:].tolist(), strict=False):
-            if start >= stop:
-                return
-            end = min(stop, at + len(file.tokens))
-            yield start - begin, file, start - at, end - at
-            start = end
+        i = bisect_right(self._begins, start) - 1
+        while start < stop:
+            at, end = self._begins[i], min(stop, self._begins[i + 1])
+            yield start - begin, self.files[i], start - at, end - at
+            start, i = end, i + 1
 
 
 class Permutation:
@@ -284,41 +287,45 @@ class Permutation:
         self.n = n
         self.half_bits = max(1, math.ceil(max(1, (n - 1).bit_length()) / 2))
         digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8 * self.ROUNDS).digest()
-        self.keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(self.ROUNDS)]
+        self.keys = np.frombuffer(digest, ">u8").astype(np.uint64)
 
-    def __call__(self, index: int) -> int:
-        if not 0 <= index < self.n:
-            raise IndexError(f"index {index} is outside [0, {self.n})")
-        while True:
-            index = self._encrypt(index)
-            if index < self.n:
-                return index
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Where each of the indices [k] goes, int64 [k]. IndexError for one outside [0, n)."""
+        places = np.asarray(indices, np.int64)
+        if places.size and not 0 <= places.min() <= places.max() < self.n:
+            raise IndexError(f"indices {places.min()} to {places.max()} are not inside [0, {self.n})")
+        places = self._encrypt(places)
+        while (outside := places >= self.n).any():
+            places[outside] = self._encrypt(places[outside])
+        return places
 
-    def _encrypt(self, index: int) -> int:
-        mask = (1 << self.half_bits) - 1
-        left, right = index >> self.half_bits, index & mask
+    def _encrypt(self, places: np.ndarray) -> np.ndarray:
+        bits, mask = np.uint64(self.half_bits), np.uint64((1 << self.half_bits) - 1)
+        left, right = places.astype(np.uint64) >> bits, places.astype(np.uint64) & mask
         for key in self.keys:
             left, right = right, left ^ (_mix(right + key) & mask)
-        return left << self.half_bits | right
+        return (left << bits | right).astype(np.int64)
 
 
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser: 64 well-mixed bits."""
-    x &= 0xFFFFFFFFFFFFFFFF
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return x ^ x >> 31
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: 64 well-mixed bits. Wraps around."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 class Order:
-    """Which window is sample i of the run: f(seed, epoch, index)."""
+    """Which window is sample i of a corpus: f(seed, epoch, index)."""
 
     def __init__(self, windows: int, seed: int, corpus: str) -> None:
         self.windows, self.seed, self.corpus = windows, seed, corpus
-        self._epoch = -1
 
-    def __call__(self, sample: int) -> int:
-        epoch, index = divmod(sample, self.windows)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, Permutation(self.windows, self.seed, self.corpus, epoch)
-        return self._permutation(index)
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """The windows of the samples [first, first + count), int64."""
+        pieces = [np.empty(0, np.int64)]
+        while count:
+            epoch, index = divmod(first, self.windows)
+            n = min(count, self.windows - index)
+            pieces.append(Permutation(self.windows, self.seed, self.corpus, epoch)(np.arange(index, index + n)))
+            first, count = first + n, count - n
+        return np.concatenate(pieces)

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +125,7 @@ class BatchLoader:
         micro = {}
         for rank in group:
             of_rank = places[rank * self.micro_batch :][: self.micro_batch]
-            micro[rank] = stack([windows[index] for windows, index in of_rank], self.shard.vocab_size)
+            micro[rank] = read(of_rank, self.shard.vocab_size)
         plan = plan_lookup([one.tokens_BT.flatten() for one in micro.values()], self.shard, self.dtype)
         mine = replace(micro[self.rank], plan=plan)
         return mine.moved(Tensor.pin_memory, plan.pin_memory()) if self.device.type == "cuda" else mine
@@ -136,18 +135,21 @@ class BatchLoader:
         return micro.moved(lambda tensor: tensor.to(self.device, non_blocking=True), micro.plan.to(self.device))
 
 
-def stack(windows: list[Window], vocab_size: int) -> MicroBatch:
-    """On the host. ValueError on an id outside [0, vocab_size)."""
-    tokens_BT, targets_BT, starts_BT = (
-        None if parts[0] is None else torch.from_numpy(np.stack(parts)) for parts in zip(*windows, strict=True)
-    )
-    assert tokens_BT is not None and targets_BT is not None
-    smallest, largest = int(tokens_BT.min()), int(max(tokens_BT.max(), targets_BT.max()))
+def read(places: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
+    """These windows, on the host. ValueError on an id outside [0, vocab_size)."""
+    batch = places[0][0].room(len(places))
+    for b, (windows, index) in enumerate(places):
+        windows.fill(index, batch.row(b))
+    return _checked(batch, vocab_size)
+
+
+def _checked(batch: Window, vocab_size: int) -> MicroBatch:
+    smallest, largest = int(batch.tokens_T.min()), int(max(batch.tokens_T.max(), batch.targets_T.max()))
     if smallest < 0:
         raise ValueError(f"the data holds id {smallest}: an id must not be negative")
     if largest >= vocab_size:
         raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
-    return MicroBatch(tokens_BT, targets_BT, starts_BT)
+    return MicroBatch(*(None if part is None else torch.from_numpy(part) for part in batch))  # type: ignore[arg-type]
 
 
 def validation_batches(
@@ -158,8 +160,8 @@ def validation_batches(
     Where the windows run out a batch is filled up with windows without targets.
     """
     n = min(len(windows), most) if most else len(windows)
-    empty = windows.empty()
     for start in range(0, n, batch * world):
         mine = range(start + rank * batch, start + (rank + 1) * batch)
-        micro = stack([windows[i] if i < n else empty for i in mine], vocab_size)
+        micro = read([(windows, min(i, n - 1)) for i in mine], vocab_size)
+        micro.targets_BT[max(0, n - mine.start) :] = IGNORED
         yield micro.moved(lambda tensor: tensor.to(device))

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from .blend import Blend
 from .dataset import Order, Windows
 
@@ -24,14 +26,13 @@ class Samples:
     def next(self, consumed: Mapping[str, int], count: int) -> list[tuple[Windows, int]]:
         """Of the `count` samples after those consumed: whose window it is, and which."""
         start = sum(consumed.values())
-        sources = list(self.sources.values())
-        places = [consumed.get(order.corpus, 0) for _, order in sources]
-        found = []
-        for corpus in self.blend.corpora(start, start + count).tolist():
-            windows, order = sources[corpus]
-            found.append((windows, order(places[corpus])))
-            places[corpus] += 1
-        return found
+        corpora = self.blend.corpora(start, start + count)
+        found = np.empty(count, np.int64)
+        for i, (_, order) in enumerate(self.sources.values()):
+            mine = corpora == i
+            found[mine] = order(consumed.get(order.corpus, 0), int(mine.sum()))
+        windows = [windows for windows, _ in self.sources.values()]
+        return [(windows[corpus], index) for corpus, index in zip(corpora.tolist(), found.tolist(), strict=True)]
 
     def after(self, consumed: Mapping[str, int], count: int) -> dict[str, int]:
         """What is consumed once those samples are."""

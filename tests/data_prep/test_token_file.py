@@ -1,8 +1,8 @@
 """The format: byte for byte, both ways with Megatron, and every fault found."""
 
 import importlib
-import json
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +12,18 @@ from hypothesis import strategies as st
 
 from data_prep.token_file import (
     DTYPES,
+    HEADER,
+    MAGIC,
     Manifest,
     TokenFile,
-    TokenFileEntry,
     TokenFileWriter,
     check,
+    index_bytes,
     token_dtype,
-    verify,
 )
+from data_prep.verify import verify
 from tests.data_prep.commands import small_spec
-
-
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> TokenFileWriter:
-    with TokenFileWriter(prefix, vocab_size) as writer:
-        for ids in documents:
-            writer.add(np.array(ids, dtype=np.uint32))
-    return writer
-
-
-def make_folder(folder: Path) -> Manifest:
-    """A finished folder of one train and one val file."""
-    spec = small_spec()
-    spec.save(folder / "tokenizer")
-    entries = []
-    for split in ("train", "val"):
-        writer = write(folder / f"{split}-00000", [[1, 2, 259], [3, 259]], spec.vocab_size)
-        entries.append(TokenFileEntry(f"{split}-00000", split, 2, 5, 3, 259, writer.sha256))
-    manifest = Manifest(1, spec.fingerprint, spec.vocab_size, {}, {}, tuple(entries))
-    manifest.save(folder)
-    return manifest
+from tests.data_prep.folders import make_folder, write
 
 
 def test_layout_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
@@ -140,7 +123,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
         (".idx", b"X" + index[1:], "magic"),
         (".idx", index[:9] + b"\x02" + index[10:], "version 2"),
         (".idx", index[:17] + b"\x09" + index[18:], "dtype code 9"),
-        (".idx", index[:34] + struct.pack("<i", 4) + index[38:], "index says"),
+        (".idx", index[:38] + struct.pack("<i", 2) + index[42:], "index says"),
         (".bin", tokens[:-2], "index says"),
         (".bin", tokens + b"12", "index says"),
     ]:
@@ -155,13 +138,42 @@ def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_lying_index_is_found(tmp_path: Path) -> None:
-    write(tmp_path / "a", [[1, 2, 3], [4]])
+    write(tmp_path / "a", [[1, 2, 3], [4], [5]])
     index = bytearray((tmp_path / "a.idx").read_bytes())
-    index[34:42] = struct.pack("<2i", 2, 2)  # the sum is right, the offsets are not
+    index[34:42] = struct.pack("<2i", 2, 2)  # the size is right, the offsets are not
     index[-8:] = struct.pack("<q", 7)
     (tmp_path / "a.idx").write_bytes(index)
     faults = TokenFile(tmp_path / "a").index_faults()
     assert len(faults) == 2 and "offsets" in faults[0] and "documents" in faults[1]
+
+
+def test_opening_costs_the_same_for_any_number_of_documents(tmp_path: Path) -> None:
+    documents = 100_000_000
+    with open(tmp_path / "a.bin", "wb") as tokens, open(tmp_path / "a.idx", "wb") as index:
+        tokens.truncate(2 * documents)
+        index.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
+        index.truncate(index_bytes(documents, documents))  # sparse: it has no length but the last
+        for place, number in ((HEADER.size + 4 * documents - 4, "<i"), (HEADER.size + 12 * documents - 8, "<q")):
+            index.seek(place)
+            index.write(struct.pack(number, 1 if number == "<i" else 2 * documents - 2))
+    start = time.perf_counter()
+    file = TokenFile(tmp_path / "a")
+    assert time.perf_counter() - start < 0.05 and len(file.tokens) == documents
+    assert TokenFile(tmp_path / "a").document_at(5)[1] == 5  # and reads no more than it bisects
+
+
+@settings(max_examples=30, deadline=None)
+@given(documents=st.lists(st.integers(1, 9), min_size=1, max_size=20), piece=st.integers(1, 13))
+def test_pieces_make_the_same_file(documents: list[int], piece: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, ids, ends = tmp_path_factory.mktemp("pieces"), np.arange(sum(documents)), np.cumsum(documents)
+    write(folder / "whole", np.split(ids, ends[:-1]))
+    with TokenFileWriter(folder / "pieces", 1000) as writer:
+        for low in range(0, len(ids), piece):
+            writer.write(ids[low : low + piece], [end - low for end in ends.tolist() if low < end <= low + piece])
+    for suffix in (".bin", ".idx"):
+        assert (folder / f"whole{suffix}").read_bytes() == (folder / f"pieces{suffix}").read_bytes()
+    with pytest.raises(ValueError, match="no end"), TokenFileWriter(folder / "open", 1000) as writer:
+        writer.write(ids, [])
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
@@ -205,31 +217,3 @@ def test_check_finds_another_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "spec.json").unlink()
     with pytest.raises(ValueError, match=r"spec\.json is missing"):
         check(tmp_path)
-
-
-def test_verify_reports_every_fault(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    small_spec(("th", "the")).save(tmp_path / "tokenizer")  # another one, and a row less
-    (tmp_path / "train-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 300, 259))
-    (tmp_path / "val-00000.idx").unlink()
-    (tmp_path / "train-00009.bin").write_bytes(b"")
-    faults = "\n".join(verify(tmp_path))
-    for fault in [
-        "another tokenizer",
-        "259 rows, but the manifest says 260",
-        "train-00000.bin: its sha256",
-        "largest id 300, but the manifest says 259",
-        "id 300 must be below vocab_size 260",
-        "val-00000.idx is missing",
-        "train-00009.bin is not in the manifest",
-    ]:
-        assert fault in faults
-
-
-def test_verify_counts(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    path = tmp_path / "manifest.json"
-    content = json.loads(path.read_text())
-    content["files"][0]["documents"] = 3
-    path.write_text(json.dumps(content))
-    assert any("2 documents and 5 tokens, but the manifest says 3" in fault for fault in verify(tmp_path))

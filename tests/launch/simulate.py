@@ -28,10 +28,10 @@ from pretrain.model import LanguageModel
 from pretrain.optim import MatrixOptimizer
 from pretrain.train import build_model
 from pretrain.trainer import Trainer
-from pretrain.watchdog import Watchdog
 from pretrain.vocab import VocabShard, plan_lookup
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.lookup import DistinctRows
+from pretrain.watchdog import Watchdog
 
 aten = torch.ops.aten
 KINDS = {

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from launch.step import Step, total
+from launch.step import Step
 from pretrain import config as configuration
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.launch.simulate import simulate

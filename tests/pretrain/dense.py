@@ -49,7 +49,7 @@ def windows_of(config: TrainConfig, step: int) -> list[Tensor]:
     windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
     order = Order(len(windows), config.seed, corpus.name)
     size = config.train.global_batch
-    chosen = [windows[order(sample)] for sample in range(step * size, (step + 1) * size)]
+    chosen = [windows[index] for index in order(step * size, size).tolist()]
     return [torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True) if part[0] is not None]
 
 

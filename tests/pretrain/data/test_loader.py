@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
-from pretrain.data import IGNORED, BatchLoader, Order, Samples, Window, Windows, validation_batches
+from pretrain.data import IGNORED, BatchLoader, Order, Samples, Windows, validation_batches
 from pretrain.data import loader as loading
 from pretrain.data.blend import Blend
 from pretrain.vocab import VocabShard, plan_lookup
@@ -98,16 +98,14 @@ def test_close_ends_the_thread(loader):
     assert set(threading.enumerate()) == before
 
 
-class Broken:
-    seq_len = SEQ_LEN
-
-    def __getitem__(self, index):
+class Broken(Windows):
+    def fill(self, index, window):
         raise OSError("the disk is gone")
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(loader):
     with pytest.raises(OSError, match="the disk is gone"):
-        next(loader(data=Broken()))
+        next(loader(data=Broken((), SEQ_LEN)))
 
 
 def test_an_id_that_is_no_row_is_named(loader):
@@ -115,8 +113,15 @@ def test_an_id_that_is_no_row_is_named(loader):
     batch = loader(global_batch=WINDOWS, shard=VocabShard.of(0, 1, largest))
     with pytest.raises(ValueError, match=rf"holds id {largest}, but vocab\.size={largest}: it needs a larger"):
         next(batch)
+
+
+def test_a_negative_id_is_named(tmp_path):
+    write_tokens(tmp_path / "a", np.arange(9), 70_000)  # int32
+    with open(tmp_path / "a.bin", "r+b") as file:
+        file.write(np.array([5, -3], "<i4").tobytes())
+    windows = Windows((TokenFile(tmp_path / "a"),), 4)
     with pytest.raises(ValueError, match="holds id -3: an id must not be negative"):
-        loading.stack([Window(np.array([5, -3]), np.array([-3, 7]))], 10)
+        loading.read([(windows, 0)], 70_000)
 
 
 @pytest.mark.parametrize("most", [0, 13])

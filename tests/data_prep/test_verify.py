@@ -1,0 +1,130 @@
+"""Every fault is found, and named."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter, check
+from data_prep.tokenizer import Tokenizer
+from data_prep.verify import SAMPLE_TOKENS, verify
+from tests.data_prep.commands import small_spec
+from tests.data_prep.folders import make_folder, write
+
+
+def rewrite(folder: Path, documents: list[list[int]], name: str = "train-00000") -> None:
+    """Other tokens, and a manifest that agrees with their bytes: only what they mean is wrong."""
+    manifest = Manifest.load(folder)
+    writer = write(folder / name, documents, manifest.vocab_size)
+    lengths = small_spec().bytes_of_ids()
+    text_bytes = sum(int(lengths[ids].sum()) for ids in documents)
+    entry = TokenFileEntry(name, "train", writer.documents, writer.tokens, text_bytes, writer.largest_id, writer.sha256)
+    files = tuple(entry if old.name == name else old for old in manifest.files)
+    replace(manifest, files=files).save(folder)
+
+
+def test_a_folder_as_it_was_written_has_none(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    assert verify(tmp_path) == []
+
+
+def test_every_fault_is_reported(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    small_spec(("th", "the")).save(tmp_path / "tokenizer")  # another one, and a row less
+    (tmp_path / "train-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 300, 259))
+    (tmp_path / "val-00000.idx").unlink()
+    (tmp_path / "train-00009.bin").write_bytes(b"")
+    faults = verify(tmp_path)
+    assert len(faults) == len(set(faults)) == 7
+    for fault in [
+        "another tokenizer",
+        "259 rows, but the manifest says 260",
+        "train-00000.bin: its sha256",
+        "largest id 300, but the manifest says 259",
+        "id 300 must be below vocab_size 260",
+        "val-00000.idx is missing",
+        "train-00009.bin is not in the manifest",
+    ]:
+        assert any(fault in line for line in faults)
+
+
+def test_counts(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][0]["documents"] = 3
+    content["files"][1]["text_bytes"] = 4
+    path.write_text(json.dumps(content))
+    faults = verify(tmp_path)
+    assert any("2 documents and 5 tokens, but the manifest says 3" in fault for fault in faults)
+    assert any("val-00000.bin: 3 bytes of text, but the manifest says 4" in fault for fault in faults)
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    index = bytearray((tmp_path / "train-00000.idx").read_bytes())
+    index[34:38] = struct.pack("<i", 2)
+    (tmp_path / "train-00000.idx").write_bytes(index)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["files"][0]["sha256"][".idx"] = hashlib.sha256(index).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert verify(tmp_path) == [f"{tmp_path / 'train-00000.idx'}: the offsets are not those of the lengths"]
+
+
+def test_uint16_with_the_tokenizer_of_100_000_rows(tmp_path: Path) -> None:
+    """Ids that were narrowed, or a folder that was patched together: found before a token is read."""
+    make_folder(tmp_path)
+    spec = small_spec()
+    wide = replace(spec, special_tokens={"<|endoftext|>": 99_999})
+    wide.save(tmp_path / "tokenizer")
+    replace(Manifest.load(tmp_path), tokenizer_fingerprint=wide.fingerprint, vocab_size=100_000).save(tmp_path)
+    with pytest.raises(ValueError, match=r"ids of uint16, but a tokenizer of 100000 rows needs int32"):
+        check(tmp_path)
+    assert sum("ids of uint16" in fault for fault in verify(tmp_path)) == 2
+
+
+def test_token_files_of_two_tokenizers_in_one_folder(tmp_path: Path) -> None:
+    """Added, the start of a training finds it; put in place of another, its hash does; with its hash, its text."""
+    make_folder(tmp_path)
+    write(tmp_path / "train-00001", [[1, 2, 259]])
+    with pytest.raises(ValueError, match=r"train-00001\.bin is not in the manifest: .* another tokenizer"):
+        check(tmp_path)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"train-00001{suffix}").unlink()
+    rewrite(tmp_path, [[116, 104, 101, 259]] * 3)  # "the" in bytes, where this tokenizer has a row for it
+    (fault,) = verify(tmp_path)
+    assert "document 0 encodes to other ids (3 of 3 sampled do): another tokenizer has made them" in fault
+
+
+def test_a_document_without_an_end(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    rewrite(tmp_path, [[1, 2, 259], [1, 2]])
+    assert any("1 documents do not end with id 259" in fault for fault in verify(tmp_path))
+
+
+def test_a_long_document_is_sampled_by_its_beginning(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    ids = Tokenizer(small_spec()).encode("the Zürich 东京 " * SAMPLE_TOKENS).tolist()
+    rewrite(tmp_path, [[*ids, 259]])
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("break_it", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Callable[[Path], object]) -> None:
+    make_folder(tmp_path)
+    break_it(tmp_path / "tokenizer" / "spec.json")
+    (tmp_path / "train-00000.bin").write_bytes(np.array([1, 2, 259, 3, 300], np.uint16).tobytes())
+    faults = verify(tmp_path)
+    assert len(faults) == 4 and "spec.json" in faults[0] and "sha256" in faults[1]
+
+
+def test_no_manifest_is_the_only_fault(tmp_path: Path) -> None:
+    with TokenFileWriter(tmp_path / "train-00000", 1000) as writer:
+        writer.add(np.array([1]))
+    (fault,) = verify(tmp_path)
+    assert "never finished" in fault
