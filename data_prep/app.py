@@ -21,8 +21,9 @@ from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.encode import EncodeJob, Part, UnitRecord, digest_of, encode_corpus, split_of
 from data_prep.errors import DataError, headline
 from data_prep.output import Output
-from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest, verify
+from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
+from data_prep.verify import verify
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_FAULTS = 1

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.durable import durable
 from data_prep.errors import DataError, headline
 
@@ -54,6 +56,13 @@ class TokenizerSpec:
         digest = hashlib.sha256(format_ranks(self.ranks))
         digest.update(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
+
+    def bytes_of_ids(self) -> np.ndarray:
+        """Length of each id's text, int64 [vocab_size]; 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for text, id in self.ranks.items():
+            lengths[id] = len(text)
+        return lengths
 
     def save(self, folder: Path) -> None:
         """Write both files, each whole or not at all, `spec.json` last."""

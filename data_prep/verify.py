@@ -1,0 +1,126 @@
+"""Is a folder of token files what its manifest says? Reads everything, a piece at a time, a thread a core.
+
+Of each token file: sha256, sizes and type, an index that rises, counts, the largest id, the bytes of its text, an end
+after each document, and a sample of documents, decoded and encoded again.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.durable import sha256_of
+from data_prep.errors import DataError
+from data_prep.token_file import (
+    PIECE,
+    TOKENIZER_FOLDER,
+    Manifest,
+    TokenFile,
+    TokenFileEntry,
+    cheap_faults,
+    with_suffix,
+)
+from data_prep.tokenizer import Tokenizer
+
+SAMPLE = 8  # documents of a token file that are decoded
+SAMPLE_TOKENS = 1 << 17  # of a longer one, its first
+IMPORTED = "imported"  # kind of a corpus that others have tokenised, so that it may encode a little differently here
+IMPORTED_SAME = 0.5  # share of its sample that must not
+
+
+def verify(folder: Path) -> list[str]:
+    """Every fault of the folder, one line each. An empty list: it is as it was written."""
+    folder = Path(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except DataError as error:
+        return [str(error)]
+    faults = list(cheap_faults(folder, manifest))
+    checker = _Checker(folder, manifest)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for found in pool.map(lambda entry: list(checker.faults(entry)), manifest.files):
+            faults += found
+    return list(dict.fromkeys(faults))  # a missing file shows twice
+
+
+class _Checker:
+    """Looks into the files. Where the tokenizer is another, which is a fault already, what needs one is left out."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        try:
+            tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
+        except DataError:
+            tokenizer = None
+        ours = tokenizer is not None and tokenizer.fingerprint == manifest.tokenizer_fingerprint
+        self.tokenizer = tokenizer if ours else None
+        self.bytes_of_ids = self.tokenizer.spec.bytes_of_ids() if self.tokenizer else None
+
+    def faults(self, entry: TokenFileEntry) -> Iterator[str]:
+        prefix = self.folder / entry.name
+        for suffix, expected in entry.sha256.items():
+            path = with_suffix(prefix, suffix)
+            if path.is_file() and sha256_of(path) != expected:
+                yield f"{path}: its sha256 is not that of the manifest"
+        try:
+            file = TokenFile(prefix)
+        except DataError as error:
+            yield str(error)
+            return
+        if (file.documents, len(file.tokens)) != (entry.documents, entry.tokens):
+            yield (
+                f"{prefix}: {file.documents} documents and {len(file.tokens)} tokens, but the manifest says"
+                f" {entry.documents} and {entry.tokens}"
+            )
+        index_faults = file.index_faults()
+        yield from index_faults
+        id_faults = list(self._id_faults(file, entry))
+        yield from id_faults
+        if self.tokenizer and not index_faults and not id_faults:
+            yield from document_faults(file, self.tokenizer, self.manifest.corpus.get("kind") == IMPORTED)
+
+    def _id_faults(self, file: TokenFile, entry: TokenFileEntry) -> Iterator[str]:
+        vocab_size, smallest, largest, text_bytes = self.manifest.vocab_size, 0, -1, 0
+        for start in range(0, len(file.tokens), PIECE):
+            ids = file.tokens[start : start + PIECE]
+            smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+            if self.bytes_of_ids is not None and smallest >= 0 and largest < vocab_size:
+                text_bytes += int(self.bytes_of_ids[ids].sum())
+        name = f"{file.prefix}.bin"
+        if largest != entry.largest_id:
+            yield f"{name}: largest id {largest}, but the manifest says {entry.largest_id}"
+        if smallest < 0:
+            yield f"{name}: id {smallest} must not be negative"
+        if largest >= vocab_size:
+            yield f"{name}: id {largest} must be below vocab_size {vocab_size}"
+        elif self.bytes_of_ids is not None and smallest >= 0 and text_bytes != entry.text_bytes:
+            yield f"{name}: {text_bytes} bytes of text, but the manifest says {entry.text_bytes}"
+
+
+def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = False) -> Iterator[str]:
+    """Documents without an end, and sampled ones whose text encodes to other ids. For an index without faults."""
+    size, without_end = file.dtype.itemsize, 0
+    for start in range(0, len(file.lengths), PIECE):
+        ends = file.pointers[start : start + PIECE] // size + file.lengths[start : start + PIECE]
+        without_end += int((file.tokens[ends - 1] != tokenizer.end_of_document).sum())
+    if without_end:
+        yield f"{file.prefix}.bin: {without_end} documents do not end with id {tokenizer.end_of_document}"
+    sample = np.unique(np.linspace(0, len(file.lengths) - 1, min(SAMPLE, len(file.lengths)), dtype=np.int64)).tolist()
+    different = [document for document in sample if not _encodes_to_itself(file, document, tokenizer)]
+    if len(different) > (len(sample) * (1 - IMPORTED_SAME) if imported else 0):
+        yield (
+            f"{file.prefix}: the text of document {different[0]} encodes to other ids"
+            f" ({len(different)} of {len(sample)} sampled do): another tokenizer has made them"
+        )
+
+
+def _encodes_to_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> bool:
+    start, length = int(file.pointers[document]) // file.dtype.itemsize, int(file.lengths[document]) - 1
+    ids = file.tokens[start : start + min(length, SAMPLE_TOKENS)]
+    sure = length if length <= SAMPLE_TOKENS else SAMPLE_TOKENS // 2  # a cut may change the last words' ids
+    try:
+        return np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
+    except DataError:  # an id that no token has
+        return False
