@@ -1,0 +1,121 @@
+"""The command line: `python -m data_prep.formats --help`."""
+
+import glob
+import sys
+from pathlib import Path
+
+from data_prep.command import EXIT_INTERRUPTED, fail
+from data_prep.errors import DataError, headline
+from data_prep.formats.layouts import LAYOUTS, Layout
+from data_prep.formats.transfer import export_tokens, import_tokens, is_of_validation
+from data_prep.token_file import Manifest
+from data_prep.tokenizer import Tokenizer
+
+HELP = """Token files of other programs, to and from ours.
+
+  python -m data_prep.formats import from=llmc in='fineweb10B/*.bin' tokenizer=gpt2 out=data/fineweb
+  python -m data_prep.formats import from=datatrove in=tokenized/ tokenizer=data/mine/tokenizer out=data/theirs
+  python -m data_prep.formats export to=nanogpt in=data/mine out=data/mine_nanogpt
+
+  from=, to=    megatron    .bin and .idx, also of NeMo, GPT-NeoX and nanotron. They read our files as they are
+                llmc        .bin with a header, of llm.c and modded-nanogpt: uint16, or uint32 for more than 65,536 rows
+                datatrove   .ds, .ds.index, .ds.metadata
+                nanogpt     train.bin and val.bin: uint16 without a header
+  in=           import: a file, a pattern, a folder, or [one,another]; of a pair, either file or its prefix. Files with
+                val in their names, such as val.bin and fineweb_val_000000.bin, are for validation
+                export: a folder made by data_prep/tokenize.py, or by an import
+  tokenizer=    import: the one that made the tokens: a folder with ranks.tiktoken and spec.json, or a name that
+                tiktoken knows. A sample is decoded and encoded again, to see that it is
+  out=          a new folder, which appears when it is whole. Nothing is overwritten
+"""
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on what is wrong."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return
+    try:
+        run(arguments)
+    except DataError as error:
+        sys.exit(fail(headline(error)))
+    except OSError as error:
+        sys.exit(fail(f"{error}; nothing was kept"))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was kept")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def run(arguments: list[str]) -> None:
+    command, *settings = arguments
+    if command == "import":
+        given = _given(settings, "from", "in", "tokenizer", "out")
+        layout, out = _layout("from", given["from"]), Path(given["out"])
+        files = _files(layout, given["in"])
+        val = [path for path in files if is_of_validation(path)]
+        train = [path for path in files if path not in val]
+        manifest = import_tokens(layout, train, val, _tokenizer(given["tokenizer"]), out)
+        print(f"imported: {_summary(out, manifest)}")
+    elif command == "export":
+        given = _given(settings, "to", "in", "out")
+        manifest = export_tokens(_layout("to", given["to"]), Path(given["in"]), Path(given["out"]))
+        print(f"exported: {_summary(Path(given['out']), manifest)}")
+    else:
+        raise DataError(f"{command} must be import or export; see --help")
+
+
+def _given(settings: list[str], *keys: str) -> dict[str, str]:
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key not in keys or not equals:
+            raise DataError(f"{setting!r} must be key=value, the key one of {', '.join(keys)}; see --help")
+        given[key] = value
+    for key in keys:
+        if not given.get(key):
+            raise DataError(f"{key}= must be given; see --help")
+    return given
+
+
+def _layout(key: str, name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise DataError(f"{key}={name} must be one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _files(layout: Layout, given: str) -> list[Path]:
+    """In order of name; of what was listed, in that order."""
+    files: list[Path] = []
+    for item in given.removeprefix("[").removesuffix("]").split(","):
+        found = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))
+        if not found and layout.name == "megatron" and Path(f"{item}.idx").exists():
+            found = [f"{item}.idx"]
+        if not found:
+            raise DataError(f"in={item}: there is no such file, and nothing fits it as a pattern")
+        for path in map(Path, found):
+            if path.is_dir():
+                inside = sorted(path.glob(f"*{layout.suffix}"))
+                if not inside:
+                    raise DataError(f"in={path} has no file *{layout.suffix} in it")
+                files += inside
+            else:
+                files.append(path.with_suffix(layout.suffix) if path.suffix == ".bin" else path)
+    return list(dict.fromkeys(files))
+
+
+def _tokenizer(given: str) -> Tokenizer:
+    return Tokenizer.load(given) if Path(given).is_dir() else Tokenizer.named(given)
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    documents, tokens, text_bytes = manifest.totals()
+    val_tokens = manifest.totals(["val"])[1]
+    return (
+        f"{folder}: {documents:,} documents, {tokens:,} tokens ({val_tokens:,} for validation),"
+        f" {text_bytes / 1e6:.1f} MB of text, {manifest.vocab_size:,} rows"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Import: others' token files to a folder of ours. Export: a folder of ours to theirs.
+
+Both write into OUT.unfinished, which is renamed when it is whole: OUT is there with all its files, or not at all.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.durable import exclusive, sync_folder
+from data_prep.errors import DataError
+from data_prep.formats.layouts import Layout
+from data_prep.formats.stream import Piece, Tokens, stream
+from data_prep.token_file import (
+    FORMAT_VERSION,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    TokenFile,
+    TokenFileEntry,
+    TokenFileWriter,
+    check,
+)
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_spec import TokenizerSpec
+from data_prep.verify import IMPORTED, IMPORTED_SAME, SAMPLE
+
+FILE_TOKENS = 1 << 27  # of ours that an import writes, about
+UNENDED = 1000  # tokens to look at where no document ends
+OF_VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
+
+
+def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer: Tokenizer, out: Path) -> Manifest:
+    """paths: files, in their order. val: those of validation, too. DataError where they are not what they should be."""
+    of = {"train": paths, "val": val}
+    files = {split: [_opened(layout, path, tokenizer) for path in of[split]] for split in SPLITS}
+    first = next(_pieces(files["train"], tokenizer), None)
+    if first is None:
+        raise DataError(f"in={paths[0]}: there is no token for training" if paths else "in= has no file for training")
+    _check_tokenizer(first, tokenizer)
+    with fresh_folder(out) as folder:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        entries = [entry for split in SPLITS for entry in _write(files[split], tokenizer, folder, split)]
+        corpus = {
+            "kind": IMPORTED,
+            "from": layout.name,
+            "files": {split: [path.name for path in of[split]] for split in SPLITS},
+        }
+        manifest = Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, {}, tuple(entries))
+        manifest.save(folder)
+    return manifest
+
+
+def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
+    """The folder's manifest. DataError where it is not whole, or where the layout cannot hold its ids."""
+    manifest = check(folder)
+    name = TokenizerSpec.load(folder / TOKENIZER_FOLDER).name
+    with fresh_folder(out) as unfinished:
+        for split in SPLITS:
+            if files := [TokenFile(folder / entry.name) for entry in manifest.split(split)]:
+                layout.export(files, unfinished, split, manifest.vocab_size, name)
+    return manifest
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when the block ends well, and is removed when it does not.
+
+    What a killed process has left of it is removed first. DataError where `out` exists, or another process writes it.
+    """
+    if out.exists():
+        raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    lock = out.with_name(f"{out.name}.unfinished.lock")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(lock, f"another process is writing to {unfinished}"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
+                sync_folder(folder)
+            os.rename(unfinished, out)
+            sync_folder(out.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            lock.unlink()
+
+
+def is_of_validation(path: Path) -> bool:
+    """By its name: val.bin, fineweb_val_000000.bin."""
+    return bool(OF_VALIDATION.search(path.name))
+
+
+def _opened(layout: Layout, path: Path, tokenizer: Tokenizer) -> Tokens:
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    tokens = layout.open(path, tokenizer.vocab_size)
+    if tokens.ids.dtype.kind not in "iu" or np.iinfo(tokens.ids.dtype).max < tokenizer.vocab_size - 1:
+        raise DataError(
+            f"{path}: ids of {tokens.ids.dtype} cannot be those of tokenizer {tokenizer.spec.name}, which has"
+            f" {tokenizer.vocab_size} rows"
+        )
+    return tokens
+
+
+def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Those of the stream that have tokens, all of them below the vocabulary's size."""
+    for piece in stream(files, tokenizer.end_of_document):
+        if len(piece.ids):
+            smallest, largest = int(piece.ids.min()), int(piece.ids.max())
+            if smallest < 0 or largest >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{piece.path}: id {smallest if smallest < 0 else largest} must be in [0, {tokenizer.vocab_size}):"
+                    f" tokenizer {tokenizer.spec.name} is not that of these tokens"
+                )
+            yield piece
+
+
+def _check_tokenizer(piece: Piece, tokenizer: Tokenizer) -> None:
+    """DataError where too few of the first documents, decoded, encode to the same ids."""
+    ends = piece.ends[:SAMPLE].tolist()
+    documents = [piece.ids[low : high - 1] for low, high in pairwise([0, *ends])] or [piece.ids[:UNENDED]]
+    wrong = 0
+    for ids in documents:
+        sure = len(ids) if ends else len(ids) // 2  # a cut may change the last words' ids
+        try:
+            wrong += not np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
+        except DataError:  # an id that no token has
+            wrong += 1
+    if wrong > len(documents) * (1 - IMPORTED_SAME):
+        raise DataError(
+            f"{piece.path}: the text of {wrong} of its first {len(documents)} documents encodes to other ids: tokenizer"
+            f" {tokenizer.spec.name} is not that of these tokens"
+        )
+
+
+def _write(files: list[Tokens], tokenizer: Tokenizer, folder: Path, split: str) -> Iterator[TokenFileEntry]:
+    """Token files of FILE_TOKENS or little more, each of whole documents."""
+    bytes_of_ids = tokenizer.spec.bytes_of_ids()
+    pieces = _pieces(files, tokenizer)
+    piece, number = next(pieces, None), 0
+    while piece is not None:
+        name, text_bytes = f"{split}-{number:05d}", 0
+        with TokenFileWriter(folder / name, tokenizer.vocab_size) as writer:
+            while piece is not None:
+                full = writer.tokens + len(piece.ids) >= FILE_TOKENS and len(piece.ends)
+                cut = int(piece.ends[-1]) if full else len(piece.ids)
+                writer.write(piece.ids[:cut], piece.ends.tolist())
+                text_bytes += int(bytes_of_ids[piece.ids[:cut]].sum())
+                rest = Piece(piece.path, piece.ids[cut:], piece.ends[:0])
+                piece = rest if len(rest.ids) else next(pieces, None)
+                if full:
+                    break
+        number += 1
+        yield TokenFileEntry(name, split, writer.documents, writer.tokens, text_bytes, writer.largest_id, writer.sha256)
