@@ -4,23 +4,37 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
+from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, find_duplicates, split_of
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
-from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
-from data_prep.encode import EncodeJob, Part, UnitRecord, digest_of, encode_corpus, split_of
+from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, Unit
+from data_prep.durable import durable
+from data_prep.encode import (
+    DropCopies,
+    EncodeJob,
+    EncodeUnit,
+    Part,
+    UnitRecord,
+    digest_of_places,
+    digests_path,
+    finished_unit,
+)
+from data_prep.encoder import scheme_for
 from data_prep.errors import DataError, headline
-from data_prep.output import Output
+from data_prep.output import QUARANTINE_FILE, Output
+from data_prep.pool import Pool
+from data_prep.progress import Progress
 from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
 from data_prep.verify import verify
@@ -41,6 +55,11 @@ class TokenizeConfig:
     verify: str | None = None  # instead: the folder to check
     val_fraction: float = 0.02  # of the documents, by the hash of their text
     unit_mib: float = 16.0  # text in one work unit, hence in one token file
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    max_document_mib: float = 64.0  # a larger document is put aside
+    document_seconds: float = 600.0  # one that takes longer, too
+    max_quarantined: int = 1000  # documents put aside; one more ends the run
+    gigatoken: bool = True  # where it is installed, and encodes as tiktoken does
     workers: int = 0  # processes; 0: one a core
     part: str | None = None  # K/N: units K, K + N, ... alone, without manifest; prepare: what comes before all parts
 
@@ -49,8 +68,11 @@ class TokenizeConfig:
             raise DataError("give out=FOLDER to tokenise, or verify=FOLDER to check one")
         if not 0 <= self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} must be in [0, 1)")
-        if not self.unit_mib > 0:
-            raise DataError(f"unit_mib={self.unit_mib} must be positive")
+        for key in ("unit_mib", "max_document_mib", "document_seconds"):
+            if not getattr(self, key) > 0:
+                raise DataError(f"{key}={getattr(self, key)} must be positive")
+        if self.max_quarantined < 0:
+            raise DataError(f"max_quarantined={self.max_quarantined} must not be negative")
         if self.workers < 0:
             raise DataError(f"workers={self.workers} must be positive, or 0 for one a core")
         if self.part not in (None, PREPARE):
@@ -68,12 +90,19 @@ class TokenizeConfig:
     def unit_bytes(self) -> int:
         return max(1, int(self.unit_mib * 2**20))
 
+    @property
+    def largest(self) -> int:
+        """Bytes of a document."""
+        return max(1, int(self.max_document_mib * 2**20))
+
     def settings(self) -> dict[str, Any]:
         """What the output follows from, as JSON. Workers and parts are not in it."""
         config = {
             "tokenizer": self.tokenizer.describe(),
             "val_fraction": self.val_fraction,
             "unit_mib": self.unit_mib,
+            "clean": self.clean.describe(),
+            "max_document_mib": self.max_document_mib,
         }
         return json.loads(json.dumps({"corpus": self.corpus.describe(), "config": config}))
 
@@ -82,21 +111,49 @@ class TokenizeConfig:
 class Tally:
     """The units as they are done."""
 
-    records: list[UnitRecord] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    most_quarantined: int
+    records: dict[int, UnitRecord] = field(default_factory=dict)
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, record: UnitRecord) -> None:
+        """DataError where too many documents have been put aside."""
+        self.records[record.index] = record
+        self.quarantined += record.quarantined
+        if len(self.quarantined) > self.most_quarantined:
+            raise DataError(
+                f"{len(self.quarantined):,} documents are quarantined, more than"
+                f" max_quarantined={self.most_quarantined}: {shown(self.quarantined)}"
+            )
+
+    @property
+    def in_order(self) -> list[UnitRecord]:
+        return [self.records[index] for index in sorted(self.records)]
 
     def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
-        records = sorted(self.records, key=lambda record: record.index)
+        records = self.in_order
         entries = [entry for record in records for entry in record.files]
-        digest = digest_of("".join(record.digest for record in records).encode()).hex()
-        corpus = {**settings["corpus"], "digest": digest, "skipped": len(self.skipped)}
+        counts = {
+            key: sum(getattr(record, key) for record in records) for key in ("too_short", "too_long", "duplicates")
+        }
+        corpus = {
+            **settings["corpus"],
+            "digest": digest_of("".join(record.digest for record in records).encode()).hex(),
+            "quarantined": len(self.quarantined),
+            **counts,
+        }
         files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
         return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
 
     def rate(self, seconds: float) -> str:
         """For the end of a report; nothing where all units were there already."""
-        megabytes = sum(record.text_bytes for record in self.records if not record.kept) / 1e6
+        megabytes = sum(record.text_bytes for record in self.records.values() if not record.kept) / 1e6
         return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
+
+
+def shown(quarantined: list[tuple[str, str]]) -> str:
+    """The first few, for a line."""
+    names = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:NAMES_SHOWN])
+    return names + ("; ..." if len(quarantined) > NAMES_SHOWN else "")
 
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
@@ -118,12 +175,13 @@ def output_of(config: TokenizeConfig, out: Path) -> Output:
 
 
 def tokenize_all(config: TokenizeConfig, output: Output) -> None:
-    """Every unit that is not there yet, and the manifest."""
+    """Every unit that is not there yet, what is doubled taken out, and the manifest."""
     with prepared(config, output) as tokenizer:
         start = time.perf_counter()
-        tally = encode(config, output.folder)
+        tally = encode(config, output.folder, tokenizer)
         manifest = tally.manifest(tokenizer, output.settings)
-        warn_of(tally, manifest, config.val_fraction)
+        warn_of(tally, manifest, config)
+        save_quarantine(output.folder / QUARANTINE_FILE, tally)
         output.finish(manifest)
     print(f"done: {summary(output.folder, manifest)}{tally.rate(time.perf_counter() - start)}")
 
@@ -132,8 +190,8 @@ def tokenize_part(config: TokenizeConfig, output: Output) -> None:
     """The part's units alone. Parts run beside each other, on any machines that share the folder."""
     with output.joined():
         start = time.perf_counter()
-        tally = encode(config, output.folder)
-    done = sum(not record.kept for record in tally.records)
+        tally = encode(config, output.folder, Tokenizer.load(output.folder / TOKENIZER_FOLDER))
+    done = sum(not record.kept for record in tally.records.values())
     print(
         f"part {config.part} of {output.folder}: {done} units done,"
         f" {len(tally.records) - done} were there{tally.rate(time.perf_counter() - start)}"
@@ -143,7 +201,7 @@ def tokenize_part(config: TokenizeConfig, output: Output) -> None:
 @contextmanager
 def prepared(config: TokenizeConfig, output: Output) -> Iterator[Tokenizer]:
     """Hold the folder for this run alone, with its settings and its tokenizer in it."""
-    ensure_documents(config.corpus)
+    config.corpus.ensure_documents()
     tokenizer = tokenizer_for(config, output)
     with output.started():
         if not output.has_tokenizer:
@@ -167,47 +225,96 @@ def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
 
 def training_texts(config: TokenizeConfig) -> Iterator[str]:
     """The documents that are not for validation: the tokenizer must not have seen those."""
-    for text in config.corpus.documents([]):
-        if split_of(digest_of(text.encode()), config.val_fraction) == "train":
-            yield text
+    for document in config.corpus.texts():
+        if split_of(digest_of(document.data), config.val_fraction) == "train":
+            yield document.text
 
 
-def ensure_documents(corpus: CorpusConfig) -> None:
-    """DataError where the corpus is empty, or cannot be read from the start: before anything is written."""
-    if next(iter(corpus.documents([])), None) is None:
-        raise DataError(f"the corpus ({corpus.kind}) is empty: it has no document with text")
+def encode(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Tally:
+    """The units of this run or part; without copies, where the run is not a part and the settings say so."""
+    tally, job = Tally(config.max_quarantined), encode_job(config, out, tokenizer)
+    units = config.corpus.units(config.unit_bytes)
+    mine = (unit for unit in units if config.units.has(unit.index))
+    with Pool(config.processes, job, config.document_seconds) as pool:
+        with Progress(total_of(units, config.units)) as progress:
+            sizes: dict[int, int] = {}
 
+            def tasks() -> Iterator[EncodeUnit]:
+                for unit in mine:
+                    sizes[unit.index] = unit.size
+                    if record := finished_unit(job, unit):
+                        progress.there(unit.size)
+                        tally.add(record)
+                    else:
+                        yield EncodeUnit(unit)
 
-def encode(config: TokenizeConfig, out: Path) -> Tally:
-    """The units of this run or part, with a progress bar in bytes of text."""
-    tally, tokens = Tally(), 0
-    texts = config.corpus.documents(tally.skipped)
-    job = EncodeJob(out, config.val_fraction)
-    records = encode_corpus(texts, job, config.unit_bytes, config.processes, config.units)
-    total = config.corpus.text_bytes()
-    with progress_bar(total and total // config.units.count) as bar:
-        for record in records:
-            tally.records.append(record)
-            tokens += record.tokens
-            bar.update(record.text_bytes)
-            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens")
+            for record in pool.run(tasks(), lambda: progress.show(*pool.running())):
+                tally.add(record)
+                progress.add(sizes[record.index], record.text_bytes, record.tokens)
+        if config.clean.deduplicate and config.part is None:
+            drop_copies(config, out, tally, pool)
     return tally
 
 
-def progress_bar(total: int | None) -> "tqdm[Any]":
-    return tqdm(total=total, unit="B", unit_scale=True, desc="tokenise", leave=False, disable=None)
+def encode_job(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> EncodeJob:
+    scheme = None
+    if config.gigatoken:
+        scheme, why_not = scheme_for(tokenizer, out, config.corpus.texts())
+        if why_not:
+            print(why_not)
+    return EncodeJob(out, config.corpus, config.clean, config.val_fraction, config.largest, scheme)
 
 
-def warn_of(tally: Tally, manifest: Manifest, val_fraction: float) -> None:
+def total_of(units: Iterable[Unit], part: Part) -> int | None:
+    """Bytes of text to do, about; None for units that are still to come."""
+    return sum(unit.size for unit in units if part.has(unit.index)) if isinstance(units, list) else None
+
+
+def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> None:
+    """Write again, without them, the units that hold documents which an earlier unit or another folder has."""
+    indices = sorted(tally.records)
+    found = find_duplicates(
+        [digests_path(out, index) for index in indices], list(map(digests_of, config.clean.unlike)), out / DIGESTS_FILE
+    )
+    numbers, places = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(numbers, kind="stable")
+    bounds = np.searchsorted(numbers[order], np.arange(len(indices) + 1))
+    by_index = {index: places[order[bounds[i] : bounds[i + 1]]] for i, index in enumerate(indices)}
+    changed = {index for index in indices if digest_of_places(by_index[index]) != tally.records[index].dropped}
+    units = config.corpus.units(config.unit_bytes) if changed else []
+    tasks = (
+        DropCopies(unit, tally.records[unit.index], by_index[unit.index]) for unit in units if unit.index in changed
+    )
+    for record in pool.run(tasks, lambda: None):
+        tally.records[record.index] = record
+
+
+def save_quarantine(path: Path, tally: Tally) -> None:
+    """One object a line, in corpus order; no file where there is nothing to say."""
+    if not tally.quarantined:
+        return
+    with durable(path) as file:
+        for record in tally.in_order:
+            for name, reason in record.quarantined:
+                file.write(
+                    json.dumps({"id": name, "reason": reason}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                    + b"\n"
+                )
+
+
+def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
     """Say what was left out. DataError where there is nothing to train on."""
-    if tally.skipped:
-        names = ", ".join(tally.skipped[:NAMES_SHOWN])
-        more = ", ..." if len(tally.skipped) > NAMES_SHOWN else ""
-        print(f"skipped {len(tally.skipped)} documents that do not decode: {names}{more}")
+    if tally.quarantined:
+        print(f"quarantined {len(tally.quarantined)} documents, see {QUARANTINE_FILE}: {shown(tally.quarantined)}")
+    left_out = [f"{manifest.corpus[key]:,} {key.replace('_', ' ')}" for key in ("too_short", "too_long", "duplicates")]
+    if any(manifest.corpus[key] for key in ("too_short", "too_long", "duplicates")):
+        print(f"left out: {', '.join(left_out)}")
     if not manifest.split("train"):
-        raise DataError(f"no document for training: val_fraction={val_fraction} took all of so small a corpus")
-    if val_fraction > 0 and not manifest.split("val"):
-        print(f"warning: no document for validation: val_fraction={val_fraction} of so small a corpus is none")
+        raise DataError(
+            f"no document for training: val_fraction={config.val_fraction} and clean.* left none of so small a corpus"
+        )
+    if config.val_fraction > 0 and not manifest.split("val"):
+        print(f"warning: no document for validation: val_fraction={config.val_fraction} of so small a corpus is none")
 
 
 def summary(folder: Path, manifest: Manifest) -> str:

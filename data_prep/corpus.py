@@ -1,9 +1,9 @@
-"""Documents out of three sources: the standard library, local files, a dataset of the Hugging Face hub.
+"""Documents out of three sources: the standard library, files near or far, a dataset of the Hugging Face hub.
 
-A corpus is the dataclass of its own settings. Its documents come one at a time and always in the same order.
+A corpus is the dataclass of its own settings. It is cut into units of work: a unit of files says which pieces it is,
+and whoever does it reads them; a unit of the hub has its documents with it. A unit is always the same.
 """
 
-import glob
 import io
 import json
 import logging
@@ -12,18 +12,57 @@ import platform
 import sysconfig
 import tokenize  # the standard library's
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b, sha256
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 from data_prep.errors import DataError, headline
+from data_prep.source import (
+    Document,
+    FileInfo,
+    Piece,
+    Poison,
+    bytes_of,
+    expand,
+    lines_of,
+    local_file,
+    row_groups,
+    rows_of,
+)
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 256
+LARGEST_DOCUMENT = 1 << 26  # bytes, where nobody says otherwise
+FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
+
+Item = Document | Poison
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work, and what it is: `pieces` of files, or the documents themselves. `size`: bytes, about."""
+
+    index: int
+    size: int
+    pieces: tuple[Piece, ...] = ()
+    documents: tuple[Item, ...] = field(default=(), repr=False)
+
+    @property
+    def key(self) -> str:
+        """Changes when what the unit is made of does."""
+        digest = blake2b(digest_size=16)
+        for piece in self.pieces:
+            digest.update(
+                f"{piece.path}\0{piece.stamp}\0{piece.start}\0{piece.stop}\n".encode("utf-8", "surrogateescape")
+            )
+        for item in self.documents:
+            digest.update(repr(item[:2]).encode())
+        return digest.hexdigest()
 
 
 @dataclass
@@ -33,15 +72,42 @@ class CorpusConfig(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def documents(self, skipped: list[str]) -> Iterator[str]:
-        """Every document that is not empty. Appends to `skipped` the names of those left out as unreadable.
+    def units(self, unit_bytes: int) -> Iterable[Unit]:
+        """The whole corpus, in order. DataError where it cannot be read."""
 
-        Raises DataError, naming the place, where the source cannot be read or a document is not UTF-8.
+    @abstractmethod
+    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+        """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
+
+        `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
+        DataError where the file cannot be read.
         """
 
-    def text_bytes(self) -> int | None:
-        """About how much text there is; None where only reading it would tell."""
-        return None
+    def items(self, unit: Unit, largest: int) -> Iterator[Item]:
+        """The documents of one unit."""
+        yield from unit.documents
+        for piece in unit.pieces:
+            yield from self.read(piece, largest)
+
+    def texts(self) -> Iterator[Document]:
+        """Every document that can be used."""
+        for unit in self.units(LARGEST_DOCUMENT):
+            yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if isinstance(item, Document))
+
+    def ensure_documents(self) -> None:
+        """DataError where the corpus is empty, or its first documents are all poison: a wrong text_key, say."""
+        units = self.units(LARGEST_DOCUMENT)
+        items = (item for unit in units for item in self.items(unit, LARGEST_DOCUMENT))
+        poison: Poison | None = None
+        for item in islice(items, FIRST_DOCUMENTS):
+            if isinstance(item, Document):
+                return
+            poison = poison or item
+        if poison:
+            raise DataError(
+                f"the corpus ({self.kind}) begins with no document that can be used: {poison.id}: {poison.reason}"
+            )
+        raise DataError(f"the corpus ({self.kind}) is empty: it has no document with text")
 
     def describe(self) -> dict[str, Any]:
         """What the documents depend on, for the manifest."""
@@ -54,33 +120,34 @@ class StdlibCorpus(CorpusConfig):
 
     kind: ClassVar[str] = "stdlib"
 
-    def documents(self, skipped: list[str]) -> Iterator[str]:
-        root = Path(sysconfig.get_path("stdlib"))
-        for path in self._paths():
-            try:
-                text = decode_source(path.read_bytes())
-            except (SyntaxError, ValueError):  # an unknown coding, or not in it: test data, on purpose
-                skipped.append(path.relative_to(root).as_posix())
-                continue
-            if text:
-                yield text
+    def units(self, unit_bytes: int) -> list[Unit]:
+        return grouped((local_file(path).whole() for path in self._paths()), unit_bytes)
 
-    def text_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._paths())
+    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+        name = Path(piece.path).relative_to(stdlib_root()).as_posix()
+        data = bytes_of(piece.path, largest)
+        if data is None:
+            yield too_large(name, largest)
+            return
+        try:
+            text = decode_source(data)
+            data = text.encode()
+        except (SyntaxError, ValueError) as error:  # an unknown coding, or not in it: test data, on purpose
+            yield Poison(name, f"does not decode: {headline(error)}")
+            return
+        if text:
+            yield Document(name, text, data)
 
     def describe(self) -> dict[str, Any]:
-        root = Path(sysconfig.get_path("stdlib"))
-        return {
-            "kind": self.kind,
-            "python": platform.python_version(),
-            **listing((path.relative_to(root).as_posix(), path) for path in self._paths()),
-        }
+        root = stdlib_root()
+        files = ((path.relative_to(root).as_posix(), path.stat().st_size) for path in self._paths())
+        return {"kind": self.kind, "python": platform.python_version(), **listing(files)}
 
     @staticmethod
     def _paths() -> list[Path]:
         """All .py files, packages that pip put below the standard library left out."""
-        root, paths = Path(sysconfig.get_path("stdlib")), []
-        for folder, names, files in os.walk(root):
+        paths = []
+        for folder, names, files in os.walk(stdlib_root()):
             names[:] = [name for name in names if name not in ("site-packages", "dist-packages")]
             paths += [Path(folder) / name for name in files if name.endswith(".py")]
         return sorted(path for path in paths if path.is_file())
@@ -88,9 +155,9 @@ class StdlibCorpus(CorpusConfig):
 
 @dataclass
 class FilesCorpus(CorpusConfig):
-    """Local files: a document a row of .jsonl and .parquet, a document a file for all others.
+    """Files: a document a row of .jsonl and .parquet, a document a file for all others; .gz and .zst around them.
 
-    `paths`: files, globs, and folders (all files below, hidden ones left out). `text_key`: the column of the
+    `paths`: files, globs, folders (all files below, hidden ones left out) and URLs. `text_key`: the column of the
     text.
     """
 
@@ -98,23 +165,47 @@ class FilesCorpus(CorpusConfig):
     paths: list[str]
     text_key: str = "text"
 
-    def documents(self, skipped: list[str]) -> Iterator[str]:
-        for path in expand(self.paths):
-            if path.suffix in JSON_LINES:
-                yield from filter(None, json_lines(path, self.text_key))
-            elif path.suffix == PARQUET:
-                yield from filter(None, parquet_rows(path, self.text_key))
-            elif text := read_text(path):
-                yield text
+    def units(self, unit_bytes: int) -> list[Unit]:
+        return grouped((piece for file in expand(self.paths) for piece in self._pieces(file)), unit_bytes)
 
-    def text_bytes(self) -> int | None:
-        paths = expand(self.paths)
-        if any(path.suffix == PARQUET for path in paths):
-            return None  # compressed
-        return sum(path.stat().st_size for path in paths)
+    def _pieces(self, file: FileInfo) -> list[Piece]:
+        if file.kind == PARQUET:
+            return row_groups(file, self.text_key)
+        return [file.lines() if file.kind in JSON_LINES else file.whole()]
+
+    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+        kind = FileInfo(piece.path, None, "").kind
+        if kind == PARQUET:
+            return self._rows(piece, largest)
+        return self._lines(piece, largest) if kind in JSON_LINES else self._text(piece, largest)
+
+    def _lines(self, piece: Piece, largest: int) -> Iterator[Item]:
+        for offset, line in lines_of(piece, largest):
+            name = f"{piece.path}:{offset}"
+            if line is None:
+                yield too_large(name, largest)
+            elif not line.isspace() and (item := row_of(name, line, self.text_key)):
+                yield item
+
+    def _rows(self, piece: Piece, largest: int) -> Iterator[Item]:
+        for number, data in rows_of(piece, self.text_key, ROWS_AT_ONCE):
+            name = f"{piece.path}:{number}"
+            if data is None:
+                yield Poison(name, f"{self.text_key!r} must be text, not null")
+            elif len(data) > largest:
+                yield too_large(name, largest)
+            elif data:
+                yield decoded(name, data)
+
+    def _text(self, piece: Piece, largest: int) -> Iterator[Item]:
+        data = bytes_of(piece.path, largest)
+        if data is None:
+            yield too_large(piece.path, largest)
+        elif data:
+            yield decoded(piece.path, data)
 
     def describe(self) -> dict[str, Any]:
-        files = listing((path.as_posix(), path) for path in expand(self.paths))
+        files = listing((file.path, file.size or 0) for file in expand(self.paths))
         return {"kind": self.kind, "paths": list(self.paths), "text_key": self.text_key, **files}
 
 
@@ -129,10 +220,73 @@ class HubCorpus(CorpusConfig):
     text_key: str = "text"
     revision: str | None = None
 
-    def documents(self, skipped: list[str]) -> Iterator[str]:
-        where = f"{self.name} ({self.config or 'default'}, {self.split})"
-        arguments = {"path": self.name, "name": self.config, "split": self.split, "revision": self.revision}
-        yield from filter(None, column(where, self.text_key, **arguments))
+    def units(self, unit_bytes: int) -> Iterator[Unit]:
+        index, size, documents = 0, 0, list[Item]()
+        for item in self._items():
+            documents.append(item)
+            size += len(item.data) if isinstance(item, Document) else 0
+            if size >= unit_bytes:
+                yield Unit(index, size, documents=tuple(documents))
+                index, size, documents = index + 1, 0, []
+        if documents:
+            yield Unit(index, size, documents=tuple(documents))
+
+    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+        raise AssertionError("a unit of the hub has its documents with it")
+
+    def _items(self) -> Iterator[Item]:
+        """The column of texts. What fails inside `datasets` becomes one line that names the place."""
+        where, number = f"{self.name} ({self.config or 'default'}, {self.split})", 0
+        try:
+            arguments = {"name": self.config, "split": self.split, "revision": self.revision}
+            stream = quiet_datasets().load_dataset(self.name, streaming=True, **arguments)
+            for batch in stream.iter(batch_size=ROWS_AT_ONCE):
+                if self.text_key not in batch:
+                    raise DataError(
+                        f"{where}: no column {self.text_key!r} (corpus.text_key); it has {', '.join(batch)}"
+                    )
+                for value in batch[self.text_key]:
+                    number += 1
+                    if item := text_of(f"{where}, row {number}", value, self.text_key):
+                        yield item
+        except DataError:
+            raise
+        except Exception as error:  # datasets raises what each of its readers raises
+            place = f"{where}, after row {number}" if number else where
+            raise DataError(f"{place}: {type(error).__name__}: {headline(error)}") from error
+
+
+def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
+    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again."""
+    units: list[Unit] = []
+    unit: list[Piece] = []
+    room = unit_bytes
+
+    def close() -> None:
+        nonlocal room
+        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
+        unit.clear()
+        room = unit_bytes
+
+    for piece in pieces:
+        while piece.splittable and piece.size > room:
+            head, piece = piece.cut(room)
+            unit.append(head)
+            close()
+        if unit and unit[-1].joins(piece):
+            unit[-1] = unit[-1].join(piece)
+        else:
+            unit.append(piece)
+        room -= piece.size
+        if room <= 0:
+            close()
+    if unit:
+        close()
+    return units
+
+
+def stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def decode_source(data: bytes) -> str:
@@ -141,129 +295,55 @@ def decode_source(data: bytes) -> str:
     return data.decode(coding)
 
 
-def expand(paths: list[str]) -> list[Path]:
-    """The files that paths, globs and folders name, each once, in the order given; sorted within one name."""
-    found: dict[Path, None] = {}
-    for name in paths:
-        if os.path.isdir(name):
-            below = sorted(path for path in Path(name).rglob("*") if path.is_file())
-            matches = [p for p in below if not any(part.startswith(".") for part in p.relative_to(name).parts)]
-        elif os.path.isfile(name):  # before the glob: a name may have brackets
-            matches = [Path(name)]
-        else:
-            matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
-        if not matches:
-            raise DataError(f"corpus.paths: {name!r} matches no file")
-        found.update(dict.fromkeys(matches))
-    if not found:
-        raise DataError("corpus.paths=[] must name at least one file, glob or folder")
-    return list(found)
-
-
-def listing(files: Iterator[tuple[str, Path]]) -> dict[str, Any]:
+def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
     """Number, bytes and a digest of names and sizes: enough to see that a corpus has changed."""
     count, total, digest = 0, 0, sha256()
-    for name, path in files:
-        size = path.stat().st_size
+    for name, size in files:
         count, total = count + 1, total + size
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
     return {"files": count, "bytes": total, "listing_sha256": digest.hexdigest()}
 
 
-def read_text(path: Path) -> str:
-    """One file, byte for byte. (`datasets` would turn every \\r\\n into \\n.)"""
+def row_of(name: str, line: bytes, text_key: str) -> Item | None:
+    """The document of one line of JSON; None where its text is empty."""
     try:
-        return path.read_bytes().decode("utf-8")
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise not_utf8(path) from error
-
-
-def json_lines(path: Path, text_key: str) -> Iterator[str]:
-    """The rows' texts. Parsed line by line: Arrow's JSON reader turns texts like dates into dates."""
-    lines = column(str(path), "text", path="text", data_files=data_files(path), split="train", keep_linebreaks=False)
-    number = 0
-    try:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: a row must be an object, not {type(row).__name__}")
-            yield text_of(row, text_key, f"{path}, line {number}")
+        return not_utf8(name, error)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise not_utf8(path) from error
-
-
-def parquet_rows(path: Path, text_key: str) -> Iterator[str]:
-    """The column of texts, and no other column."""
-    from pyarrow import ArrowException, parquet
-
-    try:
-        names = parquet.read_schema(path).names
-    except ArrowException as error:
-        raise DataError(f"{path}: not a parquet file: {headline(error)}") from error
-    if text_key not in names:
-        raise DataError(f"{path}: no column {text_key!r} (corpus.text_key); it has {', '.join(names)}")
-    yield from column(
-        str(path), text_key, path="parquet", data_files=data_files(path), split="train", columns=[text_key]
-    )
-
-
-def data_files(path: Path) -> list[str]:
-    return [glob.escape(str(path.resolve()))]
-
-
-def column(where: str, text_key: str, **arguments: Any) -> Iterator[str]:
-    """One column of a streamed dataset. What fails inside `datasets` becomes one line that names the place.
-
-    UnicodeDecodeError from a text file passes, for the caller knows how to find the line.
-    """
-    number = 0
-    try:
-        stream = quiet_datasets().load_dataset(streaming=True, **arguments)
-        for batch in stream.iter(batch_size=ROWS_AT_ONCE):
-            if text_key not in batch:
-                raise DataError(f"{where}: no column {text_key!r} (corpus.text_key); it has {', '.join(batch)}")
-            for value in batch[text_key]:
-                number += 1
-                yield text_of({text_key: value}, text_key, f"{where}, row {number}")
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        if arguments["path"] == "text":
-            raise
-        raise DataError(f"{where}: a text after row {number} is not UTF-8") from error
-    except Exception as error:  # datasets raises what each of its readers raises
-        place = f"{where}, after row {number}" if number else where
-        raise DataError(f"{place}: {type(error).__name__}: {headline(error)}") from error
-
-
-def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
-    """The row's text. DataError where it has none, or half of a surrogate pair in it."""
+        return Poison(name, f"not JSON: {error.msg} at column {error.colno}")
+    except (RecursionError, ValueError) as error:  # a hundred thousand brackets; an integer of ten thousand digits
+        return Poison(name, f"not JSON: {headline(error)}")
+    if not isinstance(row, dict):
+        return Poison(name, f"a row must be an object, not {type(row).__name__}")
     if text_key not in row:
-        raise DataError(f"{where}: no key {text_key!r} (corpus.text_key); it has {', '.join(map(str, row))}")
-    text = row[text_key]
+        return Poison(name, f"no key {text_key!r} (corpus.text_key); it has {', '.join(map(str, row))}")
+    return text_of(name, row[text_key], text_key)
+
+
+def text_of(name: str, text: Any, text_key: str) -> Item | None:
+    """The document; None where it is empty."""
     if not isinstance(text, str):
-        raise DataError(f"{where}: {text_key!r} must be text, not {type(text).__name__}")
+        return Poison(name, f"{text_key!r} must be text, not {type(text).__name__}")
     try:
-        text.encode("utf-8")
+        return Document(name, text, text.encode()) if text else None
     except UnicodeEncodeError:
-        raise DataError(f"{where}: {text_key!r} is not UTF-8: half of a surrogate pair") from None
-    return text
+        return Poison(name, f"{text_key!r} is not UTF-8: half of a surrogate pair")
 
 
-def not_utf8(path: Path) -> DataError:
-    """The error for a file that is not UTF-8, with the first line that is not."""
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                return DataError(f"{path}, line {number}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
-    return DataError(f"{path}: not UTF-8")
+def decoded(name: str, data: bytes) -> Item:
+    try:
+        return Document(name, data.decode(), data)
+    except UnicodeDecodeError as error:
+        return not_utf8(name, error)
+
+
+def not_utf8(name: str, error: UnicodeDecodeError) -> Poison:
+    return Poison(name, f"not UTF-8 (byte 0x{error.object[error.start]:02x} after {error.start} bytes)")
+
+
+def too_large(name: str, largest: int) -> Poison:
+    return Poison(name, f"more than {largest:,} bytes (max_document_mib)")
 
 
 def quiet_datasets() -> ModuleType:

@@ -1,51 +1,45 @@
-"""Documents to token files: deterministic work units in a pool of processes, safe against any crash.
+"""One unit of work: its documents, read, chosen, encoded and written, in a process of its own.
 
-    documents ── units(): grouped in corpus order until a unit has `unit_bytes` of text
-        └ a worker each: encode, split, write train-KKKKK and val-KKKKK, then the unit's record, last
-    a rerun: a unit whose record is there, for the same texts, is not done again
+    the unit's pieces ── documents, poison put aside ── batches of a megabyte of text ── ids ── train-KKKKK, val-KKKKK
+        └ then the unit's record, last: a rerun does not do again what has one
 
-What a unit holds follows from the corpus alone, so the files are the same bytes for any number of workers, and
-units may be done by several machines, each its own part of them.
-The parent hands over text; tokens never pass between processes.
+What a unit holds follows from the corpus and the settings alone, so the files are the same bytes whoever does it.
 """
 
 import json
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from multiprocessing import connection, get_context, parent_process
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from data_prep.clean import CleanConfig, digest_of, sorted_digests, split_of
+from data_prep.corpus import CorpusConfig, Item, Unit
 from data_prep.durable import durable
+from data_prep.encoder import Encoder
 from data_prep.errors import DataError
-from data_prep.token_file import (
-    SPLITS,
-    TOKENIZER_FOLDER,
-    TokenFileEntry,
-    TokenFileWriter,
-    token_dtype,
-    with_suffix,
-)
-from data_prep.tokenizer import Tokenizer
+from data_prep.source import Document, Poison
+from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
-DIGEST_BYTES = 16
+BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What a finished unit is: its place, the digest of its texts, its token files."""
+    """What a finished unit is: what it was made of, the digest of its texts, its token files, what is not in them."""
 
     index: int
+    key: str
     digest: str
     files: tuple[TokenFileEntry, ...]
+    too_short: int = 0
+    too_long: int = 0
+    duplicates: int = 0
+    dropped: str = ""  # digest of the places of those that were taken out of the finished files
+    quarantined: tuple[tuple[str, str], ...] = ()  # id and reason
     kept: bool = False  # from an earlier run
 
     @property
@@ -62,7 +56,11 @@ class EncodeJob:
     """What every worker must know."""
 
     folder: Path
+    corpus: CorpusConfig
+    clean: CleanConfig
     val_fraction: float
+    largest: int  # bytes of a document
+    gigatoken: str | None  # the scheme, where it has been found to give the same ids
 
 
 @dataclass(frozen=True)
@@ -84,123 +82,240 @@ class Part:
         return unit % self.count == self.index
 
 
-def digest_of(data: bytes) -> bytes:
-    return blake2b(data, digest_size=DIGEST_BYTES).digest()
+class Watch(Protocol):
+    """Where a worker says how far it is, so that whoever looks sees progress, a stop, or the place of a crash."""
+
+    def at(self, document: int) -> None: ...
+
+    def done(self, text_bytes: int, tokens: int) -> None: ...
 
 
-def split_of(digest: bytes, val_fraction: float) -> str:
-    """The split of a document, by its own text: it stays where it is when others come or go."""
-    return "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
+@dataclass(frozen=True)
+class EncodeUnit:
+    """A task: one unit. `careful`: a document at a time, after a crash; `poison`: documents known to be it."""
+
+    unit: Unit
+    careful: bool = False
+    poison: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.unit.size
+
+    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
+        """Write the unit's token files, then its record."""
+        with ExitStack() as files:
+            writing = UnitFiles(self.unit, job, encoder, files)
+            for first, batch in batches(job.corpus.items(self.unit, job.largest), 1 if self.careful else BATCH_BYTES):
+                watch.at(first)
+                writing.add(
+                    Poison(item.id, self.poison[number]) if number in self.poison else item
+                    for number, item in enumerate(batch, start=first)
+                )
+                watch.done(writing.text_bytes, writing.tokens)
+        return writing.record()
 
 
-def units(texts: Iterable[str], unit_bytes: int) -> Iterator[list[str]]:
-    """Documents in order, in groups of at least `unit_bytes` of UTF-8; the last may be smaller."""
-    unit: list[str] = []
-    size = 0
-    for text in texts:
-        unit.append(text)
-        size += len(text.encode())
-        if size >= unit_bytes:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
+def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Items in groups of about `size` bytes, each with the number of its first."""
+    batch: list[Item] = []
+    number, held = 0, 0
+    for item in items:
+        batch.append(item)
+        held += len(item.data) if isinstance(item, Document) else 1
+        if held >= size:
+            yield number, batch
+            number, batch, held = number + len(batch), [], 0
+    if batch:
+        yield number, batch
 
 
-def encode_corpus(
-    texts: Iterable[str], job: EncodeJob, unit_bytes: int, workers: int, part: Part
-) -> Iterator[UnitRecord]:
-    """Encode the part's units that are not done yet; yields each one's record, in the order in which they are done.
+class UnitFiles:
+    """The token files of one unit as they grow."""
 
-    Holds `workers` + 1 units of text. Raises DataError when a worker dies, OSError when it cannot write: what
-    is finished stays, and the next run takes it over.
-    """
-    context = get_context("spawn")  # threads of tokenizers and Arrow do not survive a fork
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    running: set[Future[UnitRecord]] = set()
-    try:
-        for index, unit in enumerate(units(texts, unit_bytes)):
-            if not part.has(index):
+    def __init__(self, unit: Unit, job: EncodeJob, encoder: Encoder, files: ExitStack) -> None:
+        self._unit, self._job, self._encoder, self._files = unit, job, encoder, files
+        self._writers: dict[str, TokenFileWriter] = {}
+        self._bytes = dict.fromkeys(SPLITS, 0)
+        self._kept: dict[bytes, tuple[str, int]] = {}  # with deduplication: where each digest is
+        self._digests = bytearray()
+        self._quarantined: list[tuple[str, str]] = []
+        self._too_short = self._too_long = self._duplicates = 0
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(self._bytes.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(writer.tokens for writer in self._writers.values())
+
+    def add(self, batch: Iterator[Item]) -> None:
+        chosen: dict[str, list[tuple[bytes, Document]]] = {split: [] for split in SPLITS}
+        for item in batch:
+            if isinstance(item, Poison):
+                self._quarantined.append((item.id, item.reason))
+            elif self._keeps(item):
+                digest = digest_of(item.data)
+                chosen[split_of(digest, self._job.val_fraction)].append((digest, item))
+        for split, documents in chosen.items():
+            self._write(split, documents)
+
+    def _keeps(self, document: Document) -> bool:
+        clean = self._job.clean
+        short = len(document.data) < clean.min_bytes
+        long = clean.max_bytes is not None and len(document.data) > clean.max_bytes
+        self._too_short += short
+        self._too_long += long
+        return not short and not long
+
+    def _write(self, split: str, documents: list[tuple[bytes, Document]]) -> None:
+        if self._job.clean.deduplicate:
+            documents = self._without_copies(documents)
+        encoded = self._encoder.encode_all([document for _, document in documents])
+        pieces, ends, end = [], [], 0
+        for (digest, document), ids in zip(documents, encoded, strict=True):
+            if isinstance(ids, Poison):
+                self._quarantined.append((ids.id, ids.reason))
                 continue
-            if record := finished_unit(job, index, unit):
-                yield record
-                continue
-            running.add(pool.submit(_encode_unit, index, unit))
-            if len(running) > workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died (killed, perhaps out of memory: fewer workers= or a smaller unit_mib= need"
-            " less); finished units are kept, and the same command does the rest"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+            pieces += [ids, self._encoder.end]
+            end += len(ids) + 1
+            ends.append(end)
+            self._digests += digest
+            self._bytes[split] += len(document.data)
+            if self._job.clean.deduplicate:
+                self._kept[digest] = split, self._documents(split) + len(ends) - 1
+        if ends:
+            self._writer(split).write(np.concatenate(pieces), ends)
+
+    def _without_copies(self, documents: list[tuple[bytes, Document]]) -> list[tuple[bytes, Document]]:
+        first = {digest: document for digest, document in reversed(documents) if digest not in self._kept}
+        kept = [(digest, document) for digest, document in documents if first.get(digest) is document]
+        self._duplicates += len(documents) - len(kept)
+        return kept
+
+    def _documents(self, split: str) -> int:
+        return self._writers[split].documents if split in self._writers else 0
+
+    def _writer(self, split: str) -> TokenFileWriter:
+        if split not in self._writers:
+            path = self._job.folder / f"{split}-{self._unit.index:05d}"
+            self._writers[split] = self._files.enter_context(TokenFileWriter(path, self._encoder.vocab_size))
+        return self._writers[split]
+
+    def record(self) -> UnitRecord:
+        """Once the token files are closed."""
+        if self._job.clean.deduplicate:
+            with durable(digests_path(self._job.folder, self._unit.index)) as file:
+                file.write(sorted_digests(self._kept).tobytes())
+        record = UnitRecord(
+            self._unit.index,
+            self._unit.key,
+            digest_of(bytes(self._digests)).hex(),
+            tuple(entry_of(split, self._writers[split], self._bytes[split]) for split in sorted(self._writers)),
+            self._too_short,
+            self._too_long,
+            self._duplicates,
+            quarantined=tuple(self._quarantined),
+        )
+        save_record(record_path(self._job.folder, record.index), record, self._encoder.vocab_size)
+        return record
+
+
+@dataclass(frozen=True)
+class DropCopies:
+    """A task: a finished unit's files again, without the documents at `places` (as in `clean.KEPT`)."""
+
+    unit: Unit
+    record: UnitRecord
+    places: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
+        """The new record comes last: files that fit no record are made again from the corpus."""
+        record = self.record
+        if record.dropped:  # others were dropped, before the corpus was mended
+            record = EncodeUnit(self.unit).run(job, encoder, watch)
+        files = []
+        for entry in record.files:
+            chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
+            files += [entry] if len(chosen) == 0 else self._rewrite(job.folder, entry, chosen, encoder)
+        duplicates, dropped = record.duplicates + len(self.places), digest_of_places(self.places)
+        record = replace(record, files=tuple(files), duplicates=duplicates, dropped=dropped)
+        save_record(dropped_path(job.folder, record.index), record, encoder.vocab_size)
+        return record
+
+    @staticmethod
+    def _rewrite(folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder) -> list[TokenFileEntry]:
+        path = folder / entry.name
+        file = TokenFile(path)
+        if len(chosen) == entry.documents:
+            for suffix in entry.sha256:
+                with_suffix(path, suffix).unlink()
+            return []
+        left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
+        with TokenFileWriter(path, encoder.vocab_size) as writer:
+            for number, length in enumerate(file.lengths.tolist()):
+                ids, start = file.tokens[start : start + length], start + length
+                if number in left:
+                    text_bytes -= len(encoder.decode_bytes(ids[:-1]))
+                else:
+                    writer.add(ids)
+        return [entry_of(entry.split, writer, text_bytes)]
+
+
+def digest_of_places(places: np.ndarray) -> str:
+    return digest_of(np.sort(places).astype("<u4").tobytes()).hex() if len(places) else ""
+
+
+def entry_of(split: str, writer: TokenFileWriter, text_bytes: int) -> TokenFileEntry:
+    counts = writer.documents, writer.tokens, text_bytes, writer.largest_id
+    return TokenFileEntry(writer.prefix.name, split, *counts, writer.sha256)
 
 
 def record_path(folder: Path, index: int) -> Path:
     return folder / UNFINISHED_FOLDER / f"{index:05d}.json"
 
 
-def finished_unit(job: EncodeJob, index: int, texts: list[str]) -> UnitRecord | None:
-    """The unit's record from an earlier run, if it is of the same texts and its files are there, whole."""
+def dropped_path(folder: Path, index: int) -> Path:
+    return folder / UNFINISHED_FOLDER / f"dropped-{index:05d}.json"
+
+
+def digests_path(folder: Path, index: int) -> Path:
+    return folder / UNFINISHED_FOLDER / f"{index:05d}.digests"
+
+
+def save_record(path: Path, record: UnitRecord, vocab_size: int) -> None:
+    with durable(path) as file:
+        file.write(json.dumps({**asdict(record), "dtype": token_dtype(vocab_size).str}).encode())
+
+
+def finished_unit(job: EncodeJob, unit: Unit) -> UnitRecord | None:
+    """The unit's record from an earlier run, if it is of the same input and its files are there, whole."""
+    if job.clean.deduplicate and not digests_path(job.folder, unit.index).is_file():
+        return None
+    for path in (dropped_path(job.folder, unit.index), record_path(job.folder, unit.index)):
+        record = record_at(path, job.folder)
+        if record and record.key == unit.key:
+            return record
+    return None
+
+
+def record_at(path: Path, folder: Path) -> UnitRecord | None:
+    """None where it is not there, not readable, or not of the files that are."""
     try:
-        content = json.loads(record_path(job.folder, index).read_bytes())
-        files = tuple(TokenFileEntry(**entry) for entry in content["files"])
-        record = UnitRecord(content["index"], content["digest"], files, kept=True)
-        dtype = np.dtype(content["dtype"])
-        for entry in files:
+        content = json.loads(path.read_bytes())
+        dtype = np.dtype(content.pop("dtype"))
+        content["files"] = tuple(TokenFileEntry(**entry) for entry in content["files"])
+        content["quarantined"] = tuple((name, reason) for name, reason in content["quarantined"])
+        record = UnitRecord(**{**content, "kept": True})
+        for entry in record.files:
             for suffix, size in entry.sizes(dtype).items():
-                if with_suffix(job.folder / entry.name, suffix).stat().st_size != size:
+                if with_suffix(folder / entry.name, suffix).stat().st_size != size:
                     return None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    same_texts = record.digest == digest_of(b"".join(digest_of(text.encode()) for text in texts)).hex()
-    return record if same_texts else None
-
-
-_job: EncodeJob
-_tokenizer: Tokenizer
-
-
-def _start_worker(job: EncodeJob) -> None:
-    """Once in each worker: load the tokenizer, leave Ctrl-C to the parent, and die with it."""
-    global _job, _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    _job, _tokenizer = job, Tokenizer.load(job.folder / TOKENIZER_FOLDER)
-
-
-def _die_with(sentinel: int) -> None:
-    connection.wait([sentinel])  # else the workers of a killed parent would wait for work for ever
-    os._exit(1)
-
-
-def _encode_unit(index: int, texts: list[str]) -> UnitRecord:
-    """In a worker: write the unit's token files, then its record."""
-    digests = []
-    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text in texts:
-        digests.append(digest_of(text.encode()))
-        documents[split_of(digests[-1], _job.val_fraction)].append(text)
-    files = tuple(_write(index, split, chosen) for split, chosen in documents.items() if chosen)
-    record = UnitRecord(index, digest_of(b"".join(digests)).hex(), files)
-    with durable(record_path(_job.folder, index)) as file:
-        dtype = token_dtype(_tokenizer.vocab_size).str
-        file.write(json.dumps({**asdict(record), "dtype": dtype}).encode())
     return record
-
-
-def _write(index: int, split: str, texts: list[str]) -> TokenFileEntry:
-    name, text_bytes = f"{split}-{index:05d}", 0
-    end = np.array([_tokenizer.end_of_document], dtype=np.uint32)
-    with TokenFileWriter(_job.folder / name, _tokenizer.vocab_size) as writer:
-        for text in texts:
-            writer.add(np.concatenate([_tokenizer.encode(text), end]))
-            text_bytes += len(text.encode())
-    return TokenFileEntry(name, split, writer.documents, writer.tokens, text_bytes, writer.largest_id, writer.sha256)

@@ -21,6 +21,7 @@ from data_prep.tokenizer_spec import SPEC_FILE
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = "lock"
+QUARANTINE_FILE = "quarantine.jsonl"  # id and reason of each document that was put aside
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Tokenizer:
 
         A run of more than 65,536 spaces, or of characters that are not, is encoded in pieces of that length.
         """
-        if not _may_have_long_run(text):
+        if not may_have_long_run(text):
             return self._encode(text)
         return np.concatenate([self._encode(piece) for piece in _pieces(text)])
 
@@ -106,7 +106,7 @@ class Tokenizer:
             raise DataError(f"tokenizer {self.spec.name}: {headline(error)}") from error
 
 
-def _may_have_long_run(text: str) -> bool:
+def may_have_long_run(text: str) -> bool:
     """False only where no run of spaces, or of other characters, passes LONGEST_RUN. Costs nearly nothing."""
     for start in range(0, len(text) - _BLOCK + 1, _BLOCK):
         block = text[start : start + _BLOCK]

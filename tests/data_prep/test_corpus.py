@@ -1,17 +1,24 @@
 """The three sources: what a document is, in what order, and which errors name which place."""
 
+import gzip
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from data_prep.corpus import FilesCorpus, HubCorpus, StdlibCorpus, decode_source, expand
+from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, Item, StdlibCorpus, decode_source
+from data_prep.source import Document, Poison, expand
 from tests.data_prep.commands import write_jsonl
 
 
 def documents(*paths: Path | str, text_key: str = "text") -> list[str]:
-    return list(FilesCorpus([str(path) for path in paths], text_key).documents([]))
+    return [document.text for document in FilesCorpus([str(path) for path in paths], text_key).texts()]
+
+
+def items(corpus: CorpusConfig, unit_bytes: int = 1 << 20, largest: int = 1 << 20) -> list[Item]:
+    return [item for unit in corpus.units(unit_bytes) for item in corpus.items(unit, largest)]
 
 
 def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
@@ -20,6 +27,11 @@ def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
 
     parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
     return path
+
+
+def zstd(data: bytes) -> bytes:
+    pyarrow = importlib.import_module("pyarrow")
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
 
 
 def test_a_row_or_a_file_is_a_document(tmp_path: Path) -> None:
@@ -57,21 +69,42 @@ def test_globs_and_folders_in_order_each_once(tmp_path: Path) -> None:
         expand([])
 
 
-BAD_FILES: dict[str, tuple[str, bytes, str]] = {
-    "text": ("a.txt", b"fine\nna\xefve", r"a\.txt, line 2: not UTF-8 \(byte 0xef at column 3\)"),
-    "json bytes": ("a.jsonl", b'{"text":"ok"}\n\n{"text":"\xff"}\n', r"a\.jsonl, line 3: not UTF-8"),
-    "surrogate": ("a.jsonl", b'{"text":"ok"}\n{"text":"\\ud800"}\n', r"line 2: 'text' is not UTF-8"),
-    "json": ("a.jsonl", b'\n{"text":"ok"}\n{"text":\n', r"line 3: not JSON"),
-    "no key": ("a.jsonl", b'{"body":"ok"}\n', r"line 1: no key 'text' .* it has body"),
-    "no text": ("a.jsonl", b'{"text":null}\n', r"line 1: 'text' must be text, not NoneType"),
-    "array": ("a.json", b'[{"text":"a"}]', r"line 1: a row must be an object, not list"),
-    "no parquet": ("a.parquet", b"no", r"a\.parquet: not a parquet file"),
+BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
+    "text": ("a.txt", b"fine\nna\xefve", "a.txt", r"not UTF-8 \(byte 0xef after 7 bytes\)"),
+    "json bytes": ("a.jsonl", b'{"text":"ok"}\n\n{"text":"\xff"}\n', "a.jsonl:15", "not UTF-8"),
+    "surrogate": ("a.jsonl", b'{"text":"ok"}\n{"text":"\\ud800"}\n', "a.jsonl:14", "'text' is not UTF-8: half of"),
+    "json": ("a.jsonl", b'\n{"text":"ok"}\n{"text":\n', "a.jsonl:15", "not JSON: Expecting value at column"),
+    "deep": ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl:0", "not JSON: "),
+    "no key": ("a.jsonl", b'{"body":"ok"}\n', "a.jsonl:0", "no key 'text' .* it has body"),
+    "no text": ("a.jsonl", b'{"text":null}\n', "a.jsonl:0", "'text' must be text, not NoneType"),
+    "array": ("a.json", b'[{"text":"a"}]', "a.json:0", "a row must be an object, not list"),
+    "large row": ("a.jsonl", b'{"text":"' + b"x" * (1 << 20) + b'"}\n', "a.jsonl:0", r"more than 1,048,576 bytes"),
+    "large file": ("a.txt", b"x" * (1 << 21), "a.txt", r"more than 1,048,576 bytes"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_named(tmp_path: Path, case: str) -> None:
-    name, content, message = BAD_FILES[case]
+@pytest.mark.parametrize("case", BAD_DOCUMENTS)
+def test_a_bad_document_is_poison_and_the_next_one_is_not(tmp_path: Path, case: str) -> None:
+    name, content, where, reason = BAD_DOCUMENTS[case]
+    (tmp_path / name).write_bytes(content)
+    found = [item for item in items(FilesCorpus([str(tmp_path / name)])) if isinstance(item, Poison)]
+    assert [item.id for item in found] == [str(tmp_path / where)]
+    assert re.match(reason, found[0].reason)
+    if name.endswith("l"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'\n{"text":"next"}')
+        assert documents(tmp_path / name)[-1] == "next"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"no", r"a\.parquet: cannot be read: ArrowInvalid"),
+        ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: cannot be read"),
+        ("b.jsonl.zst", zstd(b'{"text": "one"}\n' * 1000)[:-3], r"b\.jsonl\.zst: cannot be read: .* Truncated"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         documents(tmp_path / name)
@@ -81,12 +114,70 @@ def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' .* it has body"):
         documents(write_parquet(tmp_path / "a.parquet", body=["x"]))
-    with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' must be text, not NoneType"):
-        documents(write_parquet(tmp_path / "a.parquet", text=["x", None]))
-    raw = pyarrow.array([b"ok", b"\xff"])
-    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
-    with pytest.raises(ValueError, match=r"a\.parquet: .* not UTF-8"):
-        documents(write_parquet(tmp_path / "a.parquet", text=text))
+    with pytest.raises(ValueError, match=r"a\.parquet: column 'text' .* must be text, not int64"):
+        documents(write_parquet(tmp_path / "a.parquet", text=[1]))
+    raw = pyarrow.array([b"ok", b"\xff", None])
+    buffers = raw.buffers()
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    path = write_parquet(tmp_path / "a.parquet", text=text)
+    assert items(FilesCorpus([str(path)])) == [
+        Document(f"{path}:0", "ok", b"ok"),
+        Poison(f"{path}:1", "not UTF-8 (byte 0xff after 0 bytes)"),
+        Poison(f"{path}:2", "'text' must be text, not null"),
+    ]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 100, 1000, 1 << 20])
+def test_the_units_of_one_file_are_its_rows_each_once(tmp_path: Path, unit_bytes: int) -> None:
+    """Ranges that begin and end anywhere: in a row, at its first byte, at its last, in none."""
+    rows = [f"row {number} " + "x" * (number % 97) for number in range(300)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    corpus = FilesCorpus([str(path), str(write_jsonl(tmp_path / "b.jsonl", ["last"]))])
+    units = corpus.units(unit_bytes)
+    assert [unit.index for unit in units] == list(range(len(units)))
+    assert sum(unit.size for unit in units) == path.stat().st_size + (tmp_path / "b.jsonl").stat().st_size
+    assert all(unit.size <= unit_bytes for unit in units)
+    found = items(corpus, unit_bytes)
+    assert [item.text for item in found if isinstance(item, Document)] == [*rows, "last"]
+    offsets = [int(item.id.rpartition(":")[2]) for item in found[:-1]]
+    assert all(path.read_bytes()[offset : offset + 1] == b"{" for offset in offsets)
+
+
+def test_the_units_of_parquet_are_row_groups(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", text=[f"row {number}" for number in range(11)])
+    corpus = FilesCorpus([str(path)])
+    pieces = [unit.pieces for unit in corpus.units(150)]
+    assert [(p[0].start, p[0].stop) for p in pieces] == [(0, 2), (2, 4), (4, 6)] and all(len(p) == 1 for p in pieces)
+    assert [item.id for item in items(corpus, 1)] == [f"{path}:{number}" for number in range(11)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    pack = gzip.compress if suffix == ".gz" else zstd
+    rows = write_jsonl(tmp_path / "a.jsonl", ["one", "東京", "three"]).read_bytes()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(rows) + pack(rows))  # two frames, as parallel compressors write
+    (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"whole\nfile"))
+    assert documents(tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}") == [
+        *["one", "東京", "three"] * 2,
+        "whole\nfile",
+    ]
+    corpus = FilesCorpus([str(tmp_path / f"a.jsonl{suffix}")])
+    assert len(corpus.units(1)) == 1  # cannot be split
+
+
+def test_a_file_far_away(tmp_path: Path) -> None:
+    """fsspec's `file:` is the road of s3 and http, without their network."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    write_parquet(tmp_path / "b.parquet", text=["three"])
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"four"))
+    for name in (f"file://{tmp_path}", f"file://{tmp_path}/*", f"file://{tmp_path}/[abc].*"):
+        corpus = FilesCorpus([name])
+        assert [item.text for item in items(corpus, 10)] == ["one", "two", "three", "four"]
+        assert len(corpus.units(10)) > 4 and corpus.describe()["files"] == 3
+    with pytest.raises(ValueError, match="matches no file"):
+        expand([f"file://{tmp_path}/nothing*"])
+    with pytest.raises(ValueError, match="nosuch://x: cannot be read: ValueError: Protocol not known: nosuch"):
+        expand(["nosuch://x"])
 
 
 def test_a_change_of_the_files_is_seen(tmp_path: Path) -> None:
@@ -94,7 +185,7 @@ def test_a_change_of_the_files_is_seen(tmp_path: Path) -> None:
     path.write_text("one")
     corpus = FilesCorpus([str(path)])
     before = corpus.describe()
-    assert before == corpus.describe() and corpus.text_bytes() == 3
+    assert before == corpus.describe() and before["bytes"] == 3
     path.write_text("three")
     assert corpus.describe() != before
 
@@ -109,20 +200,21 @@ def test_source_by_its_own_declaration() -> None:
 
 
 def test_the_standard_library() -> None:
-    corpus, skipped = StdlibCorpus(), list[str]()
-    texts = list(corpus.documents(skipped))
-    size = sum(len(text.encode()) for text in texts)
-    assert len(texts) > 500 and size > 10e6 and abs(size - corpus.text_bytes()) < 0.01 * size
-    assert all("site-packages" not in str(path) for path in corpus._paths())
-    assert len(skipped) < 20 and all(name.endswith(".py") for name in skipped)
+    corpus = StdlibCorpus()
+    found = items(corpus)
+    size = sum(len(item.data) for item in found if isinstance(item, Document))
+    expected = corpus.describe()["bytes"]
+    assert len(found) > 500 and size > 10e6 and abs(size - expected) < 0.01 * size
+    assert all("site-packages" not in item.id and item.id.endswith(".py") for item in found)
+    assert sum(isinstance(item, Poison) for item in found) < 20
 
 
 def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` takes a local folder of data files for a name: the whole road but the download."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "train-00000.parquet", body=["x", "", "y"], id=[1, 2, 3])
-    assert list(HubCorpus(str(tmp_path), text_key="body").documents([])) == ["x", "y"]
+    assert [document.text for document in HubCorpus(str(tmp_path), text_key="body").texts()] == ["x", "y"]
     with pytest.raises(ValueError, match=r"no column 'text' .* it has body, id"):
-        list(HubCorpus(str(tmp_path)).documents([]))
+        items(HubCorpus(str(tmp_path)))
     with pytest.raises(ValueError, match="nosplit"):
-        list(HubCorpus(str(tmp_path), split="nosplit").documents([]))
+        items(HubCorpus(str(tmp_path), split="nosplit"))

@@ -12,7 +12,8 @@ import pytest
 from data_prep.encode import Part
 from data_prep.errors import DataError
 from data_prep.output import Output
-from data_prep.token_file import Manifest, verify
+from data_prep.token_file import Manifest
+from data_prep.verify import verify
 from tests.data_prep.commands import (
     SCRIPT,
     TIMEOUT,

@@ -1,5 +1,7 @@
 """The command: every way to start it, its answers, crashes, and errors. Real processes, real files."""
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 from data_prep.corpus import FilesCorpus
-from data_prep.token_file import Manifest, TokenFile, verify
+from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify
 from tests.data_prep.commands import (
     ROOT,
     SCRIPT,
@@ -59,7 +62,7 @@ def test_the_tokens_are_the_documents(undisturbed: Path, text_folder: Path) -> N
         decoded = [tokenizer.decode(ids[:-1]) for ids in documents]
         assert sum(len(text.encode()) for text in decoded) == entry.text_bytes
         found[entry.split] += decoded
-    corpus = list(FilesCorpus([str(text_folder)]).documents([]))
+    corpus = [document.text for document in FilesCorpus([str(text_folder)]).texts()]
     assert found["train"] == [text for text in corpus if text not in found["val"]]
     assert sorted(found["train"] + found["val"]) == sorted(corpus)
     assert not (undisturbed / "unfinished").exists() and verify(undisturbed) == []
@@ -239,26 +242,45 @@ def test_a_full_disk(small_disk: Path, command: list[str], undisturbed: Path) ->
     assert folder_bytes(out) == expected
 
 
-def test_a_bad_document_late_in_the_corpus_can_be_mended(tmp_path: Path, spec_folder: Path) -> None:
+def test_poison_is_put_aside_and_too_much_of_it_ends_the_run(tmp_path: Path, spec_folder: Path) -> None:
+    good, path = texts(60), tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}).encode() for text in good]
+    lines[10:10] = [b'{"text": "bad \xff"}']
+    lines[30:30] = [b'{"text": 7}', b'{"text": "' + b"x" * 200_000 + b'"}']
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    command = ["corpus=files", f"corpus.paths=['{path}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
+    command += ["unit_mib=0.01", "max_document_mib=0.1"]
+    out = tmp_path / "out"
+    assert_one_error(tokenize(*command, f"out={out}", "max_quarantined=2"), "more than max_quarantined=2", "not UTF-8")
+    assert not (out / "manifest.json").exists() and list(out.glob("unfinished/0*.json"))
+    done = tokenize(*command, f"out={out}", "max_quarantined=3")
+    assert done.returncode == 0 and "quarantined 3 documents, see quarantine.jsonl" in done.stdout, done
+    offsets = [sum(len(line) + 1 for line in lines[:number]) for number in (10, 30, 31)]
+    quarantined = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in quarantined] == [f"{path}:{offset}" for offset in offsets]
+    reasons = ["not UTF-8 (byte 0xff after 14 bytes)", "'text' must be text, not int"]
+    assert [entry["reason"] for entry in quarantined] == [*reasons, "more than 104,857 bytes (max_document_mib)"]
+    manifest = Manifest.load(out)
+    assert manifest.totals()[0] == 60 and manifest.corpus["quarantined"] == 3 and verify(out) == []
+    assert tokenize(*command, f"out={tmp_path / 'straight'}", "workers=1").returncode == 0
+    assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
+
+
+def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for number, text in enumerate(texts(60)):
-        (folder / f"{number:02d}.txt").write_text(text)
-    (folder / "59.txt").write_bytes(b"bad \xff")
-    command = [
-        "corpus=files",
-        f"corpus.paths=['{folder}']",
-        "tokenizer=file",
-        f"tokenizer.path={spec_folder}",
-    ]
-    out = tmp_path / "out"
-    assert_one_error(tokenize(*command, "unit_mib=100", f"out={out}"), "59.txt, line 1: not UTF-8")
-    assert not out.exists()  # nothing was finished: nothing is left
-    assert_one_error(tokenize(*command, "unit_mib=0.01", f"out={out}"), "59.txt, line 1: not UTF-8")
-    assert not (out / "manifest.json").exists() and list(out.glob("unfinished/0*.json"))
-    (folder / "59.txt").write_text("good")
-    assert tokenize(*command, "unit_mib=0.01", f"out={out}").returncode == 0
-    assert Manifest.load(out).totals()[0] == 60 and verify(out) == []
+    for number in range(10):
+        write_jsonl(folder / f"{number}.jsonl", texts(10, seed=number))
+    (folder / "9.jsonl.gz").write_bytes(b"none")
+    command = ["corpus=files", f"corpus.paths=['{folder}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
+    command += ["unit_mib=0.01", "workers=1", f"out={tmp_path / 'out'}"]
+    assert_one_error(tokenize(*command), "9.jsonl.gz: cannot be read")
+    assert list((tmp_path / "out").glob("unfinished/0*.json"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.bin")}
+    (folder / "9.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}'))
+    assert tokenize(*command).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert Manifest.load(tmp_path / "out").totals()[0] == 101 and verify(tmp_path / "out") == []
 
 
 ERRORS = {
@@ -269,6 +291,10 @@ ERRORS = {
     "wrong value": (["tokenizer.vocab_size=256"], ["tokenizer.vocab_size=256 must be at least 257"]),
     "wrong fraction": (["val_fraction=1"], ["val_fraction=1.0 must be in [0, 1)"]),
     "wrong unit": (["unit_mib=0"], ["unit_mib=0.0 must be positive"]),
+    "wrong limit": (["max_quarantined=-1"], ["max_quarantined=-1 must not be negative"]),
+    "wrong lengths": (["clean.min_bytes=9", "clean.max_bytes=8"], ["clean.max_bytes=8 must be at least clean.min"]),
+    "unlike nothing": (["clean.deduplicate=true", "clean.unlike=[x]"], ["clean.unlike: x has no documents.digests"]),
+    "wrong key below": (["clean.minimum=9"], ["minimum", "min_bytes"]),
     "wrong workers": (["workers=-1"], ["workers=-1"]),
     "wrong option": (["corpus=web"], ["corpus/web", "files, fineweb_edu, hub, stdlib"]),
     "unreadable": (["corpus.paths=["], ["cannot read corpus.paths=["]),

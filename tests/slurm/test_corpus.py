@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.token_file import verify
+from data_prep.verify import verify
 from tests.data_prep.commands import ROOT, SCRIPT, folder_bytes, texts, write_jsonl
 from tests.slurm.cluster import Slurm
 

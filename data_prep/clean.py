@@ -1,0 +1,119 @@
+"""Which documents are kept: settings, and the exact duplicates among the units of a run and of other folders.
+
+A unit drops its own duplicates and leaves behind the digests of what it kept, sorted. When all units are done, equal
+digests are found range by range, and the units that hold a later copy are written again without it. Which copy stays
+follows from the order of the corpus alone: not from the workers, the parts, or the crashes.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.durable import DurableFile
+from data_prep.errors import DataError
+from data_prep.token_file import MANIFEST_FILE, SPLITS
+
+DIGEST_BYTES = 16
+DIGESTS_FILE = "documents.digests"  # of a finished folder: 16 bytes a document, sorted
+KEPT = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])  # of a unit: place = 2 · document + split
+DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
+RANGE_BYTES = 1 << 28  # digests that are compared at once
+
+
+@dataclass
+class CleanConfig:
+    """The keys `clean.*`."""
+
+    min_bytes: int = 1  # of text; shorter documents are left out
+    max_bytes: int | None = None  # longer ones too
+    deduplicate: bool = False  # of documents with the same text, keep the first
+    unlike: list[str] = field(default_factory=list)  # finished folders: leave out what they have
+
+    def __post_init__(self) -> None:
+        if self.min_bytes < 1:
+            raise DataError(f"clean.min_bytes={self.min_bytes} must be at least 1: empty documents are left out")
+        if self.max_bytes is not None and self.max_bytes < self.min_bytes:
+            raise DataError(f"clean.max_bytes={self.max_bytes} must be at least clean.min_bytes={self.min_bytes}")
+        if self.unlike and not self.deduplicate:
+            raise DataError("clean.unlike= needs clean.deduplicate=true")
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest: the other folders by what is in them."""
+        return {**asdict(self), "unlike": [sha256(digests_of(name).read_bytes()).hexdigest() for name in self.unlike]}
+
+
+def digests_of(folder: str) -> Path:
+    """DataError unless the folder is finished, and was made with deduplication."""
+    path = Path(folder) / DIGESTS_FILE
+    if not path.is_file() or not (Path(folder) / MANIFEST_FILE).is_file():
+        raise DataError(f"clean.unlike: {folder} has no {DIGESTS_FILE}: make it with clean.deduplicate=true first")
+    return path
+
+
+def digest_of(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def split_of(digest: bytes, val_fraction: float) -> str:
+    """The split of a document, by its own text: it stays where it is when others come or go."""
+    return "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
+
+
+def sorted_digests(kept: dict[bytes, tuple[str, int]]) -> np.ndarray:
+    """What a unit keeps, by digest: split and number in the split's file."""
+    table = np.empty(len(kept), KEPT)
+    halves = np.frombuffer(b"".join(kept), dtype=">u8").reshape(-1, 2)
+    table["high"], table["low"] = halves[:, 0], halves[:, 1]
+    table["place"] = [2 * number + SPLITS.index(split) for split, number in kept.values()]
+    table.sort(order=("high", "low"))
+    return table
+
+
+def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each range of digests: the units, by their place in the list, and the places in them, of later copies.
+
+    Writes the digests that are left to `out`, sorted. Memory: a range, 256 MiB, and what the caller keeps of the
+    answer; on disk 20 bytes a document in the units' files, and 16 in `out`.
+    """
+    total = sum(path.stat().st_size // KEPT.itemsize for path in units)
+    total += sum(path.stat().st_size // DIGEST.itemsize for path in unlike)
+    ranges = total * 2 * KEPT.itemsize // RANGE_BYTES + 1
+    bounds = [2**64 * i // ranges for i in range(ranges + 1)]
+    file = DurableFile(out)
+    try:
+        for low, high in itertools.pairwise(bounds):
+            digests, unit_numbers, places = gathered(units, unlike, low, high)
+            order = np.lexsort((unit_numbers, digests["low"], digests["high"]))  # the other folders' first: unit -1
+            digests, unit_numbers, places = digests[order], unit_numbers[order], places[order]
+            later = np.zeros(len(digests), bool)
+            later[1:] = digests[1:] == digests[:-1]
+            file.write(np.ascontiguousarray(digests[~later & (unit_numbers >= 0)]).view(np.uint8).data)
+            later &= unit_numbers >= 0
+            yield unit_numbers[later], places[later]
+        file.finish()
+        file.publish()
+    finally:
+        file.discard()
+
+
+def gathered(units: list[Path], unlike: list[Path], low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The digests in [low, high), and of each its unit and its place there."""
+    digests, numbers, places = [np.empty(0, DIGEST)], [np.empty(0, np.int32)], [np.empty(0, np.uint32)]
+    for number, path, dtype in [*((-1, path, DIGEST) for path in unlike), *((i, p, KEPT) for i, p in enumerate(units))]:
+        if path.stat().st_size == 0:
+            continue
+        table = np.memmap(path, dtype, mode="r")
+        first = np.searchsorted(table["high"], np.uint64(low))
+        last = len(table) if high == 2**64 else np.searchsorted(table["high"], np.uint64(high))
+        part = np.array(table[first:last])
+        found = np.empty(len(part), DIGEST)
+        found["high"], found["low"] = part["high"], part["low"]
+        digests.append(found)
+        numbers.append(np.full(len(part), number, np.int32))
+        places.append(part["place"] if dtype is KEPT else np.zeros(len(part), np.uint32))
+    return np.concatenate(digests), np.concatenate(numbers), np.concatenate(places)

@@ -1,0 +1,136 @@
+"""Documents to ids: by tiktoken, or by gigatoken where it has been found to give the same.
+
+gigatoken knows a few split patterns by name, and caches the words it has seen: many times as fast. It is never
+trusted: the same text goes through both before a run, and one difference leaves it out.
+"""
+
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.bpe import PATTERNS
+from data_prep.errors import headline
+from data_prep.source import Document, Poison
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer import Tokenizer, may_have_long_run
+from data_prep.tokenizer_spec import RANKS_FILE
+
+SAMPLE_BYTES = 1 << 21  # of text that both must encode alike
+
+# Split patterns, ours and tiktoken's, by gigatoken's names.
+SCHEMES = {
+    PATTERNS["gpt2"]: "gpt2",
+    PATTERNS["cl100k"]: "gpt4",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+        r"|\s*[\r\n]|\s+(?!\S)|\s"
+    ): "gpt4",
+    "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ): "o200k",
+}
+
+
+class Encoder:
+    """What a worker encodes with. `scheme`: of gigatoken, or None for tiktoken alone."""
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path, scheme: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._fast = gigatoken_of(folder, scheme) if scheme else None
+        self.vocab_size = tokenizer.vocab_size
+        self.end = np.array([tokenizer.end_of_document], dtype=np.uint32)
+
+    @classmethod
+    def load(cls, folder: Path, scheme: str | None) -> "Encoder":
+        """From an output folder with its tokenizer in it."""
+        return cls(Tokenizer.load(folder / TOKENIZER_FOLDER), folder, scheme)
+
+    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
+        """The ids of each document; poison where the tokenizer fails on it."""
+        if self._fast is None or any(may_have_long_run(document.text) for document in documents):
+            return [self._encode(document) for document in documents]
+        try:
+            return list(encode_batch(self._fast, [document.data for document in documents]))
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            return [self._encode(document) for document in documents]
+
+    def _encode(self, document: Document) -> np.ndarray | Poison:
+        try:
+            return self._tokenizer.encode(document.text)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            return Poison(document.id, f"the tokenizer failed: {type(error).__name__}: {headline(error)}")
+
+    def decode_bytes(self, ids: np.ndarray) -> bytes:
+        return self._tokenizer.decode_bytes(ids)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a document is to blame. A panic of Rust is no Exception; running out of memory is not the document's."""
+    return type(error).__name__ == "PanicException" or (
+        isinstance(error, Exception) and not isinstance(error, MemoryError)
+    )
+
+
+def gigatoken_of(folder: Path, scheme: str) -> Any:
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_tiktoken(folder / TOKENIZER_FOLDER / RANKS_FILE, scheme).backend
+
+
+def encode_batch(fast: Any, texts: list[bytes]) -> list[np.ndarray]:
+    """One call for all texts; the arrays are views of one."""
+    layout = fast.encode_batch(texts, parallel=False).layout
+    ids, offsets = np.asarray(layout.content), np.asarray(layout.offsets)
+    return np.split(ids[: offsets[-1]], offsets[1:-1]) if len(texts) else []
+
+
+def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document]) -> tuple[str | None, str]:
+    """gigatoken's scheme, if it is installed and encodes the sample as tiktoken does; and a line that says why not.
+
+    Not installed: no scheme and nothing to say.
+    """
+    if find_spec("gigatoken") is None:
+        return None, ""
+    scheme = SCHEMES.get(tokenizer.spec.pattern)
+    if scheme is None:
+        return None, "gigatoken is not used: it has no name for this tokenizer's pattern"
+    try:
+        documents = sample_of(sample)
+        same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
+        for document, ids in zip(documents, same, strict=True):
+            if not np.array_equal(ids, tokenizer.encode(document.text)):
+                return None, f"gigatoken is not used: it encodes {document.id} otherwise than tiktoken"
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return None, f"gigatoken is not used: {type(error).__name__}: {headline(error)}"
+    return scheme, ""
+
+
+def sample_of(documents: Iterable[Document]) -> list[Document]:
+    """The first two megabytes of what can be encoded whole."""
+    sample, size = [], 0
+    for document in documents:
+        if may_have_long_run(document.text):
+            continue
+        sample.append(document)
+        size += len(document.data)
+        if size >= SAMPLE_BYTES:
+            break
+    return sample

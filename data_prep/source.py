@@ -1,0 +1,253 @@
+"""Files to read, wherever they are: found by name, glob, folder or URL, read in pieces, decompressed on the way.
+
+A piece is a range of a file: bytes of lines, row groups of parquet, or the whole file. What a piece holds follows
+from the file alone, and one process reads it without the others. Nothing is held but the row that is being read.
+"""
+
+import glob
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from data_prep.errors import DataError, headline
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
+BLOCK_BYTES = 1 << 20
+REMOTE_BLOCK_BYTES = 8 << 20
+
+
+class Document(NamedTuple):
+    """One text, with a name that finds it again, and its UTF-8."""
+
+    id: str
+    text: str
+    data: bytes
+
+
+class Poison(NamedTuple):
+    """A document that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a file. `stop`: None to the end; `size`: bytes of text, about; `stamp` changes with the file."""
+
+    path: str
+    stamp: str
+    size: int
+    start: int = 0
+    stop: int | None = None
+    splittable: bool = False  # at any byte: its reader aligns to lines
+
+    def cut(self, size: int) -> tuple["Piece", "Piece"]:
+        middle = self.start + size
+        return replace(self, size=size, stop=middle), replace(self, size=self.size - size, start=middle)
+
+    def joins(self, other: "Piece") -> bool:
+        """Whether `other` begins where this one ends."""
+        return self.path == other.path and self.stop == other.start
+
+    def join(self, other: "Piece") -> "Piece":
+        return replace(self, size=self.size + other.size, stop=other.stop)
+
+
+class FileInfo(NamedTuple):
+    """`size`: None where a server does not say it. `stamp`: changes when the file does."""
+
+    path: str
+    size: int | None
+    stamp: str
+
+    @property
+    def compression(self) -> str | None:
+        return COMPRESSIONS.get(PurePosixPath(self.path).suffix)
+
+    @property
+    def kind(self) -> str:
+        """The suffix that says what is inside, compression left out."""
+        name = PurePosixPath(self.path)
+        return PurePosixPath(name.stem).suffix if self.compression else name.suffix
+
+    def whole(self) -> Piece:
+        size = self.size or 0
+        return Piece(self.path, self.stamp, size * EXPANSION if self.compression else size)
+
+    def lines(self) -> Piece:
+        """The whole file, to be cut anywhere if it can be read from anywhere."""
+        return replace(self.whole(), splittable=True) if self.size and not self.compression else self.whole()
+
+
+def expand(paths: list[str]) -> list[FileInfo]:
+    """The files that paths, globs, folders and URLs name, each once, in the order given; sorted within one name."""
+    found: dict[str, FileInfo] = {}
+    for name in paths:
+        matches = remote_files(name) if is_remote(name) else local_files(name)
+        if not matches:
+            raise DataError(f"corpus.paths: {name!r} matches no file")
+        for match in matches:
+            found.setdefault(match.path, match)
+    if not found:
+        raise DataError("corpus.paths=[] must name at least one file, glob, folder or URL")
+    return list(found.values())
+
+
+def local_files(name: str) -> list[FileInfo]:
+    if os.path.isdir(name):
+        below = sorted(path for path in Path(name).rglob("*") if path.is_file())
+        matches = [p for p in below if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+    elif os.path.isfile(name):  # before the glob: a name may have brackets
+        matches = [Path(name)]
+    else:
+        matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
+    return [local_file(path) for path in matches]
+
+
+def local_file(path: Path) -> FileInfo:
+    status = path.stat()
+    return FileInfo(path.as_posix(), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name
+
+
+def remote_files(name: str) -> list[FileInfo]:
+    with reading(name):
+        system, inner = filesystem(name)
+        if system.isfile(inner):
+            matches = {inner: system.info(inner)}
+        elif "*" in inner or "[" in inner:
+            matches = system.glob(inner, detail=True)
+        else:
+            matches = system.find(inner, detail=True)
+        infos = [(system.unstrip_protocol(path), info) for path, info in sorted(matches.items())]
+    return [remote_file(path, info) for path, info in infos if info.get("type", "file") == "file"]
+
+
+def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
+    version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
+    ranged = info.get("partial", True)  # http: whether the server takes ranges
+    return FileInfo(path, info.get("size") if ranged else None, f"{info.get('size')}-{version}")
+
+
+def filesystem(name: str) -> tuple[Any, str]:
+    import fsspec
+
+    system, inner = fsspec.core.url_to_fs(name)
+    return system, inner
+
+
+def open_raw(path: str) -> BinaryIO:
+    if not is_remote(path):
+        return open(path, "rb", buffering=0)
+    system, inner = filesystem(path)
+    return cast(BinaryIO, system.open(inner, "rb", block_size=REMOTE_BLOCK_BYTES))
+
+
+@contextmanager
+def opened(path: str) -> Iterator[io.BufferedReader]:
+    """The file's bytes, decompressed where its name says so."""
+    with open_raw(path) as raw:
+        compression = COMPRESSIONS.get(PurePosixPath(path).suffix)
+        if compression is None:
+            yield io.BufferedReader(cast(io.RawIOBase, raw), BLOCK_BYTES)
+        else:
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(raw, compression) as stream:
+                yield io.BufferedReader(stream, BLOCK_BYTES)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Whatever goes wrong with the file is a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # fsspec, Arrow and each protocol's client raise what they like
+        raise DataError(f"{path}: cannot be read: {type(error).__name__}: {headline(error)}") from error
+
+
+def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Each line that begins in the piece: its offset in the text, and its bytes; None if more than `limit`."""
+    with reading(piece.path), opened(piece.path) as stream:
+        offset = piece.start
+        if piece.start:
+            assert piece.stop is None or piece.stop > piece.start
+            stream.seek(piece.start - 1)
+            offset += skip_line(stream, None if piece.stop is None else piece.stop - piece.start + 1) - 1
+        while piece.stop is None or offset < piece.stop:
+            line = stream.readline(limit + 1)
+            if not line:
+                return
+            size = len(line)
+            if size > limit and not line.endswith(b"\n"):
+                size += skip_line(stream, None)
+                yield offset, None
+            else:
+                yield offset, line
+            offset += size
+
+
+def skip_line(stream: io.BufferedReader, most: int | None) -> int:
+    """Read to the end of the line, or `most` bytes; how many it was."""
+    skipped = 0
+    while most is None or skipped < most:
+        block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - skipped))
+        skipped += len(block)
+        if not block or block.endswith(b"\n"):
+            break
+    return skipped
+
+
+def bytes_of(path: str, limit: int) -> bytes | None:
+    """The whole file; None if more than `limit`, which is not read to its end."""
+    with reading(path), opened(path) as stream:
+        data = stream.read(limit + 1)
+    return data if len(data) <= limit else None
+
+
+def row_groups(file: FileInfo, column: str) -> list[Piece]:
+    """A piece for each row group, by its number. DataError where there is no such column of text."""
+    with reading(file.path), open_raw(file.path) as raw:
+        from pyarrow import parquet
+
+        opened_file = parquet.ParquetFile(raw)
+        names = opened_file.schema_arrow.names
+        if column not in names:
+            raise DataError(f"{file.path}: no column {column!r} (corpus.text_key); it has {', '.join(names)}")
+        kind = str(opened_file.schema_arrow.field(column).type)
+        if not any(word in kind for word in ("string", "binary", "null")):
+            raise DataError(f"{file.path}: column {column!r} (corpus.text_key) must be text, not {kind}")
+        metadata = opened_file.metadata
+        place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+        sizes = [metadata.row_group(i).column(place).total_uncompressed_size for i in range(metadata.num_row_groups)]
+    return [Piece(file.path, file.stamp, size, number, number + 1) for number, size in enumerate(sizes)]
+
+
+def rows_of(piece: Piece, column: str, rows_at_once: int) -> Iterator[tuple[int, bytes | None]]:
+    """The column's values in the piece's row groups, and their rows in the file."""
+    with reading(piece.path), open_raw(piece.path) as raw:
+        import pyarrow
+        from pyarrow import parquet
+
+        file = parquet.ParquetFile(raw)
+        assert piece.stop is not None
+        number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(rows_at_once, row_groups=groups, columns=[column]):
+            values = batch.column(0)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            for value in values.cast(pyarrow.large_binary()).to_pylist():  # so that bad UTF-8 is one row's, not all's
+                yield number, value
+                number += 1
