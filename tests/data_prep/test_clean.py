@@ -1,0 +1,102 @@
+"""What is left out: lengths, and copies within a run, across its units, and of other folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import clean
+from data_prep.clean import DIGEST, KEPT, digest_of, find_duplicates, sorted_digests
+from data_prep.token_file import Manifest, TokenFile
+from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify
+from tests.data_prep.commands import assert_one_error, folder_bytes, texts, tokenize, write_jsonl
+
+
+def documents_of(folder: Path) -> list[str]:
+    """Of training, then of validation, each in order."""
+    tokenizer, found = Tokenizer.load(folder / "tokenizer"), []
+    for entry in Manifest.load(folder).files:
+        file = TokenFile(folder / entry.name)
+        texts = [tokenizer.decode(ids[:-1]) for ids in np.split(file.tokens, np.cumsum(file.lengths)[:-1])]
+        assert sum(len(text.encode()) for text in texts) == entry.text_bytes
+        found += texts
+    return found
+
+
+@pytest.fixture
+def command(spec_folder: Path) -> list[str]:
+    return ["corpus=files", "tokenizer=file", f"tokenizer.path={spec_folder}", "unit_mib=0.02", "workers=2"]
+
+
+def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: list[str]) -> None:
+    once = texts(60)
+    twice = [*once[:30], once[3], once[29], *once[30:], *once[50:], once[0], once[0]]
+    command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', twice)}']", "clean.deduplicate=true"]
+    out = tmp_path / "out"
+    done = tokenize(*command, f"out={out}")
+    assert done.returncode == 0 and f"{len(twice) - 60} duplicates" in done.stdout, done
+    assert verify(out) == [] and Manifest.load(out).corpus["duplicates"] == len(twice) - 60
+    split = len(documents_of(out)) - sum(entry.documents for entry in Manifest.load(out).split("val"))
+    found = documents_of(out)
+    assert sorted(found) == sorted(once)
+    assert found[:split] == [text for text in once if text in found[:split]]  # in the order of the corpus
+    assert np.fromfile(out / "documents.digests", DIGEST).tolist() == halves(once)
+    assert tokenize(*command, f"out={out}").stdout.startswith("already done")
+
+    new = texts(20, seed=1)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*once[::2], *new, new[1]]))
+    command += [f"corpus.paths=['{tmp_path / 'b.jsonl'}']", f"clean.unlike=['{out}']"]
+    assert tokenize(*command, f"out={tmp_path / 'other'}").returncode == 0
+    assert sorted(documents_of(tmp_path / "other")) == sorted(new)
+    assert np.fromfile(tmp_path / "other" / "documents.digests", DIGEST).tolist() == halves(new)
+
+
+def halves(texts: list[str]) -> list[tuple[int, int]]:
+    digests = [digest_of(text.encode()) for text in texts]
+    return sorted((int.from_bytes(digest[:8]), int.from_bytes(digest[8:])) for digest in digests)
+
+
+def test_parts_do_not_know_each_other_and_copies_go_all_the_same(tmp_path: Path, command: list[str]) -> None:
+    once = texts(40)
+    command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', [*once, *once])}']", "clean.deduplicate=true"]
+    for part in ("prepare", "1/2", "0/2"):
+        assert tokenize(*command, f"out={tmp_path / 'parts'}", f"part={part}").returncode == 0
+    for out in ("parts", "plain"):
+        assert tokenize(*command, f"out={tmp_path / out}").returncode == 0
+    assert sorted(documents_of(tmp_path / "parts")) == sorted(once)
+    assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "plain")
+
+
+def test_lengths(tmp_path: Path, command: list[str]) -> None:
+    rows = ["x" * length for length in (1, 4, 5, 6, 9, 10, 11)]
+    command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', rows)}']", f"out={tmp_path / 'out'}"]
+    done = tokenize(*command, "clean.min_bytes=5", "clean.max_bytes=10", "val_fraction=0")
+    assert done.returncode == 0 and "left out: 2 too short, 1 too long, 0 duplicates" in done.stdout
+    assert documents_of(tmp_path / "out") == rows[2:6]
+    assert_one_error(tokenize(*command), "made with other settings", "config.clean.")
+
+
+def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random, paths, all_of_them = np.random.default_rng(0), [], []
+    for number in range(5):
+        kept = {
+            digest_of(bytes([byte])): ("train", i) for i, byte in enumerate(set(random.integers(0, 256, 100).tolist()))
+        }
+        all_of_them += list(kept)
+        paths.append(tmp_path / f"{number}.digests")
+        sorted_digests(kept).tofile(paths[-1])
+    results = []
+    for size in (1 << 20, 400):
+        monkeypatch.setattr(clean, "RANGE_BYTES", size)
+        ranges = list(find_duplicates(paths, [], tmp_path / "out"))
+        results.append(
+            (
+                sorted(zip(*(np.concatenate(c).tolist() for c in zip(*ranges, strict=True)), strict=True)),
+                (tmp_path / "out").read_bytes(),
+            )
+        )
+    assert len(ranges) > 10 and results[0] == results[1]
+    assert len(results[0][0]) == len(all_of_them) - len(set(all_of_them))
+    assert len(results[0][1]) == 16 * len(set(all_of_them)) and KEPT.itemsize == 20

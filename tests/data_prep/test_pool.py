@@ -1,0 +1,99 @@
+"""Documents that crash, stop or upset the tokenizer; kills; and memory. Real processes."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.clean import CleanConfig
+from data_prep.corpus import FilesCorpus
+from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_unit
+from data_prep.encoder import Encoder
+from data_prep.errors import DataError
+from data_prep.pool import Pool
+from data_prep.source import Document, Poison
+from data_prep.token_file import TokenFile
+from tests.data_prep.commands import small_spec, write_jsonl
+from tests.data_prep.kills import killed_again_and_again
+
+TEXTS = [f"good {number}" for number in range(20)]
+
+
+class PanicException(BaseException):
+    """As pyo3's: no Exception."""
+
+
+class TouchyEncoder(Encoder):
+    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
+        for document in documents:
+            if document.text == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if document.text == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if document.text == "hang":
+                time.sleep(1000)
+        return super().encode_all(documents)
+
+    def _encode(self, document: Document) -> np.ndarray | Poison:
+        return super()._encode(document._replace(text=Panic()) if document.text == "panic" else document)
+
+
+class Panic(str):
+    def __len__(self) -> int:
+        raise PanicException("a stack overflow\nand more")
+
+
+@dataclass(frozen=True)
+class TouchyUnit(EncodeUnit):
+    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
+        return super().run(job, TouchyEncoder.load(job.folder, None), watch)
+
+
+def encoded(folder: Path, texts: list[str], patience: float = 30) -> list[UnitRecord]:
+    """The records of two units."""
+    path = write_jsonl(folder / "a.jsonl", texts)
+    small_spec().save(folder / "out" / "tokenizer")
+    (folder / "out" / "unfinished").mkdir()
+    corpus = FilesCorpus([str(path)])
+    job = EncodeJob(folder / "out", corpus, CleanConfig(), 0.0, 1 << 20, None)
+    units = corpus.units(path.stat().st_size // 2 + 1)
+    with Pool(1, job, patience) as pool:
+        records = list(pool.run([TouchyUnit(unit) for unit in units], lambda: None))
+    assert [finished_unit(job, unit) for unit in units] == [replace(record, kept=True) for record in records]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("panic", "the tokenizer failed: PanicException: a stack overflow"),
+        ("crash", r"the tokenizer ended its process \(SIGSEGV\)"),
+        ("hang", "no end after 3 s"),
+    ],
+)
+def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what: str, reason: str) -> None:
+    records = encoded(tmp_path, [*TEXTS[:7], what, *TEXTS[7:]], patience=3)
+    (found,) = [poison for record in records for poison in record.quarantined]
+    assert re.fullmatch(rf"{tmp_path}/a.jsonl:\d+", found[0]) and re.fullmatch(reason, found[1])
+    assert sum(entry.documents for record in records for entry in record.files) == len(TEXTS)
+    assert len(TokenFile(tmp_path / "out" / "train-00000").lengths) == records[0].files[0].documents
+
+
+def test_several_in_one_unit(tmp_path: Path) -> None:
+    records = encoded(tmp_path, ["crash", *TEXTS, "panic", "crash"])
+    assert [len(record.quarantined) for record in records] == [1, 2]
+
+
+def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a worker process died"):
+        encoded(tmp_path, [*TEXTS, "kill"])
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    assert len(killed_again_and_again(tmp_path, kills=3, seed=int(time.time()))) == 3
