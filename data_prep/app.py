@@ -35,6 +35,7 @@ from data_prep.errors import DataError, headline
 from data_prep.output import QUARANTINE_FILE, Output
 from data_prep.pool import Pool
 from data_prep.progress import Progress
+from data_prep.stats import write_statistics
 from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
 from data_prep.verify import verify
@@ -53,6 +54,7 @@ class TokenizeConfig:
     tokenizer: TokenizerConfig
     out: str | None = None  # the folder to write
     verify: str | None = None  # instead: the folder to check
+    stats: str | None = None  # instead: the folder to count
     val_fraction: float = 0.02  # of the documents, by the hash of their text
     unit_mib: float = 16.0  # text in one work unit, hence in one token file
     clean: CleanConfig = field(default_factory=CleanConfig)
@@ -64,8 +66,8 @@ class TokenizeConfig:
     part: str | None = None  # K/N: units K, K + N, ... alone, without manifest; prepare: what comes before all parts
 
     def __post_init__(self) -> None:
-        if (self.out is None) == (self.verify is None):
-            raise DataError("give out=FOLDER to tokenise, or verify=FOLDER to check one")
+        if [self.out, self.verify, self.stats].count(None) != 2:
+            raise DataError("give out=FOLDER to tokenise, verify=FOLDER to check one, or stats=FOLDER to count in one")
         if not 0 <= self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} must be in [0, 1)")
         for key in ("unit_mib", "max_document_mib", "document_seconds"):
@@ -371,6 +373,9 @@ def execute(config: TokenizeConfig) -> int:
     try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
+        if config.stats is not None:
+            print(write_statistics(Path(config.stats)))
+            return 0
         assert config.out is not None
         tokenize(config, Path(config.out))
         return 0

@@ -1,0 +1,49 @@
+"""The statistics page counts what is there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.stats import count, whole, write_statistics
+from tests.data_prep.commands import assert_one_error, tokenize
+from tests.data_prep.folders import make_folder
+
+
+def test_the_counts(tmp_path: Path) -> None:
+    """[1, 2, 259] and [3, 259], for training and once more for validation."""
+    make_folder(tmp_path)
+    by_split = count(tmp_path)
+    total = whole(by_split)
+    assert (total.documents, total.tokens, total.text_bytes, total.shortest, total.longest) == (4, 10, 6, 2, 3)
+    assert total.documents_in[1] == 4 and total.tokens_in.sum() == 10
+    assert {id: int(total.uses_V[id]) for id in np.flatnonzero(total.uses_V)} == {1: 2, 2: 2, 3: 2, 259: 4}
+    assert by_split["val"].tokens == 5
+
+
+def test_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    make_folder(tmp_path)
+    text = write_statistics(tmp_path)
+    for line in [
+        "documents             2    2    4",
+        "bytes a token     0.600  0.600  0.600",
+        "2 to 3                     4  100.00%         100.00%",
+        "rows that are used: 4; of all tokens 50.0% in 2, 90.0% in 4, 99.0% in 4, 99.9% in 4",
+        "rows that are used less than 100 times: 4; never: 256",
+        "              259     4  40.00%  '<|endoftext|>'",
+        "             0  '\\x00'",
+        "and 236 more",
+    ]:
+        assert " ".join(line.split()) in " ".join(text.split())
+    assert text.startswith((tmp_path / "statistics.txt").read_text())
+    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    assert write_statistics(tmp_path) == text  # its own files are no obstacle
+
+
+def test_the_command(tmp_path: Path) -> None:
+    make_folder(tmp_path / "made")
+    done = tokenize(f"stats={tmp_path / 'made'}")
+    assert done.returncode == 0 and "rows that are used: 4" in done.stdout and not done.stderr
+    assert_one_error(tokenize(f"stats={tmp_path / 'none'}"), "manifest.json is missing")
+    assert_one_error(tokenize(f"stats={tmp_path / 'made'}", "out=x"), "stats=FOLDER")
