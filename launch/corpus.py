@@ -53,8 +53,10 @@ class CorpusConfig(TokenizeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.verify is not None or self.part is not None:
-            raise DataError("verify= and part= are for data_prep/tokenize.py: here the jobs' parts are cluster.tasks")
+        if any(key is not None for key in (self.verify, self.stats, self.part)):
+            raise DataError(
+                "verify=, stats= and part= are for data_prep/tokenize.py: here the jobs' parts are cluster.tasks"
+            )
         if self.cluster.ranks != 1:
             raise DataError(
                 f"cluster.nodes={self.cluster.nodes} × {self.cluster.ranks_of_a_node} tasks must be 1 × 1:"

@@ -60,7 +60,7 @@ class Megatron(Layout):
 class LlmC(Layout):
     name, suffix = "llmc", ".bin"
     HEADER_BYTES = 1024
-    VARIANTS: ClassVar = {(20240520, 1): UINT16, (20240801, 7): UINT32}
+    VARIANTS: ClassVar[dict[tuple[int, int], np.dtype]] = {(20240520, 1): UINT16, (20240801, 7): UINT32}
 
     def open(self, path: Path, vocab_size: int) -> Tokens:
         size = path.stat().st_size
@@ -99,8 +99,8 @@ class Datatrove(Layout):
             raise DataError(f"{index}: {index.stat().st_size} bytes must be a multiple of 8")
         ends, size = mapped(index, np.dtype("<u8")), path.stat().st_size
         tokens = int(ends[-1]) if len(ends) else 0
-        dtype = {2 * tokens: UINT16, 4 * tokens: UINT32}.get(size)
-        if dtype is None:
+        dtype = UINT16 if size == 2 * tokens else UINT32
+        if size != tokens * dtype.itemsize:
             raise DataError(f"{path}: {size} bytes, but its index says {tokens} tokens of 2 or 4")
         for start in range(0, len(ends), PIECE_TOKENS):
             if (np.diff(ends[start : start + PIECE_TOKENS + 1].astype(np.int64)) < 0).any():
