@@ -57,3 +57,9 @@ def test_the_whole_step():
     rows = table("tests/benchmarks/step.py --vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1")
     losses = [float(row[-1]) for row in rows]
     assert len(rows) == 3 and max(losses) - min(losses) < 0.01 * losses[0]
+
+
+def test_tokenising():
+    """All write the same tokens, or it stops; the bare loop is half of what two processes could do."""
+    rows = table("tests/benchmarks/tokenising.py --megabytes 0.3 --rows 300 --repeats 1 --workers 2")
+    assert len(rows) >= 4 and rows[0][2] == "0.50" and rows[1][0] == "Rowshard" and float(rows[1][1]) > 0

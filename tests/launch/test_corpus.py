@@ -59,8 +59,8 @@ def test_a_job_tokenises_as_the_command_says() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"part": "0/2"}, "verify= and part= are for data_prep/tokenize.py"),
-        ({"out": None, "verify": "data/mine"}, "verify= and part= are for data_prep/tokenize.py"),
+        ({"part": "0/2"}, "verify=, stats= and part= are for data_prep/tokenize.py"),
+        ({"out": None, "verify": "data/mine"}, "verify=, stats= and part= are for data_prep/tokenize.py"),
         ({"cluster": {"nodes": 2}}, "cluster.nodes=2 × 1 tasks must be 1 × 1: what runs side by side is cluster.tasks"),
         ({"cluster": {"tasks_per_node": 3}}, "cluster.nodes=1 × 3 tasks"),
     ],
