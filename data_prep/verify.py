@@ -25,7 +25,7 @@ from data_prep.token_file import (
 from data_prep.tokenizer import Tokenizer
 
 SAMPLE = 8  # documents of a token file that are decoded
-SAMPLE_TOKENS = 1 << 17  # of a longer one, its first
+SAMPLE_TOKENS = 1 << 14  # of a longer one, its first: less text than a long document is encoded at once
 IMPORTED = "imported"  # kind of a corpus that others have tokenised, so that it may encode a little differently here
 IMPORTED_SAME = 0.5  # share of its sample that must not
 

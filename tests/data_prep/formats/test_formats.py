@@ -1,5 +1,6 @@
 """To the peers and back: their own readers where there is one, else the bytes of their published layouts."""
 
+import errno
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.durable import DurableFile
 from data_prep.formats import stream as streams
 from data_prep.formats import transfer
 from data_prep.formats.__main__ import main
@@ -345,3 +347,21 @@ def test_a_pickle_is_never_read(tmp_path: Path, ids: list[list[int]]) -> None:
 def test_help() -> None:
     done = python("-m", "data_prep.formats", "--help")
     assert done.returncode == 0 and "from=llmc" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk_leaves_nothing(command: str, tmp_path: Path, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw(tmp_path / "a.bin", [[1, 2, END]])
+    settings = {
+        "import": ["from=nanogpt", f"in={tmp_path / 'a.bin'}", f"tokenizer={saved(tmp_path)}"],
+        "export": ["to=llmc", f"in={ours}"],
+    }
+
+    def full(self: DurableFile) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    monkeypatch.setattr(DurableFile, "finish", full)
+    before = sorted(tmp_path.rglob("*"))
+    done = formats(command, *settings[command], f"out={tmp_path / 'o'}")
+    assert_one_error(done, "No space left on device", "nothing was kept")
+    assert sorted(tmp_path.rglob("*")) == before
