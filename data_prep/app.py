@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, find_duplicates, split_of
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
-from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, Unit
+from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, Unit
 from data_prep.durable import durable
 from data_prep.encode import (
     DropCopies,
@@ -32,9 +32,11 @@ from data_prep.encode import (
 )
 from data_prep.encoder import scheme_for
 from data_prep.errors import DataError, headline
+from data_prep.long import digest_and_size
 from data_prep.output import QUARANTINE_FILE, Output
 from data_prep.pool import Pool
 from data_prep.progress import Progress
+from data_prep.source import Document
 from data_prep.stats import write_statistics
 from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
@@ -58,7 +60,7 @@ class TokenizeConfig:
     val_fraction: float = 0.02  # of the documents, by the hash of their text
     unit_mib: float = 16.0  # text in one work unit, hence in one token file
     clean: CleanConfig = field(default_factory=CleanConfig)
-    max_document_mib: float = 64.0  # a larger document is put aside
+    max_document_mib: float = LARGEST_DOCUMENT / 2**20  # a larger document is put aside
     document_seconds: float = 600.0  # one that takes longer, too
     max_quarantined: int = 1000  # documents put aside; one more ends the run
     gigatoken: bool = True  # where it is installed, and encodes as tiktoken does
@@ -73,6 +75,8 @@ class TokenizeConfig:
         for key in ("unit_mib", "max_document_mib", "document_seconds"):
             if not getattr(self, key) > 0:
                 raise DataError(f"{key}={getattr(self, key)} must be positive")
+        if self.largest > LARGEST_DOCUMENT:
+            raise DataError(f"max_document_mib={self.max_document_mib} must be at most {LARGEST_DOCUMENT >> 20}")
         if self.max_quarantined < 0:
             raise DataError(f"max_quarantined={self.max_quarantined} must not be negative")
         if self.workers < 0:
@@ -226,10 +230,15 @@ def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
 
 
 def training_texts(config: TokenizeConfig) -> Iterator[str]:
-    """The documents that are not for validation: the tokenizer must not have seen those."""
-    for document in config.corpus.texts():
-        if split_of(digest_of(document.data), config.val_fraction) == "train":
-            yield document.text
+    """The documents that are not for validation, or pieces of them: the tokenizer must not have seen the others."""
+    for document in config.corpus.documents():
+        if isinstance(document, Document):
+            if split_of(digest_of(document.data), config.val_fraction) == "train":
+                yield document.text
+            continue
+        with suppress(ValueError):  # it will be put aside
+            if split_of(digest_and_size(document, config.largest)[0], config.val_fraction) == "train":
+                yield from document.pieces()
 
 
 def encode(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Tally:
@@ -261,7 +270,7 @@ def encode(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Tally:
 def encode_job(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> EncodeJob:
     scheme = None
     if config.gigatoken:
-        scheme, why_not = scheme_for(tokenizer, out, config.corpus.texts())
+        scheme, why_not = scheme_for(tokenizer, out, config.corpus.documents())
         if why_not:
             print(why_not)
     return EncodeJob(out, config.corpus, config.clean, config.val_fraction, config.largest, scheme)
@@ -294,6 +303,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
 def save_quarantine(path: Path, tally: Tally) -> None:
     """One object a line, in corpus order; no file where there is nothing to say."""
     if not tally.quarantined:
+        path.unlink(missing_ok=True)  # of a run that was killed, before the corpus was mended
         return
     with durable(path) as file:
         for record in tally.in_order:

@@ -14,6 +14,7 @@ import tokenize  # the standard library's
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from data_prep.errors import DataError, headline
+from data_prep.long import LONG_BYTES, LongDocument, row_pieces, text_pieces
 from data_prep.source import (
     Document,
     FileInfo,
@@ -37,10 +39,11 @@ from data_prep.source import (
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
-LARGEST_DOCUMENT = 1 << 26  # bytes, where nobody says otherwise
+LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
+LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
 
-Item = Document | Poison
+Item = Document | LongDocument | Poison
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Unit:
                 f"{piece.path}\0{piece.stamp}\0{piece.start}\0{piece.stop}\n".encode("utf-8", "surrogateescape")
             )
         for item in self.documents:
-            digest.update(repr(item[:2]).encode())
+            digest.update(repr(item[:2]).encode())  # texts, for no document of the hub is a LongDocument
         return digest.hexdigest()
 
 
@@ -85,22 +88,24 @@ class CorpusConfig(ABC):
 
     def items(self, unit: Unit, largest: int) -> Iterator[Item]:
         """The documents of one unit."""
-        yield from unit.documents
+        for item in unit.documents:
+            large = isinstance(item, Document) and len(item.data) > largest
+            yield too_large(item.id, largest) if large else item
         for piece in unit.pieces:
             yield from self.read(piece, largest)
 
-    def texts(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[Document | LongDocument]:
         """Every document that can be used."""
-        for unit in self.units(LARGEST_DOCUMENT):
-            yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if isinstance(item, Document))
+        for unit in self.units(LONG_BYTES):
+            yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if not isinstance(item, Poison))
 
     def ensure_documents(self) -> None:
         """DataError where the corpus is empty, or its first documents are all poison: a wrong text_key, say."""
-        units = self.units(LARGEST_DOCUMENT)
+        units = self.units(LONG_BYTES)
         items = (item for unit in units for item in self.items(unit, LARGEST_DOCUMENT))
         poison: Poison | None = None
         for item in islice(items, FIRST_DOCUMENTS):
-            if isinstance(item, Document):
+            if not isinstance(item, Poison):
                 return
             poison = poison or item
         if poison:
@@ -174,16 +179,18 @@ class FilesCorpus(CorpusConfig):
         return [file.lines() if file.kind in JSON_LINES else file.whole()]
 
     def read(self, piece: Piece, largest: int) -> Iterator[Item]:
-        kind = FileInfo(piece.path, None, "").kind
+        kind = FileInfo(piece.path, 0, "").kind
         if kind == PARQUET:
             return self._rows(piece, largest)
         return self._lines(piece, largest) if kind in JSON_LINES else self._text(piece, largest)
 
     def _lines(self, piece: Piece, largest: int) -> Iterator[Item]:
-        for offset, line in lines_of(piece, largest):
+        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES)):
             name = f"{piece.path}:{offset}"
-            if line is None:
+            if size > largest:
                 yield too_large(name, largest)
+            elif line is None:
+                yield LongDocument(name, partial(row_pieces, piece.path, offset, size, self.text_key))
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 
@@ -198,14 +205,14 @@ class FilesCorpus(CorpusConfig):
                 yield decoded(name, data)
 
     def _text(self, piece: Piece, largest: int) -> Iterator[Item]:
-        data = bytes_of(piece.path, largest)
+        data = bytes_of(piece.path, min(largest, LONG_BYTES))
         if data is None:
-            yield too_large(piece.path, largest)
+            yield LongDocument(piece.path, partial(text_pieces, piece.path))
         elif data:
             yield decoded(piece.path, data)
 
     def describe(self) -> dict[str, Any]:
-        files = listing((file.path, file.size or 0) for file in expand(self.paths))
+        files = listing((file.path, file.size) for file in expand(self.paths))
         return {"kind": self.kind, "paths": list(self.paths), "text_key": self.text_key, **files}
 
 
@@ -257,29 +264,41 @@ class HubCorpus(CorpusConfig):
 
 
 def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
-    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again."""
+    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again.
+
+    Towards the end of the corpus units grow smaller, so that all cores end at about the same time.
+    """
+    waiting = list(pieces)
+    left = sum(piece.size for piece in waiting)
     units: list[Unit] = []
     unit: list[Piece] = []
-    room = unit_bytes
+    room = 0
 
-    def close() -> None:
+    def open_unit() -> None:
         nonlocal room
-        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
-        unit.clear()
-        room = unit_bytes
+        room = max(1, min(unit_bytes, max(left // LAST_UNITS, unit_bytes // LAST_UNITS)))
 
-    for piece in pieces:
-        while piece.splittable and piece.size > room:
-            head, piece = piece.cut(room)
-            unit.append(head)
-            close()
+    def add(piece: Piece) -> None:
+        nonlocal left, room
         if unit and unit[-1].joins(piece):
             unit[-1] = unit[-1].join(piece)
         else:
             unit.append(piece)
-        room -= piece.size
+        left, room = left - piece.size, room - piece.size
         if room <= 0:
             close()
+
+    def close() -> None:
+        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
+        unit.clear()
+        open_unit()
+
+    open_unit()
+    for piece in waiting:
+        while piece.splittable and piece.size > room:
+            head, piece = piece.cut(room)
+            add(head)
+        add(piece)
     if unit:
         close()
     return units

@@ -19,7 +19,8 @@ from data_prep.clean import CleanConfig, digest_of, sorted_digests, split_of
 from data_prep.corpus import CorpusConfig, Item, Unit
 from data_prep.durable import durable
 from data_prep.encoder import Encoder
-from data_prep.errors import DataError
+from data_prep.errors import DataError, headline
+from data_prep.long import LongDocument, cut, digest_and_size
 from data_prep.source import Document, Poison
 from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
 
@@ -104,28 +105,47 @@ class EncodeUnit:
 
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         """Write the unit's token files, then its record."""
+        try:
+            return self._run(job, encoder, watch)
+        except LongPoison as error:  # half of it is written: once more, without it
+            return replace(self, poison={**self.poison, error.number: error.reason}).run(job, encoder, watch)
+
+    def _run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         with ExitStack() as files:
             writing = UnitFiles(self.unit, job, encoder, files)
             for first, batch in batches(job.corpus.items(self.unit, job.largest), 1 if self.careful else BATCH_BYTES):
                 watch.at(first)
-                writing.add(
+                items = [
                     Poison(item.id, self.poison[number]) if number in self.poison else item
                     for number, item in enumerate(batch, start=first)
-                )
+                ]
+                if isinstance(items[0], LongDocument):
+                    writing.add_long(items[0], first, watch)
+                else:
+                    writing.add(items)
                 watch.done(writing.text_bytes, writing.tokens)
         return writing.record()
 
 
+class LongPoison(Exception):
+    """The tokenizer failed on a long document when part of it was written."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(number, reason)
+        self.number, self.reason = number, reason
+
+
 def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Items in groups of about `size` bytes, each with the number of its first."""
+    """Items in groups of about `size` bytes, a long document alone; each with the number of its first."""
     batch: list[Item] = []
     number, held = 0, 0
     for item in items:
-        batch.append(item)
-        held += len(item.data) if isinstance(item, Document) else 1
-        if held >= size:
+        long = isinstance(item, LongDocument)
+        if batch and (held >= size or long):
             yield number, batch
             number, batch, held = number + len(batch), [], 0
+        batch.append(item)
+        held += len(item.data) if isinstance(item, Document) else size if long else 1
     if batch:
         yield number, batch
 
@@ -150,21 +170,52 @@ class UnitFiles:
     def tokens(self) -> int:
         return sum(writer.tokens for writer in self._writers.values())
 
-    def add(self, batch: Iterator[Item]) -> None:
+    def add(self, batch: list[Item]) -> None:
         chosen: dict[str, list[tuple[bytes, Document]]] = {split: [] for split in SPLITS}
         for item in batch:
             if isinstance(item, Poison):
                 self._quarantined.append((item.id, item.reason))
-            elif self._keeps(item):
+                continue
+            assert isinstance(item, Document)
+            if self._keeps(len(item.data)):
                 digest = digest_of(item.data)
                 chosen[split_of(digest, self._job.val_fraction)].append((digest, item))
         for split, documents in chosen.items():
             self._write(split, documents)
 
-    def _keeps(self, document: Document) -> bool:
+    def add_long(self, document: LongDocument, number: int, watch: Watch) -> None:
+        """LongPoison where the tokenizer fails on it."""
+        try:
+            digest, size = digest_and_size(document, self._job.largest)
+        except DataError:
+            raise
+        except ValueError as error:
+            self._quarantined.append((document.id, headline(error)))
+            return
+        if not self._keeps(size):
+            return
+        split = split_of(digest, self._job.val_fraction)
+        if self._job.clean.deduplicate:
+            if digest in self._kept:
+                self._duplicates += 1
+                return
+            self._kept[digest] = split, self._documents(split)
+        writer = self._writer(split)
+        for text in cut(document.pieces()):
+            watch.at(number)
+            (ids,) = self._encoder.encode_all([Document(document.id, text, text.encode())])
+            if isinstance(ids, Poison):
+                raise LongPoison(number, ids.reason)
+            writer.write(ids, [])
+            self._bytes[split] += len(text.encode())
+            watch.done(self.text_bytes, self.tokens)
+        writer.write(self._encoder.end, [1])
+        self._digests += digest
+
+    def _keeps(self, size: int) -> bool:
         clean = self._job.clean
-        short = len(document.data) < clean.min_bytes
-        long = clean.max_bytes is not None and len(document.data) > clean.max_bytes
+        short = size < clean.min_bytes
+        long = clean.max_bytes is not None and size > clean.max_bytes
         self._too_short += short
         self._too_long += long
         return not short and not long

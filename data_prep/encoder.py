@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.bpe import PATTERNS
 from data_prep.errors import headline
+from data_prep.long import LongDocument
 from data_prep.source import Document, Poison
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer, may_have_long_run
@@ -96,11 +97,11 @@ def gigatoken_of(folder: Path, scheme: str) -> Any:
 def encode_batch(fast: Any, texts: list[bytes]) -> list[np.ndarray]:
     """One call for all texts; the arrays are views of one."""
     layout = fast.encode_batch(texts, parallel=False).layout
-    ids, offsets = np.asarray(layout.content), np.asarray(layout.offsets)
+    ids, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
     return np.split(ids[: offsets[-1]], offsets[1:-1]) if len(texts) else []
 
 
-def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document]) -> tuple[str | None, str]:
+def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | LongDocument]) -> tuple[str | None, str]:
     """gigatoken's scheme, if it is installed and encodes the sample as tiktoken does; and a line that says why not.
 
     Not installed: no scheme and nothing to say.
@@ -123,11 +124,11 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document]) -
     return scheme, ""
 
 
-def sample_of(documents: Iterable[Document]) -> list[Document]:
+def sample_of(documents: Iterable[Document | LongDocument]) -> list[Document]:
     """The first two megabytes of what can be encoded whole."""
     sample, size = [], 0
     for document in documents:
-        if may_have_long_run(document.text):
+        if isinstance(document, LongDocument) or may_have_long_run(document.text):
             continue
         sample.append(document)
         size += len(document.data)

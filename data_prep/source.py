@@ -10,8 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.request import Request, urlopen
 
 from data_prep.errors import DataError, headline
 
@@ -19,6 +21,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
+HTTP_SECONDS = 60.0
 
 
 class Document(NamedTuple):
@@ -60,11 +63,12 @@ class Piece:
 
 
 class FileInfo(NamedTuple):
-    """`size`: None where a server does not say it. `stamp`: changes when the file does."""
+    """`stamp`: changes when the file does. `ranged`: whether it can be read from anywhere."""
 
     path: str
-    size: int | None
+    size: int
     stamp: str
+    ranged: bool = True
 
     @property
     def compression(self) -> str | None:
@@ -77,12 +81,11 @@ class FileInfo(NamedTuple):
         return PurePosixPath(name.stem).suffix if self.compression else name.suffix
 
     def whole(self) -> Piece:
-        size = self.size or 0
-        return Piece(self.path, self.stamp, size * EXPANSION if self.compression else size)
+        return Piece(self.path, self.stamp, self.size * EXPANSION if self.compression else self.size)
 
     def lines(self) -> Piece:
         """The whole file, to be cut anywhere if it can be read from anywhere."""
-        return replace(self.whole(), splittable=True) if self.size and not self.compression else self.whole()
+        return replace(self.whole(), splittable=self.ranged and not self.compression)
 
 
 def expand(paths: list[str]) -> list[FileInfo]:
@@ -129,13 +132,22 @@ def remote_files(name: str) -> list[FileInfo]:
         else:
             matches = system.find(inner, detail=True)
         infos = [(system.unstrip_protocol(path), info) for path, info in sorted(matches.items())]
-    return [remote_file(path, info) for path, info in infos if info.get("type", "file") == "file"]
+        return [remote_file(path, info) for path, info in infos if info.get("type", "file") == "file"]
 
 
 def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
     version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
-    ranged = info.get("partial", True)  # http: whether the server takes ranges
-    return FileInfo(path, info.get("size") if ranged else None, f"{info.get('size')}-{version}")
+    size = info.get("size")  # None where a server does not say it
+    return FileInfo(path, size or 0, f"{size}-{version}", size is not None and takes_ranges(path))
+
+
+@cache
+def takes_ranges(path: str) -> bool:
+    """Whether the file can be read from anywhere. A web server may send all or nothing."""
+    if not path.startswith(("http://", "https://")):
+        return True
+    with urlopen(Request(path, method="HEAD"), timeout=HTTP_SECONDS) as answer:
+        return str(answer.headers.get("Accept-Ranges")) == "bytes"
 
 
 def filesystem(name: str) -> tuple[Any, str]:
@@ -149,7 +161,8 @@ def open_raw(path: str) -> BinaryIO:
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     system, inner = filesystem(path)
-    return cast(BinaryIO, system.open(inner, "rb", block_size=REMOTE_BLOCK_BYTES))
+    block = REMOTE_BLOCK_BYTES if takes_ranges(path) else 0  # 0: a stream
+    return cast(BinaryIO, system.open(inner, "rb", block_size=block))
 
 
 @contextmanager
@@ -177,8 +190,8 @@ def reading(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {headline(error)}") from error
 
 
-def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Each line that begins in the piece: its offset in the text, and its bytes; None if more than `limit`."""
+def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Each line that begins in the piece: its offset in the text, its size, its bytes; None if more than `limit`."""
     with reading(piece.path), opened(piece.path) as stream:
         offset = piece.start
         if piece.start:
@@ -192,9 +205,9 @@ def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, bytes | None]]:
             size = len(line)
             if size > limit and not line.endswith(b"\n"):
                 size += skip_line(stream, None)
-                yield offset, None
+                yield offset, size, None
             else:
-                yield offset, line
+                yield offset, size, line
             offset += size
 
 
@@ -214,6 +227,21 @@ def bytes_of(path: str, limit: int) -> bytes | None:
     with reading(path), opened(path) as stream:
         data = stream.read(limit + 1)
     return data if len(data) <= limit else None
+
+
+def blocks_of(path: str, start: int, size: int | None) -> Iterator[bytes]:
+    """A range of the file's bytes, decompressed; `size`: None to the end."""
+    with reading(path), opened(path) as stream:
+        if COMPRESSIONS.get(PurePosixPath(path).suffix) is None and takes_ranges(path):
+            stream.seek(start)
+        else:
+            skipped = 0
+            while skipped < start and (block := stream.read(min(BLOCK_BYTES, start - skipped))):
+                skipped += len(block)
+        left = size
+        while left != 0 and (block := stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))):
+            left = None if left is None else left - len(block)
+            yield block
 
 
 def row_groups(file: FileInfo, column: str) -> list[Piece]:

@@ -56,7 +56,7 @@ class TouchyUnit(EncodeUnit):
 
 
 def encoded(folder: Path, texts: list[str], patience: float = 30) -> list[UnitRecord]:
-    """The records of two units."""
+    """The records of a few units."""
     path = write_jsonl(folder / "a.jsonl", texts)
     small_spec().save(folder / "out" / "tokenizer")
     (folder / "out" / "unfinished").mkdir()
@@ -87,7 +87,7 @@ def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what:
 
 def test_several_in_one_unit(tmp_path: Path) -> None:
     records = encoded(tmp_path, ["crash", *TEXTS, "panic", "crash"])
-    assert [len(record.quarantined) for record in records] == [1, 2]
+    assert len(records[0].quarantined) == 1 and sum(len(record.quarantined) for record in records) == 3
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:

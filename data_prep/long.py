@@ -1,0 +1,165 @@
+"""Documents too large to hold: read in pieces, as often as needed, and cut where no tokenizer sees it.
+
+A large file is decoded block by block; in a large row of JSON the text's string is found by a scanner that holds one
+block. Both are gone through twice: for the digest, which decides the split, and for the ids.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from typing import NamedTuple
+
+from data_prep.clean import DIGEST_BYTES
+from data_prep.source import blocks_of
+
+LONG_BYTES = 8 << 20  # a document of more is not held
+PIECE_CHARACTERS = 1 << 20
+WINDOW = 1 << 16  # characters at a piece's end in which a place to cut is looked for
+
+# After a line end between two characters that are no spaces, else before a single space: split patterns begin anew.
+CUTS = (re.compile(r"(?<=\S)\n(?=[^\W\d_])"), re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"))
+STRING = re.compile(r'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.DOTALL)
+HALF_OF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}$")
+LONGEST_ESCAPE = 12  # a surrogate pair
+
+
+class LongDocument(NamedTuple):
+    """A name that finds it again, and a function that reads its text anew, in pieces."""
+
+    id: str
+    pieces: Callable[[], Iterator[str]]
+
+
+def digest_and_size(document: LongDocument, largest: int) -> tuple[bytes, int]:
+    """Of its UTF-8. ValueError where it is none, or no JSON, or more than `largest` bytes."""
+    digest, size = blake2b(digest_size=DIGEST_BYTES), 0
+    for piece in document.pieces():
+        data = piece.encode()
+        digest.update(data)
+        size += len(data)
+        if size > largest:
+            raise ValueError(f"more than {largest:,} bytes (max_document_mib)")
+    return digest.digest(), size
+
+
+def cut(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of about a million characters."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if len(held) > PIECE_CHARACTERS:
+            place = cut_of(held)
+            yield held[:place]
+            held = held[place:]
+    if held:
+        yield held
+
+
+def cut_of(text: str) -> int:
+    """A place near the end: the last one that is a good one, else the end."""
+    start = max(0, len(text) - WINDOW)
+    for pattern in CUTS:
+        places = [match.end() for match in pattern.finditer(text, start)]
+        if places:
+            return places[-1]
+    return len(text)
+
+
+def text_pieces(path: str, start: int = 0, size: int | None = None) -> Iterator[str]:
+    """The file's text, or that of a range. UnicodeDecodeError where it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for block in blocks_of(path, start, size):
+        yield decoder.decode(block)
+    decoder.decode(b"", final=True)
+
+
+def row_pieces(path: str, start: int, size: int, text_key: str) -> Iterator[str]:
+    """The text of one row of JSON lines. ValueError where it has none, or is no JSON as far as it is read."""
+    scanner = Scanner(text_pieces(path, start, size))
+    if scanner.next() != "{":
+        raise ValueError("a row must be an object")
+    while scanner.next() == '"':
+        key = "".join(scanner.string())
+        if scanner.next() != ":":
+            raise ValueError("not JSON: no colon after a key")
+        first = scanner.next()
+        if key == text_key and first == '"':
+            yield from scanner.string()
+            return
+        if key == text_key:
+            raise ValueError(f"{text_key!r} must be text")
+        scanner.skip(first)
+        if scanner.next() != ",":
+            break
+    raise ValueError(f"no key {text_key!r} (corpus.text_key)")
+
+
+def loaded(escaped: str) -> str:
+    try:
+        return str(json.loads(f'"{escaped}"'))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from None
+
+
+class Scanner:
+    """Goes through JSON forwards, holding one block."""
+
+    def __init__(self, blocks: Iterator[str]) -> None:
+        self._blocks, self._text, self._at = blocks, "", 0
+
+    def _more(self) -> bool:
+        block = next(self._blocks, None)
+        self._text, self._at = self._text[self._at :] + (block or ""), 0
+        return block is not None
+
+    def next(self) -> str:
+        """The next character that is no space, taken; ValueError at the end."""
+        while True:
+            while self._at < len(self._text):
+                character = self._text[self._at]
+                self._at += 1
+                if not character.isspace():
+                    return character
+            if not self._more():
+                raise ValueError("not JSON: it ends too early")
+
+    def string(self) -> Iterator[str]:
+        """The rest of a string, its end taken."""
+        while True:
+            match = STRING.match(self._text, self._at)
+            assert match is not None
+            end = match.end()
+            ended = self._text[end : end + 1] == '"'
+            if not ended and (half := HALF_OF_A_PAIR.search(self._text, self._at, end)):
+                end = half.start()
+            piece = self._text[self._at : end]
+            self._at = end + ended
+            if piece:
+                yield loaded(piece)
+            if ended:
+                return
+            stuck = len(self._text) - self._at > LONGEST_ESCAPE
+            if stuck or not self._more():
+                raise ValueError("not JSON: a string with no end, or a wrong escape")
+
+    def skip(self, first: str) -> None:
+        """The rest of a value that begins with `first`."""
+        depth = 0
+        while True:
+            if first == '"':
+                for _ in self.string():
+                    pass
+            depth += (first in "[{") - (first in "]}")
+            if depth == 0:
+                break
+            first = self.next()
+        if first not in '"]}':
+            self._skip_word()
+
+    def _skip_word(self) -> None:
+        while self._at < len(self._text) or self._more():
+            if self._text[self._at : self._at + 1] in (",", "}", "]"):
+                return
+            self._at += 1

@@ -1,0 +1,152 @@
+"""Documents that are not held in memory: the same ids as if they were, wherever they are cut."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import corpus, long, source
+from data_prep.clean import digest_of
+from data_prep.corpus import FilesCorpus
+from data_prep.long import LongDocument, cut, digest_and_size, row_pieces
+from data_prep.source import Document, Poison
+from data_prep.token_file import Manifest, TokenFile
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_spec import TokenizerSpec
+from data_prep.verify import verify
+from tests.data_prep.commands import python, small_spec, texts, tokenize
+
+TEXT = 'a "quoted" \\ back\\\\slash \n\t é 东京 🙂 \u2028 \x7f end ' * 40
+
+
+@pytest.fixture(params=[1, 2, 3, 7, 64, 1 << 20])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(source, "BLOCK_BYTES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_row_in_pieces(tmp_path: Path, block: int, ascii_only: bool) -> None:
+    row = {"n": -1.5e3, "meta": {"text": ["no", {"x": 'b"]}'}], "": None}, "ok": True, "text": TEXT, "more": [1]}
+    line = json.dumps(row, ensure_ascii=ascii_only).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + line + b'\n{"text":"x"}')
+    pieces = list(row_pieces(str(tmp_path / "a.jsonl"), 3, len(line) + 1, "text"))
+    assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
+    assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": 7}', "'text' must be text"),
+        (b'{"body": "x"}', "no key 'text'"),
+        (b"{}", "no key 'text'"),
+        (b"[1]", "a row must be an object"),
+        (b'{"text": "x', "not JSON"),
+        (b'{"a": [1, "x', "not JSON"),
+        (b'{"text": "\\q 0123456789abcdef"}', "not JSON"),
+        (b'{"text": "\\u12x4 0123456789abcdef"}', "not JSON"),
+        (b'{"text": "a\nb"}', "Invalid control character"),
+        (b'{"text" "x"}', "no colon"),
+        (b'{"text": "\\ud800 alone"}', "surrogates not allowed"),
+        (b'{"text": "\xff"}', "invalid start byte"),
+    ],
+)
+def test_a_bad_row_in_pieces(tmp_path: Path, block: int, line: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line)
+    document = LongDocument("a", lambda: row_pieces(str(tmp_path / "a.jsonl"), 0, len(line), "text"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        digest_and_size(document, 1 << 20)
+
+
+def test_cut_where_no_pattern_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "PIECE_CHARACTERS", 100)
+    spec, samples = small_spec(), [*texts(5), "def f(x):\n    return x\n\n\nclass A:\n\tpass\r\n" * 50, "one two " * 90]
+    for pattern in ("gpt2", "cl100k"):
+        tokenizer = Tokenizer(TokenizerSpec("x", long_pattern(pattern), spec.special_tokens, spec.ranks))
+        for text in samples:
+            pieces = list(cut(text[start : start + 120] for start in range(0, len(text), 120)))
+            assert "".join(pieces) == text and len(pieces) > 3
+            assert np.array_equal(np.concatenate([tokenizer.encode(piece) for piece in pieces]), tokenizer.encode(text))
+    assert [len(piece) for piece in cut(iter(["x" * 350]))] == [350]
+    assert "".join(cut(iter(["x" * 70] * 5))) == "x" * 350
+
+
+def long_pattern(name: str) -> str:
+    from data_prep.bpe import PATTERNS
+
+    return PATTERNS[name]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.txt.zst"])
+def test_a_long_document_has_the_digest_of_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import gzip
+
+    import pyarrow
+
+    text = "".join(texts(20))
+    data = text.encode() if "txt" in name else b'{"text":"short"}\n' + json.dumps({"text": text}).encode() + b"\n"
+    data = gzip.compress(data) if name.endswith("gz") else data
+    data = pyarrow.compress(data, codec="zstd", asbytes=True) if name.endswith("zst") else data
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
+    found = list(FilesCorpus([str(tmp_path / name)]).documents())
+    document = found[-1]
+    assert isinstance(document, LongDocument) and (len(found) == 1 or isinstance(found[0], Document))
+    assert digest_and_size(document, 1 << 20) == (digest_of(text.encode()), len(text.encode()))
+    with pytest.raises(ValueError, match="more than 9 bytes"):
+        digest_and_size(document, 9)
+    (unit,) = FilesCorpus([str(tmp_path / name)]).units(1 << 20)
+    if "jsonl" in name:
+        assert isinstance(list(FilesCorpus([str(tmp_path / name)]).items(unit, 2000))[-1], Poison)
+
+
+def write_long(path: Path, megabytes: int) -> Iterator[str]:
+    """One row, or one file, of so many megabytes of lines."""
+    lines = "".join(f"line {number} of the text, and the \U0001f642\n" for number in range(25_000))
+    with open(path, "w", encoding="utf-8") as file:
+        row = path.suffix == ".jsonl"
+        file.write('{"text": "' if row else "")
+        for _ in range(megabytes):
+            file.write(json.dumps(lines)[1:-1] if row else lines)
+            yield lines
+        file.write('"}\n' if row else "")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_memory_is_flat_on_a_large_document(tmp_path: Path, spec_folder: Path, suffix: str) -> None:
+    """One document of 9 MB, and one of 33: the largest process is as large."""
+    peak = {}
+    for megabytes in (9, 33):
+        path = tmp_path / f"{megabytes}{suffix}"
+        size = sum(len(lines.encode()) for lines in write_long(path, megabytes))
+        out = tmp_path / f"out{megabytes}{suffix}"
+        code = (
+            "import resource, runpy, sys\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        script = "data_prep/tokenize.py"
+        command = ["corpus=files", f"corpus.paths=['{path}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
+        command += ["val_fraction=0", "workers=1", f"out={out}"]
+        done = python("-c", f"import sys; sys.argv[0] = {script!r}\n" + code, *command)
+        assert Manifest.load(out).totals()[::2] == (1, size), done
+        peak[megabytes] = int(done.stdout.rpartition("peak ")[2])
+        assert verify(out) == []
+        (entry,) = Manifest.load(out).files
+        assert TokenFile(out / entry.name).lengths.tolist() == [entry.tokens]
+    assert peak[33] < peak[9] + 20_000, peak  # KB
+
+
+def test_a_tokenizer_from_one_long_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    assert sum(1 for _ in write_long(path, 9)) == 9
+    command = ["corpus=files", f"corpus.paths=['{path}']", "tokenizer.vocab_size=300", "tokenizer.sample_mib=0.1"]
+    done = tokenize(*command, "val_fraction=0", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "1 documents" in done.stdout, done
