@@ -119,9 +119,11 @@ class ClusterConfig:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"cluster.environment.{name} is no name of a variable")
-        for key in map(_option, self.sbatch):
+        for key, value in ((_option(key), value) for key, value in self.sbatch.items()):
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 raise ValueError(f"cluster.sbatch.{key} is no option of sbatch")
+            if isinstance(value, list | dict):
+                raise ValueError(f"cluster.sbatch.{key}={value} must be a word, a number, true or false")
             if key in OURS:
                 raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OURS[key]}")
 

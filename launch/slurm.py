@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
 
 import hydra  # noqa: E402
 import submitit  # noqa: E402
+import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
@@ -32,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
+from data_prep.errors import headline  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
@@ -194,6 +196,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config.data.path = os.path.abspath(config.data.path)
     hardware = HARDWARE[cluster.gpu or "cpu"]
     corpus = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    run_without_data(config)
     rows = configuration.vocab_rows(config, corpus)
     needed = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware).peak_bytes
     room = hardware.memory - hardware.reserved
@@ -204,6 +207,16 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
             " ranks; launch/plan.py shows what it is"
         )
     return Run(config, corpus)
+
+
+def run_without_data(config: TrainConfig) -> None:
+    """The body's forward and backward on the meta device: shapes alone. ValueError where they clash."""
+    B, T, D = config.train.micro_batch, config.seq_len, config.model.width
+    try:
+        with torch.device("meta"):
+            config.model.body()(torch.empty(B, T, D, requires_grad=True)).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(f"the model's shapes do not fit together: {headline(error)}") from error
 
 
 def setup(runs: list[Run], code: Path) -> list[str]:
