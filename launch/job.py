@@ -117,7 +117,8 @@ class Attempt:
     def _keep(self, record: Record) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict())
+            node = {"host": os.environ["SLURMD_NODENAME"]}  # Slurm's name of it, which may not be the machine's own
+            _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict() | node)
         except OSError as error:
             print(f"warning: cannot tell how rank {record.rank} has ended: {error}", file=sys.stderr, flush=True)
 
@@ -170,8 +171,8 @@ def close(run: Path) -> None:
     except FileNotFoundError:
         print("the ranks of this job have not started: it is not requeued", file=sys.stderr)
         return
-    state, end = _ask("squeue", "-h", "-j", job, "-o", "%T"), job_end()
-    ended_by_slurm = state != "RUNNING" and (end is None or time.time() < end)
+    state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
+    ended_by_slurm = state != "RUNNING" and reason != "TimeLimit"
     records = _all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS)
     first = cause(records)
     step = newest_step(run)

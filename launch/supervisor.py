@@ -5,6 +5,7 @@ line of a rank that has failed can be told.
 """
 
 import ctypes
+import linecache
 import os
 import re
 import selectors
@@ -143,9 +144,11 @@ class _Rank:
         said = self.said.decode(errors="replace")
         if ending is Exit.HUNG:
             stacks = INNERMOST.findall(said)
-            path, line, function = stacks[-1] if stacks else ("", "", "")
-            where = f"{function}, {path}:{line}" if stacks else "a state in which it cannot tell its stack"
-            return Record(self.rank, ending, code, where, waits="/torch/distributed/" in path)
+            if not stacks:
+                return Record(self.rank, ending, code, "a state in which it cannot tell its stack")
+            path, line, function = stacks[-1]
+            waits = "/torch/distributed/" in path or ".wait(" in linecache.getline(path, int(line))
+            return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
 
