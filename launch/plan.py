@@ -39,7 +39,7 @@ class Size:
     """
 
     ranks: int
-    moments: dict[str, list[Item]]
+    phases: dict[str, list[Item]]
     links: list[Transfer]
     near: dict[str, float]
     far: dict[str, float]
@@ -48,7 +48,7 @@ class Size:
     @property
     def memory(self) -> list[Item]:
         """What is held when most is."""
-        return max(self.moments.values(), key=total)
+        return max(self.phases.values(), key=total)
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Plan:
         return "\n\n".join([self._memory(), self._links(), self._sizes()])
 
     def _memory(self) -> str:
-        moments = self.chosen.moments
-        header = ["a rank holds, MiB, in", *moments, ""]
+        phases = self.chosen.phases
+        header = ["a rank holds, MiB", *phases, ""]
         rows = [
             [items[0].name, *(f"{item.bytes / MIB:,.0f}" for item in items), f"  {items[0].formula}"]
-            for items in zip(*moments.values(), strict=True)
+            for items in zip(*phases.values(), strict=True)
         ]
         of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
-        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in moments.values()), of])
+        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), of])
         return _aligned([header, *rows])
 
     def _links(self) -> str:
@@ -130,7 +130,7 @@ def plan(config: TrainConfig, rows: int, world: int, node: int, hardware: Hardwa
 
 
 def _size(step: Step, node: int, hardware: Hardware) -> Size:
-    links = step.transfers()
+    links = [*step.of_matrix(), *step.of_body()]
     near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
     for one in links:
         outside = one.sent * _outside(one, step, node)
@@ -138,18 +138,18 @@ def _size(step: Step, node: int, hardware: Hardware) -> Size:
         far[one.axis] += outside
     machine = hardware.machine(step.world, node, step.dtype.itemsize)
     matrix = estimate(step.p, step.work, machine).seconds
-    body = step.of_the_body()
+    body = step.of_body()
     outside = sum(one.sent * _outside(one, step, node) for one in body)
     moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
     matmuls = step.flops / machine.flops
-    update = UPDATE * step.body.shard(step.ranks) / machine.memory
+    update = UPDATE * step.body.stepped / machine.memory
     seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
-    return Size(step.p, step.moments(), links, near, far, (matrix, seconds))
+    return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
 
 
 def _outside(one: Transfer, step: Step, node: int) -> float:
     """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
-    if step.world <= node or one.axis == "vocab" and step.p <= node and node % step.p == 0:
+    if step.world <= node or (one.axis == "vocab" and step.p <= node and node % step.p == 0):
         return 0.0
     here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
     return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here
