@@ -140,8 +140,9 @@ def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, 
     assert {record.ending for record in records} == {Exit.HUNG}
 
 
-def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path):
+def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path, monkeypatch):
     """Each in a process of its own, over a shared folder; the rank is killed with kill -9."""
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     code = """
 import os, sys
 from pathlib import Path
@@ -277,6 +278,7 @@ def test_progress_is_a_newer_finished_checkpoint(tmp_path):
 
 def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     for restarts in range(2):
         attempt = Attempt(tmp_path, f"7-{restarts}")
         attempt.begin(THREE)
