@@ -49,9 +49,9 @@ def command(typed: str, environment: dict[str, str] | None = None) -> str:
 class Job:
     """A training in `run`, on two nodes unless `settings` say otherwise."""
 
-    def __init__(self, slurm: Slurm, data: Path, run: Path, settings: str = "") -> None:
+    def __init__(self, slurm: Slurm, data: Path, run: Path, settings: str = "", flags: str = "") -> None:
         self.slurm, self.run = slurm, run
-        typed = f"launch/slurm.py {CLUSTER} data.path={data} run.dir={run} {TRAINING} {settings}"
+        typed = f"launch/slurm.py {flags} {CLUSTER} data.path={data} run.dir={run} {TRAINING} {settings}"
         self.said = command(typed, slurm.environment)
         found = re.search(r"\bjob:? (\d+)", self.said)
         assert found, self.said

@@ -11,7 +11,6 @@ import pytest
 
 from tests.pretrain.tiny import write_tokens
 from tests.reliability import compare, metrics
-from tests.slurm.cluster import running
 from tests.slurm.jobs import PATIENCE, RANKS, STEPS, TRAINING, Job, command, frozen, signal_waits
 
 
@@ -38,14 +37,14 @@ def submit(slurm, data, tmp_path):
     """Submits a run; what is left of it is cancelled, and after a failure pytest shows its logs."""
     jobs = []
 
-    def submit(settings="", cluster=slurm, run=tmp_path / "run"):
-        jobs.append(Job(cluster, data, run, settings))
+    def submit(settings="", flags="", cluster=slurm, run=tmp_path / "run"):
+        jobs.append(Job(cluster, data, run, settings, flags))
         return jobs[-1]
 
     yield submit
     for job in jobs:
         print(job.logs(), job.slurm.logs())
-        slurm.call("scancel", "--quiet", job.id)
+        job.slurm.call("scancel", "--quiet", job.id)
 
 
 def test_a_job_is_the_run_of_one_machine(submit, straight):
@@ -65,7 +64,7 @@ def test_a_warned_job_saves_and_goes_on(submit, straight):
     job.wait_for_requeue()
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     job.go_on()
-    assert job.end() == "COMPLETED"
+    assert job.end() == "COMPLETED" and told(job) == [("STOPPED", "restart"), ("FINISHED", "done")]
     compare(job.run, straight, STEPS)
 
 
@@ -82,7 +81,7 @@ def test_a_signal_by_hand(submit, straight):
 def test_a_preempted_job(submit, straight):
     job = submit("cluster.partition=low")
     job.wait_for_step(20)
-    job.slurm.call("sbatch", "-p", "high", f"-N{RANKS}", "--output=/dev/null", "--wrap=sleep 2")
+    job.slurm.call("sbatch", "-p", "high", f"-N{RANKS}", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     job.wait_for_requeue()
     job.go_on()
     assert job.end() == "COMPLETED"
@@ -140,26 +139,25 @@ def test_a_full_disk(submit, straight, tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_cancelled_killed_and_without_accounting(submit, installed, straight):
-    """scancel is final; the same command goes on. Nothing of it needs sacct."""
-    with running(accounting=False) as cluster:
-        job = submit(cluster=cluster)
-        job.wait_for_step(20)
-        job.cancel()
-        assert job.end() == "CANCELLED" and told(job) == [("STOPPED", "left to Slurm")]
-        job = submit(cluster=cluster)
-        job.wait_for_step(40)
-        job.ranks()[0].kill()
-        job.wait_for_requeue()
-        job.go_on()
-        assert job.end() == "COMPLETED"
-        assert told(job)[1:] == [("KILLED", "restart"), ("FINISHED", "done")]
-        compare(job.run, straight, STEPS)
+def test_cancelled_killed_and_without_accounting(submit, slurm_without_accounting, straight):
+    """scancel is final, and the same command goes on. Nothing of it needs sacct."""
+    job = submit(cluster=slurm_without_accounting)
+    job.wait_for_step(20)
+    job.cancel()
+    assert told(job) == [("STOPPED", "left to Slurm")]
+    job = submit(cluster=slurm_without_accounting)
+    job.wait_for_step(40)
+    job.ranks()[0].kill()
+    job.wait_for_requeue()
+    job.go_on()
+    assert job.end() == "COMPLETED"
+    assert told(job)[1:] == [("KILLED", "restart"), ("FINISHED", "done")]
+    compare(job.run, straight, STEPS)
 
 
 def test_a_sweep_is_one_array(submit):
-    array = submit("--multirun optim.clip=0.5,1.0 vocab.parallel=1 train.stop_after=3 cluster.nodes=1")
-    runs = [array.run / f"optim.clip={clip}" for clip in (0.5, 1.0)]
+    array = submit("optim.clip=0.5,1.0 vocab.parallel=1 train.stop_after=3 cluster.nodes=1", flags="--multirun")
+    runs = [array.run / f"optim.clip-{clip}" for clip in (0.5, 1.0)]
     array.slurm.wait_until(lambda: array.state.split() == ["COMPLETED"] * 2, PATIENCE)
     losses = [[line["loss"] for line in metrics(run)] for run in runs]
     assert losses[0] != losses[1] and [len(loss) for loss in losses] == [3, 3]
