@@ -131,12 +131,14 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         for run in runs:
             print(f"# {run.config.path}\n{configuration.text(run.config)}")
         return 0
+    for run in runs:
+        refuse_if_held(run.dir)
     new = not base.exists()
     with ExitStack() as locks:
         try:
             for run in runs:
                 locks.enter_context(hold(run.dir, LAUNCH_LOCK))
-                refuse_if_held(run.dir)
+                refuse_if_held(run.dir)  # by a launcher that was quicker
                 with hold(run.dir, RANKS_LOCK):
                     configuration.freeze(run.config, run.corpus)
             snapshot.save(base / "code")

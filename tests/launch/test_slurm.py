@@ -175,7 +175,8 @@ def test_a_sweep_is_one_array(command, fake_slurm, tmp_path):
     assert "launch.job close ${runs[$SLURM_ARRAY_TASK_ID]}' EXIT" in script
     assert "job: 12 (2 times 1 node × 1 rank, at most 4:00:00)" in said.out and f"--logdir {base}\n" in said.out
     fake_slurm.states("RUNNING")
-    assert f"run.dir={runs[0]} is held by job 12_0" in command(sweep).error
+    more = sweep.replace("1e-3,2e-3", "4e-3,1e-3")
+    assert f"run.dir={runs[0]} is held by job 12_0" in command(more).error and not (base / "optim.lr-0.004").exists()
 
 
 def test_a_log_is_followed_through_a_requeue(command, fake_slurm, tmp_path, monkeypatch):
