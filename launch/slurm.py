@@ -204,7 +204,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     room = hardware.memory - hardware.reserved
     if cluster.gpu and needed > room:
         raise ValueError(
-            f"a rank would hold {needed / GIB:.1f} GiB, and a {cluster.gpu} has room for {room / GIB:.1f}: lower"
+            f"a rank would hold {needed / GIB:.1f} GiB, cluster.gpu={cluster.gpu} has room for {room / GIB:.1f}: lower"
             f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
             " ranks; launch/plan.py shows what it is"
         )

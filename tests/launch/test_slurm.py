@@ -236,8 +236,8 @@ WRONG = {
     "tasks, which are for tokenising": ("+cluster=cpu cluster.tasks=4", "cluster.tasks=4 is for tokenising"),
     "a batch that the ranks cannot share": ("+cluster=h100x64 cluster.nodes=9", "× 72 ranks = 72 must divide"),
     "more than the GPU holds": (
-        "+cluster=a100x8 model.width=2048 model.layers=48 model.context=1024 train.micro_batch=64 train.global_batch=512",
-        "GiB, and a a100-80gb has room for 76.0: lower train.micro_batch=64",
+        "+cluster=a100x8 model.width=8192 model.layers=96",
+        "GiB, cluster.gpu=a100-80gb has room for 76.0: lower train.micro_batch=1",
     ),
     "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
     "a setting of the restarts": ("+cluster=cpu restart.without_progress=-1", "restart.without_progress=-1"),
