@@ -264,7 +264,7 @@ def test_a_run_that_diverges_is_not_started_again(data, tmp_path):
 def test_a_time_limit_stops_the_run_saved(data, tmp_path):
     """The run's own, and the job's."""
     arguments = f"nproc=2 data.path={data} train.steps=100000 optim.schedule=wsd log.every=1 {SMALL}"
-    limits = "train.time_limit=6s checkpoint.seconds_before_limit=2"
+    limits = "train.time_limit=10s checkpoint.seconds_before_limit=2"
     done = run(f"launch/local.py run.dir={tmp_path}/own {arguments} {limits}")
     assert done.returncode == 0 and "stopped and saved" in done.stdout, done.stderr
     assert 1 < len(scalars(tmp_path / "own")) == step_of(checkpoints(tmp_path / "own")[-1]) < 100000
