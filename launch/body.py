@@ -144,11 +144,14 @@ class OfDeepSpeed:
         self.stepped = (self.all, sum(self.parts), sum(self.parts), self.cut)[engine.zero_stage]
         self._held = 0 if engine.offload == "cpu" else self.stepped
         self.low = work.itemsize < FP32
-        weights = ("body · 4", "body · i + body / ranks · 4", "body · i + body / ranks · 4", "body / ranks · (i + 4)")
-        gradients = ("body · 4", "body · 4", "body / ranks · 4", "body / ranks · 4")
-        stage = engine.zero_stage
-        moments = "body / ranks · 8" if stage else "body · 8"
-        self.formulas = weights[stage], moments, gradients[stage], "bucket · 4, weights · i"
+        self.bucket = min(self.all, LARGEST_BUCKET)
+        stage, copies = engine.zero_stage, "body · i + body / ranks · 4"
+        self.formulas = (
+            ("body · 4", copies, copies, "body / ranks · (i + 4)")[stage],
+            ("body · 8", "body / ranks · 8", "body / ranks · 8", "body / ranks · 8")[stage],
+            ("body · 4", "body · (i + 4)", "body / ranks · 4", "body / ranks · 4")[stage],
+            ("bucket · 4, body · i", "bucket · 4", "bucket · (4 + 2 · i)", "bucket · (4 + 2 · i), body · i")[stage],
+        )
 
     @property
     def weights(self) -> int:
@@ -164,13 +167,15 @@ class OfDeepSpeed:
 
     def gradients(self, behind: int) -> int:
         part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)
-        return round(FP32 * part * (self.all if self.engine.zero_stage < 2 else self._held))
+        own = self.work.itemsize if self.engine.zero_stage == 1 else 0
+        return round(part * ((FP32 + own) * self.all if self.engine.zero_stage < 2 else FP32 * self._held))
 
     def gathered(self, behind: int, in_block: bool) -> int:
         stage, item = self.engine.zero_stage, self.work.itemsize
-        bucket = FP32 * min(self.all, LARGEST_BUCKET) * (behind > 0)
+        bucket = self.bucket * (FP32 if stage < 2 else FP32 + 2 * item) * (behind > 0)
         if stage == 0:
-            return bucket + item * self.shapes.matmuls * self.low
+            computing = behind < len(self.shapes.blocks)
+            return bucket + item * self.shapes.matmuls * (self.low and computing)  # autocast's copies
         if stage < 3:
             return bucket
         live = numbers(self.large) if self.all <= REUSED else 2 * numbers(self.shapes.blocks[0])

@@ -19,7 +19,7 @@ def held_by_rank(rank, world, config, rows, parallel):
     """MiB of all that a training adds to this process at most."""
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed is the system's again: no gaps
     small = replace(config, model=replace(config.model, layers=1, width=64, heads=1))
-    training(small, world, rows, parallel)()  # the code of all libraries is in memory
+    training(small, world, 1024, parallel)()  # the code of all libraries is in memory
     return holding_peak_mib(lambda: training(config, world, rows, parallel))
 
 
