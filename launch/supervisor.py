@@ -23,9 +23,11 @@ from pretrain.exits import Exit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECONDS = 0.05
+ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
-INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # faulthandler's
+STACKS = b"(most recent call first):"  # faulthandler's, as is this
+INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 PR_SET_PDEATHSIG = 1
 
 
@@ -96,7 +98,7 @@ class _Rank:
             if os.getppid() != supervisor:
                 os._exit(1)
 
-        self.rank, self.said = rank, b""
+        self.rank, self.said, self._line = rank, b"", b""
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -110,17 +112,22 @@ class _Rank:
         os.set_blocking(self.stderr, False)
 
     def pump(self) -> bool:
-        """Hands on what it has written; False at the end of it."""
-        while True:
-            try:
-                data = os.read(self.stderr, KEPT_BYTES)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self.said = (self.said + data)[-KEPT_BYTES:]
-            with suppress(OSError):
-                os.write(2, data)
+        """Hands on the lines that it has written; False at the end of them."""
+        try:
+            while data := os.read(self.stderr, KEPT_BYTES):
+                self._hand_on(data)
+        except BlockingIOError:
+            return True
+        return False
+
+    def _hand_on(self, data: bytes) -> None:
+        """Whole lines: two ranks may write at the same time."""
+        if STACKS in data and STACKS not in self.said:
+            self._line = b"stacks of rank %d:\n" % self.rank + self._line
+        self.said = (self.said + data)[-KEPT_BYTES:]
+        lines, end, self._line = (self._line + data).rpartition(b"\n")
+        with suppress(OSError):
+            os.write(2, lines + end)
 
     def over(self) -> bool:
         """Whether it has ended; not yet reaped, its number still stands for it and its children."""
@@ -136,6 +143,7 @@ class _Rank:
         self.kill()
         code = self.process.wait()
         self.pump()
+        self._hand_on(b"\n" if self._line else b"")
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
@@ -178,15 +186,16 @@ class Supervisor:
         """Until all have ended; their records, in the order of their ends."""
         self._start()
         records: list[Record] = []
-        handed_on = 0
+        handed_on, look_elsewhere = 0, 0.0
         while self._alive:
             self._look()
             records += self._ended(Exit.of)
             if handed_on < self.requests.count:
                 handed_on = self.requests.count
                 self._send(signal.SIGTERM)
-            failures = [record.ending for record in records if not record.ending.good]
-            failure = failures[0] if failures else self.elsewhere()
+            failure = next((record.ending for record in records if not record.ending.good), None)
+            if failure is None and time.monotonic() >= look_elsewhere:
+                failure, look_elsewhere = self.elsewhere(), time.monotonic() + ELSEWHERE_SECONDS
             if failure is not None:
                 records += self._end(failure)
         self._selector.close()

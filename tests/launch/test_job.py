@@ -128,6 +128,7 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     first = cause(records)
     assert first.rank == 1 and first.how.startswith("hung in lost_in_thought, <string>")
     stacks = capfd.readouterr().err
+    assert "stacks of rank 0:\n" in stacks and "stacks of rank 1:\n" in stacks
     assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.token_file import Manifest
 from pretrain.checkpoint import checkpoints, read_manifest, step_of
@@ -239,6 +240,10 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
     assert losses(folder) == losses(straight)
     ends = [(end["class"], end["rank"], end["decision"]) for end in restarts(folder)]
     assert ends == [("KILLED", 1, "give up"), ("KILLED", 1, "restart"), ("FINISHED", 0, "done")]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    *_, newest = events.Tensors("restarts/text_summary")
+    assert newest.tensor_proto.string_val[0].decode().count("KILLED, rank 1 on ") == 2
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41)), "one curve, without overlap"
 
 
 def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_path):
