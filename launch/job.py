@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import submitit
+
 from data_prep.durable import durable
 from pretrain.exits import Exit
 
@@ -131,7 +133,7 @@ def rendezvous() -> dict[str, str]:
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_of_this_node()),
-        "MASTER_ADDR": hosts(os.environ["SLURM_JOB_NODELIST"])[0],
+        "MASTER_ADDR": submitit.JobEnvironment().hostnames[0],  # a container may have no scontrol to ask
         "MASTER_PORT": str(FIRST_PORT + (job * 31 + restarts) % PORTS),
     }
     end = job_end()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.job import Attempt, _all_records, _tasks_of_this_node, job_end
+from launch.job import Attempt, _all_records, job_end, rendezvous
 from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from launch.supervisor import Record, StopRequests, Supervisor
 from pretrain.exits import Exit
@@ -293,10 +293,18 @@ def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("node,tasks", [(0, 4), (1, 4), (2, 3)])
-def test_what_slurm_says_of_its_tasks(monkeypatch, node, tasks):
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
-    monkeypatch.setenv("SLURM_NODEID", str(node))
-    assert _tasks_of_this_node() == tasks
+def test_a_rank_finds_the_others(monkeypatch, node, tasks):
+    """Out of what Slurm and submitit put into the environment alone: in a container there is nobody to ask."""
+    slurm = {"JOB_ID": 4711, "RESTART_COUNT": 2, "PROCID": 9, "NTASKS": 11, "LOCALID": 1, "NODEID": node}
+    slurm |= {"STEP_TASKS_PER_NODE": "4(x2),3", "JOB_NODELIST": "gpu[07-08],big", "JOB_END_TIME": 1_800_000_000}
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for key, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    monkeypatch.setenv("PATH", "")
+    found = rendezvous()
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("9", "11", "1", "gpu07")
+    assert found["LOCAL_WORLD_SIZE"] == str(tasks) and float(found["ROWSHARD_DEADLINE"]) == 1.8e9
+    assert 10_000 <= int(found["MASTER_PORT"]) < 30_000
 
 
 def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):
