@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,13 +25,12 @@ from data_prep.durable import durable
 from pretrain.exits import Exit
 
 from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
-from .supervisor import Record, StopRequests, Supervisor
+from .supervisor import SILENT, Record, StopRequests, Supervisor
 
 __all__ = ["RestartConfig", "SlurmRank", "close"]
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
-RECORD_SECONDS = 20  # for the ranks of a job that Slurm is ending to leave their records
-SILENT = "gone without a word"
+RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
 FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
 
 
@@ -82,7 +82,7 @@ class Attempt:
 
     def join(self, rank: int) -> None:
         """Until the rank has a record of its own, it has gone without a word."""
-        self._keep(Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT))
+        self._keep(Record.silent(rank, socket.gethostname()))
 
     def record(self, record: Record) -> None:
         self._keep(record)
@@ -175,7 +175,7 @@ def close(run: Path) -> None:
         return
     state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
     ended_by_slurm = state != "RUNNING" and reason != "TimeLimit"
-    records = _all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS)
+    records = _all_records(attempt, ranks)
     first = cause(records)
     step = newest_step(run)
     fruitless = history.fruitless() + (step <= start_step)
@@ -189,21 +189,21 @@ def close(run: Path) -> None:
         excluded, remark = _without(bad)
         why += f"; {remark}"
     history.write(attempt.name, start_step, step, first, decision, why)
-    print(f"{decision}: {why} (rank {first.rank} on {first.host}: {first.how})", flush=True)
+    print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
     if decision is Decision.RESTART:
         time.sleep(config.delay if not first.ending.good else 0)
         _requeue(excluded)
 
 
-def _all_records(attempt: Attempt, ranks: int, patience: float) -> list[Record]:
-    """Of all ranks, where need be after a while; a rank whose task has not come so far has gone without a word."""
-    late = time.monotonic() + patience
+def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
+    """Of all ranks. If silence is all that explains the end, a while later: other nodes' files may not be here yet."""
+    late = time.monotonic() + RECORD_SECONDS
     while True:
         records = attempt.records()
-        silent = set(range(ranks)) - {record.rank for record in records}
-        waiting = silent or any(record.last == SILENT for record in records)
-        if not waiting or time.monotonic() >= late:
-            return records + [Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host="?") for rank in silent]
+        missing = set(range(ranks)) - {record.rank for record in records}
+        records += [Record.silent(rank, "") for rank in missing]
+        if cause(records).last != SILENT or time.monotonic() >= late:
+            return records
         time.sleep(0.5)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pretrain.exits import RESTARTS_FILE, Exit
 
-from .supervisor import Record
+from .supervisor import SILENT, Record
 
 NEVER = {
     Exit.REFUSED: "the same settings would be refused again",
@@ -47,10 +47,12 @@ class Decision(StrEnum):
 def cause(records: Iterable[Record]) -> Record:
     """The record that explains how all have ended: of those that failed, the first to do so on its own."""
 
+    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
+
     def order(record: Record) -> tuple[int, bool, float]:
-        innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        return guilt, not record.waits, -record.time
+        told = record.last != SILENT  # who is silent may have been ended by Slurm, because of another one
+        return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
 
     return max(records, key=order)
 
@@ -58,7 +60,7 @@ def cause(records: Iterable[Record]) -> Record:
 def bad_node(first: Record, records: Iterable[Record]) -> str | None:
     """The host that may be at fault for that cause. Of a hang only where the ranks of all others wait for it."""
     hung_alone = first.ending is Exit.HUNG and all(record.waits for record in records if record.host != first.host)
-    return first.host if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
+    return (first.host or None) if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
 
 
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:

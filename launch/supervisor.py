@@ -26,6 +26,7 @@ LOOK_SECONDS = 0.05
 ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
+SILENT = "gone without a word"
 STACKS = b"(most recent call first):"  # faulthandler's, as is this
 INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 PR_SET_PDEATHSIG = 1
@@ -50,12 +51,19 @@ class Record:
         return asdict(self) | {"ending": self.ending.name}
 
     @classmethod
+    def silent(cls, rank: int, host: str) -> "Record":
+        """Of a rank whose end nobody has seen: it, its supervisor or its node is gone."""
+        return cls(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host=host)
+
+    @classmethod
     def of_dict(cls, fields: dict[str, Any]) -> "Record":
         return cls(**fields | {"ending": Exit[fields["ending"]]})
 
     @property
     def how(self) -> str:
         """In words."""
+        if self.last == SILENT:
+            return SILENT
         if self.ending is Exit.HUNG:
             return f"hung in {self.last}"
         if self.code < 0:

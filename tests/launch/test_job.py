@@ -226,6 +226,9 @@ def test_who_began_it():
     assert cause([lost, killed, late, ended, stopped]) is killed
     assert cause([lost, ended, stopped]) is lost
     assert cause([stopped, record(5, Exit.FINISHED)]) is stopped
+    silent = Record.silent(6, "b")
+    assert cause([silent, late, lost]) is late, "Slurm ends the others, too"
+    assert cause([silent, lost, ended]) is silent
 
 
 def test_which_node_is_at_fault():
@@ -288,7 +291,8 @@ def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypat
     (line,) = History(tmp_path).lines()
     assert (line["job"], line["rank"], line["class"], line["decision"]) == ("7-0", 0, "KILLED", "left to Slurm")
     assert line["last"] == "gone without a word"
-    assert {one.rank for one in _all_records(attempt, ranks=3, patience=0)} == {0, 1, 2}
+    monkeypatch.setattr("launch.job.RECORD_SECONDS", 0)
+    assert {one.rank for one in _all_records(attempt, ranks=3)} == {0, 1, 2}
     assert json.loads((attempt.folder / "attempt.json").read_text())["restart"] == {"without_progress": 3, "delay": 0}
 
 
