@@ -85,3 +85,16 @@ def test_whose_fault_an_error_is(error, device, peer):
 def test_a_limit_on_hanging_is_no_negative_number():
     with pytest.raises(ValueError, match=r"train\.hang_after=-1 must not be negative \(0: never\)"):
         LoopConfig(hang_after=-1)
+
+
+def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
+    before = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    try:
+        with StopFlag(after=signal.SIG_IGN) as stop:
+            pass
+        for number in StopFlag.SIGNALS:
+            os.kill(os.getpid(), number)
+        assert not stop.raised
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
