@@ -3,6 +3,7 @@
 i: bytes of a number of the compute dtype. `behind`: how many blocks have been through the backward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +47,7 @@ class Shapes:
         return sum(shape.numel() for block in self.blocks for shape in block if len(shape) == 2)
 
 
-def numbers(part: list[torch.Size]) -> int:
+def numbers(part: Sequence[torch.Size]) -> int:
     return sum(shape.numel() for shape in part)
 
 

@@ -103,7 +103,7 @@ class Plan:
         header = ["ranks to a copy"]
         for axis in AXES:
             header += [f"{axis}: in node", "between"]
-        rows = [[*header, "ms a step", "tokens/s", "peak MiB", ""]]
+        rows = [[*header, "ms a step", "tokens/s a rank", "peak MiB", ""]]
         for size in self.sizes:
             row = [f"{size.ranks:,}"]
             for axis in AXES:
@@ -207,8 +207,9 @@ def _composed(composed: DictConfig) -> None:
     try:
         OmegaConf.set_struct(composed, False)
         slurm.need_cluster(composed)
-        cluster, plot = composed.pop("cluster"), composed.pop("plot")
-        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), cluster))
+        given, plot = composed.pop("cluster"), composed.pop("plot")
+        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), given))
+        assert isinstance(cluster, ClusterConfig)
         config, rows = _training(composed)
         hardware = HARDWARE[cluster.gpu or "cpu"]
         node, world = cluster.ranks_of_a_node, cluster.ranks

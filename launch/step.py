@@ -99,14 +99,16 @@ class Step:
             chunk = self.p * self.chunk
             slab = min(self.kernels.slab_bytes, chunk * self.shard.rows * FP32)
             copy = matrix * i if i < FP32 else 0
-            head = chunk * token_bytes(self.shard, D, self.dtype) + slab + copy + N * D * i
+            work = chunk * token_bytes(self.shard, D, self.dtype)
+            logits = chunk * (self.shard.rows * i + 2 * D * i) + slab  # before there are products with them
+            head = max(work, logits) + copy + N * D * i
         if in_lookup:
             lookup = (N + 2 * round(DISTINCT * N)) * D * FP32
         return [
             *items,
             Item("gathered", self.body.gathered(behind, in_block), self.body.formulas[3]),
             Item("activations", N * (D * i * widths + sums), f"a block: N · (D · i · {kept} + 4 · heads)"),
-            Item("head", head, "chunk · (v · i + D · (4 · i + 8)) + slab + v · D · i + N · D · i"),
+            Item("head", head, "chunk · (v · i + D · (4 · i + 8)) + v · D · i + N · D · i"),
             Item("lookup", lookup, "(N + 2 · distinct ids) · D · 4"),
         ]
 

@@ -3,6 +3,7 @@
 Counts what the step gives to which collectives, and how much it holds.
 """
 
+import gc
 import weakref
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -62,8 +63,8 @@ class Simulated:
 
 
 def simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
-    """Rank 0's step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch has the
-    same tokens.
+    """Rank 0's second step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch
+    has the same tokens.
     """
     with ProcessPoolExecutor(1, mp_context=context) as pool:  # DeepSpeed keeps groups beyond their end
         return pool.submit(_simulate, config, rows, parallel, world, kernels).result()
@@ -104,11 +105,12 @@ def _simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels
             seen = fake.from_tensor if fake else lambda tensor: tensor
             tokens_BT = seen(ids_pBT[0])
             batch = Batch([MicroBatch(tokens_BT, tokens_BT, plan._each(seen))] * micro_batches, tokens_BT.numel())
-            if fake is None:
-                trainer.train_step(batch)  # in which ZeRO-3 learns what comes when
-            held.most = held.now
-            with Answers(), Collectives(mesh) as collectives:
-                trainer.train_step(batch)
+            with Answers():
+                trainer.train_step(batch)  # in which DTensor and ZeRO-3 learn what comes
+                gc.collect()
+                held.most = held.now
+                with Collectives(mesh) as collectives:
+                    trainer.train_step(batch)
         return Simulated(collectives.calls, collectives.given, lookup, held.most)
     finally:
         dist.destroy_process_group()

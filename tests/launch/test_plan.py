@@ -1,5 +1,7 @@
 """launch/plan.py: its bytes against the counted ones, its memory against the measured, and the command."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from launch.hardware import HARDWARE
+from launch.plan import plan
 from launch.step import Step, total
 from pretrain import config as configuration
 from pretrain.vocab.kernels import choose_kernels
@@ -17,7 +21,7 @@ from tests.launch.simulate import simulate
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-GPU = TorchKernels(slab_bytes=2**28, memory_mib=896)  # chunks as a GPU's, in plain torch
+GPU = TorchKernels(slab_bytes=2**25, memory_mib=896)  # chunks about as a GPU's, in plain torch
 
 
 def configured(*overrides):
@@ -54,7 +58,6 @@ DEEPSPEED = ["engine=deepspeed", "model.width=320", "model.heads=5"]  # whose nu
         (8, 8, ["vocab.tie=untied", "vocab.label_smoothing=0.1"]),
         (24, 3, ["engine.hsdp=true"]),
         (24, 8, ["engine.reshard_after_forward=false", "engine.activation_checkpointing=block"]),
-        (1024, 8, ["model.layers=1"]),
         (1024, 1024, ["model.layers=1"]),
         (1024, 16, ["model.layers=1", "engine.hsdp=true"]),
         (24, 8, [*DEEPSPEED, "engine.zero_stage=0"]),
@@ -99,15 +102,58 @@ def test_a_rank_holds_what_the_plan_says(rows, parallel, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["model=gpt2", "train.micro_batch=8"],
-        ["model=gpt2", "train.micro_batch=8", "engine.activation_checkpointing=block", "vocab.head_memory_mib=64"],
-        ["model=gpt2", "train.micro_batch=8", "engine.activation_checkpointing=selective", "vocab.head_memory_mib=64"],
-        ["model=gpt2", "engine.hsdp=true", "train.micro_batch=1", "vocab.tie=untied"],
+        ["model=gpt2", "train.micro_batch=8", "engine.activation_checkpointing=selective", "vocab.head_memory_mib=128"],
+        ["model=gpt2", "train.micro_batch=1", "engine.hsdp=true", "vocab.tie=untied"],
     ],
-    ids=["no checkpoint", "block", "selective", "hsdp"],
+    ids=["selective", "hsdp"],
 )
 def test_the_tensors_of_a_large_step_are_those_of_the_plan(settings):
-    config = configured(*settings, "train.global_batch=256")
+    config = configured(*settings, "model.layers=2", "train.global_batch=256")
     step = step_of(config, 50_257, 8, 16, GPU)
     told = max(map(total, step.phases().values()))
     assert told == pytest.approx(simulate(config, 50_257, 8, 16, GPU).held, rel=0.05)
+
+
+def test_the_command_prints_the_plan_and_draws_it(tmp_path):
+    picture = tmp_path / "plan.png"
+    done = command("+cluster=a100x8", "model=gpt2", "vocab.size=50257", f"plot={picture}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1 node × 8 ranks on a100-80gb")
+    assert lines[1] == "vocab.parallel=auto: 8 ranks share a copy of the matrix"
+    for name in ("weights", "moments", "gradients", "gathered", "activations", "head", "lookup", "all"):
+        assert any(line.startswith(name) for line in lines)
+    assert [line.split()[0] for line in lines if line.endswith("<")] == ["8"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["model=gpt2"], "+cluster=NAME is missing; there are"),
+        (["+cluster=a100x8", "model=gpt2"], "vocab.size=null must be given, or data.path"),
+        (["+cluster=a100x8", "vocab.size=9", "train.global_batch=4"], "must divide train.global_batch=4"),
+        (
+            ["+cluster=a100x8", "vocab.size=9", "vocab.parallel=3"],
+            "vocab.parallel=3 must divide the number of ranks, 8",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("cluster,model", [("a100-80gb", "gpt2_xl"), ("h100", "gpt2"), ("h200", "gpt2_medium")])
+def test_auto_is_about_as_fast_as_anything_on_that_gpu(cluster, model):
+    """It goes by round numbers for any GPU."""
+    config = configured(f"model={model}", "train.micro_batch=8", "train.global_batch=2048")
+    planned = plan(config, 128_256, 64, 8, HARDWARE[cluster])
+    assert planned.seconds <= 1.05 * min(sum(size.seconds) for size in planned.sizes)
+    assert planned.chosen.ranks == 8 and planned.peak_bytes < HARDWARE[cluster].memory
+
+
+def command(*arguments):
+    line = [sys.executable, "launch/plan.py", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
