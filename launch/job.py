@@ -47,7 +47,9 @@ class SlurmRank:
         run = Path(self.config_path).parent
         rank = int(os.environ["SLURM_PROCID"])
         attempt = Attempt.of_job(run)
-        with StopRequests() as requests:
+        with StopRequests(
+            after=signal.SIG_IGN
+        ) as requests:  # Slurm may ask once more: this task ends well all the same
             if rank == 0:
                 attempt.begin(self.restart)
             attempt.join(rank)

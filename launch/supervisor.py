@@ -72,10 +72,13 @@ class Record:
 
 
 class StopRequests:
-    """Counts the signals that ask to save and stop, while the context lasts."""
+    """Counts the signals that ask to save and stop, while the context lasts.
 
-    def __init__(self) -> None:
-        self.count = 0
+    after: what the signals do once it has ended; None: what they did before.
+    """
+
+    def __init__(self, after: signal.Handlers | None = None) -> None:
+        self.count, self.after = 0, after
 
     def sleep(self, seconds: float) -> None:
         """Not so long if there is a request."""
@@ -89,7 +92,7 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.after is None else self.after)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
