@@ -1,4 +1,4 @@
-"""A run as a job of the cluster: submitted by the command that users type, watched, and let go on without waiting."""
+"""A run as a job of the cluster: submitted by the command that users type, watched, and let go on without the wait."""
 
 import json
 import os
@@ -76,9 +76,11 @@ class Job:
                     found[int(variables["RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for_step(self, step: int) -> None:
-        self.slurm.wait_until(lambda: steps_logged(self.run) >= step or self.state in ENDED, PATIENCE)
-        assert steps_logged(self.run) >= step, f"job {self.id} is {self.state}"
+    def train_on(self, steps: int = 15) -> None:
+        """Until it has logged so many steps more."""
+        goal = steps_logged(self.run) + steps
+        self.slurm.wait_until(lambda: steps_logged(self.run) >= goal or self.state in ENDED, PATIENCE)
+        assert steps_logged(self.run) >= goal, f"job {self.id} is {self.state}"
 
     def wait_for_requeue(self) -> None:
         """Until it is to be started once more; Slurm then holds it for two minutes."""
@@ -86,7 +88,8 @@ class Job:
         assert self.state == "PENDING", f"job {self.id} is {self.state}"
 
     def go_on(self) -> None:
-        self.slurm.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        """Soon, but not at once: slurmd takes a start in the second of the requeue for the job that was ended."""
+        self.slurm.call("scontrol", "update", f"JobId={self.id}", "StartTime=now+2")
 
     def end(self) -> str:
         """Its last state."""
