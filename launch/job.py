@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -84,7 +83,7 @@ class Attempt:
 
     def join(self, rank: int) -> None:
         """Until the rank has a record of its own, it has gone without a word."""
-        self._keep(Record.silent(rank, socket.gethostname()))
+        self._keep(Record.silent(rank, os.environ["SLURMD_NODENAME"]))
 
     def record(self, record: Record) -> None:
         self._keep(record)
@@ -176,7 +175,8 @@ def close(run: Path) -> None:
         print("the ranks of this job have not started: it is not requeued", file=sys.stderr)
         return
     state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
-    ended_by_slurm = state != "RUNNING" and reason != "TimeLimit"
+    too_late = reason == "TimeLimit"  # the ranks had not saved by then
+    ended_by_slurm = state not in ("RUNNING", "") and not too_late
     records = _all_records(attempt, ranks)
     first = cause(records)
     step = newest_step(run)
@@ -186,7 +186,7 @@ def close(run: Path) -> None:
         decision, why = Decision.LEFT, f"Slurm ends the job, its state is {state}"
     elif decision is Decision.RESTART and "Requeue=0" in _ask("scontrol", "--oneliner", "show", "job", job):
         decision, why = Decision.STOP, f"{why}; cluster.requeue=false"
-    bad, excluded = bad_node(first, records), None
+    bad, excluded = None if too_late else bad_node(first, records), None
     if decision is Decision.RESTART and bad is not None:
         excluded, remark = _without(bad)
         why += f"; {remark}"
