@@ -196,14 +196,17 @@ def start(arguments: str) -> subprocess.Popen:
     )
 
 
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
+
+
 def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
     """A signal to rank 1, once the run has logged that step."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step") and step in line:
             break
-    ranks = [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
-    ranks[1].send_signal(number)
+    ranks_of(process)[1].send_signal(number)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +221,17 @@ def straight(data, tmp_path_factory) -> Path:
 def losses(folder: Path) -> list[float]:
     assert [line["step"] for line in scalars(folder)] == list(range(1, 41)), "no step twice, none missing"
     return [line["loss"] for line in scalars(folder)]
+
+
+def test_a_signal_while_the_ranks_start_saves_where_they_stand(data, tmp_path):
+    process = start(f"data.path={data} run.dir={tmp_path}/run {FORTY}")
+    while not ranks_of(process):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=90)
+    assert process.returncode == 0 and "stopped and saved" in said, errors
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == [0]
 
 
 def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp_path):
