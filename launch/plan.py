@@ -214,9 +214,9 @@ def _composed(composed: DictConfig) -> None:
         hardware = HARDWARE[cluster.gpu or "cpu"]
         node, world = cluster.ranks_of_a_node, cluster.ranks
         planned = plan(config, rows, world, node, hardware)
-        print(
-            f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {planned.tokens:,} tokens a rank and step\n"
-        )
+        tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
+        print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
+        print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
         print(planned.table())
         if plot is not None:
             draw(config, world, node, hardware, Path(plot))

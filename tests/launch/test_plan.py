@@ -120,7 +120,7 @@ def test_the_command_prints_the_plan_and_draws_it(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("1 node × 8 ranks on a100-80gb")
-    assert lines[1] == "vocab.parallel=auto: 8 ranks share a copy of the matrix"
+    assert lines[1] == "vocab.parallel=auto: 8 to a copy of the matrix"
     for name in ("weights", "moments", "gradients", "gathered", "activations", "head", "lookup", "all"):
         assert any(line.startswith(name) for line in lines)
     assert [line.split()[0] for line in lines if line.endswith("<")] == ["8"]
@@ -132,7 +132,6 @@ def test_the_command_prints_the_plan_and_draws_it(tmp_path):
     [
         (["model=gpt2"], "+cluster=NAME is missing; there are"),
         (["+cluster=a100x8", "model=gpt2"], "vocab.size=null must be given, or data.path"),
-        (["+cluster=a100x8", "vocab.size=9", "train.global_batch=4"], "must divide train.global_batch=4"),
         (
             ["+cluster=a100x8", "vocab.size=9", "vocab.parallel=3"],
             "vocab.parallel=3 must divide the number of ranks, 8",
@@ -152,6 +151,18 @@ def test_auto_is_about_as_fast_as_anything_on_that_gpu(cluster, model):
     planned = plan(config, 128_256, 64, 8, HARDWARE[cluster])
     assert planned.seconds <= 1.05 * min(sum(size.seconds) for size in planned.sizes)
     assert planned.chosen.ranks == 8 and planned.peak_bytes < HARDWARE[cluster].memory
+
+
+def test_what_leaves_a_node():
+    """A ring of 64 ranks goes out of each of 8 nodes once; a vocab group of 8 stays in its own."""
+    config = configured("model=gpt2", "train.global_batch=2048")
+    sizes = {size.ranks: size for size in plan(config, 128_256, 64, 8, HARDWARE["h100"]).sizes}
+    for size in sizes.values():
+        sent = sum(one.sent for one in size.links)
+        assert sum(size.near.values()) + sum(size.far.values()) == pytest.approx(sent)
+        assert size.near["world"] == pytest.approx(7 * size.far["world"])
+    assert sizes[8].far["vocab"] == 0 and sizes[16].far["vocab"] > 0
+    assert sizes[8].near["dp"] == 0  # one rank of each node
 
 
 def command(*arguments):
