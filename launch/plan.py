@@ -177,10 +177,9 @@ def draw(config: TrainConfig, world: int, node: int, hardware: Hardware, path: P
     repeats = config.train.global_batch // world
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     memory, speed = figure.subplots(1, 2)
-    worlds = [node]
-    while worlds[-1] * 4 <= max(world, MOST_RANKS):
-        worlds.append(worlds[-1] * 4)
-    for ranks in worlds:
+    worlds = [node * 4**k for k in range(6) if node * 4**k <= max(world, MOST_RANKS)]
+    asked = config.vocab.parallel
+    for ranks in (one for one in worlds if asked == "auto" or one % int(asked) == 0):
         wider = replace(config, train=replace(config.train, global_batch=repeats * ranks))
         plans = [plan(wider, rows, ranks, node, hardware) for rows in ROWS]
         label = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
