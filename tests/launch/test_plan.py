@@ -91,7 +91,7 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
     ids=["many rows", "gpt2", "untied, two micro-batches"],
 )
 def test_a_rank_holds_what_the_plan_says(rows, parallel, settings):
-    """Within 10 %, and up to now always less by about 16 MiB: gloo's and malloc's own."""
+    """Within 10 %, and up to now always less, by 13 to 33 MiB: gloo's and malloc's own."""
     config = configured(*settings)
     step = step_of(config, rows, parallel, 2, choose_kernels(torch.device("cpu")))
     told = max(map(total, step.phases().values())) / 2**20
