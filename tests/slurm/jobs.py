@@ -21,7 +21,7 @@ from tests.slurm.cluster import Slurm, environment_of
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 STEPS = 80
-PATIENCE = 120.0  # seconds, for a start of the ranks and a hundred steps on a busy machine
+PATIENCE = 240.0  # seconds, for a start of the ranks and a hundred steps on a busy machine
 TRAINING = (
     f"vocab.size={VOCAB} vocab.multiple=8 vocab.parallel={RANKS} model.layers=2 model.width=24 model.heads=3"
     " model.context=16 train.micro_batch=3 train.global_batch=24 train.precision=fp32 optim.lr=1e-2"

@@ -33,6 +33,16 @@ def told(job):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here: the full disk is not tried")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
 def submit(slurm, data, tmp_path):
     """Submits a run; what is left of it is cancelled, and after a failure pytest shows its logs."""
     jobs = []
@@ -109,7 +119,7 @@ def test_a_killed_rank_goes_on_on_another_node(submit, straight):
 
 
 def test_a_rank_that_hangs(submit, straight):
-    job = submit("train.hang_after=10")
+    job = submit("train.hang_after=15")
     job.train_on()
     with frozen(job.ranks()[1:]):
         job.wait_for_requeue()
@@ -120,24 +130,17 @@ def test_a_rank_that_hangs(submit, straight):
     compare(job.run, straight, STEPS)
 
 
-def test_a_full_disk(submit, straight, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here: the full disk is not tried")
-    try:
-        job = submit(run=disk / "run")
-        job.train_on()
-        left = shutil.disk_usage(disk).free - 100_000  # enough for a few lines, too little for a checkpoint
-        (disk / "filler").write_bytes(bytes(left))
-        job.wait_for_requeue()
-        (disk / "filler").unlink()
-        job.go_on()
-        assert job.end() == "COMPLETED"
-        assert told(job) == [("UNSAVED", "restart"), ("FINISHED", "done")]
-        compare(job.run, straight, STEPS)
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def test_a_full_disk(small_disk, submit, straight):
+    job = submit(run=small_disk / "run")
+    job.train_on()
+    left = shutil.disk_usage(small_disk).free - 100_000  # enough for a few lines, too little for a checkpoint
+    (small_disk / "filler").write_bytes(bytes(left))
+    job.wait_for_requeue()
+    (small_disk / "filler").unlink()
+    job.go_on()
+    assert job.end() == "COMPLETED"
+    assert told(job) == [("UNSAVED", "restart"), ("FINISHED", "done")]
+    compare(job.run, straight, STEPS)
 
 
 def test_cancelled_killed_and_without_accounting(submit, slurm_without_accounting, straight):
