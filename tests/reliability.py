@@ -117,6 +117,7 @@ class Loop:
             assert not alive, f"{alive} outlived the kill"
             if process.poll() is not None:
                 return False
+            victims = self.random.choice(VICTIMS[1:])  # of the ranks that it has started again
         assert process.wait(PATIENCE) == 0, self.said(run)
         return True
 
