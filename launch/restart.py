@@ -66,13 +66,15 @@ def bad_node(first: Record, records: Iterable[Record]) -> str | None:
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
     """What to do after a start that has ended so, and why.
 
-    progress: whether there is a newer checkpoint than at its beginning; fruitless: failed starts without, in a row and
-    up to this one.
+    progress: whether there is a newer checkpoint than at its beginning; fruitless: starts without, in a row and up to
+    this one.
     """
     if ending is Exit.FINISHED:
         return Decision.DONE, "where it was meant to get"
-    if ending is Exit.STOPPED:
+    if ending is Exit.STOPPED and (progress or fruitless < max(1, config.without_progress)):
         return Decision.RESTART, "stopped on request, and saved"
+    if ending is Exit.STOPPED:  # such as a job whose time limit is shorter than its start
+        return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
     if ending in NEVER:
         return Decision.GIVE_UP, NEVER[ending]
     if config.without_progress == 0:
@@ -103,12 +105,12 @@ class History:
         return found
 
     def fruitless(self) -> int:
-        """Failed starts without a newer checkpoint, in a row and up to now."""
+        """Starts without a newer checkpoint, in a row and up to now."""
         count = 0
         for line in reversed(self.lines()):
             if line["decision"] in (Decision.DONE, Decision.STOP, Decision.GIVE_UP) or line["step"] > line["from"]:
                 break
-            count += not Exit[line["class"]].good and line["decision"] == Decision.RESTART
+            count += line["decision"] == Decision.RESTART
         return count
 
     def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> None:

@@ -186,8 +186,9 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
     (Exit.FINISHED, False, 1, THREE, Decision.DONE),
     (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
-    (Exit.STOPPED, False, 9, THREE, Decision.RESTART),
-    (Exit.STOPPED, False, 9, RestartConfig(without_progress=0), Decision.RESTART),
+    (Exit.STOPPED, True, 0, RestartConfig(without_progress=0), Decision.RESTART),
+    (Exit.STOPPED, False, 2, THREE, Decision.RESTART),
+    (Exit.STOPPED, False, 3, THREE, Decision.GIVE_UP),
     *[
         (ending, *case)
         for ending in (Exit.CRASHED, Exit.UNSAVED, Exit.LOST_PEER, Exit.DEVICE, Exit.KILLED, Exit.HUNG)
@@ -247,7 +248,7 @@ def test_exit_codes():
     ]
 
 
-def test_failed_starts_in_a_row_are_counted(tmp_path):
+def test_starts_without_progress_in_a_row_are_counted(tmp_path):
     history = History(tmp_path)
     failed, stopped = record(1, Exit.KILLED), record(1, Exit.STOPPED)
 
@@ -257,9 +258,9 @@ def test_failed_starts_in_a_row_are_counted(tmp_path):
 
     assert history.fruitless() == 0
     assert after(failed, -1, -1, Decision.RESTART) == 1
-    assert after(stopped, -1, -1, Decision.RESTART) == 1, "a stop does not count"
-    assert after(failed, -1, -1, Decision.LEFT) == 1, "nor what Slurm has done"
-    assert after(failed, -1, -1, Decision.RESTART) == 2
+    assert after(stopped, -1, -1, Decision.RESTART) == 2, "a stop without a step is one too"
+    assert after(failed, -1, -1, Decision.LEFT) == 2, "what Slurm has done is none"
+    assert after(failed, -1, -1, Decision.RESTART) == 3
     assert after(failed, -1, 5, Decision.RESTART) == 0
     assert after(failed, 5, 5, Decision.RESTART) == 1
     with open(history.path, "a") as file:
