@@ -26,6 +26,7 @@ ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
     *("DEADLINE", "REVOKED"),
 }
+ANSWER_SECONDS = 120
 TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
 CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
 OURS = {  # sbatch's keys that we or submitit write, and the setting to use instead
@@ -54,10 +55,10 @@ OURS = {  # sbatch's keys that we or submitit write, and the setting to use inst
 
 @dataclass
 class ClusterConfig:
-    """nodes, gpus_per_node, cpus_per_task: how many. tasks_per_node: ranks of a node; null: one a GPU, or one.
-    tasks: jobs side by side, of tokenising alone.
-    gpu: what GPU a node has, a name in launch/hardware.py; null where it has none. memory: of a node, such as 400G;
-    0: all. time: Slurm's limit, such as 1-12:00:00. partition, account, qos, constraint, exclude: as for sbatch.
+    """nodes, gpus_per_node, cpus_per_task: how many. gpu: what GPU a node has, a name in launch/hardware.py; null where
+    there is none. tasks_per_node: ranks of a node; null: one a GPU, or one. tasks: jobs side by side, of tokenising
+    alone. memory: of a node, such as 400G; 0: all. time: Slurm's limit, such as 1-12:00:00. partition, account, qos,
+    constraint, exclude: as for sbatch.
 
     container: an image for Slurm's --container-image (pyxis); mounts: what it sees besides the run and the data, as
     FROM:TO. python: the command that is Python in a task; null: this one, or python3 in a container.
@@ -69,8 +70,8 @@ class ClusterConfig:
     gpus_per_node: int = 0
     gpu: str | None = None
     tasks_per_node: int | None = None
-    tasks: int = 1
     cpus_per_task: int = 1
+    tasks: int = 1
     memory: str = "0"
     time: str = ""
     partition: str | None = None
@@ -88,7 +89,7 @@ class ClusterConfig:
     sbatch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "tasks": 1, "cpus_per_task": 1}
+        leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "tasks": 1}
         for key, least in leasts.items():
             value = getattr(self, key)
             if value is not None and value < least:
@@ -119,9 +120,11 @@ class ClusterConfig:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"cluster.environment.{name} is no name of a variable")
-        for key in map(_option, self.sbatch):
+        for key, value in ((_option(key), value) for key, value in self.sbatch.items()):
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 raise ValueError(f"cluster.sbatch.{key} is no option of sbatch")
+            if isinstance(value, list | dict):
+                raise ValueError(f"cluster.sbatch.{key}={value} must be a word, a number, true or false")
             if key in OURS:
                 raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OURS[key]}")
 
@@ -256,7 +259,7 @@ def _rehearsal() -> Iterator[Path]:
             path = Path(scratch, command)
             path.write_text("#!/bin/sh\necho Submitted batch job 1\n")
             path.chmod(0o700)
-        before = os.environ["PATH"]
+        before = os.environ.get("PATH", os.defpath)
         os.environ["PATH"] = os.pathsep.join([scratch, before])
         try:
             yield Path(scratch, "slurm")
@@ -287,14 +290,17 @@ def exit_code(job: str) -> int | None:
         found = re.search(r"(\w+).*\|(\d+):(\d+)", done.stdout)
     if found is None:
         return None
-    state, code, signal = found[1], int(found[2]), int(found[3])
-    if state == "COMPLETED":
+    word, code, signal = found[1], int(found[2]), int(found[3])
+    if word == "COMPLETED":
         return 0
     return code or (128 + signal if signal else 1)
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} has not answered for {ANSWER_SECONDS} s") from None
 
 
 def _option(key: object) -> str:

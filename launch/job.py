@@ -18,17 +18,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import submitit
+
 from data_prep.durable import durable
 from pretrain.exits import Exit
 
 from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
-from .supervisor import Record, StopRequests, Supervisor
+from .supervisor import SILENT, Record, StopRequests, Supervisor
 
 __all__ = ["RestartConfig", "SlurmRank", "close"]
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
-RECORD_SECONDS = 20  # for the ranks of a job that Slurm is ending to leave their records
-SILENT = "gone without a word"
+RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
 FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
 
 
@@ -45,7 +46,9 @@ class SlurmRank:
         run = Path(self.config_path).parent
         rank = int(os.environ["SLURM_PROCID"])
         attempt = Attempt.of_job(run)
-        with StopRequests() as requests:
+        with StopRequests(
+            after=signal.SIG_IGN
+        ) as requests:  # Slurm may ask once more: this task ends well all the same
             if rank == 0:
                 attempt.begin(self.restart)
             attempt.join(rank)
@@ -80,7 +83,7 @@ class Attempt:
 
     def join(self, rank: int) -> None:
         """Until the rank has a record of its own, it has gone without a word."""
-        self._keep(Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT))
+        self._keep(Record.silent(rank, os.environ["SLURMD_NODENAME"]))
 
     def record(self, record: Record) -> None:
         self._keep(record)
@@ -117,7 +120,8 @@ class Attempt:
     def _keep(self, record: Record) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict())
+            node = {"host": os.environ["SLURMD_NODENAME"]}  # Slurm's name of it, which may not be the machine's own
+            _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict() | node)
         except OSError as error:
             print(f"warning: cannot tell how rank {record.rank} has ended: {error}", file=sys.stderr, flush=True)
 
@@ -130,7 +134,7 @@ def rendezvous() -> dict[str, str]:
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_of_this_node()),
-        "MASTER_ADDR": hosts(os.environ["SLURM_JOB_NODELIST"])[0],
+        "MASTER_ADDR": submitit.JobEnvironment().hostnames[0],  # a container may have no scontrol to ask
         "MASTER_PORT": str(FIRST_PORT + (job * 31 + restarts) % PORTS),
     }
     end = job_end()
@@ -170,9 +174,10 @@ def close(run: Path) -> None:
     except FileNotFoundError:
         print("the ranks of this job have not started: it is not requeued", file=sys.stderr)
         return
-    state, end = _ask("squeue", "-h", "-j", job, "-o", "%T"), job_end()
-    ended_by_slurm = state != "RUNNING" and (end is None or time.time() < end)
-    records = _all_records(attempt, ranks, 0 if state == "RUNNING" else RECORD_SECONDS)
+    state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
+    too_late = reason == "TimeLimit"  # the ranks had not saved by then
+    ended_by_slurm = state not in ("RUNNING", "") and not too_late
+    records = _all_records(attempt, ranks)
     first = cause(records)
     step = newest_step(run)
     fruitless = history.fruitless() + (step <= start_step)
@@ -181,26 +186,26 @@ def close(run: Path) -> None:
         decision, why = Decision.LEFT, f"Slurm ends the job, its state is {state}"
     elif decision is Decision.RESTART and "Requeue=0" in _ask("scontrol", "--oneliner", "show", "job", job):
         decision, why = Decision.STOP, f"{why}; cluster.requeue=false"
-    bad, excluded = bad_node(first, records), None
+    bad, excluded = None if too_late else bad_node(first, records), None
     if decision is Decision.RESTART and bad is not None:
         excluded, remark = _without(bad)
         why += f"; {remark}"
     history.write(attempt.name, start_step, step, first, decision, why)
-    print(f"{decision}: {why} (rank {first.rank} on {first.host}: {first.how})", flush=True)
+    print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
     if decision is Decision.RESTART:
         time.sleep(config.delay if not first.ending.good else 0)
         _requeue(excluded)
 
 
-def _all_records(attempt: Attempt, ranks: int, patience: float) -> list[Record]:
-    """Of all ranks, where need be after a while; a rank whose task has not come so far has gone without a word."""
-    late = time.monotonic() + patience
+def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
+    """Of all ranks. If silence is all that explains the end, a while later: other nodes' files may not be here yet."""
+    late = time.monotonic() + RECORD_SECONDS
     while True:
         records = attempt.records()
-        silent = set(range(ranks)) - {record.rank for record in records}
-        waiting = silent or any(record.last == SILENT for record in records)
-        if not waiting or time.monotonic() >= late:
-            return records + [Record(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host="?") for rank in silent]
+        missing = set(range(ranks)) - {record.rank for record in records}
+        records += [Record.silent(rank, "") for rank in missing]
+        if cause(records).last != SILENT or time.monotonic() >= late:
+            return records
         time.sleep(0.5)
 
 

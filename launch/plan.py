@@ -21,7 +21,7 @@ from launch.hardware import HARDWARE, Hardware  # noqa: E402
 from launch.step import Item, Step, total  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.config import TrainConfig  # noqa: E402
-from pretrain.data import open_corpus  # noqa: E402
+from pretrain.data import open_data  # noqa: E402
 from pretrain.vocab import Transfer  # noqa: E402
 from pretrain.vocab.kernels import choose_kernels  # noqa: E402
 from pretrain.vocab.parallel import UPDATE, estimate  # noqa: E402
@@ -39,7 +39,7 @@ class Size:
     """
 
     ranks: int
-    moments: dict[str, list[Item]]
+    phases: dict[str, list[Item]]
     links: list[Transfer]
     near: dict[str, float]
     far: dict[str, float]
@@ -48,7 +48,7 @@ class Size:
     @property
     def memory(self) -> list[Item]:
         """What is held when most is."""
-        return max(self.moments.values(), key=total)
+        return max(self.phases.values(), key=total)
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Plan:
         return "\n\n".join([self._memory(), self._links(), self._sizes()])
 
     def _memory(self) -> str:
-        moments = self.chosen.moments
-        header = ["a rank holds, MiB, in", *moments, ""]
+        phases = self.chosen.phases
+        header = ["a rank holds, MiB", *phases, ""]
         rows = [
             [items[0].name, *(f"{item.bytes / MIB:,.0f}" for item in items), f"  {items[0].formula}"]
-            for items in zip(*moments.values(), strict=True)
+            for items in zip(*phases.values(), strict=True)
         ]
         of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
-        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in moments.values()), of])
+        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), of])
         return _aligned([header, *rows])
 
     def _links(self) -> str:
@@ -103,7 +103,7 @@ class Plan:
         header = ["ranks to a copy"]
         for axis in AXES:
             header += [f"{axis}: in node", "between"]
-        rows = [[*header, "ms a step", "tokens/s", "peak MiB", ""]]
+        rows = [[*header, "ms a step", "tokens/s a rank", "peak MiB", ""]]
         for size in self.sizes:
             row = [f"{size.ranks:,}"]
             for axis in AXES:
@@ -130,7 +130,7 @@ def plan(config: TrainConfig, rows: int, world: int, node: int, hardware: Hardwa
 
 
 def _size(step: Step, node: int, hardware: Hardware) -> Size:
-    links = step.transfers()
+    links = [*step.of_matrix(), *step.of_body()]
     near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
     for one in links:
         outside = one.sent * _outside(one, step, node)
@@ -138,18 +138,18 @@ def _size(step: Step, node: int, hardware: Hardware) -> Size:
         far[one.axis] += outside
     machine = hardware.machine(step.world, node, step.dtype.itemsize)
     matrix = estimate(step.p, step.work, machine).seconds
-    body = step.of_the_body()
+    body = step.of_body()
     outside = sum(one.sent * _outside(one, step, node) for one in body)
     moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
     matmuls = step.flops / machine.flops
-    update = UPDATE * step.body.shard(step.ranks) / machine.memory
+    update = UPDATE * step.body.stepped / machine.memory
     seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
-    return Size(step.p, step.moments(), links, near, far, (matrix, seconds))
+    return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
 
 
 def _outside(one: Transfer, step: Step, node: int) -> float:
     """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
-    if step.world <= node or one.axis == "vocab" and step.p <= node and node % step.p == 0:
+    if step.world <= node or (one.axis == "vocab" and step.p <= node and node % step.p == 0):
         return 0.0
     here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
     return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here
@@ -177,10 +177,9 @@ def draw(config: TrainConfig, world: int, node: int, hardware: Hardware, path: P
     repeats = config.train.global_batch // world
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     memory, speed = figure.subplots(1, 2)
-    worlds = [node]
-    while worlds[-1] * 4 <= max(world, MOST_RANKS):
-        worlds.append(worlds[-1] * 4)
-    for ranks in worlds:
+    worlds = [node * 4**k for k in range(6) if node * 4**k <= max(world, MOST_RANKS)]
+    asked = config.vocab.parallel
+    for ranks in (one for one in worlds if asked == "auto" or one % int(asked) == 0):
         wider = replace(config, train=replace(config.train, global_batch=repeats * ranks))
         plans = [plan(wider, rows, ranks, node, hardware) for rows in ROWS]
         label = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
@@ -207,15 +206,16 @@ def _composed(composed: DictConfig) -> None:
     try:
         OmegaConf.set_struct(composed, False)
         slurm.need_cluster(composed)
-        cluster, plot = composed.pop("cluster"), composed.pop("plot")
-        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), cluster))
+        given, plot = composed.pop("cluster"), composed.pop("plot")
+        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), given))
+        assert isinstance(cluster, ClusterConfig)
         config, rows = _training(composed)
         hardware = HARDWARE[cluster.gpu or "cpu"]
         node, world = cluster.ranks_of_a_node, cluster.ranks
         planned = plan(config, rows, world, node, hardware)
-        print(
-            f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {planned.tokens:,} tokens a rank and step\n"
-        )
+        tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
+        print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
+        print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
         print(planned.table())
         if plot is not None:
             draw(config, world, node, hardware, Path(plot))
@@ -227,13 +227,13 @@ def _composed(composed: DictConfig) -> None:
 def _training(composed: DictConfig) -> tuple[TrainConfig, int]:
     """A plan needs no run, and no data where the rows are given."""
     composed.run.dir = composed.run.dir or "not a run"
-    known = composed.data.path
+    known = composed.data.path or composed.data.corpora
     if not known and composed.vocab.size is None:
         raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer tells it")
-    composed.data.path = known or "no data"
+    composed.data.path = composed.data.path if known else "no data"
     config = configuration.build(composed)
     if known:
-        return config, configuration.vocab_rows(config, open_corpus(Path(known)))
+        return config, configuration.vocab_rows(config, open_data(config.data))
     assert config.vocab.size is not None
     return config, config.vocab.size
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pretrain.exits import RESTARTS_FILE, Exit
 
-from .supervisor import Record
+from .supervisor import SILENT, Record
 
 NEVER = {
     Exit.REFUSED: "the same settings would be refused again",
@@ -47,10 +47,12 @@ class Decision(StrEnum):
 def cause(records: Iterable[Record]) -> Record:
     """The record that explains how all have ended: of those that failed, the first to do so on its own."""
 
+    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
+
     def order(record: Record) -> tuple[int, bool, float]:
-        innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        return guilt, not record.waits, -record.time
+        told = record.last != SILENT  # who is silent may have been ended by Slurm, because of another one
+        return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
 
     return max(records, key=order)
 
@@ -58,19 +60,21 @@ def cause(records: Iterable[Record]) -> Record:
 def bad_node(first: Record, records: Iterable[Record]) -> str | None:
     """The host that may be at fault for that cause. Of a hang only where the ranks of all others wait for it."""
     hung_alone = first.ending is Exit.HUNG and all(record.waits for record in records if record.host != first.host)
-    return first.host if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
+    return (first.host or None) if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
 
 
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
     """What to do after a start that has ended so, and why.
 
-    progress: whether there is a newer checkpoint than at its beginning; fruitless: failed starts without, in a row and
-    up to this one.
+    progress: whether there is a newer checkpoint than at its beginning; fruitless: starts without, in a row and up to
+    this one.
     """
     if ending is Exit.FINISHED:
         return Decision.DONE, "where it was meant to get"
-    if ending is Exit.STOPPED:
+    if ending is Exit.STOPPED and (progress or fruitless < max(1, config.without_progress)):
         return Decision.RESTART, "stopped on request, and saved"
+    if ending is Exit.STOPPED:  # such as a job whose time limit is shorter than its start
+        return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
     if ending in NEVER:
         return Decision.GIVE_UP, NEVER[ending]
     if config.without_progress == 0:
@@ -101,12 +105,12 @@ class History:
         return found
 
     def fruitless(self) -> int:
-        """Failed starts without a newer checkpoint, in a row and up to now."""
+        """Starts without a newer checkpoint, in a row and up to now."""
         count = 0
         for line in reversed(self.lines()):
             if line["decision"] in (Decision.DONE, Decision.STOP, Decision.GIVE_UP) or line["step"] > line["from"]:
                 break
-            count += not Exit[line["class"]].good and line["decision"] == Decision.RESTART
+            count += line["decision"] == Decision.RESTART
         return count
 
     def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> None:

@@ -6,7 +6,6 @@ one job, or a sweep as one array. What runs in the job is launch/job.py.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,6 +24,7 @@ if str(ROOT) not in sys.path:
 
 import hydra  # noqa: E402
 import submitit  # noqa: E402
+import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
+from data_prep.errors import headline  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
@@ -129,12 +130,14 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         for run in runs:
             print(f"# {run.config.path}\n{configuration.text(run.config)}")
         return 0
+    for run in runs:
+        refuse_if_held(run.dir)
     new = not base.exists()
     with ExitStack() as locks:
         try:
             for run in runs:
                 locks.enter_context(hold(run.dir, LAUNCH_LOCK))
-                refuse_if_held(run.dir)
+                refuse_if_held(run.dir)  # by a launcher that was quicker
                 with hold(run.dir, RANKS_LOCK):
                     configuration.freeze(run.config, run.data)
             snapshot.save(base / "code")
@@ -194,16 +197,27 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config.data.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    run_without_data(config)
     rows = configuration.vocab_rows(config, data)
     needed = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware).peak_bytes
     room = hardware.memory - hardware.reserved
     if cluster.gpu and needed > room:
         raise ValueError(
-            f"a rank would hold {needed / GIB:.1f} GiB, and a {cluster.gpu} has room for {room / GIB:.1f}: lower"
+            f"a rank would hold {needed / GIB:.1f} GiB, cluster.gpu={cluster.gpu} has room for {room / GIB:.1f}: lower"
             f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
             " ranks; launch/plan.py shows what it is"
         )
     return Run(config, data)
+
+
+def run_without_data(config: TrainConfig) -> None:
+    """The body's forward and backward on the meta device: shapes alone. ValueError where they clash."""
+    B, T, D = config.train.micro_batch, config.seq_len, config.model.width
+    try:
+        with torch.device("meta"):
+            config.model.body()(torch.empty(B, T, D, requires_grad=True)).sum().backward()
+    except RuntimeError as error:
+        raise ValueError(f"the model's shapes do not fit together: {headline(error)}") from error
 
 
 def setup(runs: list[Run], code: Path) -> list[str]:

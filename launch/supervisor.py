@@ -5,6 +5,7 @@ line of a rank that has failed can be told.
 """
 
 import ctypes
+import linecache
 import os
 import re
 import selectors
@@ -22,9 +23,12 @@ from pretrain.exits import Exit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECONDS = 0.05
+ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
-INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # faulthandler's
+SILENT = "gone without a word"
+STACKS = b"(most recent call first):"  # faulthandler's, as is this
+INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,12 +51,19 @@ class Record:
         return asdict(self) | {"ending": self.ending.name}
 
     @classmethod
+    def silent(cls, rank: int, host: str) -> "Record":
+        """Of a rank whose end nobody has seen: it, its supervisor or its node is gone."""
+        return cls(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host=host)
+
+    @classmethod
     def of_dict(cls, fields: dict[str, Any]) -> "Record":
         return cls(**fields | {"ending": Exit[fields["ending"]]})
 
     @property
     def how(self) -> str:
         """In words."""
+        if self.last == SILENT:
+            return SILENT
         if self.ending is Exit.HUNG:
             return f"hung in {self.last}"
         if self.code < 0:
@@ -61,10 +72,13 @@ class Record:
 
 
 class StopRequests:
-    """Counts the signals that ask to save and stop, while the context lasts."""
+    """Counts the signals that ask to save and stop, while the context lasts.
 
-    def __init__(self) -> None:
-        self.count = 0
+    after: what the signals do once it has ended; None: what they did before.
+    """
+
+    def __init__(self, after: signal.Handlers | None = None) -> None:
+        self.count, self.after = 0, after
 
     def sleep(self, seconds: float) -> None:
         """Not so long if there is a request."""
@@ -78,7 +92,7 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.after is None else self.after)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
@@ -95,7 +109,7 @@ class _Rank:
             if os.getppid() != supervisor:
                 os._exit(1)
 
-        self.rank, self.said = rank, b""
+        self.rank, self.said, self._line = rank, b"", b""
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -109,17 +123,22 @@ class _Rank:
         os.set_blocking(self.stderr, False)
 
     def pump(self) -> bool:
-        """Hands on what it has written; False at the end of it."""
-        while True:
-            try:
-                data = os.read(self.stderr, KEPT_BYTES)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self.said = (self.said + data)[-KEPT_BYTES:]
-            with suppress(OSError):
-                os.write(2, data)
+        """Hands on the lines that it has written; False at the end of them."""
+        try:
+            while data := os.read(self.stderr, KEPT_BYTES):
+                self._hand_on(data)
+        except BlockingIOError:
+            return True
+        return False
+
+    def _hand_on(self, data: bytes) -> None:
+        """Whole lines: two ranks may write at the same time."""
+        if STACKS in data and STACKS not in self.said:
+            self._line = b"stacks of rank %d:\n" % self.rank + self._line
+        self.said = (self.said + data)[-KEPT_BYTES:]
+        lines, end, self._line = (self._line + data).rpartition(b"\n")
+        with suppress(OSError):
+            os.write(2, lines + end)
 
     def over(self) -> bool:
         """Whether it has ended; not yet reaped, its number still stands for it and its children."""
@@ -135,6 +154,7 @@ class _Rank:
         self.kill()
         code = self.process.wait()
         self.pump()
+        self._hand_on(b"\n" if self._line else b"")
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
@@ -143,9 +163,11 @@ class _Rank:
         said = self.said.decode(errors="replace")
         if ending is Exit.HUNG:
             stacks = INNERMOST.findall(said)
-            path, line, function = stacks[-1] if stacks else ("", "", "")
-            where = f"{function}, {path}:{line}" if stacks else "a state in which it cannot tell its stack"
-            return Record(self.rank, ending, code, where, waits="/torch/distributed/" in path)
+            if not stacks:
+                return Record(self.rank, ending, code, "a state in which it cannot tell its stack")
+            path, line, function = stacks[-1]
+            waits = "/torch/distributed/" in path or ".wait(" in linecache.getline(path, int(line))
+            return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
 
@@ -175,15 +197,16 @@ class Supervisor:
         """Until all have ended; their records, in the order of their ends."""
         self._start()
         records: list[Record] = []
-        handed_on = 0
+        handed_on, look_elsewhere = 0, 0.0
         while self._alive:
             self._look()
             records += self._ended(Exit.of)
             if handed_on < self.requests.count:
                 handed_on = self.requests.count
                 self._send(signal.SIGTERM)
-            failures = [record.ending for record in records if not record.ending.good]
-            failure = failures[0] if failures else self.elsewhere()
+            failure = next((record.ending for record in records if not record.ending.good), None)
+            if failure is None and time.monotonic() >= look_elsewhere:
+                failure, look_elsewhere = self.elsewhere(), time.monotonic() + ELSEWHERE_SECONDS
             if failure is not None:
                 records += self._end(failure)
         self._selector.close()

@@ -5,6 +5,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -39,7 +40,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = os.environ.get("RANK", "0")
     try:
-        with StopFlag() as stop:
+        with StopFlag(after=signal.SIG_IGN) as stop:  # Slurm asks more than once: a rank that ends is not to die of it
             config = configuration.load(Path(sys.argv[1]))
             timeout = max(timedelta(minutes=MINUTES_OF_A_COLLECTIVE), timedelta(seconds=config.train.hang_after))
             with ranks(timeout) as device:

@@ -152,12 +152,14 @@ Stop = tuple[Reason, Callable[[], bool]]  # asked by each rank at each step edge
 class StopFlag:
     """Raised by a signal that asks to stop, while the context lasts. No more than that: a collective in a handler
     deadlocks. A launcher may have blocked the signals: one that came before the context is seen as soon as it begins.
+
+    after: what the signals do once the context has ended; None: what they did before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self) -> None:
-        self.raised = False
+    def __init__(self, after: signal.Handlers | None = None) -> None:
+        self.raised, self.after = False, after
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._raise) for number in self.SIGNALS}
@@ -166,7 +168,7 @@ class StopFlag:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.after is None else self.after)
 
     def __call__(self) -> bool:
         return self.raised

@@ -3,7 +3,8 @@
     python tests/reliability.py --kills 30 [--seed 0] [--engine fsdp2] [key=value ...]
 
 Starts the real command on two ranks and kills one rank, or all and the launcher, at random moments of its steps and
-its saves; runs it again until it has come to its end. Then losses, norms, weights and both moments must be those of
+its saves. The command is run again until it has come to its end, unless it has been left to start the ranks again by
+itself. Then losses, norms, weights and both moments must be those of
 the uninterrupted run, bit for bit. Prints a tally in Markdown; exits 1 at the first difference. Key=value goes to the
 command. Kills only what it has started, by pid.
 """
@@ -32,6 +33,7 @@ from tests.pretrain.tiny import VOCAB, saved_tensors, write_tokens
 
 RANKS = 2
 PATIENCE = 120  # seconds, for whatever should take a few
+VICTIMS = ("one rank", "one rank, restarted", "all")
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 SETTINGS = (
     f"nproc={RANKS} vocab.size={VOCAB} vocab.multiple=8 model.layers=2 model.width=24 model.heads=3 model.context=16"
@@ -75,7 +77,7 @@ class Loop:
 
     def run(self) -> None:
         straight = self.folder / "straight"
-        process = self.start(straight)
+        process = self.start(straight, "all")
         assert process.wait(PATIENCE) == 0, self.said(straight)
         while self.tally.total() < self.kills:
             self.runs += 1
@@ -85,8 +87,9 @@ class Loop:
             compare(run, straight, self.steps)
             print(f"run {self.runs}: equal after {self.tally.total()} kills so far", file=sys.stderr, flush=True)
 
-    def start(self, run: Path) -> subprocess.Popen:
-        command = [sys.executable, "launch/local.py", f"run.dir={run}", *self.settings]
+    def start(self, run: Path, victims: str) -> subprocess.Popen:
+        starts = f"restart.without_progress={1000 if victims == 'one rank, restarted' else 0}"
+        command = [sys.executable, "launch/local.py", f"run.dir={run}", starts, *self.settings]
         with open(self.folder / f"{run.name}.log", "a") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
@@ -97,20 +100,24 @@ class Loop:
 
     def attempt(self, run: Path) -> bool:
         """Starts the run, and kills it while kills are left; whether it has come to its end."""
-        process = self.start(run)
-        if self.tally.total() < self.kills:
-            moment, victims = self.random.choice([*MOMENTS]), self.random.choice(["one rank", "all"])
-            launcher, ranks = psutil.Process(process.pid), self.wait_for(run, process, moment)
-            if ranks:
-                for victim in [launcher, *ranks] if victims == "all" else [self.random.choice(ranks)]:
-                    victim.kill()
-                found = next(name for name, shows in reversed(MOMENTS.items()) if shows(run))
-                self.tally[found, victims] += 1
-                print(f"kill {self.tally.total()}: {victims}, {found}", file=sys.stderr, flush=True)
-                assert process.wait(PATIENCE) != 0
-                _, alive = psutil.wait_procs(ranks, PATIENCE)
-                assert not alive, f"{alive} outlived the kill"
+        victims = self.random.choice(VICTIMS)
+        process = self.start(run, victims)
+        launcher = psutil.Process(process.pid)
+        while self.tally.total() < self.kills:
+            ranks = self.wait_for(run, process, self.random.choice([*MOMENTS]))
+            if not ranks:
+                break
+            for victim in [launcher, *ranks] if victims == "all" else [self.random.choice(ranks)]:
+                victim.kill()
+            found = next(name for name, shows in reversed(MOMENTS.items()) if shows(run))
+            self.tally[found, victims] += 1
+            print(f"kill {self.tally.total()}: {victims}, {found}", file=sys.stderr, flush=True)
+            assert victims == "one rank, restarted" or process.wait(PATIENCE) != 0
+            _, alive = psutil.wait_procs(ranks, PATIENCE)
+            assert not alive, f"{alive} outlived the kill"
+            if process.poll() is not None:
                 return False
+            victims = self.random.choice(VICTIMS[1:])  # of the ranks that it has started again
         assert process.wait(PATIENCE) == 0, self.said(run)
         return True
 
@@ -140,9 +147,9 @@ class Loop:
         return []
 
     def table(self) -> str:
-        lines = ["| at the moment of the kill | one rank | all and the launcher |", "| --- | --: | --: |"]
+        lines = [f"| at the moment of the kill | {' | '.join(VICTIMS)} and the launcher |", "| --- | --: | --: | --: |"]
         for moment in MOMENTS:
-            lines.append(f"| {moment} | {self.tally[moment, 'one rank']} | {self.tally[moment, 'all']} |")
+            lines.append(f"| {moment} | {' | '.join(str(self.tally[moment, victims]) for victims in VICTIMS)} |")
         runs = f"{self.runs} run{'s' * (self.runs > 1)} of {self.steps} steps"
         return "\n".join([*lines, "", f"{self.tally.total()} kills, {runs}: all equal to the uninterrupted run."])
 

@@ -154,10 +154,10 @@ def transfers(
 
     mean = round(repeats * DISTINCT * N * (p - 1) / p)
     rows_sent, rows_got = lookup or (mean, mean)
-    add("rows looked up", "all-to-all", repeats, rows_sent * D * work.itemsize, "(p-1)/p · distinct ids · D · item")
+    add("rows looked up", "all-to-all", repeats, rows_sent * D * work.itemsize, "(p-1)/p · distinct ids · D · i")
     add("looked-up rows' gradients", "all-to-all", repeats, rows_got * D * GRADIENT, "(p-1)/p · distinct ids · D · 4")
     add("targets", "all-gather", repeats, repeats * N * ID, "N · 8")
-    add("hidden states", "all-gather", repeats * chunks, repeats * N * D * work.itemsize, "N · D · item")
+    add("hidden states", "all-gather", repeats * chunks, repeats * N * D * work.itemsize, "N · D · i")
     statistics = STATISTICS + work.smoothing
     given = repeats * statistics * p * N * STATISTIC
     add("softmax statistics", "all-gather", repeats * chunks, given, f"{statistics} · p·N · 4")

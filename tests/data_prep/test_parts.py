@@ -110,29 +110,28 @@ def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], p
     assert tokenize(*command, "part=0/3").stdout.startswith("already done")
 
 
-def test_the_plain_run_does_what_parts_left(tmp_path: Path, command: list[str], plain: Path) -> None:
-    command = [*command, f"out={tmp_path}"]
-    assert tokenize(*command, "part=prepare").returncode == 0
-    assert tokenize(*command, "part=4/7", "workers=2").returncode == 0
-    assert units_done(tmp_path, Part()) == units_done(tmp_path, Part(4, 7))
-    before = written(tmp_path)
-    assert tokenize(*command, "workers=2").returncode == 0
-    assert {path: written(tmp_path)[path] for path in before} == before
-    assert folder_bytes(tmp_path) == folder_bytes(plain)
-
-
-def test_a_trained_tokenizer_is_made_once(tmp_path: Path, corpus: Path) -> None:
-    command = ["corpus=files", f"corpus.paths=['{corpus}']", "tokenizer=bpe", "tokenizer.vocab_size=300", "unit_mib=1"]
-    out = f"out={tmp_path / 'out'}"
-    assert_one_error(tokenize(*command, out, "part=0/2"), "is not prepared for parts: part=prepare comes first")
-    assert not (tmp_path / "out").exists()
-    assert "trained a BPE" in tokenize(*command, out, "part=prepare").stdout
-    again = tokenize(*command, out, "part=prepare")
-    assert again.returncode == 0 and "a BPE" not in again.stdout
-    assert tokenize(*command, out, "part=1/2").returncode == 0
-    assert tokenize(*command, out).returncode == 0
+def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        "corpus=files",
+        f"corpus.paths=['{corpus}']",
+        "tokenizer=bpe",
+        "tokenizer.vocab_size=300",
+        "unit_mib=0.3",
+    ]
+    assert_one_error(
+        tokenize(*command, f"out={out}", "part=0/2"), "is not prepared for parts: part=prepare comes first"
+    )
+    assert not out.exists()
+    assert "trained a BPE" in tokenize(*command, f"out={out}", "part=prepare").stdout
+    assert tokenize(*command, f"out={out}", "part=1/2").returncode == 0
+    assert units_done(out, Part()) == units_done(out, Part(1, 2)) != set()
+    before = written(out)
+    done = tokenize(*command, f"out={out}", "workers=2")
+    assert done.returncode == 0 and "trained a" not in done.stdout and "MB/s" in done.stdout
+    assert {path: written(out)[path] for path in before} == before
     assert tokenize(*command, f"out={tmp_path / 'plain'}").returncode == 0
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "plain")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "plain")
 
 
 def test_a_whole_run_and_parts_keep_each_other_out(tmp_path: Path) -> None:

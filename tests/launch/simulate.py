@@ -3,8 +3,10 @@
 Counts what the step gives to which collectives, and how much it holds.
 """
 
+import gc
 import weakref
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ from pretrain.vocab import VocabShard, plan_lookup
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.lookup import DistinctRows
 from pretrain.watchdog import Watchdog
+from tests.ranks import context
 
 aten = torch.ops.aten
 KINDS = {
@@ -59,12 +62,25 @@ class Simulated:
     held: int
 
 
-def simulate(
-    config: TrainConfig, rows: int, parallel: int, world: int, ids_pBT: list[Tensor], kernels: Kernels | None = None
-) -> Simulated:
-    """Rank 0's second step on `world` ranks, `parallel` of them to a copy, whose tokens are the ids, in each
-    micro-batch the same.
+def simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+    """Rank 0's second step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch
+    has the same tokens.
     """
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # DeepSpeed keeps groups beyond their end
+        return pool.submit(_simulate, config, rows, parallel, world, kernels).result()
+
+
+def text_like(ranks: int, config: TrainConfig, rows: int) -> list[Tensor]:
+    """[B, T] of each rank; Zipf's law: low ids are frequent."""
+    sequences, length = config.train.micro_batch, config.seq_len
+    frequency = 1.0 / torch.arange(1, rows + 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.multinomial(frequency, ranks * sequences * length, replacement=True, generator=generator)
+    return list(ids.view(ranks, sequences, length))
+
+
+def _simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+    ids_pBT = text_like(parallel, config, rows)
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         mesh = Mesh.of(parallel, torch.device("cpu"))
@@ -84,13 +100,14 @@ def simulate(
                 stack.enter_context(fake)
                 stack.enter_context(held)
             engine, model, matrix = build_model(config, mesh, rows)
-            model.vocab.kernels = kernels or model.vocab.kernels
+            model.vocab.kernels = kernels
             trainer = trainer_of(config, mesh, engine, model, matrix)
             seen = fake.from_tensor if fake else lambda tensor: tensor
             tokens_BT = seen(ids_pBT[0])
-            batch = Batch([MicroBatch(tokens_BT, tokens_BT, plan._each(seen))] * micro_batches, tokens_BT.numel())
+            batch = Batch([MicroBatch(tokens_BT, tokens_BT, plan=plan._each(seen))] * micro_batches, tokens_BT.numel())
             with Answers():
-                trainer.train_step(batch)  # makes what is kept
+                trainer.train_step(batch)  # in which DTensor and ZeRO-3 learn what comes
+                gc.collect()
                 held.most = held.now
                 with Collectives(mesh) as collectives:
                     trainer.train_step(batch)

@@ -82,6 +82,7 @@ WRONG = {
         {"sbatch": {"ntasks_per_node": 2}},
         "cluster.sbatch.ntasks-per-node is not to be given: use",
     ),
+    "a list for sbatch": ({"sbatch": {"mail-type": ["END"]}}, "cluster.sbatch.mail-type=['END'] must be a word"),
     "no key of sbatch": ({"sbatch": {"-N": 2}}, "cluster.sbatch.-N is no option of sbatch"),
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.job import Attempt, _all_records, _tasks_of_this_node, job_end
+from launch.job import Attempt, _all_records, job_end, rendezvous
 from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from launch.supervisor import Record, StopRequests, Supervisor
 from pretrain.exits import Exit
@@ -128,6 +128,7 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     first = cause(records)
     assert first.rank == 1 and first.how.startswith("hung in lost_in_thought, <string>")
     stacks = capfd.readouterr().err
+    assert "stacks of rank 0:\n" in stacks and "stacks of rank 1:\n" in stacks
     assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
 
 
@@ -140,8 +141,9 @@ def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, 
     assert {record.ending for record in records} == {Exit.HUNG}
 
 
-def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path):
+def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path, monkeypatch):
     """Each in a process of its own, over a shared folder; the rank is killed with kill -9."""
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     code = """
 import os, sys
 from pathlib import Path
@@ -184,8 +186,9 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
     (Exit.FINISHED, False, 1, THREE, Decision.DONE),
     (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
-    (Exit.STOPPED, False, 9, THREE, Decision.RESTART),
-    (Exit.STOPPED, False, 9, RestartConfig(without_progress=0), Decision.RESTART),
+    (Exit.STOPPED, True, 0, RestartConfig(without_progress=0), Decision.RESTART),
+    (Exit.STOPPED, False, 2, THREE, Decision.RESTART),
+    (Exit.STOPPED, False, 3, THREE, Decision.GIVE_UP),
     *[
         (ending, *case)
         for ending in (Exit.CRASHED, Exit.UNSAVED, Exit.LOST_PEER, Exit.DEVICE, Exit.KILLED, Exit.HUNG)
@@ -224,6 +227,9 @@ def test_who_began_it():
     assert cause([lost, killed, late, ended, stopped]) is killed
     assert cause([lost, ended, stopped]) is lost
     assert cause([stopped, record(5, Exit.FINISHED)]) is stopped
+    silent = Record.silent(6, "b")
+    assert cause([silent, late, lost]) is late, "Slurm ends the others, too"
+    assert cause([silent, lost, ended]) is silent
 
 
 def test_which_node_is_at_fault():
@@ -242,7 +248,7 @@ def test_exit_codes():
     ]
 
 
-def test_failed_starts_in_a_row_are_counted(tmp_path):
+def test_starts_without_progress_in_a_row_are_counted(tmp_path):
     history = History(tmp_path)
     failed, stopped = record(1, Exit.KILLED), record(1, Exit.STOPPED)
 
@@ -252,9 +258,9 @@ def test_failed_starts_in_a_row_are_counted(tmp_path):
 
     assert history.fruitless() == 0
     assert after(failed, -1, -1, Decision.RESTART) == 1
-    assert after(stopped, -1, -1, Decision.RESTART) == 1, "a stop does not count"
-    assert after(failed, -1, -1, Decision.LEFT) == 1, "nor what Slurm has done"
-    assert after(failed, -1, -1, Decision.RESTART) == 2
+    assert after(stopped, -1, -1, Decision.RESTART) == 2, "a stop without a step is one too"
+    assert after(failed, -1, -1, Decision.LEFT) == 2, "what Slurm has done is none"
+    assert after(failed, -1, -1, Decision.RESTART) == 3
     assert after(failed, -1, 5, Decision.RESTART) == 0
     assert after(failed, 5, 5, Decision.RESTART) == 1
     with open(history.path, "a") as file:
@@ -277,6 +283,7 @@ def test_progress_is_a_newer_finished_checkpoint(tmp_path):
 
 def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     for restarts in range(2):
         attempt = Attempt(tmp_path, f"7-{restarts}")
         attempt.begin(THREE)
@@ -285,15 +292,24 @@ def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypat
     (line,) = History(tmp_path).lines()
     assert (line["job"], line["rank"], line["class"], line["decision"]) == ("7-0", 0, "KILLED", "left to Slurm")
     assert line["last"] == "gone without a word"
-    assert {one.rank for one in _all_records(attempt, ranks=3, patience=0)} == {0, 1, 2}
+    monkeypatch.setattr("launch.job.RECORD_SECONDS", 0)
+    assert {one.rank for one in _all_records(attempt, ranks=3)} == {0, 1, 2}
     assert json.loads((attempt.folder / "attempt.json").read_text())["restart"] == {"without_progress": 3, "delay": 0}
 
 
 @pytest.mark.parametrize("node,tasks", [(0, 4), (1, 4), (2, 3)])
-def test_what_slurm_says_of_its_tasks(monkeypatch, node, tasks):
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
-    monkeypatch.setenv("SLURM_NODEID", str(node))
-    assert _tasks_of_this_node() == tasks
+def test_a_rank_finds_the_others(monkeypatch, node, tasks):
+    """Out of what Slurm and submitit put into the environment alone: in a container there is nobody to ask."""
+    slurm = {"JOB_ID": 4711, "RESTART_COUNT": 2, "PROCID": 9, "NTASKS": 11, "LOCALID": 1, "NODEID": node}
+    slurm |= {"STEP_TASKS_PER_NODE": "4(x2),3", "JOB_NODELIST": "gpu[07-08],big", "JOB_END_TIME": 1_800_000_000}
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for key, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    monkeypatch.setenv("PATH", "")
+    found = rendezvous()
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("9", "11", "1", "gpu07")
+    assert found["LOCAL_WORLD_SIZE"] == str(tasks) and float(found["ROWSHARD_DEADLINE"]) == 1.8e9
+    assert 10_000 <= int(found["MASTER_PORT"]) < 30_000
 
 
 def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.token_file import Manifest
 from pretrain.checkpoint import checkpoints, read_manifest, step_of
@@ -25,6 +26,7 @@ from tests.pretrain.tiny import write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.micro_batch=2"
+FORTY = f"nproc=2 log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
 
 
 def command(*arguments: str) -> list[str]:
@@ -42,6 +44,10 @@ def run(
 
 def scalars(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def restarts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +179,14 @@ def test_a_signal_saves_and_exits_0_and_the_run_goes_on(data, tmp_path, number):
     assert "stopped and saved" in rest
     step = scalars(folder)[-1]["step"]
     assert checkpoints(folder)[-1].name == f"step-{step:08d}"
+    assert (restarts(folder)[-1]["class"], restarts(folder)[-1]["decision"]) == ("STOPPED", "stop")
     done = run(f"launch/local.py nproc=2 train.steps=100000 train.stop_after={step + 3} {arguments}")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in scalars(folder)] == list(range(1, step + 4))
 
 
-def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, tmp_path):
-    folder = tmp_path / "run"
-    arguments = f"nproc=2 data.path={data} run.dir={folder} log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
-    process = subprocess.Popen(
+def start(arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
         command(f"launch/local.py {arguments}"),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -189,27 +194,96 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
+
+
+def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
+    """A signal to rank 1, once the run has logged that step."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step") and "10/40" in line:
+        if line.startswith("step") and step in line:
             break
-    ranks = [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
-    ranks[1].kill()
+    ranks_of(process)[1].send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """40 steps on two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = run(f"launch/local.py data.path={data} run.dir={folder} {FORTY}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    assert [line["step"] for line in scalars(folder)] == list(range(1, 41)), "no step twice, none missing"
+    return [line["loss"] for line in scalars(folder)]
+
+
+def test_a_signal_while_the_ranks_start_saves_where_they_stand(data, tmp_path):
+    process = start(f"data.path={data} run.dir={tmp_path}/run {FORTY}")
+    while not ranks_of(process):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=90)
+    assert process.returncode == 0 and "stopped and saved" in said, errors
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == [0]
+
+
+def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp_path):
+    """Where it is not to start by itself; and where it is."""
+    folder = tmp_path / "run"
+    arguments = f"data.path={data} run.dir={folder} {FORTY}"
+    process = start(f"{arguments} restart.without_progress=0")
+    send_to_a_rank(process, signal.SIGKILL, "10/40")
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "error: rank" in errors and "Traceback" not in errors, errors
-    done = run(f"launch/local.py {arguments}")
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in scalars(folder)] == list(range(1, 41)), "no step twice, none missing"
-    straight = run(f"launch/local.py {arguments.replace(str(folder), str(tmp_path / 'straight'))}")
-    assert straight.returncode == 0, straight.stderr
-    assert [line["loss"] for line in scalars(folder)] == [line["loss"] for line in scalars(tmp_path / "straight")]
+    error = errors.splitlines()[-1]
+    assert error.startswith("error: rank 1 failed (killed by SIGKILL); the run stopped") and str(folder) in error
+    assert "Traceback" not in errors
+    process = start(arguments)
+    send_to_a_rank(process, signal.SIGKILL, "20/40")
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    error = errors.splitlines()[-1]
+    assert error.startswith("error: rank 1 failed (killed by SIGKILL); the run starts again"), errors
+    assert losses(folder) == losses(straight)
+    ends = [(end["class"], end["rank"], end["decision"]) for end in restarts(folder)]
+    assert ends == [("KILLED", 1, "give up"), ("KILLED", 1, "restart"), ("FINISHED", 0, "done")]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    *_, newest = events.Tensors("restarts/text_summary")
+    assert newest.tensor_proto.string_val[0].decode().count("KILLED, rank 1 on ") == 2
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41)), "one curve, without overlap"
+
+
+def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_path):
+    folder = tmp_path / "run"
+    process = start(f"data.path={data} run.dir={folder} {FORTY} train.hang_after=8")
+    send_to_a_rank(process, signal.SIGSTOP, "10/40")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Current thread" in errors and "/torch/distributed/" in errors, "where the other one waits"
+    assert losses(folder) == losses(straight)
+    (hung, done) = restarts(folder)
+    assert (hung["class"], hung["rank"], hung["decision"]) == ("HUNG", 1, "restart") and done["class"] == "FINISHED"
+
+
+def test_a_run_that_diverges_is_not_started_again(data, tmp_path):
+    arguments = f"nproc=2 data.path={data} run.dir={tmp_path}/run train.steps=9 checkpoint.every=1 {SMALL}"
+    done = run(f"launch/local.py {arguments} optim.lr=1e20 optim.warmup_steps=0")
+    assert done.returncode == 1 and "the gradient's norm is" in done.stderr and "Traceback" not in done.stderr
+    (end,) = restarts(tmp_path / "run")
+    assert (end["class"], end["decision"]) == ("DIVERGED", "give up") and end["step"] > end["from"]
 
 
 def test_a_time_limit_stops_the_run_saved(data, tmp_path):
     """The run's own, and the job's."""
     arguments = f"nproc=2 data.path={data} train.steps=100000 optim.schedule=wsd log.every=1 {SMALL}"
-    limits = "train.time_limit=6s checkpoint.seconds_before_limit=2"
+    limits = "train.time_limit=10s checkpoint.seconds_before_limit=2"
     done = run(f"launch/local.py run.dir={tmp_path}/own {arguments} {limits}")
     assert done.returncode == 0 and "stopped and saved" in done.stdout, done.stderr
     assert 1 < len(scalars(tmp_path / "own")) == step_of(checkpoints(tmp_path / "own")[-1]) < 100000
@@ -320,6 +394,8 @@ BAD = {
     "data that is not there": ("data.path=/nowhere", "data.path=/nowhere is neither"),
     "no run folder": ("run.dir=", "run.dir is missing"),
     "ranks that are no number": ("nproc=two", "nproc=two must be a number of ranks"),
+    "a negative number of starts": ("restart.without_progress=-1", "restart.without_progress=-1 must not be negative"),
+    "a key that restarts have not": ("restart.retries=3", "Key 'retries' not in 'RestartConfig'"),
 }
 
 
@@ -397,7 +473,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
         pytest.skip("mounting a tmpfs needs root: the full disk is not tried")
     try:
         arguments = f"nproc=2 data.path={data} run.dir={disk}/run train.steps=20 checkpoint.every=5 {SMALL}"
-        done = run(f"launch/local.py {arguments} log.tensorboard=false")
+        done = run(f"launch/local.py {arguments} log.tensorboard=false restart.without_progress=1")
         assert done.returncode == 1
         assert "No space left on device" in done.stderr and "the last good one is" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr, done.stderr

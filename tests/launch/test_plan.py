@@ -1,5 +1,7 @@
 """launch/plan.py: its bytes against the counted ones, its memory against the measured, and the command."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,13 +10,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from launch.step import Step
+from launch.hardware import HARDWARE
+from launch.plan import plan
+from launch.step import Step, total
 from pretrain import config as configuration
+from pretrain.vocab.kernels import choose_kernels
 from pretrain.vocab.kernels.torch import TorchKernels
+from tests.launch.ranks import held_by_rank
 from tests.launch.simulate import simulate
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-GPU = TorchKernels(slab_bytes=2**28, memory_mib=896)  # chunks as a GPU's, in plain torch
+GPU = TorchKernels(slab_bytes=2**25, memory_mib=896)  # chunks about as a GPU's, in plain torch
 
 
 def configured(*overrides):
@@ -24,30 +31,16 @@ def configured(*overrides):
         return configuration.build(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
 
 
-def text_like(ranks, sequences, length, rows):
-    """Zipf's law: low ids are frequent."""
-    frequency = 1.0 / torch.arange(1, rows + 1)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.multinomial(frequency, ranks * sequences * length, replacement=True, generator=generator)
-    return list(ids.view(ranks, sequences, length))
-
-
 def step_of(config, rows, parallel, world, kernels):
     dtype = config.train.compute_dtype("cpu")
     work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
     return Step(config, work, parallel, world, dtype, kernels)
 
 
-def both(config, rows, parallel, world, kernels=GPU):
-    """The plan's step, and the simulated one."""
-    ids = text_like(parallel, config.train.micro_batch, config.seq_len, rows)
-    return step_of(config, rows, parallel, world, kernels), simulate(config, rows, parallel, world, ids, kernels)
-
-
 def told(step, lookup):
     """calls and bytes of each (axis, kind), an axis of all ranks being the world."""
     calls, given = Counter(), Counter()
-    for one in step.transfers(lookup):
+    for one in [*step.of_matrix(lookup), *step.of_body()]:
         axis = "world" if one.ranks == step.world else one.axis
         calls[axis, one.kind] += one.calls
         given[axis, one.kind] += one.given
@@ -55,6 +48,7 @@ def told(step, lookup):
 
 
 SMALL = ["model=nano", "model.layers=2", "train.micro_batch=2", "train.seq_len=128"]
+DEEPSPEED = ["engine=deepspeed", "model.width=320", "model.heads=5"]  # whose numbers do not divide by 24
 
 
 @pytest.mark.parametrize(
@@ -64,12 +58,113 @@ SMALL = ["model=nano", "model.layers=2", "train.micro_batch=2", "train.seq_len=1
         (8, 8, ["vocab.tie=untied", "vocab.label_smoothing=0.1"]),
         (24, 3, ["engine.hsdp=true"]),
         (24, 8, ["engine.reshard_after_forward=false", "engine.activation_checkpointing=block"]),
-        (1024, 8, []),
-        (1024, 1024, []),
-        (1024, 16, ["engine.hsdp=true"]),
+        (1024, 1024, ["model.layers=1"]),
+        (1024, 16, ["model.layers=1", "engine.hsdp=true"]),
+        (24, 8, [*DEEPSPEED, "engine.zero_stage=0"]),
+        (24, 8, [*DEEPSPEED, "engine.zero_stage=1"]),
+        (24, 8, [*DEEPSPEED, "engine.zero_stage=1", "train.precision=fp32"]),
+        (24, 8, [*DEEPSPEED, "engine.zero_stage=2"]),
+        (24, 8, [*DEEPSPEED, "engine.zero_stage=3"]),
     ],
 )
 def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, settings):
     config = configured(*SMALL, f"train.global_batch={2 * 2 * world}", *settings)
-    step, seen = both(config, 5000, parallel, world)
+    seen = simulate(config, 5000, parallel, world, GPU)
+    step = step_of(config, 5000, parallel, world, GPU)
     assert told(step, seen.lookup) == (seen.calls, seen.given)
+
+
+@pytest.mark.parametrize(
+    "rows,parallel,settings",
+    [
+        (131_072, 2, ["model=nano", "train.micro_batch=4", "train.seq_len=128", "train.global_batch=8"]),
+        (50_257, 2, ["model=gpt2", "train.micro_batch=2", "train.seq_len=128", "train.global_batch=4"]),
+        (
+            32_768,
+            1,
+            [
+                *("model=nano", "model.width=512", "model.heads=8", "vocab.tie=untied"),
+                *("train.micro_batch=2", "train.global_batch=8", "engine.activation_checkpointing=block"),
+            ],
+        ),
+    ],
+    ids=["many rows", "gpt2", "untied, two micro-batches"],
+)
+def test_a_rank_holds_what_the_plan_says(rows, parallel, settings):
+    """Within 10 %, and up to now always less, by 13 to 33 MiB: gloo's and malloc's own."""
+    config = configured(*settings)
+    step = step_of(config, rows, parallel, 2, choose_kernels(torch.device("cpu")))
+    told = max(map(total, step.phases().values())) / 2**20
+    for held in run_ranks(2, held_by_rank, config, rows, parallel, timeout=200):
+        assert told == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model=gpt2", "train.micro_batch=8", "engine.activation_checkpointing=selective", "vocab.head_memory_mib=128"],
+        ["model=gpt2", "train.micro_batch=1", "engine.hsdp=true", "vocab.tie=untied"],
+    ],
+    ids=["selective", "hsdp"],
+)
+def test_the_tensors_of_a_large_step_are_those_of_the_plan(settings):
+    config = configured(*settings, "model.layers=2", "train.global_batch=256")
+    step = step_of(config, 50_257, 8, 16, GPU)
+    told = max(map(total, step.phases().values()))
+    assert told == pytest.approx(simulate(config, 50_257, 8, 16, GPU).held, rel=0.05)
+
+
+def test_the_command_prints_the_plan_and_draws_it(tmp_path):
+    picture = tmp_path / "plan.png"
+    done = command("+cluster=a100x8", "model=gpt2", "vocab.size=50257", f"plot={picture}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1 node × 8 ranks on a100-80gb")
+    assert lines[1] == "vocab.parallel=auto: 8 to a copy of the matrix"
+    for name in ("weights", "moments", "gradients", "gathered", "activations", "head", "lookup", "all"):
+        assert any(line.startswith(name) for line in lines)
+    assert [line.split()[0] for line in lines if line.endswith("<")] == ["8"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["model=gpt2"], "+cluster=NAME is missing; there are"),
+        (["+cluster=a100x8", "model=gpt2"], "vocab.size=null must be given, or data.path"),
+        (
+            ["+cluster=a100x8", "vocab.size=9", "vocab.parallel=3"],
+            "vocab.parallel=3 must divide the number of ranks, 8",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("cluster,model", [("a100-80gb", "gpt2_xl"), ("h100", "gpt2"), ("h200", "gpt2_medium")])
+def test_auto_is_about_as_fast_as_anything_on_that_gpu(cluster, model):
+    """It goes by round numbers for any GPU."""
+    config = configured(f"model={model}", "train.micro_batch=8", "train.global_batch=2048")
+    planned = plan(config, 128_256, 64, 8, HARDWARE[cluster])
+    assert planned.seconds <= 1.05 * min(sum(size.seconds) for size in planned.sizes)
+    assert planned.chosen.ranks == 8 and planned.peak_bytes < HARDWARE[cluster].memory
+
+
+def test_what_leaves_a_node():
+    """A ring of 64 ranks goes out of each of 8 nodes once; a vocab group of 8 stays in its own."""
+    config = configured("model=gpt2", "train.global_batch=2048")
+    sizes = {size.ranks: size for size in plan(config, 128_256, 64, 8, HARDWARE["h100"]).sizes}
+    for size in sizes.values():
+        sent = sum(one.sent for one in size.links)
+        assert sum(size.near.values()) + sum(size.far.values()) == pytest.approx(sent)
+        assert size.near["world"] == pytest.approx(7 * size.far["world"])
+    assert sizes[8].far["vocab"] == 0 and sizes[16].far["vocab"] > 0
+    assert sizes[8].near["dp"] == 0  # one rank of each node
+
+
+def command(*arguments):
+    line = [sys.executable, "launch/plan.py", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -13,6 +13,7 @@ import pretrain.train
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config import TrainConfig
 from pretrain.data import MicroBatch, validation_batches
+from pretrain.mesh import device_error, lost_peer
 from pretrain.trainer import LoopConfig, Reason, StopFlag
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
@@ -64,6 +65,36 @@ def test_an_evaluation_that_is_cut_short_is_done_after_the_resume(tmp_path, numb
     assert lines(config.run_dir) == before
 
 
+@pytest.mark.parametrize(
+    "error,device,peer",
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True, False),
+        (torch.distributed.DistBackendError("NCCL error ...: unhandled cuda error"), True, True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"), False, True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), False, True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False, False),
+        (RuntimeError("shapes cannot be multiplied"), False, False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_whose_fault_an_error_is(error, device, peer):
+    """What is both is the device's."""
+    assert (device_error(error), lost_peer(error)) == (device, peer)
+
+
 def test_a_limit_on_hanging_is_no_negative_number():
     with pytest.raises(ValueError, match=r"train\.hang_after=-1 must not be negative \(0: never\)"):
         LoopConfig(hang_after=-1)
+
+
+def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
+    before = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    try:
+        with StopFlag(after=signal.SIG_IGN) as stop:
+            pass
+        for number in StopFlag.SIGNALS:
+            os.kill(os.getpid(), number)
+        assert not stop.raised
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

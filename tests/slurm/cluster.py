@@ -170,10 +170,8 @@ class Slurm:
             time.sleep(0.1)
 
     def logs(self) -> str:
-        tails = [
-            f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in sorted(self.folder.glob("*.log"))
-        ]
-        return "\n".join(tails)
+        logs = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
     def stop(self) -> None:
         """Ends what was started, and nothing else."""

@@ -19,3 +19,9 @@ def installed():
 def slurm(installed):
     with running() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm_without_accounting(installed):
+    with running(accounting=False) as cluster:
+        yield cluster

@@ -1,4 +1,4 @@
-"""A run as a job of the cluster: submitted by the command that users type, watched, and let go on without waiting."""
+"""A run as a job of the cluster: submitted by the command that users type, watched, and let go on without the wait."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.slurm.cluster import Slurm, environment_of
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 STEPS = 80
-PATIENCE = 120.0  # seconds, for a start of the ranks and a hundred steps on a busy machine
+PATIENCE = 240.0  # seconds, for a start of the ranks and a hundred steps on a busy machine
 TRAINING = (
     f"vocab.size={VOCAB} vocab.multiple=8 vocab.parallel={RANKS} model.layers=2 model.width=24 model.heads=3"
     " model.context=16 train.micro_batch=3 train.global_batch=24 train.precision=fp32 optim.lr=1e-2"
@@ -49,9 +49,9 @@ def command(typed: str, environment: dict[str, str] | None = None) -> str:
 class Job:
     """A training in `run`, on two nodes unless `settings` say otherwise."""
 
-    def __init__(self, slurm: Slurm, data: Path, run: Path, settings: str = "") -> None:
+    def __init__(self, slurm: Slurm, data: Path, run: Path, settings: str = "", flags: str = "") -> None:
         self.slurm, self.run = slurm, run
-        typed = f"launch/slurm.py {CLUSTER} data.path={data} run.dir={run} {TRAINING} {settings}"
+        typed = f"launch/slurm.py {flags} {CLUSTER} data.path={data} run.dir={run} {TRAINING} {settings}"
         self.said = command(typed, slurm.environment)
         found = re.search(r"\bjob:? (\d+)", self.said)
         assert found, self.said
@@ -76,9 +76,11 @@ class Job:
                     found[int(variables["RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for_step(self, step: int) -> None:
-        self.slurm.wait_until(lambda: steps_logged(self.run) >= step or self.state in ENDED, PATIENCE)
-        assert steps_logged(self.run) >= step, f"job {self.id} is {self.state}"
+    def train_on(self, steps: int = 15) -> None:
+        """Until it has logged so many steps more."""
+        goal = steps_logged(self.run) + steps
+        self.slurm.wait_until(lambda: steps_logged(self.run) >= goal or self.state in ENDED, PATIENCE)
+        assert steps_logged(self.run) >= goal, f"job {self.id} is {self.state}"
 
     def wait_for_requeue(self) -> None:
         """Until it is to be started once more; Slurm then holds it for two minutes."""
@@ -86,7 +88,8 @@ class Job:
         assert self.state == "PENDING", f"job {self.id} is {self.state}"
 
     def go_on(self) -> None:
-        self.slurm.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        """Soon, but not at once: slurmd takes a start in the second of the requeue for the job that was ended."""
+        self.slurm.call("scontrol", "update", f"JobId={self.id}", "StartTime=now+2")
 
     def end(self) -> str:
         """Its last state."""

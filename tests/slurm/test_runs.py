@@ -11,7 +11,6 @@ import pytest
 
 from tests.pretrain.tiny import write_tokens
 from tests.reliability import compare, metrics
-from tests.slurm.cluster import running
 from tests.slurm.jobs import PATIENCE, RANKS, STEPS, TRAINING, Job, command, frozen, signal_waits
 
 
@@ -34,18 +33,28 @@ def told(job):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here: the full disk is not tried")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
 def submit(slurm, data, tmp_path):
     """Submits a run; what is left of it is cancelled, and after a failure pytest shows its logs."""
     jobs = []
 
-    def submit(settings="", cluster=slurm, run=tmp_path / "run"):
-        jobs.append(Job(cluster, data, run, settings))
+    def submit(settings="", flags="", cluster=slurm, run=tmp_path / "run"):
+        jobs.append(Job(cluster, data, run, settings, flags))
         return jobs[-1]
 
     yield submit
     for job in jobs:
-        print(job.logs(), job.slurm.logs())
-        slurm.call("scancel", "--quiet", job.id)
+        print(job.logs())
+        job.slurm.call("scancel", "--quiet", job.id)
 
 
 def test_a_job_is_the_run_of_one_machine(submit, straight):
@@ -56,110 +65,103 @@ def test_a_job_is_the_run_of_one_machine(submit, straight):
     job.slurm.wait_until(lambda: job.slurm.call("sacct", "-nXPj", job.id, "-o", "State").split() == ["COMPLETED"])
 
 
-def test_a_warned_job_saves_and_goes_on(submit, straight):
-    """Slurm warns up to half a minute early; until then the ranks stand still, and the warning meets them in a step."""
-    job = submit("cluster.time=0:02:00 cluster.warn_seconds=80")
-    job.wait_for_step(20)
-    with frozen(job.ranks()):
+def test_stop_requests(submit, straight):
+    """By hand, by a partition of higher priority, and before the time limit: saved, requeued, resumed, each time."""
+    job = submit("cluster.partition=low cluster.warn_seconds=90")
+    job.train_on()
+    job.slurm.call("scancel", "--signal=USR1", job.id)
+    job.wait_for_requeue()
+    job.go_on()
+
+    job.train_on()
+    job.slurm.call("sbatch", "-p", "high", f"-N{RANKS}", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    job.wait_for_requeue()
+    job.go_on()
+
+    job.train_on()
+    with frozen(job.ranks()):  # Slurm looks every half minute whom to warn
+        job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=2")
         job.slurm.wait_until(lambda: all(map(signal_waits, job.ranks())))
     job.wait_for_requeue()
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     job.go_on()
+
     assert job.end() == "COMPLETED"
+    assert told(job) == [("STOPPED", "restart")] * 3 + [("FINISHED", "done")]
     compare(job.run, straight, STEPS)
 
 
-def test_a_signal_by_hand(submit, straight):
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_lost_node(submit, straight, node):
+    """Slurm requeues the job by itself. The batch script runs on n1, and is lost with it."""
     job = submit()
-    job.wait_for_step(20)
-    job.slurm.call("scancel", "--signal=USR1", job.id)
+    job.train_on()
+    job.slurm.lose_node(node)
     job.wait_for_requeue()
+    job.slurm.start_node(node)
     job.go_on()
     assert job.end() == "COMPLETED"
+    assert told(job) == [("KILLED", "left to Slurm"), ("FINISHED", "done")]
+    assert job.restarts[0]["host"] == node
     compare(job.run, straight, STEPS)
 
 
-def test_a_preempted_job(submit, straight):
-    job = submit("cluster.partition=low")
-    job.wait_for_step(20)
-    job.slurm.call("sbatch", "-p", "high", f"-N{RANKS}", "--output=/dev/null", "--wrap=sleep 2")
-    job.wait_for_requeue()
-    job.go_on()
-    assert job.end() == "COMPLETED"
-    compare(job.run, straight, STEPS)
-
-
-def test_a_lost_node(submit, straight):
-    job = submit()
-    job.wait_for_step(20)
-    job.slurm.lose_node("n2")
-    job.wait_for_requeue()
-    job.slurm.start_node("n2")
-    job.go_on()
-    assert job.end() == "COMPLETED"
-    compare(job.run, straight, STEPS)
-
-
-def test_a_killed_rank_goes_on_where_the_node_is_another(submit, straight):
+def test_a_killed_rank_goes_on_on_another_node(submit, straight):
     job = submit(f"cluster.nodes=1 cluster.tasks_per_node={RANKS}")
-    job.wait_for_step(20)
+    job.train_on()
     job.ranks()[1].kill()
     job.wait_for_requeue()
     job.go_on()
     assert job.end() == "COMPLETED"
+    assert told(job) == [("KILLED", "restart"), ("FINISHED", "done")]
+    assert [line["host"] for line in job.restarts] == ["n1", "n2"] and "n1 is excluded" in job.restarts[0]["why"]
     compare(job.run, straight, STEPS)
 
 
 def test_a_rank_that_hangs(submit, straight):
-    job = submit("train.hang_after=10")
-    job.wait_for_step(20)
+    job = submit("train.hang_after=15")
+    job.train_on()
     with frozen(job.ranks()[1:]):
         job.wait_for_requeue()
     job.go_on()
     assert job.end() == "COMPLETED"
+    assert told(job) == [("HUNG", "restart"), ("FINISHED", "done")]
+    assert job.restarts[0]["rank"] == 1 and "too few nodes" in job.restarts[0]["why"]
     compare(job.run, straight, STEPS)
 
 
-def test_a_full_disk(submit, straight, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here: the full disk is not tried")
-    try:
-        job = submit(run=disk / "run")
-        job.wait_for_step(20)
-        left = shutil.disk_usage(disk).free - 100_000  # enough for a few lines, too little for a checkpoint
-        (disk / "filler").write_bytes(bytes(left))
-        job.wait_for_requeue()
-        (disk / "filler").unlink()
-        job.go_on()
-        assert job.end() == "COMPLETED"
-        assert told(job) == [("UNSAVED", "restart"), ("FINISHED", "done")]
-        compare(job.run, straight, STEPS)
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def test_a_full_disk(small_disk, submit, straight):
+    job = submit(run=small_disk / "run")
+    job.train_on()
+    left = shutil.disk_usage(small_disk).free - 100_000  # enough for a few lines, too little for a checkpoint
+    (small_disk / "filler").write_bytes(bytes(left))
+    job.wait_for_requeue()
+    (small_disk / "filler").unlink()
+    job.go_on()
+    assert job.end() == "COMPLETED"
+    assert told(job) == [("UNSAVED", "restart"), ("FINISHED", "done")]
+    compare(job.run, straight, STEPS)
 
 
-def test_cancelled_killed_and_without_accounting(submit, installed, straight):
-    """scancel is final; the same command goes on. Nothing of it needs sacct."""
-    with running(accounting=False) as cluster:
-        job = submit(cluster=cluster)
-        job.wait_for_step(20)
-        job.cancel()
-        assert job.end() == "CANCELLED" and told(job) == [("STOPPED", "left to Slurm")]
-        job = submit(cluster=cluster)
-        job.wait_for_step(40)
-        job.ranks()[0].kill()
-        job.wait_for_requeue()
-        job.go_on()
-        assert job.end() == "COMPLETED"
-        assert told(job)[1:] == [("KILLED", "restart"), ("FINISHED", "done")]
-        compare(job.run, straight, STEPS)
+def test_cancelled_killed_and_without_accounting(submit, slurm_without_accounting, straight):
+    """scancel is final, and the same command goes on. Nothing of it needs sacct."""
+    job = submit(cluster=slurm_without_accounting)
+    job.train_on()
+    job.cancel()
+    assert told(job) == [("STOPPED", "left to Slurm")]
+    job = submit(cluster=slurm_without_accounting)
+    job.train_on()
+    job.ranks()[0].kill()
+    job.wait_for_requeue()
+    job.go_on()
+    assert job.end() == "COMPLETED"
+    assert told(job)[1:] == [("KILLED", "restart"), ("FINISHED", "done")]
+    compare(job.run, straight, STEPS)
 
 
 def test_a_sweep_is_one_array(submit):
-    array = submit("--multirun optim.clip=0.5,1.0 vocab.parallel=1 train.stop_after=3 cluster.nodes=1")
-    runs = [array.run / f"optim.clip={clip}" for clip in (0.5, 1.0)]
+    array = submit("optim.clip=0.5,1.0 vocab.parallel=1 train.stop_after=3 cluster.nodes=1", flags="--multirun")
+    runs = [array.run / f"optim.clip-{clip}" for clip in (0.5, 1.0)]
     array.slurm.wait_until(lambda: array.state.split() == ["COMPLETED"] * 2, PATIENCE)
     losses = [[line["loss"] for line in metrics(run)] for run in runs]
     assert losses[0] != losses[1] and [len(loss) for loss in losses] == [3, 3]

@@ -1,0 +1,36 @@
+"""How much a real rank on a CPU holds."""
+
+import ctypes
+from dataclasses import replace
+
+import torch
+
+from pretrain.data.loader import Batch, MicroBatch
+from pretrain.mesh import Mesh
+from pretrain.train import build_model
+from pretrain.vocab import plan_lookup
+from tests.benchmarks.measure import holding_peak_mib
+from tests.launch.simulate import text_like, trainer_of
+
+M_MMAP_THRESHOLD = -3
+
+
+def held_by_rank(rank, world, config, rows, parallel):
+    """MiB of all that a training adds to this process at most."""
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed is the system's again: no gaps
+    small = replace(config, model=replace(config.model, layers=1, width=64, heads=1))
+    training(small, world, 1024, parallel)()  # the code of all libraries is in memory
+    return holding_peak_mib(lambda: training(config, world, rows, parallel))
+
+
+def training(config, world, rows, parallel):
+    """A step of the trainer, on the same tokens each time."""
+    mesh = Mesh.of(parallel, torch.device("cpu"))
+    engine, model, matrix = build_model(config, mesh, rows)
+    trainer = trainer_of(config, mesh, engine, model, matrix)
+    shard, ids_pBT = model.vocab.shard, text_like(parallel, config, rows)
+    plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, model.vocab.compute_dtype)
+    micro = MicroBatch(ids_pBT[shard.rank], ids_pBT[shard.rank], plan=plan)
+    micro_batches = config.train.global_batch // (config.train.micro_batch * world)
+    batch = Batch([micro] * micro_batches, micro_batches * micro.tokens_BT.numel())
+    return lambda: trainer.train_step(batch)
