@@ -38,8 +38,9 @@ from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import GIB, HARDWARE  # noqa: E402
-from launch.job import RestartConfig, SlurmRank  # noqa: E402
+from launch.job import SlurmRank  # noqa: E402
 from launch.plan import plan  # noqa: E402
+from launch.restart import RestartConfig  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
@@ -123,8 +124,8 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
     job = (
         base / "slurm",
         ours.cluster.task_python,
-        ours.cluster.parameters(base.name, setup(runs, base / "code" / snapshot.name), mounts),
-        [SlurmRank(str(run.config.path), ours.restart) for run in runs],
+        ours.cluster.parameters(base.name, setup(runs, base / "code" / snapshot.name, ours.restart), mounts),
+        [SlurmRank(str(run.config.path)) for run in runs],
     )
     if ours.dry_run:
         print(slurm.script(*job))
@@ -147,9 +148,9 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
             if new:
                 shutil.rmtree(base)
             raise
-        print(farewell(ours, base, runs, jobs), flush=True)
         for run, submitted in zip(runs, jobs, strict=True):
             record(run, submitted, snapshot)
+        print(farewell(ours, base, runs, jobs), flush=True)
     return follow(jobs[0]) if ours.tail else 0
 
 
@@ -221,14 +222,15 @@ def run_without_data(config: TrainConfig) -> None:
         raise ValueError(f"the model's shapes do not fit together: {headline(error)}") from error
 
 
-def setup(runs: list[Run], code: Path) -> list[str]:
+def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
     """Lines of the job's script: the run's own code, and who decides how it goes on when the ranks have ended."""
     python, run = shlex.quote(sys.executable), str(runs[0].dir)
     lines = [import_from(code)]
     if len(runs) > 1:
         lines.append(f"runs=({' '.join(str(run.dir) for run in runs)})")
         run = "${runs[$SLURM_ARRAY_TASK_ID]}"
-    return [*lines, f"trap {shlex.quote(f'{python} -m launch.job close {run}')} EXIT"]
+    close = f"{python} -m launch.job close {run} {restart.without_progress} {restart.delay}"
+    return [*lines, f"trap {shlex.quote(f'{close} || exit 1')} EXIT"]
 
 
 def refuse_if_held(run: Path) -> None:
