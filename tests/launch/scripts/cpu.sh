@@ -3,7 +3,7 @@
 # Parameters
 #SBATCH --cpus-per-task=2
 #SBATCH --job-name=a
-#SBATCH --mem=8G
+#SBATCH --mem=4G
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
