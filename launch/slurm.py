@@ -150,7 +150,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
             raise
         for run, submitted in zip(runs, jobs, strict=True):
             record(run, submitted, snapshot)
-        print(farewell(ours, base, runs, jobs), flush=True)
+        print(farewell(ours, base, runs, jobs), flush=True)  # last: a closed pipe must not leave a job unknown
     return follow(jobs[0]) if ours.tail else 0
 
 
