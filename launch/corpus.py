@@ -161,9 +161,9 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
         app.tokenize(replace(config.tokenizing(), part=PREPARE), config.here)
     snapshot.save(config.jobs / CODE)
     jobs = submit(config, steps, snapshot)
-    print(farewell(config, jobs), flush=True)
     with durable(config.jobs / JOB_FILE) as file:
         file.write(json.dumps({"job": ids_of(jobs)[MANIFEST]}).encode() + b"\n")
+    print(farewell(config, jobs), flush=True)  # last: a closed pipe must not leave jobs that nobody knows of
     return [each[0] for name, each in jobs.items() if name != PARTS] if config.tail else []
 
 

@@ -2,10 +2,11 @@
 
 `srun` starts `SlurmRank` once a rank (submitit carries it there). Supervisors tell each other of failures in
 RUN/attempts/<job>-<restart>/ on the shared file system. When all have ended, whatever the reason, the batch script
-calls `python -m launch.job close RUN` on the first node, which has Slurm requeue the job or not.
+calls `python -m launch.job close RUN …` on the first node, which has Slurm requeue the job or not.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from pretrain.exits import Exit
 from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from .supervisor import SILENT, Record, StopRequests, Supervisor
 
-__all__ = ["RestartConfig", "SlurmRank", "close"]
-
 SLURM_SECONDS = 60  # for one answer of Slurm's
 RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
+ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED", "NODE_FAIL", "STOPPED", "TIMEOUT", "DEADLINE", "REVOKED")
+USABLE = ("idle", "mix", "alloc", "comp", "resv", "plnd")  # states of nodes; those with a mark do not answer
 FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
 
 
@@ -40,7 +41,6 @@ class SlurmRank:
     """
 
     config_path: str
-    restart: RestartConfig
 
     def __call__(self) -> None:
         run = Path(self.config_path).parent
@@ -50,7 +50,7 @@ class SlurmRank:
             after=signal.SIG_IGN
         ) as requests:  # Slurm may ask once more: this task ends well all the same
             if rank == 0:
-                attempt.begin(self.restart)
+                attempt.begin()
             attempt.join(rank)
             supervisor = Supervisor(
                 [sys.executable, "-m", "pretrain.train", self.config_path],
@@ -74,11 +74,11 @@ class Attempt:
         """Each requeue of a job is a start of its own."""
         return cls(run, f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}")
 
-    def begin(self, restart: RestartConfig) -> None:
-        """The first rank's part: what the run had when the attempt began, and how to decide at its end."""
+    def begin(self) -> None:
+        """The first rank's part: what the run had when the attempt began."""
         self._tell_of_lost_ones()
         self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"]), "restart": asdict(restart)}
+        facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"])}
         _write(self.folder / "attempt.json", facts)
 
     def join(self, rank: int) -> None:
@@ -101,10 +101,13 @@ class Attempt:
     def records(self) -> list[Record]:
         return [Record.of_dict(json.loads(path.read_text())) for path in sorted(self.folder.glob("rank-*.json"))]
 
-    def begun(self) -> tuple[int, int, RestartConfig]:
-        """The newest step at the beginning, the number of ranks, and the settings."""
-        facts = json.loads((self.folder / "attempt.json").read_text())
-        return facts["step"], facts["ranks"], RestartConfig(**facts["restart"])
+    def begun(self) -> tuple[int, int]:
+        """The newest step at the beginning, and the number of ranks; of an attempt that never began, now and one."""
+        try:
+            facts = json.loads((self.folder / "attempt.json").read_text())
+        except FileNotFoundError:
+            return newest_step(self.run), 1
+        return facts["step"], facts["ranks"]
 
     def _tell_of_lost_ones(self) -> None:
         """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
@@ -165,18 +168,17 @@ def hosts(nodes: str) -> list[str]:
     return _ask("scontrol", "show", "hostnames", nodes).split()
 
 
-def close(run: Path) -> None:
-    """Decides what comes after the attempt of this job that has just ended, writes it down, and does it."""
+def close(run: Path, config: RestartConfig) -> bool:
+    """Decides what comes after the attempt of this job that has just ended, writes it down, and does it.
+
+    False where the run stands still though it is not where it was meant to get: the job is to count as failed.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue itself ends the batch script
     attempt, history, job = Attempt.of_job(run), History(run), os.environ["SLURM_JOB_ID"]
-    try:
-        start_step, ranks, config = attempt.begun()
-    except FileNotFoundError:
-        print("the ranks of this job have not started: it is not requeued", file=sys.stderr)
-        return
+    start_step, ranks = attempt.begun()
     state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
     too_late = reason == "TimeLimit"  # the ranks had not saved by then
-    ended_by_slurm = state not in ("RUNNING", "") and not too_late
+    ended_by_slurm = state in ENDING and not too_late
     records = _all_records(attempt, ranks)
     first = cause(records)
     step = newest_step(run)
@@ -193,8 +195,8 @@ def close(run: Path) -> None:
     history.write(attempt.name, start_step, step, first, decision, why)
     print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
     if decision is Decision.RESTART:
-        time.sleep(config.delay if not first.ending.good else 0)
-        _requeue(excluded)
+        return _requeue(excluded, 0.0 if first.ending.good else config.delay)
+    return decision is not Decision.GIVE_UP
 
 
 def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
@@ -215,33 +217,51 @@ def _without(host: str) -> tuple[str | None, str]:
     listed = _ask("squeue", "-h", "-j", job, "-o", "%x").strip()
     excluded = set(hosts(listed)) if listed and listed != "(null)" else set()
     excluded.add(host)
-    up = _ask("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %t").splitlines()
-    usable = {line.split()[0] for line in up if re.match(r"(idle|mix|alloc|comp|resv|plnd)", line.split()[1])}
+    listed = _ask("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N|%t|%G|%f")
+    nodes = {name: (state, kind) for name, state, *kind in (line.split("|") for line in listed.splitlines())}
+    alike = nodes.get(host, ("", []))[1]  # the same GPUs and features: others may not be what the job needs
+    usable = {name for name, (state, kind) in nodes.items() if state in USABLE and kind == alike}
     needed = int(os.environ["SLURM_JOB_NUM_NODES"])
     if len(usable - excluded) < needed:
         return None, f"{host} is not excluded: without it there are too few nodes"
     return ",".join(sorted(excluded)), f"{host} is excluded"
 
 
-def _requeue(excluded: str | None) -> None:
-    """The job waits anew, with its number. Nodes are excluded right after: Slurm takes that of waiting jobs alone."""
+def _requeue(excluded: str | None, delay: float) -> bool:
+    """The job waits anew, with its number; whether Slurm has done it, which on a busy cluster may take several tries.
+
+    The rest is told right after: Slurm takes it of waiting jobs alone.
+    """
     job = os.environ["SLURM_JOB_ID"]
-    said = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SLURM_SECONDS)
-    if said.returncode:
-        print(f"error: Slurm does not requeue the job: {said.stderr.strip()}", file=sys.stderr, flush=True)
-    elif excluded:
-        print(_ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}"), flush=True)
+    for pause in (1, 5, 15, 60, 0):
+        if _tell("scontrol", "requeue", job) is not None:
+            break
+        time.sleep(pause)
+    else:
+        print("error: Slurm does not requeue the job", file=sys.stderr, flush=True)
+        return False
+    changes = [f"ExcNodeList={excluded}"] if excluded else []
+    changes += [f"StartTime=now+{math.ceil(delay)}"] if delay else []
+    if changes:
+        _tell("scontrol", "update", f"JobId={job}", *changes)
+    return True
 
 
 def _ask(*command: str) -> str:
     """What one of Slurm's commands says; nothing where it fails."""
+    return _tell(*command) or ""
+
+
+def _tell(*command: str) -> str | None:
+    """What it says; None, and a warning, where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
-        return ""
+        return None
     if done.returncode:
         print(f"warning: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+        return None
     return done.stdout.strip()
 
 
@@ -251,6 +271,6 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "close":
-        sys.exit("usage: python -m launch.job close RUN")
-    close(Path(sys.argv[2]))
+    if len(sys.argv) != 5 or sys.argv[1] != "close":
+        sys.exit("usage: python -m launch.job close RUN WITHOUT_PROGRESS DELAY")
+    sys.exit(not close(Path(sys.argv[2]), RestartConfig(int(sys.argv[3]), float(sys.argv[4]))))

@@ -24,7 +24,6 @@ if str(ROOT) not in sys.path:
 
 import hydra  # noqa: E402
 import submitit  # noqa: E402
-import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
@@ -32,13 +31,14 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
-from data_prep.errors import headline  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import GIB, HARDWARE  # noqa: E402
-from launch.job import RestartConfig, SlurmRank  # noqa: E402
+from launch.job import SlurmRank  # noqa: E402
 from launch.plan import plan  # noqa: E402
+from launch.rehearsal import rehearse  # noqa: E402
+from launch.restart import RestartConfig  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
@@ -122,8 +122,8 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
     job = (
         base / "slurm",
         ours.cluster.task_python,
-        ours.cluster.parameters(base.name, setup(runs, base / "code" / snapshot.name), mounts),
-        [SlurmRank(str(run.config.path), ours.restart) for run in runs],
+        ours.cluster.parameters(base.name, setup(runs, base / "code" / snapshot.name, ours.restart), mounts),
+        [SlurmRank(str(run.config.path)) for run in runs],
     )
     if ours.dry_run:
         print(slurm.script(*job))
@@ -146,9 +146,9 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
             if new:
                 shutil.rmtree(base)
             raise
-        print(farewell(ours, base, runs, jobs), flush=True)
         for run, submitted in zip(runs, jobs, strict=True):
             record(run, submitted, snapshot)
+        print(farewell(ours, base, runs, jobs), flush=True)  # last: a closed pipe must not leave a job unknown
     return follow(jobs[0]) if ours.tail else 0
 
 
@@ -197,37 +197,28 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config.data.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
-    run_without_data(config)
     rows = configuration.vocab_rows(config, data)
-    needed = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware).peak_bytes
-    room = hardware.memory - hardware.reserved
+    planned = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
+    needed, room = planned.peak_bytes, hardware.memory - hardware.reserved
     if cluster.gpu and needed > room:
         raise ValueError(
             f"a rank would hold {needed / GIB:.1f} GiB, cluster.gpu={cluster.gpu} has room for {room / GIB:.1f}: lower"
             f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
             " ranks; launch/plan.py shows what it is"
         )
+    rehearse(config, rows, planned.chosen.ranks, cluster.ranks)
     return Run(config, data)
 
 
-def run_without_data(config: TrainConfig) -> None:
-    """The body's forward and backward on the meta device: shapes alone. ValueError where they clash."""
-    B, T, D = config.train.micro_batch, config.seq_len, config.model.width
-    try:
-        with torch.device("meta"):
-            config.model.body()(torch.empty(B, T, D, requires_grad=True)).sum().backward()
-    except RuntimeError as error:
-        raise ValueError(f"the model's shapes do not fit together: {headline(error)}") from error
-
-
-def setup(runs: list[Run], code: Path) -> list[str]:
+def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
     """Lines of the job's script: the run's own code, and who decides how it goes on when the ranks have ended."""
     python, run = shlex.quote(sys.executable), str(runs[0].dir)
     lines = [import_from(code)]
     if len(runs) > 1:
         lines.append(f"runs=({' '.join(str(run.dir) for run in runs)})")
         run = "${runs[$SLURM_ARRAY_TASK_ID]}"
-    return [*lines, f"trap {shlex.quote(f'{python} -m launch.job close {run}')} EXIT"]
+    close = f"{python} -m launch.job close {run} {restart.without_progress} {restart.delay}"
+    return [*lines, f"trap {shlex.quote(f'{close} || exit 1')} EXIT"]
 
 
 def refuse_if_held(run: Path) -> None:

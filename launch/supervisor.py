@@ -235,7 +235,10 @@ class Supervisor:
             with suppress(KeyError):
                 self._selector.unregister(rank.stderr)
             code = rank.reap()
-            record = rank.record(ending(code), code)
+            found = ending(code)
+            if code == -signal.SIGABRT and b"ProcessGroupNCCL" in rank.said:  # its watchdog: a collective has failed
+                found = Exit.LOST_PEER
+            record = rank.record(found, code)
             self.record(record)
             yield record
 

@@ -9,6 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,17 @@ class Mesh:
     axes: DeviceMesh
     flat: DeviceMesh
     device: torch.device
+    timeout: timedelta
 
     @classmethod
-    def of(cls, vocab: int, device: torch.device) -> "Mesh":
-        """The mesh over all ranks of the default group, whose number `vocab` divides."""
+    def of(cls, vocab: int, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
+        """The mesh over all ranks of the default group, whose number `vocab` divides. timeout: of a collective."""
         world = dist.get_world_size()
         axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=("dp", "vocab"))
         flat = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
-        return cls(axes, flat, device)
+        for group in (*axes.get_all_groups(), *flat.get_all_groups()):
+            _set_pg_timeout(timeout, group)  # else NCCL's own, whatever that of the default group is
+        return cls(axes, flat, device, timeout)
 
     @property
     def rank(self) -> int:
@@ -67,7 +73,7 @@ class Mesh:
 
 
 @contextmanager
-def ranks(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
+def ranks(timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Starts the process group of this rank (nccl where there are GPUs, else gloo) and stops it at the end.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without them this

@@ -11,12 +11,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+
+from data_prep.errors import DataError
 
 from . import config as configuration
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
@@ -24,7 +26,7 @@ from .config import TrainConfig, hold
 from .data import BatchLoader, Data, MicroBatch, Windows, validation_batches
 from .engine import Engine
 from .exits import Exit
-from .mesh import Mesh, device_error, lost_peer, ranks, ranks_of_a_node
+from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog
 from .optim import MatrixOptimizer
@@ -32,7 +34,7 @@ from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
 from .watchdog import Watchdog
 
-MINUTES_OF_A_COLLECTIVE = 10  # at least; while steps are done, the watchdog is there before the process group
+LOCK_SECONDS = 180  # to wait for a lock of a start before this one
 
 
 def main() -> None:
@@ -42,8 +44,7 @@ def main() -> None:
     try:
         with StopFlag(after=signal.SIG_IGN) as stop:  # Slurm asks more than once: a rank that ends is not to die of it
             config = configuration.load(Path(sys.argv[1]))
-            timeout = max(timedelta(minutes=MINUTES_OF_A_COLLECTIVE), timedelta(seconds=config.train.hang_after))
-            with ranks(timeout) as device:
+            with ranks(_timeout(config)) as device:
                 reason = train(config, device, stop)
         sys.exit(Exit.STOPPED if reason is Reason.REQUESTED else Exit.FINISHED)
     except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
@@ -75,8 +76,8 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
     data = configuration.check(config, world, device.type)
     rows = configuration.vocab_rows(config, data)
     parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
-    mesh = Mesh.of(parallel.ranks, device)
-    with Watchdog(config.train.hang_after) as watchdog, _held(config, mesh):
+    mesh = Mesh.of(parallel.ranks, device, _timeout(config))
+    with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog:
         engine, model, matrix = build_model(config, mesh, rows)
         manager = CheckpointManager(
             config.run_dir,
@@ -127,8 +128,31 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
     return reason
 
 
-def _held(config: TrainConfig, mesh: Mesh) -> AbstractContextManager[None]:
-    return hold(config.run_dir, RANKS_LOCK) if mesh.rank == 0 else nullcontext()
+def _timeout(config: TrainConfig) -> timedelta:
+    """Of a collective: longer than the watchdog's, whose stacks say more."""
+    return TIMEOUT + timedelta(seconds=config.train.hang_after)
+
+
+@contextmanager
+def _held(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+    """The first rank holds the run. OSError where another process still does after minutes.
+
+    A network file system may be that late to see that the node of a start before this one is gone.
+    """
+    if mesh.rank != 0:
+        yield
+        return
+    late = time.monotonic() + LOCK_SECONDS
+    with ExitStack() as locks:
+        while True:
+            try:
+                locks.enter_context(hold(config.run_dir, RANKS_LOCK))
+                break
+            except DataError as error:
+                if time.monotonic() >= late:
+                    raise OSError(str(error)) from error
+                time.sleep(1)
+        yield
 
 
 def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, MatrixOptimizer]:

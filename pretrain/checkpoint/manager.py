@@ -84,7 +84,7 @@ class CheckpointManager:
         self.model, self.mesh, self.config, self.seed = model, mesh, config, seed
         self.about = about  # goes into the manifest as it is: config, tokenizer
         self.longest = 0.0  # seconds from the call of a save to its end
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
         self._pending: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}

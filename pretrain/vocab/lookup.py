@@ -62,6 +62,10 @@ class LookupPlan(Protocol):
         """Adds the gradient of all ranks' hidden states to my rows', in a fixed order. One collective."""
         ...
 
+    def each(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same plan, its tensors elsewhere."""
+        ...
+
     def to(self, device: torch.device) -> Self: ...
 
     def pin_memory(self) -> Self: ...
@@ -70,16 +74,16 @@ class LookupPlan(Protocol):
 class _Tensors:
     """Moves the tensors of a dataclass."""
 
-    def _each(self, move: Callable[[Tensor], Tensor]) -> Self:
+    def each(self, move: Callable[[Tensor], Tensor]) -> Self:
         values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
         moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[type-var]
 
     def to(self, device: torch.device) -> Self:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from data_prep.durable import sha256_of
+from launch.rehearsal import trainer_of
 from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.trainer import Trainer
 from pretrain.vocab import plan_lookup
-from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text
 from tests.pretrain.tiny import tiny_config
@@ -95,20 +94,7 @@ class Run:
         self.mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
         engine, model, matrix = build_model(config, self.mesh, options.vocab)
         self.state = ModelState(engine, model.vocab, matrix, self.mesh)
-        self.trainer = Trainer(
-            model,
-            engine,
-            matrix,
-            _NoSamples(),  # type: ignore[arg-type]
-            self.mesh,
-            config.train,
-            config.optim,
-            TrainState(),
-            [],
-            [],
-            self.wait_for_copies,
-            Watchdog(0),
-        )
+        self.trainer = trainer_of(model, engine, matrix, self.mesh, config.train, config.optim, self.wait_for_copies)
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([its[:, :-1].flatten() for its in ids], model.vocab.shard, model.vocab.compute_dtype)
@@ -154,11 +140,6 @@ class Run:
                 shutil.rmtree(self.folder / kind, ignore_errors=True)
             os.sync()
         dist.barrier()
-
-
-class _NoSamples:
-    def state_dict(self) -> dict[str, int]:
-        return {}
 
 
 def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace) -> tuple:

@@ -23,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from pretrain.checkpoint import TrainState
+from launch.rehearsal import trainer_of
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import GPT2Config, LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
-from pretrain.trainer import LoopConfig, Trainer
+from pretrain.trainer import LoopConfig
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
-from pretrain.watchdog import Watchdog
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.ranks import run_ranks
 
@@ -99,20 +98,9 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
         body = model.body()
     engine = FSDP2Config().build(optim, BF16, 0)
     loop = LoopConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
-    trainer = Trainer(
-        LanguageModel(matrix, engine.wrap(body, mesh)),
-        engine,
-        MatrixOptimizer(matrix.parameters(), optim, mesh),
-        _NoSamples(),  # type: ignore[arg-type]
-        mesh,
-        loop,
-        optim,
-        TrainState(),
-        [],
-        [],
-        lambda: None,
-        Watchdog(0),
-    )
+    language = LanguageModel(matrix, engine.wrap(body, mesh))
+    rows = MatrixOptimizer(matrix.parameters(), optim, mesh)
+    trainer = trainer_of(language, engine, rows, mesh, loop, optim)
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 
     def step() -> float:
@@ -124,11 +112,6 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
         return float(report.loss)
 
     return step
-
-
-class _NoSamples:
-    def state_dict(self) -> dict[str, int]:
-        return {}
 
 
 class Whole(nn.Module):

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import torch
 
+from launch.rehearsal import text_like, trainer_of
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.vocab import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib
-from tests.launch.simulate import text_like, trainer_of
 
 M_MMAP_THRESHOLD = -3
 
@@ -27,7 +27,7 @@ def training(config, world, rows, parallel):
     """A step of the trainer, on the same tokens each time."""
     mesh = Mesh.of(parallel, torch.device("cpu"))
     engine, model, matrix = build_model(config, mesh, rows)
-    trainer = trainer_of(config, mesh, engine, model, matrix)
+    trainer = trainer_of(model, engine, matrix, mesh, config.train, config.optim)
     shard, ids_pBT = model.vocab.shard, text_like(parallel, config, rows)
     plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, model.vocab.compute_dtype)
     micro = MicroBatch(ids_pBT[shard.rank], ids_pBT[shard.rank], plan=plan)

@@ -1,39 +1,25 @@
-"""A rank's real training step without the others and without data: fake tensors, torch's fake process group.
-
-Counts what the step gives to which collectives, and how much it holds.
-"""
+"""What the step of launch/rehearsal.py gives to which collectives, and how much it holds."""
 
 import gc
 import weakref
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pretrain.checkpoint import TrainState
+from launch.rehearsal import staged
 from pretrain.config import TrainConfig
-from pretrain.data.loader import Batch, MicroBatch
-from pretrain.engine import Engine
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
-from pretrain.model import LanguageModel
-from pretrain.optim import MatrixOptimizer
-from pretrain.train import build_model
-from pretrain.trainer import Trainer
-from pretrain.vocab import VocabShard, plan_lookup
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.lookup import DistinctRows
-from pretrain.watchdog import Watchdog
 from tests.ranks import context
 
 aten = torch.ops.aten
@@ -70,80 +56,19 @@ def simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels:
         return pool.submit(_simulate, config, rows, parallel, world, kernels).result()
 
 
-def text_like(ranks: int, config: TrainConfig, rows: int) -> list[Tensor]:
-    """[B, T] of each rank; Zipf's law: low ids are frequent."""
-    sequences, length = config.train.micro_batch, config.seq_len
-    frequency = 1.0 / torch.arange(1, rows + 1)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.multinomial(frequency, ranks * sequences * length, replacement=True, generator=generator)
-    return list(ids.view(ranks, sequences, length))
-
-
 def _simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
-    ids_pBT = text_like(parallel, config, rows)
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    try:
-        mesh = Mesh.of(parallel, torch.device("cpu"))
-        dtype = config.train.compute_dtype("cpu")
-        plan = plan_lookup(
-            [ids_BT.flatten() for ids_BT in ids_pBT], VocabShard.of(0, parallel, rows, config.vocab.multiple), dtype
-        )
+    held = Held()
+    fake = isinstance(config.engine, FSDP2Config)
+    with staged(config, rows, parallel, world, kernels, watching=held if fake else None) as stage:
+        stage.step()  # in which DTensor and ZeRO-3 learn what comes
+        gc.collect()
+        held.most = held.now
+        with Collectives(stage.mesh) as collectives:
+            stage.step()
+        plan, micro_batches = stage.plan, len(stage.batch.micro_batches)
         assert isinstance(plan, DistinctRows)
-        micro_batches = config.train.global_batch // (config.train.micro_batch * world)
         lookup = micro_batches * sum(plan.send_counts[1:]), micro_batches * sum(plan.receive_counts[1:])
-        fake = (
-            FakeTensorMode() if isinstance(config.engine, FSDP2Config) else None
-        )  # DeepSpeed wants to look at numbers
-        held = Held()
-        with ExitStack() as stack:
-            if fake:
-                stack.enter_context(fake)
-                stack.enter_context(held)
-            engine, model, matrix = build_model(config, mesh, rows)
-            model.vocab.kernels = kernels
-            trainer = trainer_of(config, mesh, engine, model, matrix)
-            seen = fake.from_tensor if fake else lambda tensor: tensor
-            tokens_BT = seen(ids_pBT[0])
-            batch = Batch([MicroBatch(tokens_BT, tokens_BT, plan=plan._each(seen))] * micro_batches, tokens_BT.numel())
-            with Answers():
-                trainer.train_step(batch)  # in which DTensor and ZeRO-3 learn what comes
-                gc.collect()
-                held.most = held.now
-                with Collectives(mesh) as collectives:
-                    trainer.train_step(batch)
         return Simulated(collectives.calls, collectives.given, lookup, held.most)
-    finally:
-        dist.destroy_process_group()
-
-
-def trainer_of(
-    config: TrainConfig, mesh: Mesh, engine: Engine, model: LanguageModel, matrix: MatrixOptimizer
-) -> Trainer:
-    """For steps on given batches, without anything around them."""
-    parts = model, engine, matrix, _NoSamples(), mesh, config.train, config.optim, TrainState()
-    return Trainer(*parts, hooks=[], stops=[], before_update=lambda: None, watchdog=Watchdog(0))  # type: ignore[arg-type]
-
-
-class _NoSamples:
-    def state_dict(self) -> dict[str, int]:
-        return {}
-
-
-class Answers(TorchDispatchMode):
-    """Fake tensors hold no numbers; where the step asks for one, it gets one that lets it go on."""
-
-    differs: Tensor | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        fake = bool(args) and isinstance(args[0], FakeTensor)
-        if fake and func is aten._local_scalar_dense.default:
-            return args[0] is not self.differs
-        if fake and func is aten.nonzero.default:  # this rank owns none of the targets
-            return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
-        out = func(*args, **(kwargs or {}))
-        if func is aten.ne.Scalar:  # the gradient of the loss is 1
-            self.differs = out
-        return out
 
 
 class Collectives(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """The launcher's half of a failure: who ends whom, how fast, and what comes next. Small real processes for ranks."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.job import Attempt, _all_records, job_end, rendezvous
+from launch.job import Attempt, _all_records, close, job_end, rendezvous
 from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from launch.supervisor import Record, StopRequests, Supervisor
 from pretrain.exits import Exit
@@ -80,6 +79,67 @@ def test_the_first_rank_that_fails_ends_the_others_at_once(tmp_path, fault):
     assert max(record.time for record in records) - first.time < 1
     assert all(gone(pid(tmp_path, name)) for name in ("0", "1", "2", "helper-0", "helper-1", "helper-2"))
     assert cause(records) is first
+
+
+def test_a_rank_that_nccl_aborts_has_lost_another_one(tmp_path):
+    """As NCCL's own watchdog does in each rank that waits for one that is gone; else their nodes would be blamed."""
+    aborts = "sys.stderr.write('[rank0]: ProcessGroupNCCL.cpp:670 ...\\n'); sys.stderr.flush(); os.abort()\n"
+    (record,) = ranks(tmp_path, aborts, world=1).run()
+    assert (record.ending, record.code) == (Exit.LOST_PEER, -signal.SIGABRT)
+    (record,) = ranks(tmp_path, "os.abort()\n", world=1).run()
+    assert record.ending is Exit.KILLED
+
+
+SLURM_OF_SCRIPTS = {  # squeue: the job's state, reason and excluded nodes; scontrol: fails twice at the requeue
+    "squeue": """case "$*" in *%x*) echo ;; *) echo "$STATE" ;; esac""",
+    "scontrol": """echo "$*" >> $SAID
+case "$*" in requeue*) test $(grep -c requeue $SAID) -gt 2 ;; *hostnames*) echo n9 ;; esac""",
+    "sinfo": r"printf 'n1|mix|gpu:h100|x\nn2|idle|gpu:h100|x\nn3|idle*|gpu:h100|x\nn4|idle|gpu:a100|x\n'",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Slurm's answers, laid down; what scontrol was told."""
+    for name, script in SLURM_OF_SCRIPTS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    for key, value in {"JOB_ID": 7, "NTASKS": 2, "JOB_PARTITION": "p", "JOB_NUM_NODES": 1}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SAID", str(tmp_path / "said"))
+    monkeypatch.setenv("STATE", "RUNNING None")
+    monkeypatch.setattr("launch.job.RECORD_SECONDS", 0)
+    monkeypatch.setattr("launch.job.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("launch.job.signal.signal", lambda number, handler: None)
+    return lambda: [line for line in (tmp_path / "said").read_text().splitlines() if "show" not in line]
+
+
+def test_a_start_that_never_was_is_a_start_without_progress(slurm, tmp_path, monkeypatch):
+    """srun could not launch it, or it was told to stop before it could listen. Slurm is asked until it does it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert close(run, RestartConfig(without_progress=2, delay=9.5))
+    assert slurm() == ["requeue 7"] * 3 + ["update JobId=7 StartTime=now+10"]
+    assert not close(run, RestartConfig(without_progress=2)), "the job counts as failed"
+    assert [line["decision"] for line in History(run).lines()] == ["restart", "give up"]
+    monkeypatch.setenv("STATE", "COMPLETING None")
+    assert close(run, RestartConfig()) and History(run).lines()[-1]["decision"] == "left to Slurm"
+    monkeypatch.setenv("STATE", "SIGNALING None")
+    assert close(run, RestartConfig()) and History(run).lines()[-1]["decision"] == "restart"
+
+
+@pytest.mark.parametrize("nodes,excluded", [(1, True), (2, False)])
+def test_a_bad_node_is_excluded_where_enough_of_its_kind_answer(slurm, tmp_path, monkeypatch, nodes, excluded):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    attempt = Attempt.of_job(tmp_path / "run")
+    attempt.begin()
+    attempt.record(Record(0, Exit.DEVICE, 6))
+    attempt.record(Record(1, Exit.LOST_PEER, 5))
+    assert close(tmp_path / "run", RestartConfig())
+    assert ("update JobId=7 ExcNodeList=n1" in slurm()) is excluded
+    assert ("n1 is excluded" if excluded else "n1 is not excluded") in History(tmp_path / "run").lines()[-1]["why"]
 
 
 def test_a_request_to_stop_waits_for_a_rank_that_is_still_starting(tmp_path):
@@ -284,9 +344,10 @@ def test_progress_is_a_newer_finished_checkpoint(tmp_path):
 def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert Attempt(tmp_path, "6-0").begun() == (-1, 1) and not Attempt(tmp_path, "6-0").records(), "it never began"
     for restarts in range(2):
         attempt = Attempt(tmp_path, f"7-{restarts}")
-        attempt.begin(THREE)
+        attempt.begin()
         attempt.join(0)
         attempt.record(Record(1, Exit.LOST_PEER, 5))
     (line,) = History(tmp_path).lines()
@@ -294,7 +355,7 @@ def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypat
     assert line["last"] == "gone without a word"
     monkeypatch.setattr("launch.job.RECORD_SECONDS", 0)
     assert {one.rank for one in _all_records(attempt, ranks=3)} == {0, 1, 2}
-    assert json.loads((attempt.folder / "attempt.json").read_text())["restart"] == {"without_progress": 3, "delay": 0}
+    assert attempt.begun() == (-1, 2)
 
 
 @pytest.mark.parametrize("node,tasks", [(0, 4), (1, 4), (2, 3)])

@@ -252,8 +252,9 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
     error = errors.splitlines()[-1]
     assert error.startswith("error: rank 1 failed (killed by SIGKILL); the run starts again"), errors
     assert losses(folder) == losses(straight)
-    ends = [(end["class"], end["rank"], end["decision"]) for end in restarts(folder)]
-    assert ends == [("KILLED", 1, "give up"), ("KILLED", 1, "restart"), ("FINISHED", 0, "done")]
+    *killed, finished = [(end["class"], end["rank"], end["decision"]) for end in restarts(folder)]
+    assert killed == [("KILLED", 1, "give up"), ("KILLED", 1, "restart")]
+    assert (finished[0], finished[2]) == ("FINISHED", "done"), "whichever rank was first"
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     *_, newest = events.Tensors("restarts/text_summary")
     assert newest.tensor_proto.string_val[0].decode().count("KILLED, rank 1 on ") == 2

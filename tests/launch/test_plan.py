@@ -6,35 +6,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from launch.hardware import HARDWARE
 from launch.plan import plan
-from launch.step import Step, total
-from pretrain import config as configuration
-from pretrain.vocab.kernels import choose_kernels
+from launch.step import total
 from pretrain.vocab.kernels.torch import TorchKernels
-from tests.launch.ranks import held_by_rank
+from tests.benchmarks.plan import CASES, configured, planned_and_measured, step_of
 from tests.launch.simulate import simulate
-from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 GPU = TorchKernels(slab_bytes=2**25, memory_mib=896)  # chunks about as a GPU's, in plain torch
-
-
-def configured(*overrides):
-    configuration.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return configuration.build(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
-
-
-def step_of(config, rows, parallel, world, kernels):
-    dtype = config.train.compute_dtype("cpu")
-    work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
-    return Step(config, work, parallel, world, dtype, kernels)
 
 
 def told(step, lookup):
@@ -74,29 +55,12 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
     assert told(step, seen.lookup) == (seen.calls, seen.given)
 
 
-@pytest.mark.parametrize(
-    "rows,parallel,settings",
-    [
-        (131_072, 2, ["model=nano", "train.micro_batch=4", "train.seq_len=128", "train.global_batch=8"]),
-        (50_257, 2, ["model=gpt2", "train.micro_batch=2", "train.seq_len=128", "train.global_batch=4"]),
-        (
-            32_768,
-            1,
-            [
-                *("model=nano", "model.width=512", "model.heads=8", "vocab.tie=untied"),
-                *("train.micro_batch=2", "train.global_batch=8", "engine.activation_checkpointing=block"),
-            ],
-        ),
-    ],
-    ids=["many rows", "gpt2", "untied, two micro-batches"],
-)
-def test_a_rank_holds_what_the_plan_says(rows, parallel, settings):
+@pytest.mark.parametrize("name", list(CASES)[:3])
+def test_a_rank_holds_what_the_plan_says(name):
     """Within 10 %, and up to now always less, by 13 to 33 MiB: gloo's and malloc's own."""
-    config = configured(*settings)
-    step = step_of(config, rows, parallel, 2, choose_kernels(torch.device("cpu")))
-    told = max(map(total, step.phases().values())) / 2**20
-    for held in run_ranks(2, held_by_rank, config, rows, parallel, timeout=200):
-        assert told == pytest.approx(held, rel=0.1)
+    planned, measured = planned_and_measured(CASES[name])
+    for held in measured:
+        assert planned == pytest.approx(held, rel=0.1)
 
 
 @pytest.mark.parametrize(

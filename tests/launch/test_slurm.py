@@ -115,7 +115,8 @@ def test_what_is_submitted_is_what_dry_run_shows(command, fake_slurm, tmp_path):
     assert f"export PYTHONPATH={code}" in script and (code / "launch" / "job.py").exists()
     with open(run / "slurm" / "12_submitted.pkl", "rb") as file:
         call = pickle.load(file).function
-    assert Path(call.config_path) == run / "config.yaml" and call.restart.without_progress == 5
+    assert Path(call.config_path) == run / "config.yaml"
+    assert f"-m launch.job close {run} 5 0.0 || exit 1' EXIT" in script
 
 
 def test_paths_are_whole_wherever_the_command_is_given(command, fake_slurm, data, tmp_path, monkeypatch):
@@ -172,7 +173,7 @@ def test_a_sweep_is_one_array(command, fake_slurm, tmp_path):
         with open(base / "slurm" / f"12_{index}_submitted.pkl", "rb") as file:
             assert pickle.load(file).function.config_path == str(run / "config.yaml")
     assert "#SBATCH --array=0-1" in script and f"runs=({' '.join(map(str, runs))})" in script
-    assert "launch.job close ${runs[$SLURM_ARRAY_TASK_ID]}' EXIT" in script
+    assert "launch.job close ${runs[$SLURM_ARRAY_TASK_ID]} 3 0.0 || exit 1' EXIT" in script
     assert "job: 12 (2 times 1 node × 1 rank, at most 4:00:00)" in said.out and f"--logdir {base}\n" in said.out
     fake_slurm.states("RUNNING")
     more = sweep.replace("1e-3,2e-3", "4e-3,1e-3")

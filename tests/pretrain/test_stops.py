@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pretrain.train
-from pretrain.checkpoint import checkpoints, read_manifest
-from pretrain.config import TrainConfig
+from pretrain.checkpoint import RANKS_LOCK, checkpoints, read_manifest
+from pretrain.config import TrainConfig, hold
 from pretrain.data import MicroBatch, validation_batches
 from pretrain.mesh import device_error, lost_peer
 from pretrain.trainer import LoopConfig, Reason, StopFlag
@@ -98,3 +101,25 @@ def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_lock_that_a_lost_node_still_holds_is_waited_for(tmp_path, monkeypatch):
+    """For a while: then it is an error of a kind that another start may mend."""
+    config = tiny_config(tmp_path, tmp_path / "run")
+    first = SimpleNamespace(rank=0)
+    with hold(config.run_dir, RANKS_LOCK):
+        monkeypatch.setattr("pretrain.train.LOCK_SECONDS", 0)
+        with pytest.raises(OSError, match="is in use by another process"), pretrain.train._held(config, first):
+            pass
+        with pretrain.train._held(config, SimpleNamespace(rank=1)):
+            pass
+    monkeypatch.undo()
+    other = ExitStack()
+    other.enter_context(hold(config.run_dir, RANKS_LOCK))
+    threading.Timer(0.5, other.close).start()
+    with (
+        pretrain.train._held(config, first),
+        pytest.raises(ValueError, match="in use"),
+        hold(config.run_dir, RANKS_LOCK),
+    ):
+        pass

@@ -114,7 +114,7 @@ class Slurm:
     def start(self, accounting: bool) -> None:
         self._munge()
         host, (controller, *ports) = socket.gethostname().split(".")[0], free_ports(1 + len(NODES))
-        machine = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory=4000"
+        machine = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory=4200"
         nodes = "\n".join(
             f"NodeName={node} {machine} Port={port} State=UNKNOWN" for node, port in zip(NODES, ports, strict=True)
         )

@@ -3,7 +3,7 @@
 # Parameters
 #SBATCH --cpus-per-task=2
 #SBATCH --job-name=a
-#SBATCH --mem=0
+#SBATCH --mem=4G
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
@@ -15,7 +15,7 @@
 # setup
 export OMP_NUM_THREADS=2
 export PYTHONPATH=/shared/runs/a/code/CODE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-trap 'PYTHON -m launch.job close /shared/runs/a' EXIT
+trap 'PYTHON -m launch.job close /shared/runs/a 3 0.0 || exit 1' EXIT
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -16,7 +16,7 @@
 # setup
 export OMP_NUM_THREADS=12
 export PYTHONPATH=/shared/runs/a/code/CODE${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-trap 'PYTHON -m launch.job close /shared/runs/a' EXIT
+trap 'PYTHON -m launch.job close /shared/runs/a 3 0.0 || exit 1' EXIT
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -1,0 +1,151 @@
+"""A rank's whole training step without a GPU, the other ranks or data: fake tensors, torch's fake process group.
+
+What is computed has shapes but no numbers, and holds no memory; so a model of any size and any number of ranks takes
+seconds. (torchtitan's fake backend and torch.compile's tracing rest on the same two.)
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_prep.errors import headline
+from pretrain.checkpoint import TrainState
+from pretrain.config import TrainConfig
+from pretrain.data.loader import Batch, MicroBatch
+from pretrain.engine import Engine
+from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.mesh import Mesh
+from pretrain.model import LanguageModel
+from pretrain.optim import MatrixOptimizer, OptimConfig
+from pretrain.train import build_model
+from pretrain.trainer import LoopConfig, Trainer
+from pretrain.vocab import LookupPlan, VocabShard, plan_lookup
+from pretrain.vocab.kernels.base import Kernels
+from pretrain.vocab.kernels.torch import TorchKernels
+from pretrain.watchdog import Watchdog
+
+aten = torch.ops.aten
+WHOLE = TorchKernels(slab_bytes=2**60, memory_mib=2**40)  # all logits at once: what is fake needs no memory
+
+
+@dataclass
+class Stage:
+    """Rank 0's trainer and a batch for it, of which every micro-batch has the same tokens."""
+
+    mesh: Mesh
+    trainer: Trainer
+    batch: Batch
+    plan: LookupPlan
+
+    def step(self) -> None:
+        self.trainer.train_step(self.batch)
+
+
+def rehearse(config: TrainConfig, rows: int, parallel: int, world: int) -> None:
+    """One step on `world` ranks, `parallel` of them to a copy of the matrix. ValueError where its shapes clash.
+
+    Two blocks stand for all, which are alike, and a micro-batch for all. DeepSpeed looks at numbers, so FSDP2 stands in
+    for it. Nothing is compiled or offloaded.
+    """
+    alone = replace(
+        config,
+        model=replace(config.model, layers=min(2, config.model.layers)),
+        train=replace(config.train, global_batch=config.train.micro_batch * world),
+        engine=FSDP2Config(activation_checkpointing=config.engine.activation_checkpointing),
+    )
+    try:
+        with warnings.catch_warnings(action="ignore"), staged(alone, rows, parallel, world, WHOLE) as stage:
+            stage.step()  # without a word of how the fake group differs from a real one
+    except RuntimeError as error:
+        raise ValueError(f"a training step on {world} ranks would fail: {headline(error)}") from error
+
+
+@contextmanager
+def staged(
+    config: TrainConfig,
+    rows: int,
+    parallel: int,
+    world: int,
+    kernels: Kernels,
+    watching: AbstractContextManager[object] | None = None,
+) -> Iterator[Stage]:
+    """The stage on which steps can be made while this lasts. `watching` sees all its tensors from the first on.
+
+    With DeepSpeed the tensors are real, and it keeps groups beyond their end: the process is for one stage then.
+    """
+    ids_pBT = text_like(parallel, config, rows)
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        mesh = Mesh.of(parallel, torch.device("cpu"))
+        shard = VocabShard.of(0, parallel, rows, config.vocab.multiple)
+        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, config.train.compute_dtype("cpu"))
+        fake = FakeTensorMode() if isinstance(config.engine, FSDP2Config) else None
+        move: Callable[[Tensor], Tensor] = fake.from_tensor if fake else lambda tensor: tensor
+        with ExitStack() as stack:
+            for mode in (fake, watching):
+                stack.enter_context(mode or nullcontext())
+            engine, model, matrix = build_model(config, mesh, rows)
+            model.vocab.kernels = kernels
+            trainer = trainer_of(model, engine, matrix, mesh, config.train, config.optim)
+            tokens_BT, repeats = move(ids_pBT[0]), config.train.global_batch // (config.train.micro_batch * world)
+            starts_BT = torch.zeros_like(tokens_BT) if config.data.masked else None
+            micro = MicroBatch(tokens_BT, tokens_BT, starts_BT, plan.each(move))
+            batch = Batch([micro] * repeats, tokens_BT.numel())
+            stack.enter_context(Answers())
+            yield Stage(mesh, trainer, batch, plan)
+    finally:
+        dist.destroy_process_group()
+
+
+def text_like(ranks: int, config: TrainConfig, rows: int) -> list[Tensor]:
+    """[B, T] of each rank; Zipf's law: low ids are frequent."""
+    sequences, length = config.train.micro_batch, config.seq_len
+    frequency = 1.0 / torch.arange(1, rows + 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.multinomial(frequency, ranks * sequences * length, replacement=True, generator=generator)
+    return list(ids.view(ranks, sequences, length))
+
+
+def trainer_of(
+    model: LanguageModel,
+    engine: Engine,
+    matrix: MatrixOptimizer,
+    mesh: Mesh,
+    loop: LoopConfig,
+    optim: OptimConfig,
+    before_update: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """For steps on given batches, without anything around them."""
+    parts = model, engine, matrix, _NoSamples(), mesh, loop, optim, TrainState()
+    return Trainer(*parts, hooks=[], stops=[], before_update=before_update, watchdog=Watchdog(0))  # type: ignore[arg-type]
+
+
+class _NoSamples:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+class Answers(TorchDispatchMode):
+    """Where the step asks a fake tensor for a number, it gets one that lets it go on."""
+
+    differs: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fake = bool(args) and isinstance(args[0], FakeTensor)
+        if fake and func is aten._local_scalar_dense.default:
+            return args[0] is not self.differs
+        if fake and func is aten.nonzero.default:  # this rank owns none of the targets
+            return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
+        out = func(*args, **(kwargs or {}))
+        if func is aten.ne.Scalar:  # the gradient of the loss is 1
+            self.differs = out
+        return out

@@ -1,0 +1,44 @@
+"""launch/rehearsal.py: what can be trained is let through, what would fail on the cluster is told before."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+
+from launch.rehearsal import rehearse
+from pretrain.model import Body, GPT2Config
+from tests.benchmarks.plan import configured
+
+
+@pytest.mark.parametrize(
+    "parallel,world,settings",
+    [
+        (1, 1, ["data.documents=masked"]),
+        (8, 8, ["vocab.tie=untied", "engine.hsdp=true", "engine.compile=true"]),
+        (8, 64, ["engine=deepspeed", "engine.zero_stage=3", "engine.activation_checkpointing=selective"]),
+        (1024, 1024, ["train.precision=fp32"]),
+    ],
+)
+def test_a_step_goes_through(parallel, world, settings):
+    config = configured("model=gpt2", "train.micro_batch=1", "train.seq_len=64", "train.global_batch=2048", *settings)
+    rehearse(config, 50_257, parallel, world)
+    assert not dist.is_initialized()
+
+
+@dataclass
+class Clashing(GPT2Config):
+    """A norm over more numbers than a token has."""
+
+    def body(self) -> Body:
+        body = super().body()
+        body.norm = nn.LayerNorm(self.width + 1)
+        return body
+
+
+def test_shapes_that_clash_are_one_error():
+    config = configured("model=nano", "train.seq_len=64", "train.global_batch=64")
+    broken = replace(config, model=Clashing(layers=1, width=64, heads=1, context=64))
+    with pytest.raises(ValueError, match=r"a training step on 8 ranks would fail: .*normalized_shape"):
+        rehearse(broken, 300, 4, 8)
+    assert not dist.is_initialized()
