@@ -170,8 +170,19 @@ class TokenFile:
         """The document that the token at `place` is of, and which of its tokens it is."""
         sequence = bisect_right(self._pointers, place * self.dtype.itemsize) - 1
         document = bisect_right(self._documents, sequence) - 1
-        start = self._pointers[self._documents[document]] // self.dtype.itemsize
-        return document, place - start
+        return document, place - self.document_start(document)
+
+    def document_start(self, document: int) -> int:
+        """Where a document begins among the tokens; of the number after the last, where that one ends."""
+        sequence = self._documents[document]
+        if sequence == len(self._pointers):
+            return len(self.tokens)
+        return self._pointers[sequence] // self.dtype.itemsize
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]. Reads the whole index."""
+        starts = np.append(self.pointers // self.dtype.itemsize, len(self.tokens))[self.document_indices]
+        return np.diff(starts)
 
     def index_faults(self) -> list[str]:
         """What is wrong inside the index. Reads it all, a piece at a time, and no token."""

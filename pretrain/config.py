@@ -19,7 +19,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
-from .data import Data, DataConfig, Order, Samples, Windows, open_data
+from .data import Data, DataConfig, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .model import GPT2Config
@@ -219,7 +219,12 @@ def samples(config: TrainConfig, data: Data) -> Samples:
     """The windows of the data's corpora, in the order of the run."""
     sources = {}
     for title, corpus in data.corpora.items():
-        windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+        if config.data.packing == "best_fit":
+            windows: Windows = PackedWindows(corpus.train, config.seq_len)
+        else:
+            windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+        if not len(windows):
+            raise ValueError(f"data.path={config.data.paths[title]}: no document has two tokens to pack")
         sources[title] = windows, Order(len(windows), config.seed, corpus.name)
     return Samples(sources, data.blend)
 
@@ -237,7 +242,8 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
     """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
     saved = manifest["config"]
     now = asdict(config)
-    kept = [("seed",), ("train", "seq_len"), ("vocab", "multiple"), ("vocab", "tie"), ("vocab", "softcap")]
+    kept = [("seed",), ("train", "seq_len"), ("data", "packing")]
+    kept += [("vocab", key) for key in ("multiple", "tie", "softcap")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:
         was, is_ = saved, now

@@ -23,7 +23,7 @@ from data_prep.errors import DataError
 from . import config as configuration
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .config import TrainConfig, hold
-from .data import BatchLoader, Data, MicroBatch, Windows, validation_batches
+from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, Windows, validation_batches
 from .engine import Engine
 from .exits import Exit
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
@@ -92,7 +92,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            _announce(config, data, model, mesh, parallel, state, found)
+            _announce(config, data, loader.samples, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
         hooks: list[Hook] = [*evaluations, Log(config.log.every, log)]
@@ -227,6 +227,7 @@ def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) 
 def _announce(
     config: TrainConfig,
     data: Data,
+    samples: Samples,
     model: LanguageModel,
     mesh: Mesh,
     parallel: Parallel,
@@ -244,13 +245,13 @@ def _announce(
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
-        + "".join(f"data: {line}\n" for line in _data_lines(data, state))
+        + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
         flush=True,
     )
 
 
-def _data_lines(data: Data, state: TrainState) -> list[str]:
+def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:
     """Where each corpus stands; with several, their shares from here on."""
     known = sum(state.samples.values())
     shares = data.blend.shares(known)
@@ -260,6 +261,9 @@ def _data_lines(data: Data, state: TrainState) -> list[str]:
         new = " (not the data of before: it starts anew)" if known and not sample else ""
         part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
         lines.append(f"{title}, {corpus.tokens:,} tokens, {part}from sample {sample:,}{new}")
+        windows = samples.sources[title][0]
+        if isinstance(windows, PackedWindows):
+            lines[-1] += f"; {windows.summary}"
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from .dataset import IGNORED, Corpus, Data, DataConfig, Order, Permutation, Window, Windows, open_corpus, open_data
 from .loader import Batch, BatchLoader, MicroBatch, validation_batches
+from .packing import PackedWindows
 from .samples import Samples
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "MicroBatch",
     "Order",
+    "PackedWindows",
     "Permutation",
     "Samples",
     "Window",

@@ -34,7 +34,8 @@ class DataConfig:
     corpora: instead, several such paths by names of your own. weights: of their samples, by name, relative to each
     other; none: by their tokens. stages: other weights, from a sample number of the run on.
     documents: causal lets a token see all before it in its window, masked only those of its document, whose positions
-    begin at 0; there the first token of a document is nobody's target. prefetch: batches made ready ahead of the step.
+    begin at 0; there the first token of a document is nobody's target. packing: none cuts the stream of documents every
+    T tokens, best_fit fills windows with whole documents. prefetch: batches made ready ahead of the step.
     """
 
     path: str = ""
@@ -42,6 +43,7 @@ class DataConfig:
     weights: dict[str, float] = field(default_factory=dict)
     stages: dict[int, Any] = field(default_factory=dict)  # of weights, which may be whole numbers
     documents: str = "causal"
+    packing: str = "none"
     prefetch: int = 2
 
     def __post_init__(self) -> None:
@@ -66,6 +68,13 @@ class DataConfig:
             raise ValueError(f"data.stages.{min(self.stages)} must be the number of a sample, from 1 on")
         if self.documents not in ("causal", "masked"):
             raise ValueError(f"data.documents={self.documents} must be causal or masked")
+        if self.packing not in ("none", "best_fit"):
+            raise ValueError(f"data.packing={self.packing} must be none or best_fit")
+        if self.packing == "best_fit" and not self.masked:
+            raise ValueError(
+                f"data.documents={self.documents} must be masked with data.packing=best_fit: neighbours in a window"
+                " have nothing to do with each other"
+            )
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
 
@@ -235,8 +244,7 @@ class Windows:
 
     def fill(self, index: int, window: Window) -> None:
         """Window `index`. At the stream's end, and between documents that are told apart, targets are IGNORED."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} is outside [0, {len(self)})")
+        self._check(index)
         parts = list(self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1))
         pieces = [file.tokens[low:high] for _, file, low, high in parts]
         stream = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -251,6 +259,10 @@ class Windows:
                     if place:
                         window.targets_T[place - 1] = IGNORED
                     window.starts_T[place:] = place
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} is outside [0, {len(self)})")
 
     def documents(self, index: int) -> list[Part]:
         """The documents that window `index` has tokens of, in their order."""

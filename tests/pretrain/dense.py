@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import TrainConfig
-from pretrain.data import IGNORED, Order, Windows, open_corpus
+from pretrain.data import IGNORED, Order, PackedWindows, Windows, open_corpus
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 
@@ -46,7 +46,10 @@ class DenseModel(nn.Module):
 def windows_of(config: TrainConfig, step: int) -> list[Tensor]:
     """The global batch of a step: tokens, targets [global_batch, T], and where documents begin, if it matters."""
     corpus = open_corpus(Path(config.data.path))
-    windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+    if config.data.packing == "best_fit":
+        windows: Windows = PackedWindows(corpus.train, config.seq_len)
+    else:
+        windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
     order = Order(len(windows), config.seed, corpus.name)
     size = config.train.global_batch
     chosen = [windows[index] for index in order(step * size, size).tolist()]

@@ -241,12 +241,18 @@ def test_a_state_gathers_one_parameter_at_a_time(folder, engine):
 
 
 @pytest.mark.parametrize(
-    "engine,kind",
-    [("fsdp2", "none"), ("fsdp2", "block"), ("hsdp", "selective"), ("zero0", "none"), ("zero3", "block")],
+    "engine,kind,packing",
+    [
+        ("fsdp2", "none", "none"),
+        ("fsdp2", "block", "best_fit"),
+        ("hsdp", "selective", "none"),
+        ("zero0", "none", "none"),
+        ("zero3", "block", "best_fit"),
+    ],
 )
-def test_masked_documents_train_as_each_alone(folder, engine, kind):
+def test_masked_documents_train_as_each_alone(folder, engine, kind, packing):
     """The truth runs the documents of each window one by one."""
-    settings = {"data__documents": "masked", "train__steps": 4}
+    settings = {"data__documents": "masked", "data__packing": packing, "train__steps": 4}
     run = folder / f"masked-{engine}-{kind}"
     config = config_of(run, 2, 2, engine, {"activation_checkpointing": kind}, **settings)
     run_ranks(2, train_rank, config, timeout=120)

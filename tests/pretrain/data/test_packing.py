@@ -1,0 +1,98 @@
+"""Best-fit packing: every place of every document once, whole documents whole, and no bin more than the paper's way."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep.token_file import TokenFile, TokenFileWriter
+from pretrain.data import IGNORED, DataConfig, PackedWindows
+from pretrain.data.packing import best_fit
+
+T = 16
+
+
+def one_by_one(sizes, capacity):
+    """Best-fit decreasing as it is defined: the room that is left in each bin."""
+    rooms = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [room for room in rooms if room >= size]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else capacity) - size)
+    return Counter(rooms)
+
+
+@pytest.mark.parametrize("capacity,n", [(1, 5), (2, 7), (16, 0), (16, 1), (16, 300), (64, 1000), (100, 40)])
+def test_it_is_best_fit_decreasing(capacity, n):
+    for seed in range(5):
+        sizes = np.random.default_rng(seed).integers(1, capacity + 1, n)
+        if seed % 2:
+            sizes = np.maximum(1, sizes // 4)
+        bins = best_fit(sizes, capacity)
+        filled = np.bincount(bins, weights=sizes).astype(int)
+        assert Counter((capacity - filled).tolist()) == one_by_one(sizes.tolist(), capacity)
+        assert sorted(set(bins.tolist())) == list(range(len(filled)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two, of documents of 1 to 70 tokens; a token tells its document and its place, the last is the end's."""
+    generator, made, number = np.random.default_rng(0), [], 0
+    for name in "ab":
+        with TokenFileWriter(tmp_path / name, 100_000) as file:
+            for length in [*generator.integers(1, 70, 60).tolist(), 1, 17, 33, 16]:
+                number += 1
+                file.add(np.append(number * 100 + np.arange(length - 1), 0))
+        made.append(TokenFile(tmp_path / name))
+    return tuple(made)
+
+
+def test_every_place_of_every_document_is_served_once(files):
+    windows, pairs, pieces = PackedWindows(files, T), Counter(), Counter()
+    empty = 0
+    for i in range(len(windows)):
+        tokens, targets, starts = windows[i]
+        used = int((targets != IGNORED).sum())
+        assert (targets[used:] == IGNORED).all() and (targets[:used] != IGNORED).all()
+        empty += T - used
+        for place in range(used):
+            pairs[tokens[place], targets[place]] += 1
+            begin = starts[place]
+            assert begin <= place and tokens[place] // 100 == tokens[begin] // 100
+            if begin == place:
+                pieces[tokens[place] // 100] += 1
+        assert (starts[used:] == used).all()
+    told = Counter()
+    for file in files:
+        for document in range(file.documents):
+            begin, end = file.document_start(document), file.document_start(document + 1)
+            told.update(zip(file.tokens[begin : end - 1].tolist(), file.tokens[begin + 1 : end].tolist(), strict=True))
+    assert pairs == told and set(pairs.values()) == {1}
+    lengths = np.concatenate([file.document_lengths() for file in files])
+    assert pieces == {i + 1: -(-(n - 1) // T) for i, n in enumerate(lengths.tolist()) if n > 1}
+    assert windows.documents_cut == sum(n - 1 > T for n in lengths)
+    assert round(windows.waste * len(windows) * T) == empty
+
+
+def test_its_documents_are_told(files):
+    windows = PackedWindows(files, T)
+    for i in range(len(windows)):
+        tokens, _, starts = windows[i]
+        end = 0
+        for part in windows.documents(i):
+            assert part.start == end == starts[part.start]
+            low = part.file.document_start(part.document) + part.offset
+            assert (
+                tokens[part.start : part.stop].tolist() == part.file.tokens[low : low + part.stop - part.start].tolist()
+            )
+            end = part.stop
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+def test_neighbours_must_be_told_apart():
+    with pytest.raises(ValueError, match=r"data.documents=causal must be masked with data.packing=best_fit"):
+        DataConfig("data/a", packing="best_fit")
+    with pytest.raises(ValueError, match=r"data.packing=first_fit must be none or best_fit"):
+        DataConfig("data/a", packing="first_fit")
