@@ -7,8 +7,9 @@ own; what remains of it, and every shorter document, is put whole where it leave
 function of the documents' lengths.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class PackedWindows(Windows):
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
         super().__init__(files, seq_len, masked=True)
-        self._before = np.cumsum([0, *(file.documents for file in files)])  # documents, up to each file
+        self._before = [0, *accumulate(file.documents for file in files)]  # documents, up to each file
         places = np.concatenate([np.maximum(file.document_lengths() - 1, 0) for file in files])
         wholes, rest = np.divmod(places, seq_len)
         self._long = np.flatnonzero(wholes)  # documents that fill windows alone
@@ -56,11 +57,11 @@ class PackedWindows(Windows):
     def fill(self, index: int, window: Window) -> None:
         assert window.starts_T is not None
         end = 0
-        for part in self.documents(index):
-            low = part.file.document_start(part.document) + part.offset
-            stream, here = part.file.tokens[low : low + part.stop - part.start + 1], slice(part.start, part.stop)
-            window.tokens_T[here], window.targets_T[here], window.starts_T[here] = stream[:-1], stream[1:], part.start
-            end = part.stop
+        for file, document, offset, start, end in self.documents(index):
+            low = file.document_start(document) + offset
+            window.tokens_T[start:end] = file.tokens[low : low + end - start]
+            window.targets_T[start:end] = file.tokens[low + 1 : low + end - start + 1]
+            window.starts_T[start:end] = start
         window.tokens_T[end:], window.targets_T[end:], window.starts_T[end:] = 0, IGNORED, end
 
     def documents(self, index: int) -> list[Part]:
@@ -81,8 +82,8 @@ class PackedWindows(Windows):
 
     def _document(self, number: int) -> tuple[TokenFile, int]:
         """Of all files' documents, by its file."""
-        i = int(np.searchsorted(self._before, number, side="right")) - 1
-        return self.files[i], number - int(self._before[i])
+        i = bisect_right(self._before, number) - 1
+        return self.files[i], number - self._before[i]
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:

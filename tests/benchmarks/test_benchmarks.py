@@ -63,3 +63,10 @@ def test_tokenising():
     """All write the same tokens, or it stops; the bare loop is half of what two processes could do."""
     rows = table("tests/benchmarks/tokenising.py --megabytes 0.3 --rows 300 --repeats 1 --workers 2")
     assert len(rows) >= 4 and rows[0][2] == "0.50" and rows[1][0] == "Rowshard" and float(rows[1][1]) > 0
+
+
+def test_reading(tmp_path):
+    done = table(f"tests/benchmarks/reading.py --millions 0.5 --length 64 --repeats 1 --folder {tmp_path}")
+    names = [f"Rowshard, {kind}" for kind in ("windows", "masked", "packed")]
+    assert [row[0] for row in done[:4]] == ["bare slices", *names]
+    assert all(float(row[2]) > 0 for row in done[:4])

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from data_prep.token_file import TokenFile, TokenFileWriter
 from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus
+from tests.benchmarks.reading import write_sparse
 from tests.data_prep.commands import small_spec
 from tests.pretrain.helpers import make_corpus, write_tokens
 
@@ -226,3 +228,20 @@ def test_too_little_to_train_on(tmp_path):
     write_tokens(tmp_path / "a", np.arange(1), 100)
     with pytest.raises(ValueError, match="fewer than two training tokens"):
         open_corpus(tmp_path / "a")
+
+
+def test_a_billion_samples_cost_what_a_thousand_do(tmp_path):
+    """A sparse pair. What is allocated to open it, to find a batch far out, and to read it."""
+    peaks = []
+    for samples in (1_000, 10**9):
+        write_sparse(tmp_path / "a", samples * 64 + 1)
+        tracemalloc.start()
+        windows = Windows((TokenFile(tmp_path / "a"),), 64)
+        assert len(windows) == samples
+        served = Order(samples, 0, "a")(samples * 3 + samples // 2, 100).tolist()
+        for index in served:
+            windows[index]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(set(served)) == 100
+    assert peaks[1] < peaks[0] + 2**14 < 2**20

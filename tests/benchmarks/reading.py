@@ -1,0 +1,117 @@
+"""From token files to windows, on one core, all in the page cache: against nanoGPT's way, a bare slice of a memmap.
+
+    python tests/benchmarks/reading.py [--millions 100] [--length 2048] [--folder .]
+
+Prints Markdown: windows drawn at random, then what it costs to find a sample of a run. A bare slice copies tokens and
+targets to int64, and knows neither documents nor epochs.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+
+from data_prep.token_file import HEADER, MAGIC, VERSION, TokenFile, TokenFileWriter
+from pretrain.data import Order, PackedWindows, Windows
+from tests.benchmarks.measure import interleaved_times, markdown
+
+ROWS = 32_768
+DRAWS = 4_096  # windows in a repetition
+SEEKS = 1_000
+LARGEST = 10**9  # samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=100, help="of tokens")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        print(reading(Path(folder) / "text", int(options.millions * 1e6), options.length, options.repeats))
+        print(f"\n{seeking(Path(folder) / 'sparse', options.length)}")
+
+
+def reading(prefix: Path, tokens: int, T: int, repeats: int) -> str:
+    write_documents(prefix, tokens)
+    files = (TokenFile(prefix),)
+    draws = np.random.default_rng(0).integers(0, tokens // T - 1, DRAWS)
+    stream, kinds = files[0].tokens, {"windows": Windows(files, T), "masked": Windows(files, T, masked=True)}
+
+    def bare() -> None:
+        for place in (draws * T).tolist():
+            stream[place : place + T].astype(np.int64), stream[place + 1 : place + T + 1].astype(np.int64)
+
+    def ours(windows: Windows) -> Callable[[], None]:
+        batch = windows.room()
+        return lambda: [windows.fill(index, batch) for index in (draws % len(windows)).tolist()] and None
+
+    begin = time.perf_counter()
+    kinds["packed"] = PackedWindows(files, T)
+    planned = time.perf_counter() - begin
+    steps = {"bare slices": bare} | {f"Rowshard, {kind}": ours(windows) for kind, windows in kinds.items()}
+    seconds = interleaved_times(steps, repeats)
+    rows = [
+        [name, f"{DRAWS * T / 1e6 / its:,.0f}", f"{seconds['bare slices'] / its:.2f}"] for name, its in seconds.items()
+    ]
+    return (
+        f"{tokens / 1e6:,.0f} M tokens in {files[0].documents:,} documents, windows of {T:,}; packing was planned in"
+        f" {planned:.2f} s\n\n" + markdown(["windows at random", "M tokens/s", "× bare slices"], rows)
+    )
+
+
+def write_documents(prefix: Path, tokens: int) -> None:
+    """Lengths as of text: log-normal, a thousand tokens on average."""
+    generator = np.random.default_rng(0)
+    with TokenFileWriter(prefix, ROWS) as file:
+        while file.tokens < tokens:
+            length = 1 + int(min(tokens, generator.lognormal(6.3, 1.1)))
+            file.add(generator.integers(0, ROWS, length, dtype=np.int32))
+
+
+def write_sparse(prefix: Path, tokens: int) -> None:
+    """A pair of so many zeros that take no room on the disk, in documents as long as they may be."""
+    lengths = [min(2**31 - 1, tokens - start) for start in range(0, tokens, 2**31 - 1)]
+    ends = np.cumsum(lengths)
+    header = HEADER.pack(MAGIC, VERSION, 8, len(lengths), len(lengths) + 1)
+    parts = np.array(lengths, "<i4"), ((ends - lengths) * 2).astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")
+    prefix.with_suffix(".idx").write_bytes(header + b"".join(part.tobytes() for part in parts))
+    with open(prefix.with_suffix(".bin"), "wb") as stream:
+        stream.truncate(2 * tokens)
+
+
+def seeking(prefix: Path, T: int) -> str:
+    """Opening token files and finding samples, for corpora of a thousand samples and of 10⁹."""
+    rows = []
+    for samples in (1_000, LARGEST):
+        write_sparse(prefix, samples * T + 1)
+        tracemalloc.start()
+        begin = time.perf_counter()
+        windows = Windows((TokenFile(prefix),), T)
+        order = Order(len(windows), 0, "corpus")
+        opened = time.perf_counter() - begin
+        firsts = np.random.default_rng(0).integers(0, samples, SEEKS).tolist()
+        begin = time.perf_counter()
+        for first in firsts:
+            order(first, 1)
+        found = (time.perf_counter() - begin) / SEEKS
+        begin = time.perf_counter()
+        order(firsts[0], 1_024)
+        batch = time.perf_counter() - begin
+        held = tracemalloc.get_traced_memory()[1] / 1024
+        tracemalloc.stop()
+        rows.append([f"{samples:,}", f"{opened * 1e3:.2f}", f"{found * 1e6:.0f}", f"{batch * 1e3:.2f}", f"{held:,.0f}"])
+    titles = ["samples", "open, ms", "find one, µs", "find 1,024, ms", "memory, KiB"]
+    return markdown(titles, rows)
+
+
+if __name__ == "__main__":
+    main()
