@@ -1,10 +1,11 @@
-"""The vocabulary-parallel matrix: who owns which rows, the lookup, the loss, and sampling. Imports torch alone."""
+"""The vocabulary-parallel matrix: its owners, lookup, loss, readout and sampling. Imports torch alone."""
 
 from .embedding import VocabConfig, VocabParallelEmbedding
 from .lookup import LookupPlan, LookupTraffic, plan_lookup, vocab_parallel_lookup
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .parallel import Machine, Parallel, Transfer, Workload, choose_parallel
-from .readout import check_sampling, sample
+from .readout import Reading, Readout
+from .sampling import check_sampling, sample
 from .shard import VocabShard, seeded_normal, stable_seed
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "LookupTraffic",
     "Machine",
     "Parallel",
+    "Reading",
+    "Readout",
     "Transfer",
     "VocabConfig",
     "VocabLoss",

@@ -57,7 +57,10 @@ class Chunk:
 
 
 class Chunks:
-    """This rank's tokens, in as many chunks of equal size as the rank with the most tokens needs."""
+    """This rank's tokens, in as many chunks of equal size as the rank with the most tokens needs.
+
+    A token may bring several hidden states, [N, ..., D]; its chunks then have them too.
+    """
 
     def __init__(self, traffic: Traffic, hidden_ND: Tensor, budget: int, longest: int | None) -> None:
         self.traffic, self.hidden_ND = traffic, hidden_ND
@@ -94,4 +97,6 @@ class Chunks:
         mine = slice(min(columns.start, N), min(columns.stop, N))
         missing = (columns.stop - columns.start) - (mine.stop - mine.start)
         hidden_cD = self.hidden_ND[mine]
-        return mine, columns, self.traffic.gather(F.pad(hidden_cD, (0, 0, 0, missing)) if missing else hidden_cD)
+        if missing:
+            hidden_cD = F.pad(hidden_cD, (0, 0) * (hidden_cD.dim() - 1) + (0, missing))
+        return mine, columns, self.traffic.gather(hidden_cD)

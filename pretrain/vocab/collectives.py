@@ -137,3 +137,15 @@ class Distinct(Replicated):
         mine = partial_mD.new_empty(len(partial_mD) // self.ranks, *partial_mD.shape[1:])
         work = _reduce_scatter(mine.view(-1), partial_mD.reshape(-1), group=self.group, async_op=True)
         return Pending(mine, work)
+
+
+def traffic_of(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> Traffic:
+    """How tokens travel: "distinct", each rank has its own, or "replicated", all have the same. ValueError otherwise,
+    or where the shard is not this rank's of the group.
+    """
+    if tokens not in ("distinct", "replicated"):
+        raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')
+    check_group(shard, group)
+    if group is None:
+        return Alone()
+    return Distinct(group) if tokens == "distinct" else Replicated(group)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunks, chunk_budget
-from .collectives import Alone, Distinct, Replicated, Traffic, check_group
+from .collectives import traffic_of
 from .head import Gradients, Head, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
@@ -97,7 +97,7 @@ def vocab_parallel_linear_cross_entropy(
     kernels = kernels or choose_kernels(hidden_ND.device)
     head = Head(
         shard=shard,
-        traffic=_traffic(shard, group, tokens),
+        traffic=traffic_of(shard, group, tokens),
         kernels=kernels,
         z_loss=z_loss,
         smoothing=label_smoothing,
@@ -112,15 +112,6 @@ def vocab_parallel_linear_cross_entropy(
     results = call.results
     correct_N = valid_N & (results["best"] == targets_N) if metrics else None
     return VocabLoss(loss, valid_N.sum(), results["lse"], correct_N, results.get("entropy"))
-
-
-def _traffic(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> Traffic:
-    if tokens not in ("distinct", "replicated"):
-        raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')
-    check_group(shard, group)
-    if group is None:
-        return Alone()
-    return Distinct(group) if tokens == "distinct" else Replicated(group)
 
 
 def _check_options(

@@ -1,130 +1,289 @@
-"""Reading the matrix: sampling on the shards, without gathering the logits."""
+"""Reading the matrix: what the logits of hidden states tell, while no logit leaves its rank.
+
+Every rank multiplies a chunk of tokens with its own rows, reduces the logits to a few numbers a token, and the ranks
+exchange those. A chunk is as large as a memory budget allows, so nothing grows with tokens × rows.
+"""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather
+from .chunks import Chunk, Chunks
+from .collectives import Traffic, traffic_of
+from .kernels.base import accurate_dtype
 from .shard import VocabShard
+from .softmax import Softmax, Whole, dot
+
+MEMORY_MIB = 256
+TILE_BYTES = 16 * 2**20  # of rows that are made accurate at once, where they are not
 
 
-def sample(
-    hidden_ND: Tensor,
-    weight_vD: Tensor,
-    *,
-    shard: VocabShard,
-    seed: int,
-    draw: int,
-    group: dist.ProcessGroup | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """One id for each hidden state, [N]; every rank of the group gives the same hidden and gets the same ids.
+@dataclass(frozen=True)
+class Reading:
+    """What `Readout.read` returns: of S sets of N hidden states, in nats, accurate.
 
-    The draw is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p`
-    leave. Noise is a function of (seed, draw, position in N, row), so the draw is the same for any split.
-    temperature=0 takes the largest logit; ties go to the lowest id, but all ties at the edge of `top_p` stay.
-    Collectives: gathers of k values, sums of N floats (64 of them for `top_p`), one gather of the winners.
-    Raises ValueError on a setting out of range.
+    top_logits, top_ids: the k largest logits, falling, and their ids, the lowest first among equals; [S, N, k].
+    lse, entropy: log-sum-exp of the logits and entropy of the softmax, [S, N].
+    logits, ranks: of the J ids that were asked for; [S, N, J]. Rank 1 is the largest logit; among equals the lowest id
+    comes first. An id outside [0, V) has the logit NaN and the rank 0.
+    kl_from: KL(reference ‖ set), kl_to: KL(set ‖ reference); [S, N, R]. mass: probability of the marked rows, [S, N].
     """
-    check_sampling(temperature, top_k, top_p)
-    ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
-    scores_Nv = hidden_ND.double() @ weight_vD[: shard.valid_rows].double().T
-    if softcap is not None:
-        scores_Nv = softcap * torch.tanh(scores_Nv / softcap)
-    if temperature > 0:
-        scores_Nv = scores_Nv / temperature
-        if top_k is not None and top_k < shard.vocab_size:
-            scores_Nv = _keep_top_k(scores_Nv, ids_v, top_k, group)
-        if top_p < 1:
-            scores_Nv = _keep_top_p(scores_Nv, top_p, group)
-        scores_Nv = scores_Nv + _gumbel(seed, draw, len(hidden_ND), ids_v)
-    best_N, best_ids_N = _largest(scores_Nv, ids_v)
-    best_pN, ids_pN = all_gather(best_N, group), all_gather(best_ids_N, group)
-    winner_N = best_pN.max(0).indices  # the lowest rank on ties, hence the lowest id
-    return ids_pN.gather(0, winner_N.unsqueeze(0)).squeeze(0)
+
+    top_logits: Tensor
+    top_ids: Tensor
+    lse: Tensor
+    entropy: Tensor
+    logits: Tensor
+    ranks: Tensor
+    kl_from: Tensor
+    kl_to: Tensor
+    mass: Tensor
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises ValueError on a setting out of range."""
-    if temperature < 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature={temperature} must be a number of at least 0 (0: the likeliest token)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 (null: all rows)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
+class Readout:
+    """Reads softcap(hidden @ W.T), whose rows are split over the ranks of `group`; padding rows are not read.
 
-
-def _largest(scores_Nv: Tensor, ids_v: Tensor) -> tuple[Tensor, Tensor]:
-    if len(ids_v) == 0:
-        return scores_Nv.new_full((len(scores_Nv),), -math.inf), ids_v.new_zeros(len(scores_Nv))
-    best_N, index_N = scores_Nv.max(1)
-    return best_N, ids_v[index_N]
-
-
-def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """-inf on all but the k largest of all shards; of equal ones the lowest ids are kept."""
-    N, v = scores_Nv.shape
-    values_Nk = scores_Nv.new_full((N, k), -math.inf)
-    candidates_Nk = ids_v.new_zeros(N, k)
-    order_Nv = scores_Nv.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    values_Nk[:, : min(k, v)] = scores_Nv.gather(1, order_Nv)
-    candidates_Nk[:, : min(k, v)] = ids_v[order_Nv]
-    all_NK = all_gather(values_Nk, group).transpose(0, 1).flatten(1)
-    ids_NK = all_gather(candidates_Nk, group).transpose(0, 1).flatten(1)
-    last_N1 = all_NK.sort(dim=1, descending=True, stable=True).indices[:, k - 1 : k]
-    edge_N1, edge_id_N1 = all_NK.gather(1, last_N1), ids_NK.gather(1, last_N1)
-    kept_Nv = (scores_Nv > edge_N1) | ((scores_Nv == edge_N1) & (ids_v <= edge_id_N1))
-    return scores_Nv.masked_fill(~kept_Nv, -math.inf)
-
-
-def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
-    """-inf on all but the smallest set of largest scores that holds `top_p` of the probability.
-
-    The set's lowest score is found by bisection; only its mass crosses ranks.
+    "replicated": every rank brings the same hidden states and gets all results. "distinct": every rank brings its own,
+    of any number, and gets theirs. Logits are fp32 (float64 where hidden or the rows are) and so is what they are
+    reduced to. `memory_mib`: about what a chunk's logits may hold on a rank. No gradients. `group=None` is one process.
     """
-    floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)  # for a shard without rows
-    top_N1 = all_gather(torch.cat([scores_Nv, floor_N1], 1).amax(1, keepdim=True), group).amax(0)
-    mass_Nv = (scores_Nv - top_N1).exp()
-    needed_N = top_p * _total(mass_Nv.sum(1), group)
-    low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: below it lies no mass
-    for _ in range(64):
-        middle_N1 = (low_N1 + high_N1) / 2
-        enough_N1 = (_total((mass_Nv * (scores_Nv >= middle_N1)).sum(1), group) >= needed_N).unsqueeze(1)
-        low_N1 = torch.where(enough_N1, middle_N1, low_N1)
-        high_N1 = torch.where(enough_N1, high_N1, middle_N1)
-    return scores_Nv.masked_fill(scores_Nv < low_N1, -math.inf)
 
+    def __init__(
+        self,
+        weight_vD: Tensor,
+        *,
+        shard: VocabShard,
+        group: dist.ProcessGroup | None = None,
+        softcap: float | None = None,
+        tokens: Literal["distinct", "replicated"] = "replicated",
+        memory_mib: float = MEMORY_MIB,
+    ) -> None:
+        """Raises ValueError where the shard is not this rank's of the group, or has other rows."""
+        if len(weight_vD) != shard.rows:
+            raise ValueError(f"weight has {len(weight_vD)} rows, but the shard has {shard.rows}")
+        if not memory_mib > 0:
+            raise ValueError(f"memory_mib={memory_mib} must be positive")
+        self.weight_vD = weight_vD.detach()[: shard.valid_rows]
+        self.shard, self.softcap, self.memory_mib = shard, softcap, memory_mib
+        self.traffic: Traffic = traffic_of(shard, group, tokens)
 
-def _gumbel(seed: int, draw: int, N: int, ids_v: Tensor) -> Tensor:
-    """Gumbel noise [N, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position, row."""
-    start_N1 = torch.arange(N, device=ids_v.device).unsqueeze(1)
-    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + start_N1)
-    bits_Nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
-    uniform_Nv = (bits_Nv.double() + 0.5) / 2**52
-    return -torch.log(-torch.log(uniform_Nv))
+    def top_k(self, hidden_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits and their ids, [N, k]; of equal logits the lowest ids. Collectives: see `read`."""
+        read = self.read(hidden_ND[None], k=k)
+        return read.top_logits[0], read.top_ids[0]
 
+    def logit(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """The logit of an id of each position, [N]. Collectives: see `read`."""
+        return self.read(hidden_ND[None], ids_NJ=ids_N[:, None]).logits[0, :, 0]
 
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)  # int64 wraps around, as SplitMix64 wants
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    def rank(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """1 + the number of ids before it, [N] int64. Collectives: see `read`."""
+        return self.read(hidden_ND[None], ids_NJ=ids_N[:, None]).ranks[0, :, 0]
 
+    def log_sum_exp(self, hidden_ND: Tensor) -> Tensor:
+        """[N]. Collectives: see `read`."""
+        return self.read(hidden_ND[None]).lse[0]
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    def entropy(self, hidden_ND: Tensor) -> Tensor:
+        """Of the softmax, [N]. Collectives: see `read`."""
+        return self.read(hidden_ND[None]).entropy[0]
 
+    def kl(self, hidden_a_ND: Tensor, hidden_b_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(a ‖ b) and KL(b ‖ a), [N] each. Collectives: see `read`."""
+        read = self.read(hidden_b_ND[None], reference_RND=hidden_a_ND[None])
+        return read.kl_from[0, :, 0], read.kl_to[0, :, 0]
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
+    def masked_mass(self, hidden_ND: Tensor, mask_v: Tensor) -> Tensor:
+        """The probability of the rows that `mask_v` marks, [N]. Collectives: see `read`."""
+        return self.read(hidden_ND[None], mask_v=mask_v).mass[0]
 
+    @torch.no_grad()
+    def read(
+        self,
+        hidden_SND: Tensor,
+        *,
+        k: int = 0,
+        ids_NJ: Tensor | None = None,
+        reference_RND: Tensor | None = None,
+        mask_v: Tensor | None = None,
+    ) -> Reading:
+        """All of it in one pass: a matmul of every set and every reference with this rank's rows.
 
-def _total(mine_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks, in rank order."""
-    return all_gather(mine_N, group).sum(0)
+        `mask_v`: bool, one for each of this rank's rows, padding included. Without it `mass` is 0.
+        Collectives a chunk and set: a gather of the J logits, one of 4 + 2·R + J + 2·k numbers a token; a chunk: one
+        of the references' 2·R. "distinct" also gathers the hidden states and the ids, and the count of tokens.
+        Raises ValueError on a k outside [0, V] and on shapes that do not fit.
+        """
+        S, N, _ = hidden_SND.shape
+        references = hidden_SND[:0] if reference_RND is None else reference_RND
+        if ids_NJ is None:
+            ids_NJ = torch.empty(N, 0, dtype=torch.int64, device=hidden_SND.device)
+        self._check(hidden_SND, references, ids_NJ, mask_v, k)
+        J, R = ids_NJ.shape[1], len(references)
+        accurate = self._accurate(hidden_SND)
+        sizes = {"top_logits": (k,), "top_ids": (k,), "lse": (), "entropy": (), "logits": (J,), "ranks": (J,)}
+        sizes |= {"kl_from": (R,), "kl_to": (R,), "mass": ()}
+        whole_numbers = ("top_ids", "ranks")
+        out = {
+            name: hidden_SND.new_empty((S, N, *size), dtype=torch.int64 if name in whole_numbers else accurate)
+            for name, size in sizes.items()
+        }
+        for chunk, ids_mJ, reference_mRD in self._chunks(hidden_SND, ids_NJ, references):
+            sets = [Softmax.of(self._logits(hidden_mD)) for hidden_mD in reference_mRD.unbind(1)]
+            wholes = self._wholes(sets)
+            for s, hidden_mD in enumerate(chunk.hidden_mD.unbind(1)):
+                merged = self._read(self._logits(hidden_mD), ids_mJ, sets, wholes, mask_v, k)
+                for name, value_m in merged.items():
+                    mine = self.traffic.mine(value_m)[: chunk.mine.stop - chunk.mine.start]
+                    out[name][s, chunk.mine] = mine.to(out[name].dtype)
+        return Reading(**out)
+
+    def _chunks(
+        self, hidden_SND: Tensor, ids_NJ: Tensor, reference_RND: Tensor
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
+        """Chunks of [m, S, D], with the ids [m, J] and the references [m, R, D] of their tokens."""
+        slabs = 6 + 2 * len(reference_RND)  # logits, what becomes of them, and the order of the largest
+        token_bytes = slabs * self.shard.rows_per_rank * self._accurate(hidden_SND).itemsize
+        budget = max(1, int(self.memory_mib * 2**20 / token_bytes))
+        chunks = Chunks(self.traffic, hidden_SND.transpose(0, 1), budget, None)
+        ids = [chunks.gather(ids_N, -1) for ids_N in ids_NJ.unbind(1)]
+        references: Iterator[Tensor] = repeat(hidden_SND.new_empty(0, 0, hidden_SND.shape[-1]))
+        if len(reference_RND):
+            others = Chunks(self.traffic, reference_RND.transpose(0, 1), budget, chunks.longest)
+            references = (other.hidden_mD for other in others)
+        for chunk, reference_mRD in zip(chunks, references, strict=False):
+            of_chunk = [chunk.of(ids_pL) for ids_pL in ids]
+            ids_mJ = torch.stack(of_chunk, 1) if ids else ids_NJ.new_empty(len(chunk.hidden_mD), 0)
+            yield chunk, ids_mJ, reference_mRD
+
+    def _wholes(self, sets: list[Softmax]) -> list[Whole]:
+        if not sets:
+            return []
+        stacked_pkm = self._exchange([statistic for own in sets for statistic in (own.max_m, own.sum_m)])
+        return [Whole.of(*stacked_pkm[:, 2 * r : 2 * r + 2].unbind(1)) for r in range(len(sets))]
+
+    def _read(
+        self,
+        logits_mv: Tensor,
+        ids_mJ: Tensor,
+        references: list[Softmax],
+        wholes: list[Whole],
+        mask_v: Tensor | None,
+        k: int,
+    ) -> dict[str, Tensor]:
+        """One set of one chunk: `Reading`'s fields, [m, ...]."""
+        of_ids_mJ = self._logits_of(logits_mv, ids_mJ)
+        counts = [self._before(logits_mv, of_m, ids_m) for of_m, ids_m in zip(of_ids_mJ.T, ids_mJ.T, strict=True)]
+        top_km, top_ids_km = self._top(logits_mv, k)
+        own = Softmax.of(logits_mv)
+        rows = slice(None) if mask_v is None else mask_v[: len(self.weight_vD)]
+        statistics = [own.max_m, own.sum_m, dot(own.exp_mv, own.shifted_mv)]
+        statistics.append(torch.zeros_like(own.sum_m) if mask_v is None else own.exp_mv[:, rows].sum(1))
+        for other in references:
+            distance_mv = other.shifted_mv - own.shifted_mv
+            statistics += [dot(other.exp_mv, distance_mv), -dot(own.exp_mv, distance_mv)]
+        stacked = self._exchange([*statistics, *counts, *top_km, *top_ids_km.to(own.max_m.dtype)])
+        parts = iter(stacked.unbind(1))
+        whole = Whole.of(next(parts), next(parts))
+        entropy_m = whole.entropy(next(parts))
+        mass_m = (whole.weight_pm * next(parts)).sum(0)
+        pairs = [(of.kl(whole, next(parts)), whole.kl(of, next(parts))) for of in wholes]
+        ranks = [1 + next(parts).sum(0) for _ in counts]
+        known_mJ = (ids_mJ >= 0) & (ids_mJ < self.shard.vocab_size)
+        nothing = top_km.new_empty(len(own.max_m), 0)
+        top_mK, top_ids_mK = nothing, nothing
+        if k:
+            all_mK, all_ids_mK = (part.flatten(0, 1).T for part in (stacked[:, -2 * k : -k], stacked[:, -k:]))
+            order_mk = all_mK.sort(dim=1, descending=True, stable=True).indices[:, :k]  # lower ranks have lower ids
+            top_mK, top_ids_mK = all_mK.gather(1, order_mk), all_ids_mK.gather(1, order_mk)
+        return {
+            "top_logits": top_mK,
+            "top_ids": top_ids_mK,
+            "lse": whole.lse_m,
+            "entropy": entropy_m,
+            "logits": torch.where(known_mJ, of_ids_mJ, math.nan),
+            "ranks": torch.where(known_mJ, torch.stack(ranks, 1), 0) if ranks else nothing,
+            "kl_from": torch.stack([kl for kl, _ in pairs], 1) if pairs else nothing,
+            "kl_to": torch.stack([kl for _, kl in pairs], 1) if pairs else nothing,
+            "mass": mass_m,
+        }
+
+    def _logits(self, hidden_mD: Tensor) -> Tensor:
+        """[m, v], accurate."""
+        accurate, rows_vD = self._accurate(hidden_mD), self.weight_vD
+        hidden_mD = hidden_mD.to(accurate)
+        if rows_vD.dtype == accurate:
+            logits_mv = hidden_mD @ rows_vD.T
+        else:
+            logits_mv = hidden_mD.new_empty(len(hidden_mD), len(rows_vD))
+            height = max(1, TILE_BYTES // (accurate.itemsize * rows_vD.shape[1]))
+            for start in range(0, len(rows_vD), height):
+                tile = slice(start, start + height)
+                logits_mv[:, tile] = hidden_mD @ rows_vD[tile].to(accurate).T
+        return logits_mv if self.softcap is None else logits_mv.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _logits_of(self, logits_mv: Tensor, ids_mJ: Tensor) -> Tensor:
+        """The ids' logits, [m, J], from their owners."""
+        if not ids_mJ.shape[1]:
+            return logits_mv.new_empty(ids_mJ.shape)
+        held_mJ = self.shard.holds(ids_mJ)
+        mine_mJ = torch.zeros_like(held_mJ, dtype=logits_mv.dtype)
+        if len(self.weight_vD):
+            local_mJ = torch.where(held_mJ, self.shard.local(ids_mJ), 0)
+            mine_mJ = torch.where(held_mJ, logits_mv.gather(1, local_mJ), 0.0)
+        return self._exchange(list(mine_mJ.T)).sum(0).T
+
+    def _before(self, logits_mv: Tensor, of_m: Tensor, ids_m: Tensor) -> Tensor:
+        """How many of my rows come before the ids of these logits, [m]."""
+        equal_mv = (logits_mv == of_m[:, None]) & (self._ids_v < ids_m[:, None])
+        return ((logits_mv > of_m[:, None]) | equal_mv).sum(1).to(logits_mv.dtype)
+
+    def _top(self, logits_mv: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of my rows, falling, the lowest ids first among equals: [k, m]; -inf where I have fewer.
+
+        NaN, of a model that has diverged, counts as the lowest.
+        """
+        m, v = logits_mv.shape
+        values_mk = logits_mv.new_full((m, k), -math.inf)
+        ids_mk = torch.zeros(m, k, dtype=torch.int64, device=logits_mv.device)
+        n = min(k, v)
+        if n:
+            logits_mv = logits_mv.nan_to_num(-math.inf, math.inf, -math.inf)
+            edge_m1 = logits_mv.topk(n, dim=1).values[:, -1:]  # which of several equal ones it takes is not said
+            above_mv, equal_mv = logits_mv > edge_m1, logits_mv == edge_m1
+            missing_m1 = n - above_mv.sum(1, keepdim=True)
+            kept_mv = above_mv | (equal_mv & (equal_mv.cumsum(1, dtype=torch.int32) <= missing_m1))
+            local_mn = kept_mv.nonzero()[:, 1].view(m, n)
+            kept_mn, order_mn = logits_mv.gather(1, local_mn).sort(dim=1, descending=True, stable=True)
+            values_mk[:, :n], ids_mk[:, :n] = kept_mn, local_mn.gather(1, order_mn) + self.shard.start
+        return values_mk.T, ids_mk.T
+
+    @cached_property
+    def _ids_v(self) -> Tensor:
+        return torch.arange(self.shard.start, self.shard.start + len(self.weight_vD), device=self.weight_vD.device)
+
+    def _accurate(self, hidden: Tensor) -> torch.dtype:
+        return accurate_dtype(torch.promote_types(hidden.dtype, self.weight_vD.dtype))
+
+    def _exchange(self, statistics: list[Tensor]) -> Tensor:
+        """[p, k, m] of all shards."""
+        return self.traffic.stack(torch.stack(statistics)).wait()
+
+    def _check(self, hidden_SND: Tensor, reference_RND: Tensor, ids_NJ: Tensor, mask_v: Tensor | None, k: int) -> None:
+        N, D = hidden_SND.shape[1:]
+        if self.weight_vD.shape[1] != D or reference_RND.shape[1:] != (N, D) or len(ids_NJ) != N:
+            raise ValueError(
+                f"hidden {list(hidden_SND.shape)}, references {list(reference_RND.shape)} and ids {list(ids_NJ.shape)}"
+                f" must be of the same positions, and as wide as the rows: {self.weight_vD.shape[1]}"
+            )
+        if not 0 <= k <= self.shard.vocab_size:
+            raise ValueError(f"k={k} must be in [0, {self.shard.vocab_size}]")
+        if mask_v is not None and mask_v.shape != (self.shard.rows,):
+            raise ValueError(f"mask has {list(mask_v.shape)} marks, but the shard has {self.shard.rows} rows")

@@ -1,4 +1,6 @@
-"""Sampling on the shards: the same ids for any split, and the distribution that was asked for."""
+"""What is read on the shards is what a dense float64 computation gives."""
+
+import math
 
 import pytest
 import torch
@@ -6,161 +8,206 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
-from pretrain.vocab import VocabShard, check_sampling, sample
-from pretrain.vocab.readout import _keep_top_k, _keep_top_p
+from pretrain.vocab import Readout, VocabShard
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
-WIDTH = 6
-SETTINGS: list[dict] = [
-    {"temperature": 0.0},
-    {},
-    {"temperature": 0.7, "softcap": 2.0},
-    {"temperature": 2.0, "top_k": 4},
-    {"top_k": 1},
-    {"temperature": 0.5, "top_p": 0.9},
-    {"temperature": 2.0, "top_k": 4, "top_p": 0.6, "softcap": 2.0},
-]
-VOCABULARIES = [(37, 4), (5, 1)]  # uneven; one empty shard on four ranks
+WIDTH, SETS, REFERENCES, K = 6, 3, 2, 4
+NEAR = {"rtol": 1e-10, "atol": 1e-10}
+# vocabulary, multiple, softcap, ties: uneven; one empty shard on four ranks; all of equal logits' ranks
+CASES = [(37, 4, None, False), (37, 4, 1.5, False), (5, 1, None, False), (37, 4, None, True), (9, 8, None, True)]
 
 
-def problem(vocab_size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(vocab_size)
-    return torch.randn(24, WIDTH, generator=generator), torch.randn(vocab_size, WIDTH, generator=generator)
+def problem(vocab_size: int, ties: bool, dtype: torch.dtype = torch.float64):
+    """Hidden [S, N, D], references [R, N, D], weight [V, D], ids [N, J], marks [V]. With ties: small whole numbers."""
+    generator = torch.Generator().manual_seed(vocab_size + ties)
+
+    def numbers(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (drawn.round() if ties else drawn).to(dtype)
+
+    hidden, references, weight = numbers(SETS, 23, WIDTH), numbers(REFERENCES, 23, WIDTH), numbers(vocab_size, WIDTH)
+    ids = torch.randint(vocab_size, (23, 2), generator=generator)
+    ids[::5, 1] = -100
+    return hidden, references, weight, ids, torch.rand(vocab_size, generator=generator) < 0.4
 
 
-def rank_samples(rank, world):
-    """The ids of all settings, [settings, N], for each vocabulary."""
+def dense(hidden: Tensor, references: Tensor, weight: Tensor, ids: Tensor, marks: Tensor, softcap, k: int) -> dict:
+    """`Reading`'s fields from materialised logits."""
+
+    def logits_of(states: Tensor) -> Tensor:
+        logits = states.double() @ weight.double().T
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    logits, others = logits_of(hidden), logits_of(references)
+    log_p, log_q = logits.log_softmax(-1), others.log_softmax(-1)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    places = order.argsort(-1) + 1
+    known = ids >= 0
+    where = ids.clamp(min=0).expand(len(logits), -1, -1)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(-1)
+
+    pairs = [[(kl(q, p), kl(p, q)) for q in log_q] for p in log_p]
+    return {
+        "top_logits": logits.gather(-1, order[..., :k]),
+        "top_ids": order[..., :k],
+        "lse": logits.logsumexp(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "logits": torch.where(known, logits.gather(-1, where), math.nan),
+        "ranks": torch.where(known, places.gather(-1, where), 0),
+        "kl_from": torch.stack([torch.stack([pair[0] for pair in of], -1) for of in pairs]),
+        "kl_to": torch.stack([torch.stack([pair[1] for pair in of], -1) for of in pairs]),
+        "mass": (log_p.exp() * marks).sum(-1),
+    }
+
+
+def slice_of(rank: int, world: int, tokens: str) -> slice:
+    """Ranks with tokens of their own have different numbers of them, the last of four none."""
+    if tokens == "replicated":
+        return slice(None)
+    edges = [0, 14, 20, 23, 23] if world == 4 else [0, *([14, 20] if world == 3 else [14])[: world - 1], 23]
+    return slice(edges[rank], edges[rank + 1])
+
+
+def rank_readings(rank, world, tokens):
     results = []
-    for vocab_size, multiple in VOCABULARIES:
-        hidden, weight = problem(vocab_size)
-        shard = VocabShard.of(rank, world, vocab_size, multiple)
-        place = {"shard": shard, "group": dist.group.WORLD, "seed": 3, "draw": 5}
-        rows = padded_rows(weight, shard)
-        results.append(torch.stack([sample(hidden, rows, **place, **setting) for setting in SETTINGS]))
+    for vocab_size, multiple, softcap, ties in CASES:
+        hidden, references, weight, ids, marks = problem(vocab_size, ties)
+        shard, mine = VocabShard.of(rank, world, vocab_size, multiple), slice_of(rank, world, tokens)
+        readout = Readout(
+            padded_rows(weight, shard),
+            shard=shard,
+            group=dist.group.WORLD,
+            softcap=softcap,
+            tokens=tokens,
+            memory_mib=0.005,  # chunks of a few tokens
+        )
+        marked = padded_rows(marks[:, None], shard)[:, 0]
+        read = readout.read(hidden[:, mine], k=K, ids_NJ=ids[mine], reference_RND=references[:, mine], mask_v=marked)
+        results.append(vars(read))
     return results
 
 
-def test_the_same_ids_for_any_split():
-    (whole,) = run_ranks(1, rank_samples)
-    for ids, (vocab_size, _) in zip(whole, VOCABULARIES, strict=True):
-        assert (ids >= 0).all() and (ids < vocab_size).all()
-    for world in (2, 3, 4):
-        for ids in run_ranks(world, rank_samples):
-            assert all(map(torch.equal, ids, whole))
+@pytest.mark.parametrize("tokens", ["replicated", "distinct"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_everything_is_the_dense_truth(world, tokens):
+    results = run_ranks(world, rank_readings, tokens)
+    for i, (vocab_size, _, softcap, ties) in enumerate(CASES):
+        truth = dense(*problem(vocab_size, ties), softcap, K)
+        for rank in range(world):
+            mine = slice_of(rank, world, tokens)
+            for name, value in truth.items():
+                note = {"msg": lambda text, at=(rank, CASES[i], name): f"{at}: {text}"}
+                assert_close(results[rank][i][name], value[:, mine], **NEAR, equal_nan=True, **note)
 
 
-def alone(logits: list[float], N: int = 1, **settings) -> Tensor:
-    """N draws of ids with these logits."""
-    weight = torch.tensor([[logit] for logit in logits])
-    settings = {"seed": 0, "draw": 0} | settings
-    return sample(torch.ones(N, 1), weight, shard=VocabShard.of(0, 1, len(logits), 1), **settings)
-
-
-@pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"top_k": 1}], ids=["temperature 0", "top_k 1"])
-def test_the_largest_logit_and_the_lowest_id_on_ties(setting):
-    assert alone([1, 3, 2, 3, 3], 50, **setting).tolist() == [1] * 50
-
-
-def rank_ties(rank, world):
-    shard = VocabShard.of(rank, world, 6, 1)
-    rows = padded_rows(torch.tensor([[0.0], [2.0], [1.0], [2.0], [1.0], [2.0]]), shard)
-    place = {"shard": shard, "group": dist.group.WORLD, "seed": 0, "draw": 0}
-    hidden = torch.ones(300, 1)
-    return [
-        sample(hidden, rows, **place, **s).unique().tolist() for s in ({"temperature": 0.0}, {"top_k": 2}, {"top_k": 4})
-    ]
-
-
-def test_ties_across_shards_go_to_the_lowest_ids():
-    for ids in run_ranks(3, rank_ties):
-        assert ids == [[1], [1, 3], [1, 2, 3, 5]]
-
-
-SCORES = st.lists(st.integers(-12, 12).map(lambda x: x / 3), min_size=1, max_size=30)  # many ties
+def alone(weight: Tensor, **settings) -> Readout:
+    return Readout(weight, shard=VocabShard.of(0, 1, len(weight), 1), **settings)
 
 
 @settings(deadline=None)
-@given(scores=SCORES, k=st.integers(1, 29))
-def test_top_k_keeps_exactly_k(scores, k):
-    k = min(k, len(scores))
-    row = torch.tensor([scores], dtype=torch.float64)
-    kept = (_keep_top_k(row, torch.arange(len(scores)), k, None) > -torch.inf).squeeze(0).nonzero().flatten()
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
-    assert kept.tolist() == sorted(best)
-
-
-@settings(deadline=None)
-@given(scores=SCORES, top_p=st.floats(0.01, 0.99))
-def test_top_p_keeps_the_smallest_set_that_is_enough(scores, top_p):
-    row = torch.tensor([scores], dtype=torch.float64)
-    kept = (_keep_top_p(row, top_p, None) > -torch.inf).squeeze(0)
-    probabilities = row.softmax(1).squeeze(0)
-    assert probabilities[kept].sum() >= top_p - 1e-12
-    edge = probabilities[kept].min()
-    assert (probabilities[~kept] < edge).all()  # the largest, and all ties at the edge
-    assert probabilities[probabilities > edge].sum() < top_p + 1e-12  # without the edge it is not enough
-
-
-def test_top_p_counts_what_top_k_has_left():
-    # of e^3, e^2, e^1, e^0: the first two are 73% and 27% of what top_k=2 leaves, 64% and 24% of everything
-    assert alone([3, 2, 1, 0], 500, top_k=2, top_p=0.7).unique().tolist() == [0]
-    assert alone([3, 2, 1, 0], 500, top_p=0.7).unique().tolist() == [0, 1]
-
-
-CHI_SQUARE_999 = {3: 16.27, 4: 18.47, 9: 27.88}  # the 99.9% quantile by degrees of freedom
-
-
-def assert_frequencies(ids: Tensor, logits: list[float], kept: int) -> None:
-    """Pearson's test of the ids against the softmax of the `kept` largest logits, which rise."""
-    dropped = len(logits) - kept
-    counts = ids.bincount(minlength=len(logits))
-    expected = len(ids) * torch.tensor(logits[dropped:], dtype=torch.float64).softmax(0)
-    assert (counts[:dropped] == 0).all()
-    assert ((counts[dropped:] - expected).square() / expected).sum() < CHI_SQUARE_999[kept - 1]
-
-
-@pytest.mark.parametrize(
-    "setting,kept",
-    [({}, 10), ({"temperature": 0.5}, 10), ({"temperature": 2.0, "top_k": 5}, 5), ({"top_p": 0.55}, 4)],
-    ids=["plain", "temperature", "top_k", "top_p"],
+@given(
+    logits=st.lists(st.integers(-12, 12).map(lambda x: x / 3), min_size=1, max_size=30),
+    k=st.integers(0, 30),
+    data=st.data(),
 )
-def test_frequencies_are_the_softmax(setting, kept):
-    logits = [0.2 * i for i in range(10)]
-    scaled = [logit / setting.get("temperature", 1.0) for logit in logits]
-    assert_frequencies(alone(logits, 20_000, **setting), scaled, kept)
+def test_any_logits_with_ties(logits, k, data):
+    """Top-k and rank are two views of one order."""
+    k, id = min(k, len(logits)), data.draw(st.integers(0, len(logits) - 1))
+    readout, one = alone(torch.tensor([[x] for x in logits], dtype=torch.float64)), torch.ones(1, 1).double()
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    assert readout.top_k(one, k)[1].tolist() == [order[:k]]
+    assert readout.rank(one, torch.tensor([id])).tolist() == [order.index(id) + 1]
 
 
-@pytest.mark.parametrize("many", ["seed", "draw"])
-def test_neighbouring_seeds_and_draws_are_independent(many):
-    logits = [0.2 * i for i in range(10)]
-    assert_frequencies(torch.cat([alone(logits, **{many: i}) for i in range(2000)]), logits, 10)
+def test_each_of_them_by_its_name():
+    hidden, references, weight, ids, marks = problem(37, False)
+    truth = dense(hidden, references, weight, ids, marks, None, K)
+    readout, states = alone(weight), hidden[1]
+    for value, name in [
+        (readout.log_sum_exp(states), "lse"),
+        (readout.entropy(states), "entropy"),
+        (readout.masked_mass(states, marks), "mass"),
+    ]:
+        assert_close(value, truth[name][1], **NEAR)
+    assert_close(readout.logit(states, ids[:, 0]), truth["logits"][1, :, 0], **NEAR)
+    assert_close(readout.rank(states, ids[:, 0]), truth["ranks"][1, :, 0])
+    for value, name in zip(readout.kl(references[0], states), ("kl_from", "kl_to"), strict=True):
+        assert_close(value, truth[name][1, :, 0], **NEAR)
+    values, chosen = readout.top_k(states, K)
+    assert_close(values, truth["top_logits"][1], **NEAR)
+    assert torch.equal(chosen, truth["top_ids"][1])
 
 
-def test_seed_and_draw_change_the_ids_and_nothing_else_does():
-    logits = [0.0] * 1000
-    first = alone(logits, 8)
-    assert torch.equal(first, alone(logits, 8)) and torch.equal(first[:3], alone(logits, 3))
-    assert len({tuple(ids.tolist()) for ids in (first, alone(logits, 8, seed=1), alone(logits, 8, draw=1))}) == 3
+@pytest.mark.parametrize("states,rows", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_low_precision_is_read_accurately(states, rows):
+    """Nothing is rounded but what came rounded."""
+    hidden, references, weight, ids, marks = problem(37, False)
+    hidden, references = hidden.to(getattr(torch, states)), references.to(getattr(torch, states))
+    weight = weight.to(getattr(torch, rows))
+    read = vars(alone(weight).read(hidden, k=K, ids_NJ=ids, reference_RND=references, mask_v=marks))
+    truth = dense(hidden, references, weight, ids, marks, None, K)
+    for name, value in truth.items():
+        if name not in ("top_ids", "ranks"):  # ties of rounded numbers
+            assert read[name].dtype == torch.float32
+            assert_close(read[name].double(), value, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("logits", [[1e4, 0.0, -1e4], [-1e4, -1e4 - 1, -2e4]])
-def test_extreme_logits(logits):
-    assert alone(logits, 20, top_p=0.5).tolist() == [0] * 20
+def test_extreme_logits():
+    """Far beyond what exp can hold, and equal distributions."""
+    readout = alone(torch.tensor([[1e4], [0.0], [-1e4]]))
+    one = torch.ones(2, 1)
+    assert readout.entropy(one).tolist() == [0, 0] and readout.log_sum_exp(one).tolist() == [1e4, 1e4]
+    assert [x.tolist() for x in readout.kl(one, one)] == [[0, 0], [0, 0]]
+    there, back = readout.kl(one, -one)
+    assert there.tolist() == back.tolist() == [2e4, 2e4]
+
+
+def test_a_diverged_model_is_read_without_an_error():
+    read = alone(torch.randn(7, 2)).read(torch.full((1, 3, 2), math.nan), k=2, ids_NJ=torch.zeros(3, 1).long())
+    assert read.top_ids.tolist() == [[[0, 1]] * 3] and read.lse.isnan().all()
+
+
+def test_no_tokens():
+    read = alone(torch.randn(7, 2)).read(torch.randn(2, 0, 2), k=2)
+    assert read.top_ids.shape == (2, 0, 2) and read.lse.shape == (2, 0)
+
+
+def test_memory_stays_within_the_budget():
+    """512 tokens by 40,000 rows would be 82 MB a slab of logits; the budget holds what is made of them, too."""
+    peak = 0
+
+    class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal peak
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                peak = max(peak, result.untyped_storage().nbytes())
+            return result
+
+    readout = alone(torch.randn(40_000, 8), memory_mib=16)
+    hidden, ids = torch.randn(2, 512, 8), torch.zeros(512, 2).long()
+    with Peak():
+        readout.read(hidden, k=5, ids_NJ=ids, reference_RND=hidden)
+    slabs = 10
+    assert peak <= 16 * 2**20 // slabs * 2, f"one tensor of {peak / 2**20:.1f} MiB"  # int64 indices are twice as wide
 
 
 @pytest.mark.parametrize(
-    "setting,message",
+    "call,message",
     [
-        ({"temperature": -0.1}, "temperature=-0.1 must be a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be a number"),
-        ({"temperature": float("inf")}, "temperature=inf must be a number"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
-        ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
+        (lambda: Readout(torch.ones(3, 2), shard=VocabShard.of(0, 1, 4, 1)), "weight has 3 rows, but the shard has 4"),
+        (lambda: alone(torch.ones(3, 2), memory_mib=0), "memory_mib=0 must be positive"),
+        (lambda: alone(torch.ones(3, 2), tokens="mine"), "tokens='mine' must be"),
+        (lambda: alone(torch.ones(3, 2)).top_k(torch.ones(1, 2), 4), r"k=4 must be in \[0, 3\]"),
+        (lambda: alone(torch.ones(3, 2)).top_k(torch.ones(1, 3), 1), "as wide as the rows: 2"),
+        (lambda: alone(torch.ones(3, 2)).masked_mass(torch.ones(1, 2), torch.ones(2).bool()), "mask has .* 3 rows"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        check_sampling(**({"temperature": 1.0, "top_k": None, "top_p": 1.0} | setting))
+        call()

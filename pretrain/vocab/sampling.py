@@ -1,0 +1,130 @@
+"""Sampling on the shards, without gathering the logits."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import all_gather
+from .shard import VocabShard
+
+
+def sample(
+    hidden_ND: Tensor,
+    weight_vD: Tensor,
+    *,
+    shard: VocabShard,
+    seed: int,
+    draw: int,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """One id for each hidden state, [N]; every rank of the group gives the same hidden and gets the same ids.
+
+    The draw is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p`
+    leave. Noise is a function of (seed, draw, position in N, row), so the draw is the same for any split.
+    temperature=0 takes the largest logit; ties go to the lowest id, but all ties at the edge of `top_p` stay.
+    Collectives: gathers of k values, sums of N floats (64 of them for `top_p`), one gather of the winners.
+    Raises ValueError on a setting out of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
+    scores_Nv = hidden_ND.double() @ weight_vD[: shard.valid_rows].double().T
+    if softcap is not None:
+        scores_Nv = softcap * torch.tanh(scores_Nv / softcap)
+    if temperature > 0:
+        scores_Nv = scores_Nv / temperature
+        if top_k is not None and top_k < shard.vocab_size:
+            scores_Nv = _keep_top_k(scores_Nv, ids_v, top_k, group)
+        if top_p < 1:
+            scores_Nv = _keep_top_p(scores_Nv, top_p, group)
+        scores_Nv = scores_Nv + _gumbel(seed, draw, len(hidden_ND), ids_v)
+    best_N, best_ids_N = _largest(scores_Nv, ids_v)
+    best_pN, ids_pN = all_gather(best_N, group), all_gather(best_ids_N, group)
+    winner_N = best_pN.max(0).indices  # the lowest rank on ties, hence the lowest id
+    return ids_pN.gather(0, winner_N.unsqueeze(0)).squeeze(0)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises ValueError on a setting out of range."""
+    if temperature < 0 or not math.isfinite(temperature):
+        raise ValueError(f"temperature={temperature} must be a number of at least 0 (0: the likeliest token)")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1 (null: all rows)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1]")
+
+
+def _largest(scores_Nv: Tensor, ids_v: Tensor) -> tuple[Tensor, Tensor]:
+    if len(ids_v) == 0:
+        return scores_Nv.new_full((len(scores_Nv),), -math.inf), ids_v.new_zeros(len(scores_Nv))
+    best_N, index_N = scores_Nv.max(1)
+    return best_N, ids_v[index_N]
+
+
+def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
+    """-inf on all but the k largest of all shards; of equal ones the lowest ids are kept."""
+    N, v = scores_Nv.shape
+    values_Nk = scores_Nv.new_full((N, k), -math.inf)
+    candidates_Nk = ids_v.new_zeros(N, k)
+    order_Nv = scores_Nv.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    values_Nk[:, : min(k, v)] = scores_Nv.gather(1, order_Nv)
+    candidates_Nk[:, : min(k, v)] = ids_v[order_Nv]
+    all_NK = all_gather(values_Nk, group).transpose(0, 1).flatten(1)
+    ids_NK = all_gather(candidates_Nk, group).transpose(0, 1).flatten(1)
+    last_N1 = all_NK.sort(dim=1, descending=True, stable=True).indices[:, k - 1 : k]
+    edge_N1, edge_id_N1 = all_NK.gather(1, last_N1), ids_NK.gather(1, last_N1)
+    kept_Nv = (scores_Nv > edge_N1) | ((scores_Nv == edge_N1) & (ids_v <= edge_id_N1))
+    return scores_Nv.masked_fill(~kept_Nv, -math.inf)
+
+
+def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
+    """-inf on all but the smallest set of largest scores that holds `top_p` of the probability.
+
+    The set's lowest score is found by bisection; only its mass crosses ranks.
+    """
+    floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)  # for a shard without rows
+    top_N1 = all_gather(torch.cat([scores_Nv, floor_N1], 1).amax(1, keepdim=True), group).amax(0)
+    mass_Nv = (scores_Nv - top_N1).exp()
+    needed_N = top_p * _total(mass_Nv.sum(1), group)
+    low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: below it lies no mass
+    for _ in range(64):
+        middle_N1 = (low_N1 + high_N1) / 2
+        enough_N1 = (_total((mass_Nv * (scores_Nv >= middle_N1)).sum(1), group) >= needed_N).unsqueeze(1)
+        low_N1 = torch.where(enough_N1, middle_N1, low_N1)
+        high_N1 = torch.where(enough_N1, high_N1, middle_N1)
+    return scores_Nv.masked_fill(scores_Nv < low_N1, -math.inf)
+
+
+def _gumbel(seed: int, draw: int, N: int, ids_v: Tensor) -> Tensor:
+    """Gumbel noise [N, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position, row."""
+    start_N1 = torch.arange(N, device=ids_v.device).unsqueeze(1)
+    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + start_N1)
+    bits_Nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
+    uniform_Nv = (bits_Nv.double() + 0.5) / 2**52
+    return -torch.log(-torch.log(uniform_Nv))
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)  # int64 wraps around, as SplitMix64 wants
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _total(mine_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the ranks, in rank order."""
+    return all_gather(mine_N, group).sum(0)
