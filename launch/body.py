@@ -1,11 +1,12 @@
-"""What the engine holds and moves for the body in a step of one rank, in bytes. A formula stands here once.
+"""What the engine holds and moves for the body in a step of one rank, in bytes, and what a block keeps of its
+activations. A formula stands here once.
 
 i: bytes of a number of the compute dtype. `behind`: how many blocks have been through the backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -45,6 +46,58 @@ class Shapes:
     def matmuls(self) -> int:
         """Numbers that every token is multiplied with."""
         return sum(shape.numel() for block in self.blocks for shape in block if len(shape) == 2)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Numbers a token of one block. kept: what its backward finds; again: what it makes again; gradients: those of
+    activations that it holds at most; sums: in fp32, of the softmax. attention: the width of all heads.
+    """
+
+    kept: int
+    again: int
+    gradients: int
+    sums: int
+    attention: int
+    formula: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Activations":
+        return FAMILIES[config.model.family](config.model, config.engine.activation_checkpointing)
+
+
+def _of_gpt2(model: Any, kind: str) -> Activations:
+    kept, again = {
+        "none": (16, 0),  # inputs of two norms (1, 1) and of four projections (1, 1, 1, 4), qkv (3), GELU's input (4)
+        "block": (1, 15),  # its input alone
+        "selective": (11, 7),  # its input, and what matmuls (3, 1, 4, 1) and attention (1) have made
+    }[kind]
+    D, heads = model.width, model.heads
+    gradients = 5 * D  # of its output and of GELU's
+    formula = f"a block: N · (D · i · {kept} + 4 · heads)"
+    return Activations(kept * D, again * D, gradients, heads * (kind != "block"), D, formula)
+
+
+def _of_llama(model: Any, kind: str) -> Activations:
+    """As on a GPU, where a norm keeps its input alone."""
+    D, F, queries, keys = model.width, model.inner, model.heads * model.size, model.kv_heads * model.size
+    qkv, turned = queries + 2 * keys, queries + keys
+    everything = 4 * D + qkv + turned + queries + 4 * F  # as above, and queries and keys once more; four of the MLP
+    kept, again, formula = {
+        "none": (everything, 0, "4 · D + 3 · (queries + keys) + 4 · F"),
+        "block": (D, everything - D, "D"),
+        "selective": (
+            3 * D + qkv + queries + 2 * F,
+            3 * D + turned + 2 * F,
+            "3 · D + 2 · (queries + keys) + 2 · F",
+        ),
+    }[kind]
+    sums = model.heads + (model.heads + model.kv_heads) * model.qk_norm
+    formula = f"a block: N · (i · ({formula}) + 4 · heads)"
+    return Activations(kept, again, D + 2 * F, sums * (kind != "block"), queries, formula)
+
+
+FAMILIES: dict[str, Callable[[Any, str], Activations]] = {"gpt2": _of_gpt2, "llama": _of_llama}
 
 
 def numbers(part: Sequence[torch.Size]) -> int:

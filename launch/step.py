@@ -9,19 +9,12 @@ from functools import cached_property
 
 import torch
 
-from launch.body import FP32, Body, Shapes, body_of
+from launch.body import FP32, Activations, Body, Shapes, body_of
 from pretrain.config import TrainConfig
 from pretrain.vocab import Transfer, VocabShard, Workload
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.parallel import DISTINCT, transfers
-
-KEPT = {  # a block's numbers a token, in widths: what its backward finds, and what it makes again
-    "none": (16, 0),  # inputs of two norms (1, 1) and of four projections (1, 1, 1, 4), qkv (3), GELU's input (4)
-    "block": (1, 15),  # its input alone
-    "selective": (11, 7),  # its input, and what matmuls (3, 1, 4, 1) and attention (1) have made
-}
-GRADIENTS = 5  # likewise: in a block's backward at most, those of its output and of GELU's
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,10 @@ class Step:
     @cached_property
     def shapes(self) -> Shapes:
         return Shapes.of(self.config)
+
+    @cached_property
+    def activations(self) -> Activations:
+        return Activations.of(self.config)
 
     @cached_property
     def body(self) -> Body:
@@ -90,10 +87,10 @@ class Step:
             for name, body, rows, formula in zip(names, of_body, of_matrix, self.body.formulas, strict=False)
         ]
 
-        kept, again = KEPT[self.config.engine.activation_checkpointing]
-        blocks = len(self.shapes.blocks) - behind
-        widths = kept * blocks + (again + GRADIENTS) * in_block + 2 * in_loss + in_lookup  # the head's and last norm's
-        sums = blocks * self.config.model.heads * FP32 * (kept > 1)
+        block, blocks = self.activations, len(self.shapes.blocks) - behind
+        held = block.kept * blocks + (block.again + block.gradients) * in_block
+        held += D * (2 * in_loss + in_lookup)  # the head's and the last norm's
+        sums = blocks * block.sums * FP32
         head = lookup = 0
         if in_loss:
             chunk = self.p * self.chunk
@@ -107,7 +104,7 @@ class Step:
         return [
             *items,
             Item("gathered", self.body.gathered(behind, in_block), self.body.formulas[3]),
-            Item("activations", N * (D * i * widths + sums), f"a block: N · (D · i · {kept} + 4 · heads)"),
+            Item("activations", N * (i * held + sums), block.formula),
             Item("head", head, "chunk · (v · i + D · (4 · i + 8)) + v · D · i + N · D · i"),
             Item("lookup", lookup, "(N + 2 · distinct ids) · D · 4"),
         ]
@@ -125,5 +122,5 @@ class Step:
         half of the positions on average.
         """
         matmuls = 8 if self.config.engine.activation_checkpointing == "block" else 6
-        attention = len(self.shapes.blocks) * self.config.seq_len * self.work.width
+        attention = len(self.shapes.blocks) * self.config.seq_len * self.activations.attention
         return matmuls * self.work.tokens * self.work.micro_batches * (self.shapes.matmuls + attention)

@@ -1,6 +1,7 @@
 """Causal attention, over a whole sequence or within each of the documents that are packed into one.
 
-B sequences, T positions, H heads of d. Where documents are told apart, a mask is made once a forward and shared by all
+B sequences, T positions, H heads of d; of keys and values there may be fewer, each for the same number of queries' in
+turn (Ainslie et al., arXiv:2305.13245). Where documents are told apart, a mask is made once a forward and shared by all
 blocks: on a GPU the block mask of FlexAttention (Dong et al., arXiv:2412.05496), which skips what is masked; elsewhere
 the exact boolean one.
 """
@@ -34,11 +35,15 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
     return create_block_mask(sees, batch, None, length, length, device=starts_BT.device)
 
 
-def attention(queries_BHTd: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor, mask: Mask | None) -> Tensor:
+def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask: Mask | None) -> Tensor:
     """softmax(q·kᵀ/√d)·v [B, H, T, d]; `mask` None: causal."""
+    shared = keys_BKTd.shape[1] != queries_BHTd.shape[1]
     if isinstance(mask, BlockMask):
-        return _flex(queries_BHTd.is_cuda)(queries_BHTd, keys_BHTd, values_BHTd, block_mask=mask)
-    return F.scaled_dot_product_attention(queries_BHTd, keys_BHTd, values_BHTd, attn_mask=mask, is_causal=mask is None)
+        flex = _flex(queries_BHTd.is_cuda)
+        return flex(queries_BHTd, keys_BKTd, values_BKTd, block_mask=mask, enable_gqa=shared)
+    return F.scaled_dot_product_attention(
+        queries_BHTd, keys_BKTd, values_BKTd, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
+    )
 
 
 @cache

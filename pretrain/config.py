@@ -22,6 +22,7 @@ from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
 from .data import Data, DataConfig, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
+from .llama import LlamaConfig
 from .model import GPT2Config
 from .monitor import LogConfig
 from .optim import OptimConfig
@@ -29,7 +30,7 @@ from .trainer import EvalConfig, LoopConfig
 from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
-MODELS = {"gpt2": GPT2Config}
+MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}
 CONFIG_FILE = "config.yaml"
 LAUNCH_LOCK = ".launch.lock"  # held by the launcher, as RANKS_LOCK is by rank 0
 
@@ -50,7 +51,7 @@ class TrainConfig:
     """All settings of a run."""
 
     seed: int
-    model: GPT2Config
+    model: GPT2Config | LlamaConfig
     vocab: VocabConfig
     data: DataConfig
     optim: OptimConfig
@@ -240,8 +241,9 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
     """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
-    saved = manifest["config"]
-    now = asdict(config)
+    saved, now = manifest["config"], asdict(config)
+    known_then = {"model": asdict(type(config.model)()) | saved["model"]}  # a key that came later was at its default
+    saved = saved | known_then
     kept = [("seed",), ("train", "seq_len"), ("data", "packing")]
     kept += [("vocab", key) for key in ("multiple", "tie", "softcap")]
     kept += [("model", key) for key in now["model"]]

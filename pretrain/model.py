@@ -16,16 +16,23 @@ from torch import Tensor, nn
 from .attention import Mask, attention, within_documents
 from .vocab import LookupPlan, VocabLoss, VocabParallelEmbedding, seeded_normal
 
+GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
+
 
 @dataclass
 class GPT2Config:
-    """GPT-2. layers: blocks; width: D; heads: of D / heads each; context: the most positions it can see."""
+    """GPT-2. layers: blocks; width: D; heads: of D / heads each; context: the most positions it can see.
+
+    eps: of the norms. gelu: tanh, GPT-2's own form of it, or exact, which some that came after took.
+    """
 
     family: str = "gpt2"
     layers: int = 12
     width: int = 768
     heads: int = 12
     context: int = 1024
+    eps: float = 1e-5
+    gelu: str = "tanh"
 
     def __post_init__(self) -> None:
         for key in ("layers", "width", "heads", "context"):
@@ -33,6 +40,10 @@ class GPT2Config:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"model.eps={self.eps} must be positive")
+        if self.gelu not in GELUS:
+            raise ValueError(f"model.gelu={self.gelu} must be one of {', '.join(GELUS)}")
 
     def body(self) -> "Body":
         return Body(self)
@@ -73,7 +84,7 @@ class Body(nn.Module):
         self.config = config
         self.positions = nn.Parameter(torch.empty(config.context, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, config.eps)
 
     def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         length, mask = hidden_BTD.shape[1], None
@@ -108,9 +119,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
     def forward(self, hidden_BTD: Tensor, mask: Mask | None) -> Tensor:
@@ -136,12 +147,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """D -> 4D -> D with the tanh form of GELU."""
+    """D -> 4D -> D with GELU between."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
+        self.approximate = GELUS[config.gelu]
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden_BTD), approximate="tanh"))
+        return self.down(F.gelu(self.up(hidden_BTD), approximate=self.approximate))
