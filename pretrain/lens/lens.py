@@ -1,0 +1,234 @@
+"""What each layer would guess, were it the last: the logit lens, on a split matrix.
+
+nostalgebraist, "interpreting GPT: the logit lens", 2020; decoders that also run the last block or MLP are from the
+same author's transformer-utils. B sequences, T positions, N of them looked at, R rows of the picture, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..vocab import Reading, Readout, VocabParallelEmbedding
+
+POINTS = ("attention", "mlp", "block")
+INPUTS = ("positions", "embedding")
+NORMS = ("full", "plain", "none")
+DECODERS = ("none", "mlp", "block")
+OUTPUT = "output"
+FINAL, TOKEN, NEXT = range(3)  # the ids whose logits and ranks are read: the model's guess, the token, the next one
+FROM_OUTPUT, FROM_INPUT = range(2)  # the references of the divergences
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where hidden states are taken, and how they become guesses.
+
+    points: of each block: the residual stream after `attention`, after `mlp`, and the `block`'s output, which is the
+    same as after its MLP where nothing follows that. input: the first row, and the reference of the divergences from
+    the input: `positions`, what enters the first block, or `embedding`, the tokens' rows alone; the same where no
+    positions are added. norm: `full`, the model's final norm; `plain`, without its learned scale and bias; `none`.
+    decoder: a state first passes the last `block`, or its `mlp` alone, where it has not yet. stride: of the blocks;
+    the last row, the model's own output, is always there.
+    """
+
+    points: tuple[str, ...] = ("block",)
+    input: str = "positions"
+    norm: str = "full"
+    decoder: str = "none"
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        for key, given, known in (
+            *(("points", point, POINTS) for point in self.points or ("",)),
+            ("input", self.input, INPUTS),
+            ("norm", self.norm, NORMS),
+            ("decoder", self.decoder, DECODERS),
+        ):
+            if given not in known:
+                raise ValueError(f"{key}={given} must be one of {', '.join(known)}")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+
+    def rows(self, blocks: int) -> list[str]:
+        """The rows' names, the input first, the model's output last; what must equal the output is left out."""
+        names = [self.input]
+        for i in range(0, blocks, self.stride):
+            names += [name_of(i, point) for point in POINTS if point in self.points]
+        last, passed = blocks - 1, {"none": ["block"] if self.norm == "full" else [], "mlp": ["mlp", "block"]}
+        gone = [name_of(last, point) for point in passed.get(self.decoder, POINTS)]
+        return [name for name in names if name not in gone] + [OUTPUT]
+
+
+def name_of(block: int, point: str) -> str:
+    return f"block {block}" if point == "block" else f"block {block} {point}"
+
+
+class Recorder:
+    """While the context lasts, a call of the body leaves its states in `rows`: by name [B, N, D], ready for the matrix.
+
+    By hooks on `body`, its `blocks`, their `attention` and `mlp`, and its final `norm`, before which all is decoded: an
+    engine has that norm's weights at hand there. `window`: the positions that are kept.
+    """
+
+    def __init__(self, body: nn.Module, method: Method, window: slice) -> None:
+        self.body, self.method, self.window = body, method, window
+        self.blocks: list[Any] = list(body.blocks)  # type: ignore[arg-type]
+        self.names = method.rows(len(self.blocks))
+        self.rows: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "Recorder":
+        self._streams: dict[str, Tensor] = {}
+        self._recording = True
+        self._handles = [self.body.register_forward_pre_hook(self._enters)]
+        for i, block in enumerate(self.blocks):
+            self._handles.append(block.register_forward_pre_hook(partial(self._enters_block, i), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(partial(self._leaves, name_of(i, "block"), False)))
+            for part in {"attention", "mlp"} if {"attention", "mlp"} & set(self.method.points) else ():
+                hook = partial(self._leaves, name_of(i, part), True)
+                self._handles.append(getattr(block, part).register_forward_hook(hook))
+        norm: nn.Module = self.body.norm  # type: ignore[assignment]
+        self._handles.append(norm.register_forward_pre_hook(self._decode))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, body: nn.Module, args: tuple[Any, ...]) -> None:
+        self._keep("embedding", args[0])
+
+    def _enters_block(self, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._recording:
+            return
+        if i == 0:
+            self._keep("positions", args[0])
+        self._stream, self._others = args[0], (args[1:], kwargs)
+
+    def _leaves(self, name: str, adds: bool, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Of a part of a block, what it adds to the residual stream."""
+        if self._recording:
+            self._stream = self._stream + output if adds else output
+            self._keep(name, self._stream)
+
+    def _keep(self, name: str, hidden_BTD: Tensor) -> None:
+        if name in self.names:
+            self._streams[name] = hidden_BTD
+
+    def _decode(self, norm: nn.Module, args: tuple[Tensor]) -> None:
+        if not self._recording:
+            return
+        self._recording = False  # what decoders run is none of the model's own states
+        for name in self.names[:-1]:
+            self.rows[name] = self._normed(norm, self._decoded(self._streams.pop(name))[:, self.window])
+        self.rows[OUTPUT] = norm.forward(args[0][:, self.window])
+
+    def _decoded(self, hidden_BTD: Tensor) -> Tensor:
+        last, (args, kwargs) = self.blocks[-1], self._others
+        if self.method.decoder == "none":
+            return hidden_BTD
+        if self.method.decoder == "block":
+            return last(hidden_BTD, *args, **kwargs)
+        silent = last.attention.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        try:
+            return last(hidden_BTD, *args, **kwargs)
+        finally:
+            silent.remove()
+
+    def _normed(self, norm: nn.Module, hidden_BND: Tensor) -> Tensor:
+        if self.method.norm == "none":
+            return hidden_BND
+        if self.method.norm == "full":
+            return norm.forward(hidden_BND)
+        unlearned = {
+            name: torch.ones_like(parameter) if name == "weight" else torch.zeros_like(parameter)
+            for name, parameter in norm.named_parameters()
+        }
+        return functional_call(norm, unlearned, (hidden_BND,))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was measured at N positions, of all sequences. R rows by their names: the input first, last the model's own
+    output. `reading`: of them, [R, N, ...]; ids, in this order: the output's top guess, the token, and the one after
+    it, -100 where there is none; references: the output, and the input.
+    """
+
+    rows: list[str]
+    tokens: Tensor
+    targets: Tensor
+    reading: Reading
+
+    @property
+    def guesses(self) -> Tensor:
+        """The top guess of each row, [R, N]."""
+        return self.reading.top_ids[..., 0]
+
+    @property
+    def right(self) -> Tensor:
+        """Where the model's guess is the next token, [N]."""
+        return self.guesses[-1] == self.targets
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Of the top guesses, [R, N, k]."""
+        return (self.reading.top_logits - self.reading.lse[..., None]).exp()
+
+    @property
+    def losses(self) -> Tensor:
+        """Cross-entropy of each row with the next token in nats, [R, N]; NaN where there is none."""
+        return self.reading.lse - self.reading.logits[..., NEXT]
+
+    @property
+    def commitment(self) -> Tensor:
+        """The first row from which on all have the final top guess on top, [N]: 0 is the input, R - 1 the output."""
+        settled_RN = (self.reading.ranks[..., FINAL] == 1).long()
+        return len(self.rows) - settled_RN.flip(0).cumprod(0).sum(0)
+
+
+@torch.no_grad()
+def look(
+    vocab: VocabParallelEmbedding,
+    run: Callable[..., Tensor],
+    body: nn.Module,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    method: Method,
+    *,
+    starts_BT: Tensor | None = None,
+    window: slice = slice(None),
+    k: int = 5,
+    tokens: str = "replicated",
+    memory_mib: float = 256,
+) -> Look:
+    """Looks at every position in `window` of these sequences.
+
+    `run`: what an engine made of the `body`, or the body itself; called once. `tokens`: "replicated", every rank brings
+    the same, or "distinct". Hidden states of R rows are held, [R, B, T, D]; of logits no more than `memory_mib`.
+    Collectives: of the lookup, the engine and `Readout.read`.
+    """
+    with Recorder(body, method, window) as recorder:
+        run(vocab.lookup(tokens_BT), starts_BT)
+    hidden_RND = torch.stack([recorder.rows[name] for name in recorder.names]).flatten(1, 2)
+    tokens_N, targets_N = tokens_BT[:, window].flatten(), targets_BT[:, window].flatten()
+    readout = Readout(
+        vocab.output_weight,
+        shard=vocab.shard,
+        group=vocab.group,
+        softcap=vocab.config.softcap,
+        tokens=tokens,  # type: ignore[arg-type]  # checked there
+        memory_mib=memory_mib,
+    )
+    final_N1 = readout.top_k(hidden_RND[-1], 1)[1]
+    reading = readout.read(
+        hidden_RND,
+        k=k,
+        ids_NJ=torch.cat([final_N1, tokens_N[:, None], targets_N[:, None]], 1),
+        reference_RND=hidden_RND[[-1, 0]],
+    )
+    return Look(recorder.names, tokens_N, targets_N, reading)
