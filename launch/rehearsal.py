@@ -95,6 +95,8 @@ def staged(
                 stack.enter_context(mode or nullcontext())
             engine, model, matrix = build_model(config, mesh, rows)
             model.vocab.kernels = kernels
+            if config.vocab.untie_at is not None:  # what a run must have room for
+                matrix.add_copy(model.vocab.untie(), model.vocab.weight)
             trainer = trainer_of(model, engine, matrix, mesh, config.train, config.optim)
             tokens_BT, repeats = move(ids_pBT[0]), config.train.global_batch // (config.train.micro_batch * world)
             starts_BT = torch.zeros_like(tokens_BT) if config.data.masked else None

@@ -67,6 +67,8 @@ class TrainConfig:
             self.train.seq_len = self.model.context
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
+        if self.vocab.untie_at is not None and self.vocab.untie_at >= self.train.steps:
+            raise ValueError(f"vocab.untie_at={self.vocab.untie_at} must be below train.steps={self.train.steps}")
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.seconds_before_limit
         if limit is not None and limit <= reserve:
             raise ValueError(
@@ -208,7 +210,7 @@ def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) ->
     return Workload(
         rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
         width=config.model.width,
-        matrices=2 if config.vocab.tie == "untied" else 1,
+        matrices=config.vocab.matrices,
         tokens=config.train.micro_batch * config.seq_len,
         micro_batches=config.train.global_batch // (config.train.micro_batch * world),
         itemsize=itemsize,
@@ -240,12 +242,18 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
-    """The model, its vocabulary and the order of the data belong to a run; the rest may change."""
+    """The model, its vocabulary and the order of the data belong to a run; the rest may change.
+
+    When a tied matrix is split may change as long as it is still to come.
+    """
     saved, now = manifest["config"], asdict(config)
-    known_then = {"model": asdict(type(config.model)()) | saved["model"]}  # a key that came later was at its default
+    known_then = {  # a key that came later was at its default
+        "model": asdict(type(config.model)()) | saved["model"],
+        "vocab": asdict(VocabConfig()) | saved["vocab"],
+    }
     saved = saved | known_then
     kept = [("seed",), ("train", "seq_len"), ("data", "packing")]
-    kept += [("vocab", key) for key in ("multiple", "tie", "softcap")]
+    kept += [("vocab", key) for key in ("multiple", "tie", "softcap", "embed_scale")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:
         was, is_ = saved, now
@@ -253,6 +261,10 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
             was, is_ = was.get(key), is_[key]
         if was != is_:
             _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
+    step, was_split = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
+    if config.vocab.tie == "tied" and config.vocab.split_by(step) != was_split.split_by(step):
+        before, now_at = ("null" if at is None else at for at in (was_split.untie_at, config.vocab.untie_at))
+        _refuse(config, f"vocab.untie_at={before} at step {step}", f"{now_at}")
     if manifest["vocab_size"] != rows:
         _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
     if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint:

@@ -146,6 +146,8 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
         group=mesh.vocab_group if mesh else None,
         device=device,
     )
+    if vocab.was_split(manifest["tensors"]):
+        vocab.untie()
     with torch.device("meta"):
         body = config.model.body()
     body.to_empty(device=device)

@@ -84,6 +84,13 @@ class MatrixOptimizer:
         self.adamw = config.adamw(self.rows)
         set_moments(self.adamw, step=0)
 
+    def add_copy(self, rows: nn.Parameter, of: nn.Parameter) -> None:
+        """Takes on `rows`, a copy of `of`: with its settings, and copies of its moments. Local."""
+        self.rows.append(rows)
+        (group,) = self.adamw.param_groups
+        group["params"].append(rows)
+        self.adamw.state[rows] = {name: value.clone() for name, value in self.adamw.state[of].items()}
+
     def reduce_gradients(self) -> None:
         """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`."""
         if self.mesh.dp_size > 1:

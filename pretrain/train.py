@@ -28,7 +28,7 @@ from .engine import Engine
 from .exits import Exit
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
-from .monitor import MetricsLog
+from .monitor import MetricsLog, TieDrift
 from .optim import MatrixOptimizer
 from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
@@ -95,7 +95,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
             _announce(config, data, loader.samples, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
-        hooks: list[Hook] = [*evaluations, Log(config.log.every, log)]
+        hooks: list[Hook] = [*evaluations, *_monitors(config, model.vocab), Log(config.log.every, log)]
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
         stops: list[Stop] = [
@@ -209,6 +209,11 @@ def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -
     return [Evaluate(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
 
 
+def _monitors(config: TrainConfig, vocab: VocabParallelEmbedding) -> list[Hook]:
+    """What looks at the matrix while it trains."""
+    return [TieDrift(vocab, config.log.every)] if config.vocab.untie_at is not None else []
+
+
 def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:
     """The run's own time limit, and that of its job: ROWSHARD_DEADLINE. ValueError where that is no unix time."""
     limits = []
@@ -237,11 +242,9 @@ def _announce(
     vocab = model.vocab
     with torch.device("meta"):
         body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
-    matrices = len(vocab.named_rows())
-    matrix = matrices * vocab.shard.vocab_size * config.model.width
+    matrix = vocab.shard.vocab_size * config.model.width
     print(
-        f"model: {(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in {matrices} matrix"
-        f"{'es' if matrices > 1 else ''} of {vocab.shard.vocab_size:,} rows ({config.vocab.tie})\n"
+        f"model: {_parameters(config, body, matrix, vocab.shard.vocab_size)}\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
@@ -249,6 +252,17 @@ def _announce(
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
         flush=True,
     )
+
+
+def _parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
+    """Of the model as it is, and as it would be with the other choice."""
+    tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
+    untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
+    if config.vocab.tie == "untied":
+        return f"{untied} of {rows:,} rows (untied; tied: {(body + matrix) / 1e6:.1f}M, {matrix / 1e6:.1f}M in 1)"
+    if config.vocab.untie_at is not None:
+        return f"{tied} (tied) up to step {config.vocab.untie_at:,}, then {untied}"
+    return f"{tied} (tied; untied: {(body + 2 * matrix) / 1e6:.1f}M, {2 * matrix / 1e6:.1f}M in 2)"
 
 
 def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:

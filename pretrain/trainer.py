@@ -222,11 +222,20 @@ class Trainer:
             start = time.monotonic()
             batch = next(self.batches)
             waited = time.monotonic() - start
+            self.untie_when_due()
             report = self.train_step(batch)
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
                 hook(self, report)
         return self.reason
+
+    def untie_when_due(self) -> None:
+        """Splits the matrix before step vocab.untie_at + 1: a checkpoint of step untie_at still has it whole."""
+        vocab = self.model.vocab
+        due = vocab.config.untie_at == self.state.step
+        if due and vocab.head_weight is None:
+            self.before_update()  # a save at work asks for the matrices by name
+            self.matrix.add_copy(vocab.untie(), vocab.weight)
 
     def must_stop(self) -> bool:
         """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number; a sign of life."""

@@ -169,6 +169,7 @@ class CheckpointManager:
         DamagedCheckpoint before anything is changed, CheckpointError where it is of another model.
         """
         manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
+        self.model.match(manifest["tensors"])
         tensors = self.model.tensors()
         missing = set(manifest["tensors"]) - set(tensors)
         if missing:

@@ -2,7 +2,7 @@
 
 import base64
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,11 @@ class ModelState:
 
     def __init__(self, engine: Engine, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, mesh: Mesh) -> None:
         self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
+
+    def match(self, saved: Container[str]) -> None:
+        """Before `tensors`: splits the matrix if it is to be split at some step, and `saved` tensors have it split."""
+        if self.vocab.was_split(saved):
+            self.matrix.add_copy(self.vocab.untie(), self.vocab.weight)
 
     def tensors(self) -> dict[str, DTensor]:
         """To be written, or to be filled in place and handed to `load`."""

@@ -1,5 +1,6 @@
 """What a run tells while it trains."""
 
 from .metrics import LogConfig, MetricsLog
+from .tie_drift import TieDrift
 
-__all__ = ["LogConfig", "MetricsLog"]
+__all__ = ["LogConfig", "MetricsLog", "TieDrift"]

@@ -131,6 +131,8 @@ TAGS = {
     "epochs": "data/epochs",
     "lookup_saved": "vocab/lookup_saved",
     "lookup_balance": "vocab/lookup_balance",
+    "tie_distance": "tie/distance",
+    "tie_cosine": "tie/cosine",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
 }

@@ -1,6 +1,7 @@
-"""The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied)."""
+"""The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied), or one, then two."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,16 +20,22 @@ class VocabConfig:
     """The vocabulary and how its matrix is held.
 
     size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
-    that share one copy of the matrix; "auto" chooses by an estimate, see parallel.py. tie: one matrix for input and
-    output, or two. head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many
-    tokens it works on at a time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient where it is more. More
-    gains little once 512 tokens fit (on a GPU: 2,048).
+    that share one copy of the matrix; "auto" chooses by an estimate, see parallel.py. tie: the run begins with one
+    matrix for input and output, or with two. untie_at: the step after which a tied matrix is split in two, each a copy
+    of it, moments included; null: never. embed_scale: factor of what the lookup hands out (Gemma's is √width).
+    input_grad_scale: factor of the gradient that the rows get through the lookup; 0: they are trained as output alone.
+    head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many tokens it works
+    on at a time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient where it is more. More gains little
+    once 512 tokens fit (on a GPU: 2,048).
     """
 
     size: int | None = None
     multiple: int = 128
     parallel: str = "auto"
     tie: str = "tied"
+    untie_at: int | None = None
+    embed_scale: float = 1.0
+    input_grad_scale: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     softcap: float | None = None
@@ -43,6 +50,14 @@ class VocabConfig:
             raise ValueError(f"vocab.parallel={self.parallel} must be auto or a positive number of ranks")
         if self.tie not in ("tied", "untied"):
             raise ValueError(f"vocab.tie={self.tie} must be tied or untied")
+        if self.untie_at is not None and self.untie_at < 1:
+            raise ValueError(f"vocab.untie_at={self.untie_at} must be at least 1 (or null: never)")
+        if self.untie_at is not None and self.tie != "tied":
+            raise ValueError(f"vocab.untie_at={self.untie_at} needs vocab.tie=tied: two matrices cannot be split")
+        if not 0 < self.embed_scale < math.inf:
+            raise ValueError(f"vocab.embed_scale={self.embed_scale} must be positive")
+        if not 0 <= self.input_grad_scale < math.inf:
+            raise ValueError(f"vocab.input_grad_scale={self.input_grad_scale} must be a number of at least 0")
         if not 0 <= self.z_loss < math.inf:
             raise ValueError(f"vocab.z_loss={self.z_loss} must be a number of at least 0")
         if not 0 <= self.label_smoothing < 1:
@@ -52,9 +67,22 @@ class VocabConfig:
         if self.head_memory_mib is not None and self.head_memory_mib < 1:
             raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1 (or null: by device)")
 
+    @property
+    def matrices(self) -> int:
+        """How many there are when most are."""
+        return 1 if self.split_by(None) is None else 2
+
+    def split_by(self, step: int | None) -> int | None:
+        """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None
+        where they still are one. step=None: of one at the end of time.
+        """
+        if self.tie == "untied":
+            return 0
+        return self.untie_at if self.untie_at is not None and (step is None or self.untie_at < step) else None
+
 
 class VocabParallelEmbedding(nn.Module):
-    """This rank's rows of the matrix: `weight` [v, D], and `head_weight` [v, D] where it is untied.
+    """This rank's rows of the matrix: `weight` [v, D], and `head_weight` [v, D] where it is untied, or was split.
 
     Both are main weights of `dtype`, and no engine sees them. `compute_dtype` is what the lookup hands out and
     what the loss multiplies in. `group` are the ranks of the shard's world; None where that is one.
@@ -88,8 +116,21 @@ class VocabParallelEmbedding(nn.Module):
         """The rows that make the logits, [v, D]."""
         return self.weight if self.head_weight is None else self.head_weight
 
+    def untie(self) -> nn.Parameter:
+        """Splits a tied matrix: from now on the head's rows are a parameter of their own, which this returns, a copy.
+
+        Between steps: what the rows have of a gradient stays with the embedding. Local.
+        """
+        assert self.head_weight is None, "it is untied"
+        self.head_weight = nn.Parameter(self.weight.detach().clone())
+        return self.head_weight
+
+    def was_split(self, tensors: Container[str]) -> bool:
+        """Whether a checkpoint with tensors of these names has a second matrix, and mine is one that is to be split."""
+        return self.head_weight is None and self.config.untie_at is not None and "head.weight" in tensors
+
     def lookup(self, tokens_BT: Tensor, plan: LookupPlan | None = None) -> Tensor:
-        """hidden [B, T, D] in the compute dtype; backward adds to the rows' `grad`.
+        """embed_scale · hidden [B, T, D] in the compute dtype; backward adds to the rows' `grad`.
 
         Plan and collectives: see `vocab_parallel_lookup`.
         """
@@ -102,6 +143,10 @@ class VocabParallelEmbedding(nn.Module):
             plan=plan,
             main_grad=partial(_main_grad, self.weight),
         )
+        if self.config.embed_scale != 1:
+            hidden_ND = hidden_ND * self.config.embed_scale
+        if self.config.input_grad_scale != 1 and hidden_ND.requires_grad:
+            hidden_ND.register_hook(lambda dhidden_ND: dhidden_ND * self.config.input_grad_scale)
         return hidden_ND.unflatten(0, tokens_BT.shape)
 
     def loss(

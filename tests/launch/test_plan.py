@@ -37,6 +37,7 @@ DEEPSPEED = ["engine=deepspeed", "model.width=320", "model.heads=5"]  # whose nu
     [
         (2, 1, []),
         (8, 8, ["vocab.tie=untied", "vocab.label_smoothing=0.1"]),
+        (4, 2, ["vocab.untie_at=500"]),
         (24, 3, ["engine.hsdp=true"]),
         (24, 8, ["engine.reshard_after_forward=false", "engine.activation_checkpointing=block"]),
         (1024, 1024, ["model.layers=1"]),

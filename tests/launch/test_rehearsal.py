@@ -18,6 +18,7 @@ from tests.benchmarks.plan import configured
         (8, 8, ["vocab.tie=untied", "engine.hsdp=true", "engine.compile=true"]),
         (8, 64, ["engine=deepspeed", "engine.zero_stage=3", "engine.activation_checkpointing=selective"]),
         (1024, 1024, ["train.precision=fp32"]),
+        (8, 16, ["vocab.untie_at=7", "vocab.embed_scale=2.0", "vocab.input_grad_scale=0.5"]),
     ],
 )
 def test_a_step_goes_through(parallel, world, settings):

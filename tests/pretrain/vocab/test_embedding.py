@@ -69,6 +69,26 @@ def test_gradients_of_both_uses(world):
             assert (gradient[VOCAB:] == 0).all(), "padding rows got a gradient"
 
 
+@pytest.mark.parametrize("embed_scale,input_grad_scale", [(2.0, 1.0), (1.0, 0.0), (3.0, 0.25)])
+def test_the_scales_of_the_input_side(embed_scale, input_grad_scale):
+    """embed_scale is part of the function; input_grad_scale of the gradient alone."""
+    weight, mixer, tokens, targets = problem(1)
+    mixer.requires_grad_()
+    config = VocabConfig(multiple=1, embed_scale=embed_scale, input_grad_scale=input_grad_scale)
+    vocab = VocabParallelEmbedding(
+        config, VocabShard.of(0, 1, VOCAB, 1), WIDTH, seed=0, compute_dtype=torch.float64, dtype=torch.float64
+    )
+    vocab.weight.data = weight.clone()
+    vocab.loss(body(vocab.lookup(tokens[0]), mixer), targets[0], scale=1.0).loss.backward()
+    ours, mixer.grad = mixer.grad, None
+
+    enter, leave = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = body(embed_scale * F.embedding(tokens[0], enter), mixer) @ leave.T
+    F.cross_entropy(logits.flatten(0, 1), targets[0].flatten(), reduction="sum").backward()
+    torch.testing.assert_close(vocab.weight.grad, input_grad_scale * enter.grad + leave.grad, **NEAR)
+    torch.testing.assert_close(ours, mixer.grad, **NEAR)
+
+
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 def test_a_scaled_loss_is_final_and_adds_up_with_the_lookups_gradient(tie):
     """Two micro-batches, as in training, against the loss divided by hand."""
@@ -150,6 +170,10 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
         ({"parallel": "²"}, "vocab.parallel=² must be auto or a positive number of ranks"),
         ({"parallel": "some"}, "vocab.parallel=some must be auto or a positive number of ranks"),
         ({"tie": "yes"}, "vocab.tie=yes must be tied or untied"),
+        ({"untie_at": 0}, "vocab.untie_at=0 must be at least 1"),
+        ({"untie_at": 9, "tie": "untied"}, "vocab.untie_at=9 needs vocab.tie=tied"),
+        ({"embed_scale": 0.0}, "vocab.embed_scale=0.0 must be positive"),
+        ({"input_grad_scale": -1.0}, "vocab.input_grad_scale=-1.0 must be a number of at least 0"),
         ({"z_loss": -1.0}, "vocab.z_loss=-1.0 must be a number of at least 0"),
         ({"label_smoothing": 1.0}, r"vocab.label_smoothing=1.0 must be in \[0, 1\)"),
         ({"head_memory_mib": 0}, "vocab.head_memory_mib=0 must be at least 1"),
