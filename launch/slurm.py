@@ -118,7 +118,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         one.run.dir = str(base / name)
     runs = [checked(one, ours.cluster) for one, _ in composed]
     snapshot = Snapshot.take()
-    mounts = sorted({base, *(Path(path).parent for run in runs for path in run.config.data.paths.values())})
+    mounts = sorted({base, *(path.parent for run in runs for path in run.config.reads)})
     job = (
         base / "slurm",
         ours.cluster.task_python,
@@ -194,7 +194,7 @@ def names(overrides: Sequence[list[str]]) -> list[str]:
 def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     """A run that can be trained on that cluster, as far as can be known here. ValueError: key, value, rule."""
     config = configuration.build(composed)
-    config.data.resolve()
+    config.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
     rows = configuration.vocab_rows(config, data)

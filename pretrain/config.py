@@ -22,6 +22,7 @@ from .checkpoint import CheckpointConfig, CheckpointError, newest_manifest
 from .data import Data, DataConfig, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
+from .interop import check_initial, folder_of
 from .llama import LlamaConfig
 from .model import GPT2Config
 from .monitor import LogConfig
@@ -48,7 +49,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """All settings of a run."""
+    """All settings of a run. init_from: hf:DIR begins with the weights of a Hugging Face model; null: drawn by seed."""
 
     seed: int
     model: GPT2Config | LlamaConfig
@@ -61,8 +62,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     log: LogConfig
     run: RunConfig
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
+        if self.init_from is not None:
+            folder_of(self.init_from)
         if self.train.seq_len is None:
             self.train.seq_len = self.model.context
         if self.train.seq_len > self.model.context:
@@ -74,6 +78,18 @@ class TrainConfig:
             raise ValueError(
                 f"train.time_limit={self.train.time_limit} must exceed checkpoint.seconds_before_limit={reserve}"
             )
+
+    def resolve(self) -> None:
+        """Makes the paths of what is read whole: a job may run in another folder."""
+        self.data.resolve()
+        if self.init_from is not None:
+            self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
+
+    @property
+    def reads(self) -> list[Path]:
+        """Corpora, and the model that it begins with."""
+        model = [] if self.init_from is None else [folder_of(self.init_from)]
+        return [*map(Path, self.data.paths.values()), *model]
 
     @property
     def seq_len(self) -> int:
@@ -89,7 +105,8 @@ class TrainConfig:
         return self.run_dir / CONFIG_FILE
 
 
-PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name != "seed"}  # type: ignore[misc]
+ALONE = ("seed", "init_from")  # of no group
+PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name not in ALONE}  # type: ignore[misc]
 
 
 def register() -> None:
@@ -112,8 +129,8 @@ def register() -> None:
 def build(composed: DictConfig) -> TrainConfig:
     """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
     for key in map(str, composed):
-        if key not in {"seed", *PARTS}:
-            raise ValueError(f"unknown key {key}; there are seed, {', '.join(PARTS)}")
+        if key not in {*ALONE, *PARTS}:
+            raise ValueError(f"unknown key {key}; there are {', '.join([*ALONE, *PARTS])}")
     engine, model = composed.engine.name, composed.model.family
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
@@ -129,7 +146,8 @@ def build(composed: DictConfig) -> TrainConfig:
         raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
-    return TrainConfig(seed=composed.seed, **parts)  # type: ignore[arg-type]
+    init_from = composed.get("init_from")
+    return TrainConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)  # type: ignore[arg-type]
 
 
 def freeze(config: TrainConfig, data: Data) -> None:
@@ -182,6 +200,8 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
         raise ValueError(str(error)) from error
     if saved is not None:
         _check_resumable(config, data, rows, saved)
+    elif config.init_from is not None:
+        check_initial(config.init_from, config.model, config.vocab.tie, rows, data.tokenizer)
     return data
 
 

@@ -26,6 +26,7 @@ from .config import TrainConfig, hold
 from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, Windows, validation_batches
 from .engine import Engine
 from .exits import Exit
+from .interop import initialise
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import MetricsLog, TieDrift
@@ -79,15 +80,19 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
     with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog:
         engine, model, matrix = build_model(config, mesh, rows)
+        tensors = ModelState(engine, model.vocab, matrix, mesh)
         manager = CheckpointManager(
             config.run_dir,
-            ModelState(engine, model.vocab, matrix, mesh),
+            tensors,
             mesh,
             config.checkpoint,
             seed=config.seed,
             about=configuration.about(config, data),
         )
         state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
+        if found is None and config.init_from is not None:
+            initialise(config.init_from, tensors)
+            manager.check_split()
         loader = _loader(config, data, mesh, model.vocab)
         loader.load_state_dict(state.samples)
         log = None
@@ -249,7 +254,8 @@ def _announce(
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
         + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
-        + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}"),
+        + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
+        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else ""),
         flush=True,
     )
 

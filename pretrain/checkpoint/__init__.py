@@ -12,15 +12,19 @@ from .folder import (
     step_of,
 )
 from .manager import CheckpointManager, read_tensors
+from .rows import CheckpointRows, save_weights
 from .state import ModelState, TrainState, matrix_dtensor
+from .tensor_file import Streamed, write_streamed
 
 __all__ = [
     "RANKS_LOCK",
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointManager",
+    "CheckpointRows",
     "DamagedCheckpoint",
     "ModelState",
+    "Streamed",
     "TrainState",
     "check_files",
     "checkpoints",
@@ -28,5 +32,7 @@ __all__ = [
     "newest_manifest",
     "read_manifest",
     "read_tensors",
+    "save_weights",
     "step_of",
+    "write_streamed",
 ]

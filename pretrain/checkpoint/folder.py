@@ -101,6 +101,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Gives a checkpoint whose files are there its manifest and its name."""
+    strays = {path.name for path in unfinished.glob("*.safetensors")} ^ manifest["files"].keys()
+    if strays or not manifest["files"]:
+        raise CheckpointError(f"{unfinished}: no rank has written {min(strays, default='any file')}")
+    write_manifest(unfinished, manifest)
+    if final.exists():
+        set_aside(final)
+    unfinished.rename(final)
+    sync_folder(final.parent)
+
+
 def newest_manifest(run: Path) -> dict[str, Any] | None:
     """Of the newest checkpoint that has a sound one; None for a run that has never finished a save.
 

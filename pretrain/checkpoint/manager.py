@@ -22,8 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from data_prep.durable import sync_folder
-
+from ..engine import FIRST_MOMENT, SECOND_MOMENT
 from ..mesh import Mesh
 from .folder import (
     FORMAT_VERSION,
@@ -33,6 +32,7 @@ from .folder import (
     DamagedCheckpoint,
     check_files,
     checkpoints,
+    publish,
     read_manifest,
     refuse_to_start_over,
     remove,
@@ -45,6 +45,7 @@ from .state import ModelState, TrainState, check_split, restore_rng, rng_state, 
 from .tensor_file import Slice, file_name, write_slices
 
 T = TypeVar("T")
+MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
@@ -174,7 +175,8 @@ class CheckpointManager:
         missing = set(manifest["tensors"]) - set(tensors)
         if missing:
             raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
-        read_tensors(folder, tensors, alone=False)
+        parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTS)}
+        read_tensors(folder, parameters if manifest.get("weights_only") else tensors, alone=False)
         state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
         self.model.load(tensors, state.step)
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
@@ -214,7 +216,7 @@ class CheckpointManager:
             facts = self._together(lambda: (rng, {name: write_slices(unfinished / name, mine)} if mine else {}))
             manifest["rng"] = [of_rank for of_rank, _ in facts]
             manifest["files"] = {name: fact for _, of_rank in facts for name, fact in of_rank.items()}
-            self._on_first_rank(lambda: _publish(unfinished, final, manifest))
+            self._on_first_rank(lambda: publish(unfinished, final, manifest))
         except CheckpointError as error:
             if self.mesh.rank == 0:
                 remove_unfinished(self.run)
@@ -275,17 +277,6 @@ def _complete(folder: Path, val_loss: float | None) -> None:
     manifest = read_manifest(folder)
     if manifest.get("val_loss") is None and val_loss is not None:
         write_manifest(folder, manifest | {"val_loss": val_loss})
-
-
-def _publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
-    strays = {path.name for path in unfinished.glob("*.safetensors")} ^ manifest["files"].keys()
-    if strays or not manifest["files"]:
-        raise CheckpointError(f"{unfinished}: no rank has written {min(strays, default='any file')}")
-    write_manifest(unfinished, manifest)
-    if final.exists():
-        set_aside(final)
-    unfinished.rename(final)
-    sync_folder(final.parent)
 
 
 def _cause(error: BaseException) -> str:

@@ -5,7 +5,10 @@ and plans it with collectives. This one needs no memory and no other rank, and h
 """
 
 import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +30,58 @@ class Slice:
     offsets: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is never whole: its rows come in pieces, one after the other, when they are written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
 def file_name(rank: int) -> str:
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
 def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
+    """As `write_streamed`; tells torch where each slice begins."""
+    offsets = {part.name: {"saved_offsets": part.offsets} for part in slices}
+    streamed = [
+        Streamed(part.name, part.tensor.dtype, tuple(part.tensor.shape), partial(iter, (part.tensor,)))
+        for part in slices
+    ]
+    return write_streamed(path, streamed, {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"})
+
+
+def write_streamed(path: Path, tensors: list[Streamed], metadata: dict[str, str]) -> dict[str, Any]:
     """Brings them to the disk, whole or not at all; the file's size and hash. OSError on a full disk.
 
-    A tensor that is elsewhere comes to the host as it is written: one at a time.
+    A piece that is elsewhere comes to the host as it is written: one at a time.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "DCP_SHARDING_INFO": json.dumps({part.name: {"saved_offsets": part.offsets} for part in slices}),
-            "DCP_VERSION": "1.0",
-            "format": "pt",
-        }
-    }
+    header: dict[str, Any] = {"__metadata__": metadata | {"format": "pt"}}
     end = 0
-    for part in slices:
-        start, end = end, end + part.tensor.nbytes
-        dtype, shape = DTYPES[part.tensor.dtype], list(part.tensor.shape)
-        header[part.name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes
+        header[tensor.name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with durable(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in slices:
-            data = part.tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(data), PIECE_BYTES):
-                file.write(data[start : start + PIECE_BYTES])
+        for tensor in tensors:
+            written = 0
+            for piece in tensor.pieces():
+                data = piece.to(tensor.dtype).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+                for start in range(0, len(data), PIECE_BYTES):
+                    file.write(data[start : start + PIECE_BYTES])
+                written += len(data)
+            assert written == tensor.bytes, f"{tensor.name}: {written} bytes in pieces, {tensor.bytes} by its shape"
     return {"bytes": 8 + len(text) + end, "sha256": file.sha256}

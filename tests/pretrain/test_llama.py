@@ -208,7 +208,7 @@ def test_ten_steps_are_the_dense_steps_under_every_engine(folder, kind):
 )
 def test_what_saves_memory_or_time_changes_no_number(folder, change):
     name, straight = "-".join(map(str, change.values())), config_of(folder, "straight", kind="qwen3")
-    config = config_of(folder, name, kind="qwen3", engine=ENGINES["fsdp2"] | change)
+    config = config_of(folder, name, kind="qwen3", **{f"engine__{key}": value for key, value in change.items()})
     run_ranks(2, train_ranks, [config] if straight.run_dir.exists() else [straight, config], timeout=300)
     np.testing.assert_allclose(outcome(config.run_dir).losses, outcome(straight.run_dir).losses, rtol=1e-5)
 
@@ -232,15 +232,12 @@ def test_a_step_is_rehearsed(model):
 
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
 def test_a_step_gives_to_collectives_and_holds_what_the_plan_says(kind):
-    settings = ["model.layers=2", "model.width=512", "model.inner=1536", "model.rope_factor=1.0", "train.micro_batch=8"]
-    config = configured(
-        "model=llama_1b",
-        *settings,
-        "train.seq_len=512",
-        "train.global_batch=128",
-        "train.precision=fp32",
-        f"engine.activation_checkpointing={kind}",
-    )
-    step, seen = step_of(config, 20_000, 8, 16, GPU), simulate(config, 20_000, 8, 16, GPU)
+    """The plan is for GPUs, where a norm keeps its input alone; on a CPU, what it has normed as well."""
+    sizes = ["train.micro_batch=8", "train.seq_len=1024", "train.global_batch=128", "train.precision=fp32"]
+    checkpointing = f"engine.activation_checkpointing={kind}"
+    config = configured("model=llama_1b", "model.layers=2", *sizes, checkpointing)
+    step, seen = step_of(config, 50_257, 8, 16, GPU), simulate(config, 50_257, 8, 16, GPU)
     assert told(step, seen.lookup) == (seen.calls, seen.given)
-    assert max(map(total, step.phases().values())) == pytest.approx(seen.held, rel=0.08)
+    blocks = {"none": config.model.layers, "block": 1, "selective": 0}[kind]  # whose norms it has when most is held
+    normed = blocks * 2 * config.model.width * step.work.tokens * 4
+    assert max(map(total, step.phases().values())) + normed == pytest.approx(seen.held, rel=0.05)

@@ -1,0 +1,96 @@
+"""A checkpoint read and written by rows, by one process: no tensor of it is ever whole, unless it is asked for."""
+
+import json
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from data_prep.durable import exclusive
+
+from .folder import (
+    FORMAT_VERSION,
+    RANKS_LOCK,
+    UNFINISHED,
+    CheckpointError,
+    checkpoints,
+    publish,
+    read_manifest,
+    remove_unfinished,
+    set_aside_in,
+)
+from .tensor_file import Streamed, file_name, write_streamed
+
+
+class _Part(NamedTuple):
+    start: int
+    stop: int
+    file: Any
+
+
+class CheckpointRows:
+    """The tensors of a checkpoint by their names. Every slice in it is one of rows, as engines and matrix are cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.shapes: dict[str, list[int]] = self.manifest["tensors"]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop). CheckpointError where the files do not have them all."""
+        found, first = [], start
+        for part in self._parts.get(name, []):
+            low, high = max(first, part.start), min(stop, part.stop)
+            if low == first and low < high:
+                found.append(part.file.get_slice(name)[low - part.start : high - part.start])
+                first = high
+        if first < stop:
+            raise CheckpointError(f"{self.folder} has no row {first} of {name}")
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    @cached_property
+    def _parts(self) -> dict[str, list[_Part]]:
+        """In the order of their rows."""
+        parts: dict[str, list[_Part]] = {}
+        for file in self.manifest["files"]:
+            opened = safe_open(self.folder / file, framework="pt")
+            offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                start, *others = offsets[name]["saved_offsets"]
+                rows, *rest = opened.get_slice(name).get_shape()
+                assert not any(others) and rest == self.shapes[name][1:], f"{name} is cut across its rows"
+                parts.setdefault(name, []).append(_Part(start, start + rows, opened))
+        return {name: sorted(found, key=lambda part: part.start) for name, found in parts.items()}
+
+
+def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any]) -> Path:
+    """Makes step 0 of a run that has no checkpoint: parameters alone, for all moments are zero there; where it is.
+
+    ValueError where it has one, or another process holds it; OSError on a full disk, and nothing is there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / RANKS_LOCK, f"run={run} is in use by another process"):
+        found = checkpoints(run) + set_aside_in(run)
+        if found:
+            raise ValueError(f"run={run} has {found[-1].name}: choose another folder")
+        remove_unfinished(run)
+        final = run / "checkpoints" / "step-00000000"
+        unfinished = final.with_name(UNFINISHED + final.name)
+        unfinished.mkdir(parents=True)
+        offsets = {tensor.name: {"saved_offsets": [0] * len(tensor.shape)} for tensor in tensors}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{"step": 0, "tokens": 0, "samples": {}, "val_loss": None, "rng": []},
+            **about,
+            "mesh": {"dp": 1, "vocab": 1},
+            "weights_only": True,
+            "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
+            "files": {file_name(0): write_streamed(unfinished / file_name(0), tensors, metadata)},
+        }
+        publish(unfinished, final, manifest)
+    return final

@@ -1,0 +1,138 @@
+"""A checkpoint of ours as a folder that `transformers` loads."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.durable import durable, sync_folder
+from data_prep.tokenizer_spec import TokenizerSpec
+
+from ..checkpoint import CheckpointRows, Streamed, write_streamed
+from .folder import CONFIG, EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .places import HEAD, Family, Model, Place
+from .tokenizer import to_hf
+
+FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}  # by our names
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FILE_BYTES = 5_000_000_000
+GENERATION = "generation_config.json"
+
+
+def export(
+    checkpoint: CheckpointRows,
+    model: Model,
+    spec: TokenizerSpec | None,
+    out: Path,
+    dtype: torch.dtype,
+    materialize_head: bool,
+) -> int:
+    """Writes OUT, whole or not at all; the number of its parameters. The matrix has V rows there, none of padding.
+
+    materialize_head: a tied model, too, has its head in the files, for readers that look for it. ValueError where OUT
+    is not free, or transformers has no such model; OSError on a full disk.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} is there already: choose another folder")
+    family = FAMILIES[model.family]
+    tied = OUTPUT not in checkpoint.shapes
+    tensors = streams(checkpoint, model, family, dtype, tied, materialize_head)
+    end = None if spec is None else spec.end_of_document
+    config = family.settings(model) | {
+        "vocab_size": checkpoint.manifest["vocab_size"],
+        "tie_word_embeddings": tied,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    texts = {CONFIG: config, GENERATION: {"bos_token_id": end, "eos_token_id": end}}
+    if spec is not None:
+        texts |= to_hf(spec, model.context)
+    unfinished = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _write_weights(unfinished, tensors)
+        for name, content in texts.items():
+            _write(unfinished / name, content)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync_folder(out.parent)
+    return sum(tensor.bytes for tensor in tensors) // dtype.itemsize
+
+
+def streams(
+    checkpoint: CheckpointRows, model: Model, family: Family, dtype: torch.dtype, tied: bool, materialize_head: bool
+) -> list[Streamed]:
+    """Their tensors. Of the body, one is read at a time; of the matrix, some rows."""
+    rows, width = checkpoint.manifest["vocab_size"], model.width
+
+    def matrix(theirs: str, ours: str) -> Streamed:
+        def read() -> Iterator[Tensor]:
+            for low, high in pieces(0, rows, 4 * width):
+                yield checkpoint.rows(ours, low, high)
+
+        return Streamed(theirs, dtype, (rows, width), read)
+
+    found = [matrix(family.prefix + family.embedding, EMBEDDING)]
+    for place in family.places(model):
+        found += _of_place(checkpoint, place, family, dtype)
+    for theirs, length in family.missing(model).items():
+        found.append(Streamed(family.prefix + theirs, dtype, (length,), partial(_zeros, length)))
+    if not tied or materialize_head:
+        found.append(matrix(HEAD, EMBEDDING if tied else OUTPUT))
+    return found
+
+
+def _of_place(checkpoint: CheckpointRows, place: Place, family: Family, dtype: torch.dtype) -> Iterator[Streamed]:
+    first = 0
+    for theirs, rows in place.theirs.items():
+        shape = (rows, *checkpoint.shapes[place.ours][1:])
+
+        def read(start: int = first, stop: int = first + rows) -> Iterator[Tensor]:
+            part = checkpoint.rows(place.ours, start, stop)
+            yield part.T if place.transposed else part
+
+        yield Streamed(family.prefix + theirs, dtype, shape[::-1] if place.transposed else shape, read)
+        first += rows
+
+
+def _zeros(length: int) -> Iterator[Tensor]:
+    yield torch.zeros(length)
+
+
+def _write_weights(folder: Path, tensors: list[Streamed]) -> None:
+    """One file, or several and their index."""
+    files: list[list[Streamed]] = [[]]
+    for tensor in tensors:
+        if files[-1] and sum(other.bytes for other in files[-1]) + tensor.bytes > FILE_BYTES:
+            files.append([])
+        files[-1].append(tensor)
+    if len(files) == 1:
+        write_streamed(folder / WEIGHTS, tensors, {})
+        return
+    index: dict[str, str] = {}
+    for i, part in enumerate(files, start=1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        write_streamed(folder / name, part, {})
+        index |= dict.fromkeys((tensor.name for tensor in part), name)
+    size = sum(tensor.bytes for tensor in tensors)
+    _write(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with durable(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")

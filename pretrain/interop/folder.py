@@ -1,0 +1,182 @@
+"""A folder of a Hugging Face model, read by rows: `config.json`, and safetensors in one file or several.
+
+Nothing is read that is not asked for: of the matrix, a rank reads the rows that it owns.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .places import HEAD, Family, Model, Place
+
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
+PIECE_BYTES = 64 << 20
+
+
+class HFModel:
+    """A model in a folder, by our names. ValueError, naming folder and fault, where our body cannot be it.
+
+    model: settings of our body; vocab_size: V; tie: tied or untied.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _json(folder / CONFIG)
+        kind = self.config.get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(f"{folder / CONFIG}: model_type={kind} must be one of {', '.join(FAMILIES)}")
+        self.family: Family = FAMILIES[kind]
+        try:
+            self.model: Model = self.family.model(self.config)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from None
+        self.files = _files(folder)
+        prefixed = f"{self.family.prefix}{self.family.embedding}" in self.files
+        self.prefix = self.family.prefix if prefixed else ""
+        self.places = {place.ours: place for place in self.family.places(self.model)}
+        self.places[EMBEDDING] = Place(EMBEDDING, {self.family.embedding: self.vocab_size})
+        if self.tie == "untied":
+            self.places[OUTPUT] = Place(OUTPUT, {HEAD: self.vocab_size})
+        self._check_names()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        embedding = self.prefix + self.family.embedding
+        if embedding not in self.files:
+            raise ValueError(f"{self.folder} has no tensor {self.family.prefix}{self.family.embedding}")
+        return self._slice(embedding).get_shape()[0]
+
+    @property
+    def tie(self) -> str:
+        return "tied" if self.config.get("tie_word_embeddings", self.family.tied) else "untied"
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that ends a text; of several, the first."""
+        eos = self.config.get("eos_token_id")
+        return eos[0] if isinstance(eos, list) else eos
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
+        place, parts, first = self.places[name], [], 0
+        for theirs, rows in place.theirs.items():
+            low, high = max(start - first, 0), min(stop - first, rows)
+            if low < high:
+                part = self._slice(self._named(theirs))
+                parts.append(part[:, low:high].T if place.transposed else part[low:high])
+            first += rows
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fill(self, tensors: dict[str, Any]) -> None:
+        """Puts the weights into tensors and DTensors of our names, of these what lies on this rank. No collective.
+
+        What has no name of ours (moments) stays. Rows of the matrix beyond V are padding, and stay. Of a tied model a
+        second matrix is the first.
+        """
+        sources = {name: name for name in self.places} | {OUTPUT: OUTPUT if OUTPUT in self.places else EMBEDDING}
+        for name, source in sources.items():
+            if name == OUTPUT and OUTPUT not in tensors:
+                continue
+            tensor, start = tensors[name], 0
+            if isinstance(tensor, DTensor):
+                local = tensor.to_local()
+                if not local.numel():
+                    continue
+                (chunk,) = tensor.__create_chunk_list__()
+                tensor, start = local, chunk.offsets[0]
+            stop = min(start + len(tensor), sum(self.places[source].theirs.values()))
+            for low, high in pieces(start, stop, tensor[:1].nbytes):
+                tensor[low - start : high - start].copy_(self.rows(source, low, high))
+
+    def _check_names(self) -> None:
+        """Every tensor has its place and its shape. Reads the files' headers; of a tied model's own head, all of it."""
+        with torch.device("meta"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in self.model.body().named_parameters()}
+        shapes |= dict.fromkeys((EMBEDDING, OUTPUT), (self.vocab_size, self.model.width))
+        known = set()
+        for name, place in self.places.items():
+            for theirs, rows in place.theirs.items():
+                shape: tuple[int, ...] = (rows, *shapes[name][1:])
+                self._check_shape(self._named(theirs), shape[::-1] if place.transposed else shape)
+                known.add(self._named(theirs))
+        if self.tie == "tied" and HEAD in self.files:
+            self._check_head(shapes[EMBEDDING])
+            known.add(HEAD)
+        for theirs in sorted(self.files.keys() - known):
+            if not theirs.endswith(self.family.buffers):
+                raise ValueError(f"{self.files[theirs]} has tensor {theirs}, which has no place in our body")
+
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        if name not in self.files:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        found = tuple(self._slice(name).get_shape())
+        if found != expected:
+            raise ValueError(f"{self.files[name]}: {name} has shape {found}, but {CONFIG} means {expected}")
+
+    def _check_head(self, shape: tuple[int, ...]) -> None:
+        """A tied model's head, where its file has one, is its embedding."""
+        self._check_shape(HEAD, shape)
+        head, embedding = self._slice(HEAD), self._slice(self._named(self.family.embedding))
+        for low, high in pieces(0, shape[0], 4 * shape[1]):
+            if not torch.equal(head[low:high], embedding[low:high]):
+                raise ValueError(
+                    f"{self.folder} has an {HEAD} that is not its embedding, but {CONFIG} says (or does not deny)"
+                    " tie_word_embeddings=true: write there which it is"
+                )
+
+    def _named(self, theirs: str) -> str:
+        return theirs if theirs == HEAD else self.prefix + theirs
+
+    def _slice(self, name: str) -> Any:
+        return opened(self.files[name]).get_slice(name)
+
+
+@cache
+def opened(path: Path) -> Any:
+    """A safetensors file, mapped. ValueError where it is not one."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) cut into ranges of rows of at most PIECE_BYTES."""
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    for low in range(start, stop, step):
+        yield low, min(low + step, stop)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Which file has which tensor. Never a pickle."""
+    if (folder / INDEX).is_file():
+        return {name: folder / file for name, file in _json(folder / INDEX)["weight_map"].items()}
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = next(folder.glob("pytorch_model*.bin"), None)
+        instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
+        raise ValueError(f"{path} is missing{instead}")
+    return dict.fromkeys(opened(path).keys(), path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object")
+    return content

@@ -1,0 +1,187 @@
+"""Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from data_prep.command import fail, override_error
+from data_prep.durable import durable
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer_spec import TokenizerSpec
+
+from .. import config as configuration
+from ..checkpoint import CheckpointError, CheckpointRows, Streamed, check_files, checkpoints, save_weights, step_of
+from ..vocab import VocabShard
+from .export import DTYPES, export
+from .folder import EMBEDDING, OUTPUT, HFModel, pieces
+from .tokenizer import from_hf
+
+HELP = """Models of Hugging Face, in and out: GPT-2, Llama, Mistral, Qwen2, Qwen3; safetensors, never a pickle.
+
+  python -m pretrain.interop.hf import hf=DIR run=RUN               a run with the model of DIR as its step 0
+  python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of a training, as in launch/local.py
+  python -m pretrain.interop.hf export run=RUN out=DIR              its newest checkpoint, for transformers
+  python -m pretrain.interop.hf export run=RUN out=DIR step=500 dtype=bf16 materialize_head=true
+
+dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
+for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
+"""
+CONF = Path(__file__).resolve().parents[2] / "conf"
+TOLD = ("model", "vocab.size", "vocab.tie", "run.dir", "init_from")  # by hf= and run=
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on a wrong command, folder or model."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"{arguments[0]} must be one of {', '.join(COMMANDS)}; see --help")
+        for line in COMMANDS[arguments[0]](arguments[1:]):
+            print(line, flush=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(fail(override_error(error)))
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(fail(str(error)))
+
+
+def import_model(arguments: list[str]) -> Iterator[str]:
+    """Makes RUN of a folder; yields what to print."""
+    given, settings = _given(arguments, ("hf", "run"), others=True)
+    source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
+    found = HFModel(source)
+    spec, why = _tokenizer(found)
+    config = training(found, run, settings)
+    if checkpoints(run):
+        raise ValueError(f"run={run} has {checkpoints(run)[-1].name}: choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    if spec is not None:
+        spec.save(run / TOKENIZER_FOLDER)
+    with durable(config.path) as file:
+        file.write(configuration.text(config).encode())
+    about = {
+        "config": asdict(config),
+        "vocab_size": found.vocab_size,
+        "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
+    }
+    tensors = streams(found, config.vocab.multiple)
+    folder = save_weights(run, tensors, about)
+    count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize
+    yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
+    yield f"tokenizer: {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
+
+
+def training(found: HFModel, run: Path, settings: list[str]) -> configuration.TrainConfig:
+    """The settings of a training of that model. ValueError where a setting says what the model tells."""
+    for setting in settings:
+        key = setting.partition("=")[0].lstrip("+~")
+        if any(key == told or key.startswith(f"{told}.") for told in TOLD):
+            raise ValueError(f"{key} is told by hf= and run=, and not to be given")
+    configuration.register()
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("train", [*settings])
+    OmegaConf.set_struct(composed, False)
+    composed.model = OmegaConf.create(asdict(found.model))
+    composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
+    if not composed.data.path and not composed.data.corpora:
+        composed.data.path = "no data"
+    return configuration.build(composed)
+
+
+def streams(found: HFModel, multiple: int) -> list[Streamed]:
+    """Our tensors, in fp32; the matrix with its rows of padding."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in found.model.body().named_parameters()}
+    padded = VocabShard.of(0, 1, found.vocab_size, multiple).padded_size
+    for name in (EMBEDDING, OUTPUT) if found.tie == "untied" else (EMBEDDING,):
+        shapes[name] = (padded, found.model.width)
+
+    def read(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        rows = found.vocab_size if name in (EMBEDDING, OUTPUT) else shape[0]
+        for low, high in pieces(0, rows, torch.empty(shape[1:], device="meta").nbytes):
+            yield found.rows(name, low, high)
+        yield torch.zeros(shape[0] - rows, *shape[1:])
+
+    return [Streamed(name, torch.float32, shape, partial(read, name, shape)) for name, shape in sorted(shapes.items())]
+
+
+def export_model(arguments: list[str]) -> Iterator[str]:
+    """Makes OUT of a run's checkpoint; yields what to print."""
+    given, _ = _given(arguments, ("run", "out", "step", "dtype", "materialize_head"))
+    run, out = Path(_needed(given, "run")), Path(_needed(given, "out"))
+    dtype, head = given.get("dtype", "fp32"), given.get("materialize_head", "false")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
+    if head not in ("true", "false"):
+        raise ValueError(f"materialize_head={head} must be true or false")
+    checkpoint = CheckpointRows(_chosen(run, given.get("step")))
+    check_files(checkpoint.folder, checkpoint.manifest)
+    config = configuration.build(OmegaConf.create(checkpoint.manifest["config"]))
+    if config.vocab.softcap is not None:
+        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers would not cap logits")
+    tokenizer = run / TOKENIZER_FOLDER
+    spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
+    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true")
+    yield f"{out}: {checkpoint.folder}, {count / 1e6:,.1f}M parameters in {dtype}"
+    if spec is None:
+        yield f"no tokenizer: {run} has none"
+
+
+COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}
+
+
+def _given(arguments: list[str], keys: tuple[str, ...], others: bool = False) -> tuple[dict[str, str], list[str]]:
+    """By key, and the rest."""
+    given, rest = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in keys and equals:
+            given[key] = value
+        elif others and equals:
+            rest.append(argument)
+        else:
+            raise ValueError(f"{argument!r} must be {'=, '.join(keys)}=; see --help")
+    return given, rest
+
+
+def _needed(given: dict[str, str], key: str) -> str:
+    if not given.get(key):
+        raise ValueError(f"{key}= is missing; see --help")
+    return given[key]
+
+
+def _chosen(run: Path, step: str | None) -> Path:
+    found = {step_of(folder): folder for folder in checkpoints(run)}
+    if not found:
+        raise ValueError(f"run={run} has no checkpoint")
+    if step is None:
+        return found[max(found)]
+    if not step.isdecimal() or int(step) not in found:
+        raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, found))}")
+    return found[int(step)]
+
+
+def _tokenizer(found: HFModel) -> tuple[TokenizerSpec | None, str]:
+    """Or why there is none. ValueError where it has more ids than the matrix has rows."""
+    try:
+        spec = from_hf(found.folder, found.end_of_text)
+    except ValueError as error:
+        return None, f"none; {error}"
+    if spec.vocab_size > found.vocab_size:
+        raise ValueError(f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {found.vocab_size:,}")
+    return spec, ""
+
+
+if __name__ == "__main__":
+    main()

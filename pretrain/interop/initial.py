@@ -1,0 +1,96 @@
+"""A run that begins with the weights of a Hugging Face model: `init_from=hf:DIR`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_prep.tokenizer_spec import TokenizerSpec
+
+from ..checkpoint import ModelState, matrix_dtensor
+from ..mesh import Mesh
+from ..model import LanguageModel
+from ..vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from .folder import HFModel
+from .places import Model
+from .tokenizer import from_hf
+
+SCHEME = "hf:"
+
+
+def folder_of(init_from: str) -> Path:
+    """ValueError unless it is hf:DIR."""
+    if not init_from.startswith(SCHEME) or init_from == SCHEME:
+        raise ValueError(f"init_from={init_from} must be hf:DIR, the folder of a Hugging Face model")
+    return Path(init_from.removeprefix(SCHEME))
+
+
+def check_initial(init_from: str, model: Model, tie: str, rows: int, tokenizer: Path | None) -> None:
+    """ValueError where a run of that model, vocabulary and data's tokenizer cannot begin with these weights.
+
+    A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
+    """
+    found = HFModel(folder_of(init_from))
+    theirs, ours = asdict(found.model), asdict(model)
+    if theirs["family"] != ours["family"]:
+        raise ValueError(f"model.family={ours['family']} must be {theirs['family']}, which {init_from} is")
+    free = {"context"} if theirs["family"] == "llama" else set()
+    other = [f"model.{key}={_text(theirs[key])}" for key in theirs if theirs[key] != ours[key] and key not in free]
+    if found.vocab_size != rows:
+        other.append(f"vocab.size={found.vocab_size}")
+    if found.tie == "untied" and tie != "untied":
+        other.append("vocab.tie=untied")
+    if other:
+        raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
+    spec = _tokenizer(found)
+    if tokenizer is not None and spec is not None and spec.ranks != TokenizerSpec.load(tokenizer).ranks:
+        raise ValueError(f"init_from={init_from} has another tokenizer than {tokenizer}: its rows mean other tokens")
+
+
+def initialise(init_from: str, state: ModelState) -> None:
+    """Puts the weights into a model that has not been trained. Each rank reads its rows; collectives: the engine's."""
+    tensors: dict[str, Any] = dict(state.tensors())
+    HFModel(folder_of(init_from)).fill(tensors)
+    state.load(tensors, step=0)
+
+
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[LanguageModel, HFModel, TokenizerSpec | None]:
+    """The model as it is in the folder, for reading; the matrix split over the ranks of the default group, if there is
+    one. The tokenizer is None where it is not of tiktoken's kind.
+    """
+    found = HFModel(folder)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = Mesh.of(world, device) if world > 1 else None
+    vocab = VocabParallelEmbedding(
+        VocabConfig(tie=found.tie),
+        VocabShard.of(mesh.vocab_rank if mesh else 0, world, found.vocab_size),
+        found.model.width,
+        seed=0,
+        group=mesh.vocab_group if mesh else None,
+        compute_dtype=dtype,
+        device=device,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        body = found.model.body().to(dtype)
+    body.to_empty(device=device)
+    tensors: dict[str, Any] = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    for name, rows in vocab.named_rows().items():
+        tensors[name] = matrix_dtensor(rows.detach(), vocab.shard, mesh) if mesh else rows.detach()
+    found.fill(tensors)
+    return LanguageModel(vocab, body), found, _tokenizer(found)
+
+
+def _tokenizer(found: HFModel) -> TokenizerSpec | None:
+    try:
+        return from_hf(found.folder, found.end_of_text)
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,143 @@
+"""Tokenizers of byte-level BPE: tiktoken's ranks and pattern, and Hugging Face's tokenizer.json.
+
+tiktoken joins, of all neighbours that make a token, the pair whose token has the lowest rank. Hugging Face joins pairs
+by a list. So the list has every pair that makes a token, in the order of the tokens' ranks; and, as tiktoken does, a
+word that is a token is not built up from pairs (`ignore_merges`).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data_prep.bpe import PATTERNS
+from data_prep.errors import DataError
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+POSSESSIVE = re.compile(r"(\\p\{\w+\}|\[(?:\\.|[^\]\\])*\]|\\.|[^\\])(\{\d+(?:,\d*)?\})\+")
+
+
+def characters() -> dict[int, str]:
+    """GPT-2's table: each byte as a printable character; the others take the code points from 256."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def to_hf(spec: TokenizerSpec, context: int) -> dict[str, dict[str, Any]]:
+    """The files, by name. Their ids for a text are those of the spec, except that they take special tokens' names in a
+    text for the tokens.
+    """
+    of_byte = characters()
+    written = {token: "".join(of_byte[byte] for byte in token) for token in spec.ranks}
+    special = sorted(spec.special_tokens.items(), key=lambda item: item[1])
+    split = {"type": "Split", "pattern": {"Regex": oniguruma(spec.pattern)}, "behavior": "Isolated", "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **flags} for name, id in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {written[token]: id for token, id in sorted(spec.ranks.items(), key=lambda item: item[1])},
+            "merges": [[written[left], written[right]] for left, right in merges(spec.ranks)],
+        },
+    }
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+    return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: about}
+
+
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens that makes a token, by the rank of what it makes, then of its parts."""
+    found = []
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                found.append((rank, ranks[left], ranks[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def oniguruma(pattern: str) -> str:
+    """tiktoken's pattern for the engine of `tokenizers`, to which {n,m}+ is a repetition, and $ the end of a line."""
+    pattern = POSSESSIVE.sub(r"(?>\1\2)", pattern)
+    return re.sub(r"(?<!\\)\$", r"\\z", pattern)
+
+
+def from_hf(folder: Path, eos: int | None) -> TokenizerSpec:
+    """The folder's tokenizer as ours. `eos`: the id that ends a document where no token is called so.
+
+    ValueError where it has none, or one that is not tiktoken's kind: of bytes, without normaliser, ids in the order
+    of its merges.
+    """
+    model, splitter, added = _read(folder)
+    of_character = {character: byte for byte, character in characters().items()}
+    special = {token["content"]: token["id"] for token in added}
+    try:
+        ranks = {
+            bytes(of_character[c] for c in token): id for token, id in model["vocab"].items() if token not in special
+        }
+    except KeyError as error:
+        raise ValueError(f"{folder}: its tokens are not of bytes: {error.args[0]!r} is none") from None
+    order = []
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        order.append(model["vocab"].get(left + right, -1))
+    if order != sorted(order) or -1 in order:
+        raise ValueError(f"{folder}: the ids of its tokens are not in the order of its merges, as tiktoken's ranks are")
+    if END_OF_DOCUMENT not in special:
+        special = {(END_OF_DOCUMENT if id == eos else name): id for name, id in special.items()}
+    try:
+        return TokenizerSpec(folder.resolve().name, splitter, special, ranks)
+    except DataError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
+    """Model, split pattern and added tokens of tokenizer.json, or of GPT-2's two files."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        vocab, listed = folder / "vocab.json", folder / "merges.txt"
+        if not (vocab.is_file() and listed.is_file()):
+            raise ValueError(f"{path} is missing")
+        lines = listed.read_text().splitlines()
+        model = {"vocab": json.loads(vocab.read_bytes()), "merges": [x for x in lines if x and x[:8] != "#version"]}
+        end = model["vocab"].get(END_OF_DOCUMENT)
+        return model, PATTERNS["gpt2"], [] if end is None else [{"content": END_OF_DOCUMENT, "id": end}]
+    try:
+        content = json.loads(path.read_bytes())
+        model, steps = content["model"], content["pre_tokenizer"]
+        kind, added = model["type"], content.get("added_tokens") or []
+        steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+        kinds = [step["type"] for step in steps]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a tokenizer of bytes") from error
+    if kind != "BPE" or kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
+        raise ValueError(f"{path} is not a byte-level BPE")
+    if content.get("normalizer"):
+        raise ValueError(f"{path} normalises text before it splits it ({content['normalizer'].get('type')})")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return model, PATTERNS["gpt2"], added
+    if kinds != ["Split", "ByteLevel"] or "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated":
+        raise ValueError(f"{path} splits text as tiktoken cannot")
+    return model, steps[0]["pattern"]["Regex"], added
