@@ -100,7 +100,7 @@ def _settings(arguments: list[str]) -> GenerateConfig:
 def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     """Yields the prompt, then the text of one token after the other. All ranks of the process group take part."""
     run = Path(settings.run)
-    folder = _checkpoint(run, settings.step)
+    folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
     model, context = load_model(folder, device)
     ids = [tokenizer.end_of_document, *tokenizer.encode(settings.prompt).tolist()]
@@ -158,7 +158,8 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
     return LanguageModel(vocab, body), config.model.context
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """The folder of that checkpoint, or of the newest. ValueError where it is not there."""
     found = checkpoints(run)
     if not found:
         raise ValueError(f"run={run} has no checkpoint")

@@ -91,6 +91,16 @@ def ranks(timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
 
+@contextmanager
+def ranks_or_alone() -> Iterator[torch.device]:
+    """For what needs no ranks: those that torchrun has started, see `ranks`, or this process without a group."""
+    if "RANK" in os.environ:
+        with ranks() as device:
+            yield device
+    else:
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def ranks_of_a_node(device: torch.device) -> int:
     """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
     here = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)

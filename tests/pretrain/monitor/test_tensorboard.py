@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,24 +13,9 @@ import urllib.request
 import pytest
 
 from pretrain.monitor import LogConfig, MetricsLog
+from tests.browser import dumped
 
 STEPS, EVERY = 30, 10
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-3d-apis",  # TensorBoard then draws its lines as SVG, which the page's text holds
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,3000",
-    "--virtual-time-budget=20000",  # of the page's own clock, which stands still while it fetches
-    "--dump-dom",
-]
 
 
 def train(run):
@@ -44,15 +28,6 @@ def train(run):
             scalars |= {"val_loss": 6 * math.exp(-step / 20), "val_bits_per_byte": 2 * math.exp(-step / 20)}
         log.write(scalars)
     log.close()
-
-
-@pytest.fixture
-def browser():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip  # CI installs it: there it may not be missing
-        missing("no chromium: apt-get install chromium")
-    return found
 
 
 @pytest.fixture
@@ -109,12 +84,7 @@ def curves(page: str) -> dict[str, list[list[tuple[float, float]]]]:
 
 
 def test_the_curves_are_drawn(browser, tensorboard, tmp_path):
-    done = subprocess.run(
-        [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", tensorboard],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = dumped(browser, tensorboard, tmp_path)
     drawn = curves(done.stdout)
     expected = {"train/loss": STEPS, "train/lr": STEPS, "val/loss": STEPS // EVERY, "val/bits_per_byte": STEPS // EVERY}
     for title, points in expected.items():

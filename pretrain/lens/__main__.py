@@ -1,0 +1,215 @@
+"""What would each layer guess? `python -m pretrain.lens --help`.
+
+Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks, and read on the shards.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from data_prep.command import fail
+from data_prep.errors import DataError
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer import Tokenizer
+
+from ..checkpoint import CheckpointError
+from ..data import IGNORED
+from ..generate import checkpoint_of, load_model
+from ..mesh import ranks_or_alone
+from ..model import LanguageModel
+from .examples import EXAMPLES
+from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, Look, Method, look
+from .plot import MOST_COLUMNS, write_pictures
+from .views import Sheet, sheet, visible
+
+HELP = """What would each layer of a model guess, were it the last?
+
+  python -m pretrain.lens run=runs/a text='def main(' out=lens
+  python -m pretrain.lens run=runs/a example=rare_word norm=plain
+  torchrun --nproc-per-node 2 -m pretrain.lens run=runs/a file=a.txt window=100:150     the matrix split over two ranks
+
+Writes a PNG of each view and lens.html, a page with all of them and all numbers, which needs nothing from outside.
+Examples: {examples}
+
+Settings, and their defaults:
+"""
+
+
+@dataclass
+class LensConfig:
+    """run: its folder; step: of the checkpoint, the newest if null. text, file or example: what to read, after an
+    <|endoftext|>. window: positions to show, START:STOP. only: of these, those of tokens with this text.
+
+    points, input, norm, decoder, stride: see `Method`. guesses: kept of each cell. memory_mib: of logits at a time.
+    """
+
+    run: str = ""
+    step: int | None = None
+    text: str = ""
+    file: str = ""
+    example: str = ""
+    out: str = "lens"
+    window: str | None = None
+    only: str = ""
+    points: list[str] = field(default_factory=lambda: ["block"])
+    input: str = "positions"
+    norm: str = "full"
+    decoder: str = "none"
+    stride: int = 1
+    guesses: int = 5
+    memory_mib: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+        if sum(map(bool, (self.text, self.file, self.example))) != 1:
+            raise ValueError("text is missing: give one of text=, file= and example=")
+        if self.example and self.example not in EXAMPLES:
+            raise ValueError(f"example={self.example} must be one of {', '.join(EXAMPLES)}")
+        if self.guesses < 1:
+            raise ValueError(f"guesses={self.guesses} must be at least 1")
+        if self.memory_mib < 1:
+            raise ValueError(f"memory_mib={self.memory_mib} must be at least 1")
+        self.method()
+
+    def method(self) -> Method:
+        return Method(tuple(self.points), self.input, self.norm, self.decoder, self.stride)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to look into, and what it is called. context: the most positions it can see. name: an id's text."""
+
+    title: str
+    model: LanguageModel
+    body: nn.Module
+    context: int
+    encode: Callable[[str], list[int]]  # a text's ids, the document's beginning included
+    name: Callable[[int], str]
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on a wrong setting."""
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
+        print(HELP.format(examples=examples) + OmegaConf.to_yaml(OmegaConf.structured(LensConfig(run="…", text="…"))))
+        return
+    try:
+        settings = _settings(sys.argv[1:])
+        with ranks_or_alone() as device:
+            shown, found = see(settings, device)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                paths = write_pictures(shown, Path(settings.out))
+                print(summary(found))
+                print(f"written: {paths[-1]} and {len(paths) - 1} pictures beside it")
+    except (ValueError, OSError, CheckpointError, OmegaConfBaseException) as error:
+        sys.exit(fail(str(error).splitlines()[0]))
+
+
+def _settings(arguments: list[str]) -> LensConfig:
+    """From key=value arguments; a text is taken as it stands."""
+    given: dict[str, object] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument!r} must be key=value; see --help")
+        if key == "points":
+            given[key] = [point.strip() for point in value.strip("[]").split(",")]
+        else:
+            given[key] = None if value == "null" and key in ("step", "window") else value
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LensConfig(run="?", text="?")), _bare(given)))
+    assert isinstance(settings, LensConfig)
+    return settings
+
+
+def _bare(given: dict[str, object]) -> dict[str, object]:
+    """Without the run and text that stood in for missing ones while the keys were checked."""
+    return {"run": "", "text": ""} | given
+
+
+def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
+    """Measures. All ranks of the process group take part, and get the same."""
+    source = open_source(settings, device)
+    example = EXAMPLES.get(settings.example)
+    text = example.text if example else settings.text or Path(settings.file).read_text(encoding="utf-8")
+    ids = source.encode(text)
+    if len(ids) > source.context:
+        raise ValueError(f"the text has {len(ids):,} tokens, but model.context={source.context}: give a shorter one")
+    window = _window(settings.window, len(ids))
+    only = settings.only or (example.only if example else "")
+    columns = [n for n, id in enumerate(ids[window]) if not only or source.name(id).strip("·") == only]
+    if not columns:
+        raise ValueError(f"only={only} must be the text of a token in the window: none is")
+    if len(columns) > MOST_COLUMNS:
+        raise ValueError(
+            f"window={settings.window} shows {len(columns)} positions: at most {MOST_COLUMNS} fit a picture"
+        )
+    vocab = source.model.vocab
+    found = look(
+        vocab,
+        source.model.body,
+        source.body,
+        torch.tensor([ids], device=device),
+        torch.tensor([[*ids[1:], IGNORED]], device=device),
+        settings.method(),
+        window=window,
+        k=min(settings.guesses, vocab.shard.vocab_size),
+        memory_mib=settings.memory_mib,
+    )
+    method = f"norm {settings.norm}" + ("" if settings.decoder == "none" else f", through the last {settings.decoder}")
+    title = f"{source.title}, {method}"
+    return sheet(found, title, columns, window.start, source.name, vocab.shard.vocab_size), found
+
+
+def open_source(settings: LensConfig, device: torch.device) -> Source:
+    """Where the model comes from: the one place that knows."""
+    run = Path(settings.run)
+    folder = checkpoint_of(run, settings.step)
+    tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
+    model, context = load_model(folder, device)
+    assert isinstance(model.body, nn.Module)
+
+    def encode(text: str) -> list[int]:
+        return [tokenizer.end_of_document, *tokenizer.encode(text).tolist()]
+
+    def name(id: int) -> str:
+        try:
+            return visible(tokenizer.decode_bytes([id]))
+        except DataError:  # a row beyond the tokenizer's: vocab.size may be larger
+            return f"#{id}"
+
+    return Source(f"{run.name} {folder.name}", model, model.body, context, encode, name)
+
+
+def _window(given: str | None, length: int) -> slice:
+    if given is None:
+        return slice(0, length)
+    start, colon, stop = given.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= length):
+        raise ValueError(f"window={given} must be START:STOP, of the text's {length} positions")
+    return slice(int(start), int(stop))
+
+
+def summary(found: Look) -> str:
+    """A line a row, of the means over the window."""
+    reading, lines = (
+        found.reading,
+        [f"{'row':<20} {'KL(final‖row)':>14} {'KL(input‖row)':>14} {'entropy':>8} {'as final':>9}"],
+    )
+    for r, name in enumerate(found.rows):
+        kl = reading.kl_from[r].mean(0).tolist()
+        same = (reading.ranks[r, :, FINAL] == 1).double().mean().item()
+        entropy = reading.entropy[r].mean().item()
+        lines.append(f"{name:<20} {kl[FROM_OUTPUT]:>14.3f} {kl[FROM_INPUT]:>14.3f} {entropy:>8.3f} {same:>9.1%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Fixtures of several folders."""
+
+from tests.browser import browser
+
+__all__ = ["browser"]
