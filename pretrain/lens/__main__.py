@@ -19,6 +19,7 @@ from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
+from .. import interop
 from ..checkpoint import CheckpointError
 from ..data import IGNORED
 from ..generate import checkpoint_of, load_model
@@ -33,6 +34,7 @@ HELP = """What would each layer of a model guess, were it the last?
 
   python -m pretrain.lens run=runs/a text='def main(' out=lens
   python -m pretrain.lens run=runs/a example=rare_word norm=plain
+  python -m pretrain.lens hf=DIR text='Once upon a time'                                a model of Hugging Face
   torchrun --nproc-per-node 2 -m pretrain.lens run=runs/a file=a.txt window=100:150     the matrix split over two ranks
 
 Writes a PNG of each view and lens.html, a page with all of them and all numbers, which needs nothing from outside.
@@ -44,14 +46,16 @@ Settings, and their defaults:
 
 @dataclass
 class LensConfig:
-    """run: its folder; step: of the checkpoint, the newest if null. text, file or example: what to read, after an
-    <|endoftext|>. window: positions to show, START:STOP. only: of these, those of tokens with this text.
+    """run: its folder; step: of the checkpoint, the newest if null; or hf: a Hugging Face model's folder. text, file or
+    example: what to read, after an <|endoftext|>. window: positions to show, START:STOP. only: of these, those of
+    tokens with this text.
 
     points, input, norm, decoder, stride: see `Method`. guesses: kept of each cell. memory_mib: of logits at a time.
     """
 
     run: str = ""
     step: int | None = None
+    hf: str = ""
     text: str = ""
     file: str = ""
     example: str = ""
@@ -67,8 +71,10 @@ class LensConfig:
     memory_mib: int = 256
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+        if bool(self.run) == bool(self.hf):
+            raise ValueError("run is missing: name the folder of a run, run=runs/a, or of a Hugging Face model, hf=DIR")
+        if self.hf and self.step is not None:
+            raise ValueError(f"step={self.step} must be null with hf={self.hf}, which has no steps")
         if sum(map(bool, (self.text, self.file, self.example))) != 1:
             raise ValueError("text is missing: give one of text=, file= and example=")
         if self.example and self.example not in EXAMPLES:
@@ -170,10 +176,18 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
 
 def open_source(settings: LensConfig, device: torch.device) -> Source:
     """Where the model comes from: the one place that knows."""
+    if settings.hf:
+        model, found, spec = interop.load_model(Path(settings.hf), device)
+        if spec is None:
+            raise ValueError(f"hf={settings.hf} must have a tokenizer of tiktoken's kind: its text cannot be encoded")
+        return _source(Path(settings.hf).name, model, found.model.context, Tokenizer(spec))
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
-    model, context = load_model(folder, device)
+    return _source(f"{run.name} {folder.name}", *load_model(folder, device), tokenizer)
+
+
+def _source(title: str, model: LanguageModel, context: int, tokenizer: Tokenizer) -> Source:
     assert isinstance(model.body, nn.Module)
 
     def encode(text: str) -> list[int]:
@@ -185,7 +199,7 @@ def open_source(settings: LensConfig, device: torch.device) -> Source:
         except DataError:  # a row beyond the tokenizer's: vocab.size may be larger
             return f"#{id}"
 
-    return Source(f"{run.name} {folder.name}", model, model.body, context, encode, name)
+    return Source(title, model, model.body, context, encode, name)
 
 
 def _window(given: str | None, length: int) -> slice:
