@@ -80,7 +80,9 @@ class Step:
         matrix = self.shard.rows * D
         used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # an untied head's comes first
         of_body = self.body.weights, self.body.moments, self.body.gradients(behind)
-        of_matrix = (FP32 * n * matrix for n in (self.work.matrices, 2 * self.work.matrices, used))
+        watched = self.config.monitor.embedding > 0 and self.config.vocab.tie == "tied"
+        gradients = max(used, 2) if watched else used  # the lookup's also on its own
+        of_matrix = (FP32 * n * matrix for n in (self.work.matrices, 2 * self.work.matrices, gradients))
         names = "weights", "moments", "gradients"
         items = [
             Item(name, body + rows, f"{formula} + v · D · {8 if name == 'moments' else 4}")

@@ -25,7 +25,7 @@ from .engine.fsdp2 import FSDP2Config
 from .interop import check_initial, folder_of
 from .llama import LlamaConfig
 from .model import GPT2Config
-from .monitor import LogConfig
+from .monitor import LogConfig, MonitorConfig
 from .optim import OptimConfig
 from .trainer import EvalConfig, LoopConfig
 from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
@@ -61,6 +61,7 @@ class TrainConfig:
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    monitor: MonitorConfig
     run: RunConfig
     init_from: str | None = None
 
@@ -139,7 +140,7 @@ def build(composed: DictConfig) -> TrainConfig:
     try:
         chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
         parts = {
-            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), composed[name]))
+            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), composed.get(name) or {}))
             for name, part in chosen.items()
         }
     except OmegaConfBaseException as error:

@@ -1,7 +1,7 @@
 """Parameter groups, the schedule, and the exact clip over both owners: the engine's body and the matrix."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,7 @@ class MatrixOptimizer:
     def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh) -> None:
         self.rows = list(rows)
         self.mesh = mesh
+        self.observers: list[Callable[[], None]] = []  # of the summed gradients, before they are clipped
         self.adamw = config.adamw(self.rows)
         set_moments(self.adamw, step=0)
 
@@ -92,10 +93,12 @@ class MatrixOptimizer:
         self.adamw.state[rows] = {name: value.clone() for name, value in self.adamw.state[of].items()}
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`."""
+        """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`, and what observers do."""
         if self.mesh.dp_size > 1:
             for row in self.rows:
                 dist.all_reduce(row.grad, group=self.mesh.dp_group)
+        for observe in self.observers:
+            observe()
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole matrix's gradient, fp32 scalar. One all-reduce of a number over all ranks.

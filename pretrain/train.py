@@ -29,7 +29,7 @@ from .exits import Exit
 from .interop import initialise
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
-from .monitor import MetricsLog, TieDrift
+from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
 from .optim import MatrixOptimizer
 from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
 from .vocab import Parallel, VocabParallelEmbedding, VocabShard
@@ -80,7 +80,8 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
     with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog:
         engine, model, matrix = build_model(config, mesh, rows)
-        tensors = ModelState(engine, model.vocab, matrix, mesh)
+        seen = Seen(model.vocab.shard, mesh.device) if config.monitor.embedding else None
+        tensors = ModelState(engine, model.vocab, matrix, mesh, seen)
         manager = CheckpointManager(
             config.run_dir,
             tensors,
@@ -100,7 +101,8 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
             _announce(config, data, loader.samples, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
-        hooks: list[Hook] = [*evaluations, *_monitors(config, model.vocab), Log(config.log.every, log)]
+        monitors = _monitors(config, model.vocab, matrix, seen, mesh, state.step)
+        hooks: list[Hook] = [*evaluations, *monitors, Log(config.log.every, log)]
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
         stops: list[Stop] = [
@@ -214,9 +216,21 @@ def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -
     return [Evaluate(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
 
 
-def _monitors(config: TrainConfig, vocab: VocabParallelEmbedding) -> list[Hook]:
+def _monitors(
+    config: TrainConfig,
+    vocab: VocabParallelEmbedding,
+    matrix: MatrixOptimizer,
+    seen: Seen | None,
+    mesh: Mesh,
+    step: int,
+) -> list[Hook]:
     """What looks at the matrix while it trains."""
-    return [TieDrift(vocab, config.log.every)] if config.vocab.untie_at is not None else []
+    monitors: list[Hook] = []
+    if config.vocab.untie_at is not None:
+        monitors.append(TieDrift(vocab, config.log.every))
+    if seen is not None:
+        monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
+    return monitors
 
 
 def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:

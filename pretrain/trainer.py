@@ -120,7 +120,8 @@ class Report:
     """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
 
     tokens: targets in the global batch; lookups: the traffic of this vocab group's; seconds: from one step edge to the
-    next, hooks left out; waited: of them, for the batch; scalars: what hooks add for the log, the same on all ranks.
+    next, hooks left out; waited: of them, for the batch; scalars, rows: what hooks add for the log, the same on all
+    ranks: numbers, and ids of rows of the matrix. micro_batches: of this rank.
     """
 
     step: int
@@ -132,6 +133,8 @@ class Report:
     seconds: float = 0.0
     waited: float = 0.0
     scalars: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    micro_batches: list[MicroBatch] = field(default_factory=list)
 
 
 Hook = Callable[["Trainer", Report], None]
@@ -271,7 +274,7 @@ class Trainer:
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # those of other corpora stay
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
-        return Report(self.state.step, loss, norm, lr, targets, lookups)
+        return Report(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
 
     def _sum(self, number: int) -> int:
         total = torch.tensor(number, device=self.mesh.device)
@@ -362,7 +365,7 @@ class Log:
         }
         self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
         if self.log is not None:
-            self.log.write(scalars)
+            self.log.write(scalars, report.rows)
 
 
 def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..engine import FIRST_MOMENT, SECOND_MOMENT
 from ..mesh import Mesh
+from ..monitor import SEEN
 from .folder import (
     FORMAT_VERSION,
     UNFINISHED,
@@ -172,7 +173,9 @@ class CheckpointManager:
         manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
         self.model.match(manifest["tensors"])
         tensors = self.model.tensors()
-        missing = set(manifest["tensors"]) - set(tensors)
+        if SEEN not in manifest["tensors"]:
+            tensors.pop(SEEN, None)  # nobody has counted so far
+        missing = set(manifest["tensors"]) - set(tensors) - {SEEN}
         if missing:
             raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
         parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTS)}

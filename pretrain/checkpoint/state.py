@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
+from ..monitor import SEEN, Seen
 from ..optim import MatrixOptimizer, set_moments
 from ..vocab import VocabParallelEmbedding, VocabShard, stable_seed
 from .folder import CheckpointError
@@ -32,10 +33,19 @@ class TrainState:
 
 
 class ModelState:
-    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors."""
+    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors; and what was seen, if a
+    monitor counts.
+    """
 
-    def __init__(self, engine: Engine, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, mesh: Mesh) -> None:
-        self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
+    def __init__(
+        self,
+        engine: Engine,
+        vocab: VocabParallelEmbedding,
+        matrix: MatrixOptimizer,
+        mesh: Mesh,
+        seen: Seen | None = None,
+    ) -> None:
+        self.engine, self.vocab, self.matrix, self.mesh, self.seen = engine, vocab, matrix, mesh, seen
 
     def match(self, saved: Container[str]) -> None:
         """Before `tensors`: splits the matrix if it is to be split at some step, and `saved` tensors have it split."""
@@ -50,6 +60,8 @@ class ModelState:
             state[name] = matrix_dtensor(rows.detach(), self.vocab.shard, self.mesh)
             state[FIRST_MOMENT + name] = matrix_dtensor(moments["exp_avg"], self.vocab.shard, self.mesh)
             state[SECOND_MOMENT + name] = matrix_dtensor(moments["exp_avg_sq"], self.vocab.shard, self.mesh)
+        if self.seen is not None:
+            state[SEEN] = matrix_dtensor(self.seen.gather(), self.vocab.shard, self.mesh)
         return state
 
     def load(self, tensors: dict[str, DTensor], step: int) -> None:

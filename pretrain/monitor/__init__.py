@@ -1,6 +1,9 @@
 """What a run tells while it trains."""
 
+from .embedding_health import EmbeddingHealth
 from .metrics import LogConfig, MetricsLog
+from .seen import SEEN, Seen
+from .settings import MonitorConfig
 from .tie_drift import TieDrift
 
-__all__ = ["LogConfig", "MetricsLog", "TieDrift"]
+__all__ = ["SEEN", "EmbeddingHealth", "LogConfig", "MetricsLog", "MonitorConfig", "Seen", "TieDrift"]

@@ -37,10 +37,15 @@ class MetricsLog:
         self._first_step, self._started = step, time.monotonic()
         self._tell_restarts(run / RESTARTS_FILE, step)
 
-    def write(self, scalars: dict[str, float]) -> None:
-        """`scalars` has "step", and whatever else was measured there."""
-        self._file.write(json.dumps(scalars) + "\n")
+    def write(self, scalars: dict[str, float], rows: dict[str, list[int]] | None = None) -> None:
+        """`scalars` has "step", and whatever else was measured there; `rows`: ids of rows of the matrix, by what they
+        are, which go under "rows", and as text into TensorBoard.
+        """
+        self._file.write(json.dumps(scalars | ({"rows": rows} if rows else {})) + "\n")
         self._show(scalars)
+        for name, ids in (rows or {}).items():
+            if self._board is not None:
+                self._board.add_text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
 
     def complete(self, step: int, scalars: dict[str, float]) -> None:
         """Adds to the last line, that of `step`, what a stop kept from it."""
@@ -100,9 +105,10 @@ class MetricsLog:
 
 
 def _tag(name: str) -> str:
-    """What is measured of each corpus keeps its title: val/loss/web."""
+    """What is measured of each corpus keeps its title: val/loss/web; and what is of a bin of rows, its bin's."""
     head, slash, title = name.partition("/")
-    return TAGS.get(head, head) + slash + title
+    group, _, rest = head.partition("_")
+    return (f"{group}/{rest}" if group in GROUPS else TAGS.get(head, head)) + slash + title
 
 
 def _step_of(line: bytes) -> float:
@@ -121,6 +127,7 @@ FORMS = {
     "grad_norm": "norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
+GROUPS = ("tie", "grad", "rows", "embedding", "head")  # of tags: grad_cosine is grad/cosine
 TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -131,8 +138,6 @@ TAGS = {
     "epochs": "data/epochs",
     "lookup_saved": "vocab/lookup_saved",
     "lookup_balance": "vocab/lookup_balance",
-    "tie_distance": "tie/distance",
-    "tie_cosine": "tie/cosine",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
 }

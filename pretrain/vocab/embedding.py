@@ -3,7 +3,6 @@
 import math
 from collections.abc import Container
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -110,6 +109,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = rows("embedding.weight")
         self.head_weight = rows("head.weight") if config.tie == "untied" else None
         self.kernels = choose_kernels(self.weight.device)
+        self.input_grad_vD: Tensor | None = None  # where given, backward adds the lookup's gradient to it as well
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -141,7 +141,7 @@ class VocabParallelEmbedding(nn.Module):
             group=self.group,
             dtype=self.compute_dtype,
             plan=plan,
-            main_grad=partial(_main_grad, self.weight),
+            main_grad=self._input_grads,
         )
         if self.config.embed_scale != 1:
             hidden_ND = hidden_ND * self.config.embed_scale
@@ -176,6 +176,9 @@ class VocabParallelEmbedding(nn.Module):
             main_grad_vD=_main_grad(rows) if final else None,
             kernels=self.kernels,
         )
+
+    def _input_grads(self) -> list[Tensor]:
+        return [_main_grad(self.weight), *([] if self.input_grad_vD is None else [self.input_grad_vD])]
 
     def named_rows(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in a checkpoint, those of the unsharded model."""

@@ -7,7 +7,7 @@ repeat or one rank owns most of them, that would move more than gather + reduce-
 as in Megatron-LM (arXiv:1909.08053); the plan is then made for those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Protocol, Self
@@ -58,8 +58,10 @@ class LookupPlan(Protocol):
         """The rows of my ids, [N, D] in `dtype`. One collective."""
         ...
 
-    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Adds the gradient of all ranks' hidden states to my rows', in a fixed order. One collective."""
+    def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+        """Adds the gradient of all ranks' hidden states to my rows' in each buffer [v, D] of `into`, which are of one
+        dtype; in a fixed order. One collective.
+        """
         ...
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Self:
@@ -105,12 +107,13 @@ class DistinctRows(_Tensors):
         sent_SD = weight_vD[self.send_rows].to(dtype)
         return all_to_all(sent_SD, self.send_counts, self.receive_counts, group)[self.places_N]
 
-    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
-        dreceived_UD = _segment_sum(dhidden_ND.to(dweight_vD.dtype), self.places_N, sum(self.receive_counts))
+    def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+        dreceived_UD = _segment_sum(dhidden_ND.to(into[0].dtype), self.places_N, sum(self.receive_counts))
         dsent_SD = all_to_all(dreceived_UD, self.receive_counts, self.send_counts, group)
         # one rank at a time: its rows are distinct, so the order of the sum is fixed
         for rows, drows in zip(self.send_rows.split(self.send_counts), dsent_SD.split(self.send_counts), strict=True):
-            dweight_vD.index_add_(0, rows, drows)
+            for dweight_vD in into:
+                dweight_vD.index_add_(0, rows, drows)
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,11 @@ class GatheredTokens(_Tensors):
         parts_pND.flatten(0, 1)[self.owned_K] = weight_vD[self.rows_U].to(dtype)[self.places_K]
         return reduce_scatter(parts_pND, group)  # one of the p is not zero: exact in any dtype
 
-    def add_gradient(self, dhidden_ND: Tensor, dweight_vD: Tensor, group: dist.ProcessGroup | None) -> None:
+    def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         downed_KD = all_gather(dhidden_ND.contiguous(), group).flatten(0, 1)[self.owned_K]
-        drows_UD = _segment_sum(downed_KD.to(dweight_vD.dtype), self.places_K, len(self.rows_U))
-        dweight_vD.index_add_(0, self.rows_U, drows_UD)
+        drows_UD = _segment_sum(downed_KD.to(into[0].dtype), self.places_K, len(self.rows_U))
+        for dweight_vD in into:
+            dweight_vD.index_add_(0, self.rows_U, drows_UD)
 
 
 def plan_lookup(ids_pN: list[Tensor], shard: VocabShard, dtype: torch.dtype) -> LookupPlan:
@@ -184,13 +188,13 @@ def vocab_parallel_lookup(
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
     plan: LookupPlan | None = None,
-    main_grad: Callable[[], Tensor] | None = None,
+    main_grad: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """Rows of the split matrix for this rank's ids: hidden [N, D] in `dtype` (default: the weight's).
 
     The gradient of the rows is summed in fp32 (float64 where the weight is) over the ids of the whole group. It
-    reaches `weight_vD` in its dtype; or backward adds it to what `main_grad` returns, a buffer [v, D] of the accurate
-    dtype, and makes no second one of its size. Collectives: those of the plan. Without a `plan`, made of just
+    reaches `weight_vD` in its dtype; or backward adds it to what `main_grad` returns, buffers [v, D] of the accurate
+    dtype, and makes no other one of their size. Collectives: those of the plan. Without a `plan`, made of just
     these ids, every rank must bring as many; they are all-gathered first, and the device is waited for.
 
     Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does.
@@ -215,7 +219,7 @@ class _Lookup(torch.autograd.Function):
             ctx.plan.add_gradient(dhidden_ND, ctx.main_grad(), ctx.group)
             return (None,) * 5
         dweight_vD = torch.zeros_like(ctx.like, dtype=accurate_dtype(ctx.like.dtype))
-        ctx.plan.add_gradient(dhidden_ND, dweight_vD, ctx.group)
+        ctx.plan.add_gradient(dhidden_ND, [dweight_vD], ctx.group)
         return dweight_vD.to(ctx.like.dtype), None, None, None, None
 
 

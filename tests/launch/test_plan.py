@@ -56,6 +56,19 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
     assert told(step, seen.lookup) == (seen.calls, seen.given)
 
 
+def test_a_watched_matrix_has_a_second_gradient():
+    """Its input side's, where one matrix has both."""
+    plain, watched = (
+        step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.embedding=100"])
+    )
+    gradient = plain.shard.rows * plain.work.width * 4
+    for name, items in plain.phases().items():
+        assert total(watched.phases()[name]) == total(items) + gradient
+    untied = ["vocab.tie=untied", "monitor.embedding=100"]
+    one, other = (step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in (untied[:1], untied))
+    assert one.phases() == other.phases()
+
+
 @pytest.mark.parametrize("name", list(CASES)[:3])
 def test_a_rank_holds_what_the_plan_says(name):
     """Within 10 %, and up to now always less, by 13 to 33 MiB: gloo's and malloc's own."""

@@ -93,3 +93,14 @@ def test_the_line_on_the_terminal(tmp_path, capsys):
 def test_a_wrong_setting_is_named():
     with pytest.raises(ValueError, match=r"log\.every=0 must be at least 1"):
         LogConfig(every=0)
+
+
+def test_rows_are_listed_and_bins_are_grouped(tmp_path):
+    log = MetricsLog(tmp_path, LogConfig(), 0, 100)
+    log.write({"step": 2, "grad_cosine/never": 0.5, "embedding_spectrum/top1pct": 1.0}, {"head_damaged": [3, 5]})
+    log.close()
+    assert objects(tmp_path)[0]["rows"] == {"head_damaged": [3, 5]}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"grad/cosine/never", "embedding/spectrum/top1pct"}
+    (event,) = events.Tensors("rows/head_damaged/text_summary")
+    assert event.tensor_proto.string_val == [b"3, 5"]

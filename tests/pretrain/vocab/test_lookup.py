@@ -207,7 +207,7 @@ def test_the_main_gradient_is_added_to_in_place():
     ids, weight, upstream = problem(1, 37)
     rows, main_grad = weight.clone().requires_grad_(), torch.ones_like(weight)
     shard = VocabShard.of(0, 1, 37, 1)
-    vocab_parallel_lookup(ids[0], rows, shard=shard, main_grad=lambda: main_grad).backward(upstream[0])
+    vocab_parallel_lookup(ids[0], rows, shard=shard, main_grad=lambda: [main_grad]).backward(upstream[0])
     weight.requires_grad_()
     F.embedding(ids, weight).backward(upstream)
     assert rows.grad is None

@@ -1,0 +1,217 @@
+"""Is the tie hurting? The gradients of the matrix's two uses side by side, and what becomes of its rows.
+
+All is exact on the shards: sums over rows are all-reduced over the vocab group, and no row leaves its rank.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..mesh import Mesh
+from ..optim import MatrixOptimizer
+from ..vocab import VocabParallelEmbedding, VocabShard
+from .seen import Seen
+from .spectrum import isotropy
+from .tie_drift import Report, blocks
+
+BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row, of a million
+EDGES = (1.0, 10.0, 100.0, 1000.0)
+SMALL = 0.1  # of the mean norm: padding rows are zero, and nothing moves a row that is as good as one
+LISTED = 50  # ids of a kind
+
+
+class EmbeddingHealth:
+    """Every n steps: what the gradients of that step were, and the rows after it. A hook; see docs/tie.md for each
+    measure.
+
+    On the steps it samples of a tied matrix the lookup's gradient is also kept in a buffer of its own. It changes no
+    bit of the training. Sampled steps: an all-reduce of that buffer over `dp`, one of 2·V counts over all ranks; over
+    the vocab group a few of sums (of D² numbers for each matrix) and gathers of ids.
+    """
+
+    def __init__(
+        self, every: int, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, seen: Seen, mesh: Mesh, step: int
+    ) -> None:
+        """`step`: those that are done."""
+        self.every, self.vocab, self.seen, self.mesh = every, vocab, seen, mesh
+        self.uses_v3: Tensor | None = None  # of the step at hand, if it is sampled
+        matrix.observers.append(self.observe)
+        self._arm(step + 1)
+
+    def __call__(self, trainer: object, report: Report) -> None:
+        for micro in report.micro_batches:
+            self.seen.add(micro.tokens_BT, micro.targets_BT)
+        if self.uses_v3 is not None:
+            self._measure(report)
+        self._arm(report.step + 1)
+
+    def _arm(self, step: int) -> None:
+        self.sampled, self.uses_v3 = step % self.every == 0, None
+        if self.sampled and self.vocab.head_weight is None:
+            self.vocab.input_grad_vD = torch.zeros_like(self.vocab.weight, requires_grad=False)
+
+    def observe(self) -> None:
+        """Of each row, before the clip: square norms of the gradients as input and as output, and their product."""
+        if not self.sampled:
+            return
+        vocab, entering_vD = self.vocab, self.vocab.input_grad_vD
+        vocab.input_grad_vD = None
+        grad_vD = vocab.weight.grad
+        assert grad_vD is not None
+        if vocab.head_weight is not None:  # split since, or from the start
+            entering_vD, split = grad_vD, True
+        else:
+            assert entering_vD is not None
+            split = False
+            if self.mesh.dp_size > 1:
+                dist.all_reduce(entering_vD, group=self.mesh.dp_group)
+        self.uses_v3 = torch.zeros(vocab.shard.rows, 3, dtype=torch.float64, device=grad_vD.device)
+        for part in blocks(vocab.shard.valid_rows, grad_vD.shape[1]):
+            enter = entering_vD[part].double()
+            if split:
+                assert vocab.head_weight is not None and vocab.head_weight.grad is not None
+                leave = vocab.head_weight.grad[part].double()
+            else:
+                leave = grad_vD[part].double() - enter
+            self.uses_v3[part] = torch.stack(
+                [enter.square().sum(1), leave.square().sum(1), (enter * leave).sum(1)], dim=1
+            )
+
+    @torch.no_grad()
+    def _measure(self, report: Report) -> None:
+        assert self.uses_v3 is not None
+        counts_v2 = self.seen.gather()
+        rows = Rows(self.vocab.shard, self.vocab.group, counts_v2)
+        report.scalars.update(rows.gradients(self.uses_v3))
+        report.scalars.update(rows.unseen())
+        for title, name in (("embedding", "embedding.weight"), ("head", "head.weight")):
+            weight_vD = self.vocab.named_rows().get(name)
+            if weight_vD is not None:
+                scalars, ids = rows.of_matrix(weight_vD)
+                report.scalars.update({f"{title}_{key}": value for key, value in scalars.items()})
+                report.rows.update({f"{title}_{key}": few for key, few in ids.items()})
+
+
+class Rows:
+    """The rows of the vocabulary and their counts, split over `group`; measures of them, the same on all its ranks."""
+
+    def __init__(self, shard: VocabShard, group: dist.ProcessGroup | None, counts_v2: Tensor) -> None:
+        self.shard, self.group = shard, group
+        self.valid = shard.valid_rows
+        self.counts_v2 = counts_v2[: self.valid]
+        self.uses_v = self.counts_v2.sum(1)
+        frequency_v = self.uses_v / self._sum(self.uses_v.sum()).clamp_min(1) * 1e6
+        edges = torch.tensor(EDGES, dtype=torch.float64, device=counts_v2.device)
+        self.bin_v = torch.where(self.uses_v > 0, 1 + torch.bucketize(frequency_v, edges, right=True), 0)
+
+    def gradients(self, uses_v3: Tensor) -> dict[str, float]:
+        """grad_input, grad_output: norms; grad_input_share: the input's part of their sum; grad_cosine: between the
+        two, all numbers of the rows as one vector. Of all rows, and of each bin with the rows there are.
+        """
+        bins_b3 = self._sum(self._by_bin(uses_v3[: self.valid]))
+        scalars: dict[str, float] = {}
+        for suffix, (enter, leave, product) in self._named(bins_b3):
+            norms = math.sqrt(enter), math.sqrt(leave)
+            scalars[f"grad_input{suffix}"], scalars[f"grad_output{suffix}"] = norms
+            if sum(norms) > 0:
+                scalars[f"grad_input_share{suffix}"] = norms[0] / sum(norms)
+            if min(norms) > 0:
+                scalars[f"grad_cosine{suffix}"] = product / norms[0] / norms[1]
+        return scalars
+
+    def unseen(self) -> dict[str, float]:
+        """How many rows were never an input, never a target; and how many are in each bin."""
+        never = self._sum((self.counts_v2 == 0).sum(0).double()).tolist()
+        bins = self._sum(self._by_bin(torch.ones_like(self.counts_v2[:, :1]))).squeeze(1).tolist()
+        scalars = dict(zip(("rows_never_input", "rows_never_target"), never, strict=True))
+        return scalars | {f"rows_of_bin/{name}": count for name, count in zip(BINS, bins, strict=True)}
+
+    def of_matrix(self, weight_vD: Tensor) -> tuple[dict[str, float], dict[str, list[int]]]:
+        """Of one matrix: numbers, and the lowest ids of rows that are damaged, small, or as those never seen.
+
+        norm: mean of the rows', by bin too. norm_by_count: its correlation with log count, of rows seen. Shape: see
+        `isotropy`. damaged: rows with a number that is not finite, or all zero; no other measure has them. small: below
+        a tenth of the mean norm, near the padding rows, which are zero. like_unseen: rows seen, yet no farther from
+        the centroid of those never seen than the farthest of these (glitch candidates: Land & Bartolo,
+        arXiv:2405.05417).
+        """
+        weight_vD = weight_vD.detach()[: self.valid]
+        D, device = weight_vD.shape[1], weight_vD.device
+        norm_v = torch.empty(self.valid, dtype=torch.float64, device=device)
+        gram_DD = torch.zeros(D, D, dtype=torch.float64, device=device)
+        sums_3D = torch.zeros(3, D, dtype=torch.float64, device=device)  # rows, their directions, rows never seen
+        for part in blocks(self.valid, D):
+            rows = weight_vD[part].double()
+            norm_v[part] = rows.norm(dim=1)
+            norm = norm_v[part].unsqueeze(1)
+            good = norm.isfinite() & (norm > 0)
+            rows = torch.where(good, rows, 0.0)
+            gram_DD.addmm_(rows.T, rows)
+            directions = torch.where(good, rows / norm, 0.0)
+            unseen = torch.where(self.bin_v[part].unsqueeze(1) == 0, rows, 0.0)
+            sums_3D += torch.stack([rows.sum(0), directions.sum(0), unseen.sum(0)])
+        good_v = norm_v.isfinite() & (norm_v > 0)
+        norm_v = torch.where(good_v, norm_v, 0.0)
+        gram_DD, sums_3D = self._sum(gram_DD), self._sum(sums_3D)
+        bins_b2 = self._sum(self._by_bin(torch.stack([good_v.double(), norm_v], dim=1)))
+        n, total = bins_b2.sum(0).tolist()
+
+        scalars = {f"norm{suffix}": total / n for suffix, (n, total) in self._named(bins_b2) if n}
+        scalars |= self._correlation(good_v & (self.uses_v > 0), norm_v)
+        scalars |= isotropy(gram_DD, sums_3D[0], sums_3D[1], n)
+        marked = {"damaged": ~good_v, "small": good_v & (norm_v < SMALL * total / max(n, 1))}
+        if bins_b2[0, 0] > 0:
+            marked["like_unseen"] = self._like_unseen(weight_vD, good_v, sums_3D[2] / bins_b2[0, 0])
+        ids = {}
+        for name, marked_v in marked.items():
+            scalars[name], ids[name] = self._listed(marked_v)
+        return scalars, ids
+
+    def _like_unseen(self, weight_vD: Tensor, good_v: Tensor, centroid_D: Tensor) -> Tensor:
+        distance_v = torch.empty(self.valid, dtype=torch.float64, device=weight_vD.device)
+        for part in blocks(self.valid, weight_vD.shape[1]):
+            distance_v[part] = (weight_vD[part].double() - centroid_D).norm(dim=1)
+        unseen_v = good_v & (self.bin_v == 0)
+        farthest = torch.where(unseen_v, distance_v, 0.0).amax() if self.valid else distance_v.new_zeros(())
+        if self.group is not None:
+            dist.all_reduce(farthest, dist.ReduceOp.MAX, group=self.group)
+        return good_v & (self.bin_v > 0) & (distance_v <= farthest)
+
+    def _correlation(self, counted_v: Tensor, norm_v: Tensor) -> dict[str, float]:
+        """Pearson's, of norm and log count."""
+        x_v = torch.where(counted_v, self.uses_v, 1.0).log()
+        y_v = torch.where(counted_v, norm_v, 0.0)
+        n, x, y = self._sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
+        if n < 2:
+            return {}
+        x_v, y_v = (torch.where(counted_v, one - mean / n, 0.0) for one, mean in ((x_v, x), (y_v, y)))
+        xx, yy, xy = self._sum(torch.stack([(x_v * x_v).sum(), (y_v * y_v).sum(), (x_v * y_v).sum()])).tolist()
+        return {"norm_by_count": xy / math.sqrt(xx * yy)} if xx > 0 and yy > 0 else {}
+
+    def _listed(self, marked_v: Tensor) -> tuple[float, list[int]]:
+        """How many rows are marked, and the lowest ids of them, -1 for none."""
+        mine = marked_v.nonzero().squeeze(1)[:LISTED] + self.shard.start
+        padded = torch.full((LISTED,), -1, dtype=torch.int64, device=mine.device)
+        padded[: len(mine)] = mine
+        found = [padded]
+        if self.group is not None:
+            found = [torch.empty_like(padded) for _ in range(self.shard.world)]
+            dist.all_gather(found, padded, group=self.group)
+        ids = torch.cat(found)
+        return float(self._sum(marked_v.sum().double())), ids[ids >= 0][:LISTED].tolist()
+
+    def _by_bin(self, values_vk: Tensor) -> Tensor:
+        """[bins, k]: this rank's sums."""
+        return values_vk.new_zeros(len(BINS), values_vk.shape[1]).index_add_(0, self.bin_v, values_vk)
+
+    def _named(self, bins_bk: Tensor) -> list[tuple[str, list[float]]]:
+        """Sums over all rows, then of each bin that has any."""
+        of_bins = [(f"/{name}", sums) for name, sums in zip(BINS, bins_bk.tolist(), strict=True) if any(sums)]
+        return [("", bins_bk.sum(0).tolist()), *of_bins]
+
+    def _sum(self, mine: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(mine, group=self.group)
+        return mine

@@ -1,0 +1,35 @@
+"""How often each row of the matrix was used since the run began: as input, and as target."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..vocab import VocabShard
+
+SEEN = "monitor.seen"  # its name in a checkpoint
+
+
+class Seen:
+    """Counts ids on every rank, and brings them to the owners of their rows when `gather` is called.
+
+    counts_v2: of my rows, up to the last `gather`: as input, as target, in float64, exact up to 2^53.
+    """
+
+    def __init__(self, shard: VocabShard, device: torch.device) -> None:
+        self.shard = shard
+        self.counts_v2 = torch.zeros(shard.rows, 2, dtype=torch.float64, device=device)
+        self._mine_2V = torch.zeros(2, shard.padded_size, dtype=torch.int64, device=device)
+
+    def add(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
+        """Ids of this rank; a target below 0 is ignored. Local."""
+        for mine_V, ids in zip(self._mine_2V, (tokens_BT.flatten(), targets_BT.flatten()), strict=True):
+            valid = ids >= 0
+            mine_V.index_add_(0, torch.where(valid, ids, 0), valid.long())
+
+    def gather(self) -> Tensor:
+        """`counts_v2`, up to now. One all-reduce of 2·V numbers over all ranks."""
+        dist.all_reduce(self._mine_2V)
+        new_v2 = self._mine_2V[:, self.shard.start : self.shard.stop].T
+        self.counts_v2 = self.counts_v2 + new_v2  # not in place: a save may still be reading what was
+        self._mine_2V.zero_()
+        return self.counts_v2

@@ -1,0 +1,34 @@
+"""What the D × D Gram matrix of all rows tells of their shape; and their directions."""
+
+import torch
+from torch import Tensor
+
+TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # parts of the directions
+
+
+def isotropy(gram_DD: Tensor, sum_D: Tensor, unit_sum_D: Tensor, n: float) -> dict[str, float]:
+    """Of n rows w, none zero: Σ w·wᵀ, Σ w and Σ w/‖w‖, float64. Empty for fewer than two rows.
+
+    mean_share: the part of Σ‖w‖² that lies in the rows' mean. mean_cosine: of two different rows, over all pairs
+    (Ethayarajh, arXiv:1909.00512). Of the rows' covariance, eigenvalues λ: effective_rank, e to the entropy of λ/Σλ
+    (Roy & Vetterli, EUSIPCO 2007); isotropy, (Σλ)² / (D·Σλ²), 1 where all directions are alike; spectrum/topNpct, the
+    part of Σλ in the largest N % of the directions. One eigenvalue problem of size D.
+    """
+    if n < 2:
+        return {}
+    D = len(sum_D)
+    mean_D = sum_D / n
+    whole = float(gram_DD.trace())
+    eigenvalues_D = torch.linalg.eigvalsh(gram_DD / n - torch.outer(mean_D, mean_D)).flip(0).clamp_min(0)
+    variance = float(eigenvalues_D.sum())
+    shape = {
+        "mean_share": float(n * mean_D.square().sum()) / whole,
+        "mean_cosine": (float(unit_sum_D.square().sum()) - n) / (n * (n - 1)),
+    }
+    if variance <= 0:
+        return shape
+    shares_D = eigenvalues_D / variance
+    shape["effective_rank"] = float(torch.special.entr(shares_D).sum().exp())
+    shape["isotropy"] = 1 / (D * float(shares_D.square().sum()))
+    sums_D = shares_D.cumsum(0)
+    return shape | {f"spectrum/top{100 * top:g}pct": float(sums_D[max(1, round(top * D)) - 1]) for top in TOP}
