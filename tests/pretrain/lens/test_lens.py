@@ -1,7 +1,11 @@
 """What the lens measures is what a dense float64 computation gives, without hooks, shards or chunks."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +19,10 @@ from pretrain.llama import LlamaConfig
 from pretrain.model import GPT2Config
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.pretrain.helpers import padded_rows
+from tests.pretrain.lens.memory import BUDGET_MIB
 from tests.ranks import run_ranks
 
+ROOT = Path(__file__).resolve().parents[3]
 VOCAB, WIDTH, LAYERS, LENGTH, K = 37, 24, 3, 11, 3
 WINDOW = slice(2, 10)
 BODIES = {
@@ -215,3 +221,15 @@ def test_a_stride_keeps_the_output():
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Method(**settings)
+
+
+def test_memory_is_bounded_at_a_large_vocabulary():
+    """128 positions × 4 rows × 128,000 ids would be 262 MB of logits, and several times that of what is made of them.
+
+    Blocks of the size of a chunk's logits are given back at once here: malloc would keep some, and the peak tell of it.
+    """
+    command = [sys.executable, "-m", "tests.pretrain.lens.memory", "3", "128"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5 * BUDGET_MIB

@@ -1,0 +1,41 @@
+"""How much memory the lens takes at a large vocabulary, beyond model and hidden states: prints MiB, the process's peak.
+
+`python -m tests.pretrain.lens.memory [LAYERS POSITIONS]`; 48 layers × 1,024 positions would be 25 GB of logits.
+"""
+
+import resource
+import sys
+
+import torch
+
+from pretrain.lens import Method, look
+from pretrain.model import GPT2Config
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+
+VOCAB, WIDTH, BUDGET_MIB = 128_000, 32, 64
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(layers: int, positions: int) -> float:
+    torch.manual_seed(0)
+    body = GPT2Config(layers=layers, width=WIDTH, heads=2, context=positions).body()
+    for parameter in body.parameters():
+        parameter.data.normal_(0, 0.3)
+    vocab = VocabParallelEmbedding(VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
+    tokens = torch.randint(VOCAB, (1, positions + 1))
+
+    def take(n: int, memory_mib: int) -> None:
+        parts = tokens[:, :n], tokens[:, 1 : n + 1]
+        look(vocab, body, body, *parts, Method(), k=5, memory_mib=memory_mib)
+
+    take(1, 1)  # what torch itself takes when it first computes
+    before = peak_mib()
+    take(positions, BUDGET_MIB)
+    return peak_mib() - before
+
+
+if __name__ == "__main__":
+    print(round(measure(*map(int, sys.argv[1:] or (3, 128))), 1))

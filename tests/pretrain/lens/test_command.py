@@ -1,0 +1,116 @@
+"""`python -m pretrain.lens`, as it is typed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer import Tokenizer
+from pretrain import config as configuration
+from pretrain.data import open_data
+from pretrain.lens.examples import EXAMPLES
+from tests.pretrain.helpers import make_corpus
+from tests.pretrain.tiny import tiny_config, train_rank
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = "ab, ab, ab"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of three steps, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    data = make_corpus(folder / "data")
+    config = tiny_config(data, folder / "a", vocab__size=None, train__steps=3, model__context=256, train__seq_len=16)
+    configuration.freeze(config, open_data(config.data))
+    run_ranks(1, train_rank, config)
+    return folder / "a"
+
+
+def lens(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "pretrain.lens", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def sheet_of(out: Path) -> dict:
+    return json.loads(re.search(r"const sheet = (.*);\n", (out / "lens.html").read_text())[1])
+
+
+def near(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(near, a, b))
+    return a == pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(a, float) else a == b
+
+
+def test_alone_and_on_two_ranks(run, tmp_path):
+    settings = [f"run={run}", f"text={TEXT}", "norm=plain", "decoder=mlp", "points=attention,block", "guesses=3"]
+    sheets = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        done = lens(*settings, f"out={out}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written:") == 1 and "KL(final‖row)" in done.stdout
+        assert len(list(out.glob("*.png"))) == 9
+        sheets.append(sheet_of(out))
+    assert near(*sheets)
+    shown = sheets[0]
+    assert shown["rows"] == ["positions", "block 0 attention", "block 0", "block 1 attention", "output"]
+    assert shown["tokens"][0] == "<|endoftext|>" and shown["tokens"][1:] == shown["nexts"][:-1]
+    assert "".join(shown["tokens"][1:]).replace("·", " ") == TEXT and shown["nexts"][-1] == ""
+    assert "norm plain, through the last mlp" in shown["title"]
+
+
+def test_a_window_and_one_token_of_an_example(run, tmp_path):
+    done = lens(f"run={run}", "example=commas", f"out={tmp_path}", "window=20:200", "step=3")
+    assert done.returncode == 0, done.stderr
+    shown = sheet_of(tmp_path)
+    tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
+    ids = [tokenizer.end_of_document, *tokenizer.encode(EXAMPLES["commas"].text).tolist()]
+    assert shown["positions"] == [n for n in range(20, 200) if tokenizer.decode([ids[n]]) == ","]
+    assert set(shown["tokens"]) == {","}
+
+
+def test_help_names_the_examples():
+    done = lens("--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ([], "run is missing: name the folder of a run, run=runs/a, or of a Hugging Face model, hf=DIR"),
+        (["run={run}", "hf=x", "text=a"], "run is missing"),
+        (["run={run}"], "text is missing: give one of text=, file= and example="),
+        (["run={run}", "text=a", "file=b"], "text is missing"),
+        (["run={run}", "example=x"], "example=x must be one of rare_word, repetition, commas"),
+        (["run={run}", "text=a", "norm=half"], "norm=half must be one of full, plain, none"),
+        (["run={run}", "text=a", "step=7"], "step=7 has no checkpoint"),
+        (["run=nowhere", "text=a"], "run=nowhere has no checkpoint"),
+        (["run={run}", "file=nowhere.txt"], "nowhere.txt"),
+        (["run={run}", "text=a", "window=0:9"], "window=0:9 must be START:STOP, of the text's 2 positions"),
+        (["run={run}", "text=a", "only=b"], "only=b must be the text of a token in the window"),
+        (["run={run}", "text=" + "a" * 256], "the text has 257 tokens, but model.context=256"),
+        (["run={run}", "text=a", "colour=red"], "Key 'colour' not in 'LensConfig'"),
+        (["run={run}", "text"], "'text' must be key=value"),
+        (["hf=nowhere", "text=a"], "nowhere"),
+        (["hf=x", "step=3", "text=a"], "step=3 must be null with hf=x"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(run, settings, message, monkeypatch, capsys):
+    from pretrain.lens import __main__ as program
+
+    monkeypatch.setattr(sys, "argv", ["lens", *(setting.format(run=run) for setting in settings or ["out=x"])])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and message in error, error
