@@ -1,0 +1,1 @@
+"""A tied and an untied run side by side, in one page."""

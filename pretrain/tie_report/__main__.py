@@ -1,0 +1,54 @@
+"""What does the tie cost? `python -m pretrain.tie_report --help`."""
+
+import sys
+from pathlib import Path
+
+from data_prep.command import fail
+from data_prep.durable import durable
+
+from ..checkpoint import CheckpointError
+from .report import facts, page, report
+from .run import Run
+
+HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
+
+  python -m pretrain.tie_report tied=runs/tied untied=runs/untied out=tie.html
+
+`untied` may be a run that was split on the way (vocab.untie_at). With monitor.embedding=N in both runs the page also
+has the gradients of the two uses and the health of the rows. Default: out=tie_report.html
+"""
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on a wrong command."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return
+    try:
+        given = dict(_pair(argument) for argument in arguments)
+        for key in ("tied", "untied"):
+            if not given.get(key):
+                raise ValueError(f"{key} is missing: name the folder of a run, such as {key}=runs/{key}")
+        out = Path(given.get("out", "tie_report.html"))
+        if out.is_dir():
+            raise ValueError(f"out={out} is a folder: name a file, such as out={out / 'tie.html'}")
+        tied, untied = Run("tied", Path(given["tied"])), Run("untied", Path(given["untied"]))
+        with durable(out) as file:
+            file.write(page(report(tied, untied)).encode())
+        for name, *values in facts(tied, untied):
+            print(f"{name:<28}{values[0]:>16}{values[1]:>16}{values[2]:>20}")
+        print(f"page: {out}")
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(fail(str(error)))
+
+
+def _pair(argument: str) -> tuple[str, str]:
+    key, equals, value = argument.partition("=")
+    if not equals or key not in ("tied", "untied", "out"):
+        raise ValueError(f"{argument!r} must be tied=, untied= or out=; see --help")
+    return key, value
+
+
+if __name__ == "__main__":
+    main()

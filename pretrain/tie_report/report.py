@@ -1,0 +1,211 @@
+"""What the page shows of two runs, and the page."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..monitor import BINS
+from .run import Point, Run
+
+TEMPLATE, PLACE = Path(__file__).with_name("page.html"), "/*REPORT*/null"
+OURS = (("vocab", "tie"), ("vocab", "untie_at"), ("run", "dir"))  # settings that are to differ
+UNTOLD = ("log", "checkpoint", "engine")  # those of no account for a loss
+TOPS = (1, 2, 5, 10, 20, 50)  # of the spectrum, as it is logged
+USES, NAMES = "uses of a row, of a million", tuple(name.replace("ppm", "") for name in BINS)
+Series = tuple[str, str, list[Point]]  # name; colour, with a dash before it for a dashed line; points
+
+
+def facts(tied: Run, untied: Run) -> list[list[str]]:
+    """Rows of the table: what it is, of the one, of the other, the difference."""
+    rows = []
+
+    def add(name: str, of: Callable[[Run], float | None], form: str, relative: bool = False) -> None:
+        one, other = of(tied), of(untied)
+        known = one is not None and other is not None
+        cells = ["–" if value is None else form.format(value) for value in (one, other)]
+        difference = "–"
+        if known:
+            assert one is not None and other is not None
+            difference = form.format(other - one).replace("-", "−")
+            difference = difference if difference.startswith("−") else f"+{difference}"
+            if relative and one:
+                difference += f" ({(other - one) / one:+.1%})".replace("-", "−")
+        rows.append([name, *cells, difference])
+
+    add("parameters", lambda run: run.parameters, "{:,}", relative=True)
+    add("of them in matrices", lambda run: run.in_matrices, "{:,}", relative=True)
+    add("matrices", lambda run: run.matrices, "{}")
+    add("steps", lambda run: run.lines[-1]["step"], "{:,}")
+    add("tokens", lambda run: run.last("tokens"), "{:,}")
+    add("loss, last", lambda run: run.last("loss"), "{:.4f}", relative=True)
+    add("validation loss, last", lambda run: run.last("val_loss"), "{:.4f}", relative=True)
+    add("bits per byte, last", lambda run: run.last("val_bits_per_byte"), "{:.4f}", relative=True)
+    add("bits per byte, lowest", lambda run: _lowest(run.points("val_bits_per_byte")), "{:.4f}", relative=True)
+    add("tokens a second, median", lambda run: median(y for _, y in run.points("tokens_per_s")), "{:,.0f}", True)
+    return rows
+
+
+def _lowest(points: list[Point]) -> float | None:
+    return min((y for _, y in points), default=None)
+
+
+def report(tied: Run, untied: Run) -> dict[str, Any]:
+    """What the page shows. ValueError where there is nothing to compare."""
+    sections = [_training(tied, untied), *_health(tied, untied)]
+    return {
+        "title": f"Tied and untied: {tied.folder} and {untied.folder}",
+        "facts": facts(tied, untied),
+        "warnings": list(_warnings(tied, untied)),
+        "notes": [
+            "One pair of runs: what it shows holds for this model, these data and this length. Another seed moves the"
+            " curves, too; run several before you call a small difference one.",
+        ],
+        "sections": [section for section in sections if section["charts"] or section["rows"]],
+    }
+
+
+def _warnings(tied: Run, untied: Run) -> Iterator[str]:
+    """Why the two may differ besides the tie."""
+    one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
+    for key in sorted(one.keys() | other.keys()):
+        if tuple(key.split(".")) not in OURS and key.split(".")[0] not in UNTOLD and one.get(key) != other.get(key):
+            yield f"Another setting differs: {key} is {one.get(key)} when tied, and {other.get(key)} when not."
+    for key in ("vocab_size", "tokenizer_fingerprint"):
+        if tied.manifest.get(key) != untied.manifest.get(key):
+            yield f"The runs differ in {key.replace('_', ' ')}."
+    if tied.last("tokens") != untied.last("tokens"):
+        yield "The runs have not seen as many tokens: compare the curves, not the last values."
+    for run in (tied, untied):
+        if not run.looked:
+            yield f"The {run.kind} run was not watched (monitor.embedding=0): no gradients, no health of rows."
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _chart(
+    title: str, note: str, series: list[Series], x: str = "tokens", *, log: bool = False, bins: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """One, or none where there is nothing to draw."""
+    lines = [
+        {"name": name, "colour": colour.lstrip("-"), "dashed": colour.startswith("-"), "points": points}
+        for name, colour, points in series
+        if points
+    ]
+    if not lines:
+        return []
+    return [{"title": title, "note": note, "x": x, "series": lines, "log": log, "bins": list(bins)}]
+
+
+def _training(tied: Run, untied: Run) -> dict[str, Any]:
+    def both(key: str) -> list[Series]:
+        return [("tied", "tied", tied.points(key)), ("untied", "untied", untied.points(key))]
+
+    at = dict(tied.points("val_bits_per_byte"))
+    apart = [(x, y - at[x]) for x, y in untied.points("val_bits_per_byte") if x in at]
+    charts = [
+        *_chart("Training loss", "nats a token", both("loss")),
+        *_chart("Bits per byte", "of the validation text", both("val_bits_per_byte")),
+        *_chart("Bits per byte, untied − tied", "below 0: untied is better", [("untied − tied", "none", apart)]),
+        *_chart("Norm of the gradient", "body and matrix, before the clip", both("grad_norm")),
+    ]
+    return {"title": "Training", "notes": [], "charts": charts, "head": [], "rows": []}
+
+
+def _health(tied: Run, untied: Run) -> Iterator[dict[str, Any]]:
+    """Sections on the gradients of the two uses, and on the rows."""
+    runs = [run for run in (tied, untied) if run.looked]
+
+    def of_runs(key: str, suffix: str = "", dash: str = "") -> list[Series]:
+        return [(run.kind + suffix, dash + run.kind, run.points(key)) for run in runs]
+
+    def by_bin(key: str) -> list[Series]:
+        return [(run.kind, run.kind, _of_bins(run, key)) for run in runs]
+
+    norms = of_runs("grad_input", ", input") + of_runs("grad_output", ", output", "-")
+    positive = [(name, colour, [point for point in points if point[1] > 0]) for name, colour, points in norms]
+    yield {
+        "title": "Gradients of the two uses",
+        "notes": [
+            "A tied row gets the sum of two gradients: as input, from the tokens it stands for, and as output, from"
+            " every softmax. Where the cosine is below 0 they pull apart. In the untied run each has a matrix of its"
+            " own."
+        ],
+        "charts": [
+            *_chart("Norms", "all rows, before the clip", positive, log=True),
+            *_chart("Input's share", "of the sum of both norms", of_runs("grad_input_share")),
+            *_chart("Cosine", "between the two, all rows as one vector", of_runs("grad_cosine")),
+            *_chart("Input's share by frequency", "at the last look", by_bin("grad_input_share"), USES, bins=NAMES),
+            *_chart("Cosine by frequency", "at the last look", by_bin("grad_cosine"), USES, bins=NAMES),
+        ],
+        "head": [],
+        "rows": [],
+    }
+    matrices = [(tied, "embedding", "tied"), (untied, "embedding", "untied"), (untied, "head", "head")]
+    matrices = [(run, matrix, colour) for run, matrix, colour in matrices if run.looked]
+
+    def name_of(run: Run, matrix: str) -> str:
+        return "tied" if run.kind == "tied" else f"untied, {'input' if matrix == 'embedding' else 'output'}"
+
+    def of_matrices(key: str) -> list[Series]:
+        return [(name_of(run, matrix), colour, run.points(f"{matrix}_{key}")) for run, matrix, colour in matrices]
+
+    spectra = [
+        (
+            name_of(run, matrix),
+            colour,
+            [(float(top), run.looked[key]) for top in TOPS if (key := f"{matrix}_spectrum/top{top}pct") in run.looked],
+        )
+        for run, matrix, colour in matrices
+    ]
+    of_bins = [(name_of(run, matrix), colour, _of_bins(run, f"{matrix}_norm")) for run, matrix, colour in matrices]
+    kinds = ("damaged", "small", "like_unseen")
+    rows = []
+    for run, matrix, _ in matrices:
+        for kind in kinds:
+            count = run.looked.get(f"{matrix}_{kind}")
+            ids = run.looked.get("rows", {}).get(f"{matrix}_{kind}", [])
+            if count is not None:
+                listed = ", ".join(run.text(row) for row in ids[:20]) + (", …" if count > 20 else "")
+                rows.append([f"{name_of(run, matrix)}: {kind.replace('_', ' ')}", f"{count:,.0f}", listed])
+    for run in runs:
+        never = [f"{run.looked[f'rows_never_{use}']:,.0f} never {use}" for use in ("input", "target")]
+        rows.append([f"{run.kind}: rows not used so far", "", ", ".join(never)])
+    yield {
+        "title": "The rows",
+        "notes": [
+            "Damaged: a number that is not finite, or all zero. Small: below a tenth of the mean norm, near the padding"
+            " rows, which are zero. Like unseen: seen, yet as near the centre of the rows never seen as these are"
+            " themselves: glitch candidates."
+        ],
+        "charts": [
+            *_chart("Mean norm of a row", "", of_matrices("norm")),
+            *_chart("Norm by frequency", "mean norm of a row, at the last look", of_bins, USES, bins=NAMES),
+            *_chart("Norm and log count", "their correlation, of rows seen", of_matrices("norm_by_count")),
+            *_chart("Effective rank", "e to the entropy of the spectrum", of_matrices("effective_rank")),
+            *_chart("Isotropy", "1: all directions alike", of_matrices("isotropy")),
+            *_chart("Mean cosine of two rows", "over all pairs", of_matrices("mean_cosine")),
+            *_chart("Spectrum", "variance in the largest directions, at the last look", spectra, x="% of directions"),
+            *_chart("Drift since the split", "‖head − embedding‖ / ‖embedding‖", of_runs("tie_distance")),
+            *_chart("Cosine of the halves since the split", "mean over rows", of_runs("tie_cosine")),
+        ],
+        "head": ["at the last look", "rows", ""],
+        "rows": rows,
+    }
+
+
+def _of_bins(run: Run, key: str) -> list[Point]:
+    return [(float(i), run.looked[f"{key}/{name}"]) for i, name in enumerate(BINS) if f"{key}/{name}" in run.looked]
+
+
+def page(shown: dict[str, Any]) -> str:
+    """The whole page: no text of a token can end its script."""
+    text = json.dumps(shown, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
+    return before + text + after

@@ -1,0 +1,96 @@
+"""What a run has left on the disk: its newest checkpoint's manifest, its metrics, its tokenizer."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer import Tokenizer
+
+from ..checkpoint import newest_manifest
+
+Point = tuple[float, float]
+
+
+@dataclass
+class Run:
+    """A run's folder as it is on the disk. ValueError where it is none, has no checkpoint, or is not what `kind` says:
+    its newest checkpoint has one matrix where it is tied, and two where not.
+    """
+
+    kind: str
+    folder: Path
+
+    def __post_init__(self) -> None:
+        manifest = newest_manifest(self.folder)
+        if manifest is None:
+            raise ValueError(f"{self.kind}={self.folder} has no checkpoint: is it a run?")
+        self.manifest = manifest
+        if self.matrices != (1 if self.kind == "tied" else 2):
+            found = "1 matrix" if self.matrices == 1 else f"{self.matrices} matrices"
+            newest = f"its newest checkpoint, step {manifest['step']}"
+            raise ValueError(f"{self.kind}={self.folder} has {found} in {newest}: it is not {self.kind}")
+        if not self.lines:
+            raise ValueError(f"{self.kind}={self.folder} has logged nothing in metrics.jsonl")
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, without a line that a kill has cut short."""
+        try:
+            text = (self.folder / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    @property
+    def matrices(self) -> int:
+        return sum(name in self.manifest["tensors"] for name in ("embedding.weight", "head.weight"))
+
+    @property
+    def in_matrices(self) -> int:
+        """Numbers in them, padding not counted."""
+        return self.matrices * int(self.manifest["vocab_size"]) * int(self.manifest["tensors"]["embedding.weight"][1])
+
+    @property
+    def parameters(self) -> int:
+        tensors = self.manifest["tensors"]
+        others = ("optim.", "monitor.", "embedding.weight", "head.weight")
+        return self.in_matrices + sum(
+            math.prod(shape) for name, shape in tensors.items() if not name.startswith(others)
+        )
+
+    def points(self, key: str) -> list[Point]:
+        """Tokens seen, and the value, wherever it was measured."""
+        return [
+            (line["tokens"], line[key])
+            for line in self.lines
+            if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and "tokens" in line
+        ]
+
+    def last(self, key: str) -> float | None:
+        points = self.points(key)
+        return points[-1][1] if points else None
+
+    @cached_property
+    def looked(self) -> dict[str, Any]:
+        """The last line with health measures; empty for none."""
+        return next((line for line in reversed(self.lines) if "grad_output" in line), {})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        try:
+            return Tokenizer.load(self.folder / TOKENIZER_FOLDER)
+        except (DataError, OSError, ValueError):
+            return None
+
+    def text(self, row: int) -> str:
+        if self.tokenizer is None:
+            return f"{row}"
+        try:
+            return f"{row} {self.tokenizer.decode_bytes([row]).decode('utf-8', 'replace')!r}"
+        except DataError:
+            return f"{row}"

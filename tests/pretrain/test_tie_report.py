@@ -1,0 +1,127 @@
+"""The page of a tied and an untied run: what it says is what the runs have, and a browser draws it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.model import GPT2Config
+from pretrain.tie_report.report import page, report
+from pretrain.tie_report.run import Run
+from tests.browser import dumped
+from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+STEPS, LOOKS = 9, 3
+BODY = sum(p.numel() for p in GPT2Config(layers=2, width=24, heads=3, context=16).body().parameters())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Tied, untied, split on the way; and a tied one of another seed that was not watched."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_tokens(folder / "tokens")
+    kinds = {
+        "tied": {},
+        "untied": {"vocab__tie": "untied"},
+        "split": {"vocab__untie_at": 4},
+        "plain": {"seed": 8, "monitor__embedding": 0},
+    }
+    for kind, changes in kinds.items():
+        settings = {"train__steps": STEPS, "monitor__embedding": LOOKS, "train__micro_batch": 6} | changes
+        run_ranks(2, train_rank, tiny_config(data, folder / kind, **settings))
+    return {kind: folder / kind for kind in kinds}
+
+
+def shown(runs: dict[str, Path], tied: str = "tied", untied: str = "untied") -> dict:
+    return report(Run("tied", runs[tied]), Run("untied", runs[untied]))
+
+
+def charts_of(shown: dict) -> dict[str, dict]:
+    return {chart["title"]: chart for section in shown["sections"] for chart in section["charts"]}
+
+
+def test_the_facts_are_those_of_the_runs(runs):
+    facts = {name: cells for name, *cells in shown(runs)["facts"]}
+    matrix = VOCAB * 24
+    one, other = BODY + matrix, BODY + 2 * matrix
+    assert facts["parameters"] == [f"{one:,}", f"{other:,}", f"+{matrix:,} (+{matrix / one:.1%})"]
+    assert facts["of them in matrices"][:2] == [f"{matrix:,}", f"{2 * matrix:,}"]
+    assert facts["steps"] == [str(STEPS), str(STEPS), "+0"]
+    for kind, told in zip(("tied", "untied"), facts["loss, last"], strict=False):
+        last = json.loads((runs[kind] / "metrics.jsonl").read_text().splitlines()[-1])
+        assert told == f"{last['loss']:.4f}"
+
+
+def test_the_curves_are_those_of_the_runs(runs):
+    charts = charts_of(shown(runs))
+    lines = [json.loads(line) for line in (runs["untied"] / "metrics.jsonl").read_text().splitlines()]
+    by_name = {one["name"]: one["points"] for one in charts["Training loss"]["series"]}
+    assert by_name["untied"] == [(line["tokens"], line["loss"]) for line in lines]
+    assert {one["name"] for one in charts["Effective rank"]["series"]} == {"tied", "untied, input", "untied, output"}
+    assert [len(one["points"]) for one in charts["Cosine"]["series"]] == [STEPS // LOOKS] * 2
+    assert "Drift since the split" not in charts and not shown(runs)["warnings"]
+    for chart in charts.values():
+        assert all(np.isfinite([y for _, y in one["points"]]).all() for one in chart["series"]), chart["title"]
+
+
+def test_a_split_run_shows_its_drift(runs):
+    (drift,) = charts_of(shown(runs, untied="split"))["Drift since the split"]["series"]
+    assert drift["name"] == "untied" and len(drift["points"]) == STEPS - 4
+
+
+def test_what_else_differs_is_a_warning(runs):
+    warnings = shown(runs, tied="plain")["warnings"]
+    assert "Another setting differs: seed is 8 when tied, and 7 when not." in warnings
+    assert any("The tied run was not watched" in warning for warning in warnings)
+    assert "Input's share" in charts_of(shown(runs, tied="plain")), "of the other one"
+
+
+def test_the_page_is_drawn(browser, runs, tmp_path):
+    out = tmp_path / "tie.html"
+    command = [sys.executable, "-m", "pretrain.tie_report", f"tied={runs['tied']}", f"untied={runs['split']}"]
+    done = subprocess.run([*command, f"out={out}"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and f"page: {out}" in done.stdout, done.stderr
+    dom = dumped(browser, out.as_uri(), tmp_path).stdout
+    drawn = re.sub(r"<script>.*?</script>", "", dom, flags=re.DOTALL)
+    charts = charts_of(shown(runs, untied="split"))
+    assert drawn.count("<svg") == len(charts) > 12
+    assert drawn.count('class="line"') == sum(len(chart["series"]) for chart in charts.values())
+    assert "NaN" not in drawn and f"{BODY + VOCAB * 24:,}" in drawn
+
+
+def test_a_token_cannot_end_the_script():
+    empty = {"title": "</script><b>", "facts": [], "warnings": [], "notes": [], "sections": []}
+    assert page(empty).count("</script>") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["tied={tied}"], "untied is missing: name the folder of a run, such as untied=runs/untied"),
+        (["tied={untied}", "untied={untied}"], "has 2 matrices in its newest checkpoint, step 9: it is not tied"),
+        (["tied={tied}", "untied={tied}"], "has 1 matrix in its newest checkpoint, step 9: it is not untied"),
+        (["tied={empty}", "untied={untied}"], "has no checkpoint: is it a run?"),
+        (["tied={quiet}", "untied={untied}"], "has logged nothing in metrics.jsonl"),
+        (["tied={tied}", "untied={untied}", "out={empty}"], "is a folder: name a file"),
+        (["both={tied}"], "must be tied=, untied= or out=; see --help"),
+    ],
+)
+def test_a_wrong_command_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+    from pretrain.tie_report import __main__ as command
+
+    quiet, empty = tmp_path / "quiet", tmp_path / "empty"
+    shutil.copytree(runs["tied"] / "checkpoints", quiet / "checkpoints")
+    empty.mkdir()
+    names = {**runs, "quiet": quiet, "empty": empty}
+    monkeypatch.setattr(sys, "argv", ["tie_report", *(argument.format(**names) for argument in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err
