@@ -193,6 +193,8 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
     config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
     data = open_data(config.data)
+    if config.monitor.lens and not held_out(config, data):
+        raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
     rows = vocab_rows(config, data)
     vocab_parallel(config, rows, world, world, device_type, bf16)
     try:
@@ -251,6 +253,12 @@ def samples(config: TrainConfig, data: Data) -> Samples:
             raise ValueError(f"data.path={config.data.paths[title]}: no document has two tokens to pack")
         sources[title] = windows, Order(len(windows), config.seed, corpus.name)
     return Samples(sources, data.blend)
+
+
+def held_out(config: TrainConfig, data: Data) -> dict[str, Windows]:
+    """The windows of the validation splits, by the titles of the corpora that have any."""
+    windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
+    return {title: of for title, of in windows.items() if len(of)}
 
 
 def about(config: TrainConfig, data: Data) -> dict[str, Any]:

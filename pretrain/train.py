@@ -23,10 +23,11 @@ from data_prep.errors import DataError
 from . import config as configuration
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .config import TrainConfig, hold
-from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, Windows, validation_batches
+from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, validation_batches
 from .engine import Engine
 from .exits import Exit
 from .interop import initialise
+from .lens.monitor import LensMonitor, fixed_batch, frequency_bins
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
@@ -101,7 +102,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
             _announce(config, data, loader.samples, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
-        monitors = _monitors(config, model.vocab, matrix, seen, mesh, state.step)
+        monitors = _monitors(config, data, model.vocab, matrix, seen, mesh, state.step, log)
         hooks: list[Hook] = [*evaluations, *monitors, Log(config.log.every, log)]
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
@@ -198,19 +199,17 @@ def _loader(config: TrainConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmb
 def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[Evaluate]:
     """One, where there is something to evaluate on."""
     batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
-    for title, corpus in data.corpora.items():
-        held_out = Windows(corpus.val, config.seq_len, masked=config.data.masked)
-        if len(held_out):
-            batches[title] = partial(
-                validation_batches,
-                held_out,
-                config.eval.max_windows,
-                batch=config.train.micro_batch,
-                rank=mesh.rank,
-                world=mesh.world,
-                vocab_size=vocab_size,
-                device=mesh.device,
-            )
+    for title, windows in configuration.held_out(config, data).items():
+        batches[title] = partial(
+            validation_batches,
+            windows,
+            config.eval.max_windows,
+            batch=config.train.micro_batch,
+            rank=mesh.rank,
+            world=mesh.world,
+            vocab_size=vocab_size,
+            device=mesh.device,
+        )
     if not batches or data.bytes_of_ids is None:
         return []
     return [Evaluate(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
@@ -218,18 +217,27 @@ def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -
 
 def _monitors(
     config: TrainConfig,
+    data: Data,
     vocab: VocabParallelEmbedding,
     matrix: MatrixOptimizer,
     seen: Seen | None,
     mesh: Mesh,
     step: int,
+    log: MetricsLog | None,
 ) -> list[Hook]:
-    """What looks at the matrix while it trains."""
+    """What looks at the matrix while it trains, and at what the layers make of it."""
     monitors: list[Hook] = []
     if config.vocab.untie_at is not None:
         monitors.append(TieDrift(vocab, config.log.every))
     if seen is not None:
         monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
+    if config.monitor.lens:
+        held_out = configuration.held_out(config, data)
+        batch = fixed_batch(list(held_out.values()), mesh.rank, vocab.shard.vocab_size)
+        files = [file for corpus in data.corpora.values() for file in corpus.train]
+        bins_BT = frequency_bins(files, batch.tokens_BT, vocab.shard.vocab_size)
+        on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
+        monitors.append(LensMonitor(config.monitor.lens, on_device, bins_BT.to(mesh.device), log))
     return monitors
 
 

@@ -17,6 +17,8 @@ class Engine(Protocol):
     A loss arrives divided by the targets of the global batch, so gradients are summed over ranks, not averaged.
     """
 
+    body: nn.Module  # what was wrapped, its parts by their names; it is called by what `wrap` returned alone
+
     def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
         """Takes over a body on the meta device, draws its initial weights; what it returns is called as the body is."""
         ...

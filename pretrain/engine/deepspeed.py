@@ -169,7 +169,7 @@ class DeepSpeedEngine:
         if mesh.rank == 0:
             for lock in killed_builds():
                 print(f"{lock} is left of a killed build: nothing here needs it, but others would wait for it")
-        self.mesh = mesh
+        self.body, self.mesh = body, mesh
         self.shapes = {name: parameter.shape for name, parameter in body.named_parameters()}
         initial = {name: self._initial(body, name) for name in self.shapes}  # stage 3 hides the shapes later
         low_precision = self.compute_dtype != torch.float32

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.durable import durable
@@ -46,6 +47,11 @@ class MetricsLog:
         for name, ids in (rows or {}).items():
             if self._board is not None:
                 self._board.add_text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
+
+    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """Into TensorBoard: [height, width, 3] bytes."""
+        if self._board is not None:
+            self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def complete(self, step: int, scalars: dict[str, float]) -> None:
         """Adds to the last line, that of `step`, what a stop kept from it."""
@@ -140,4 +146,7 @@ TAGS = {
     "lookup_balance": "vocab/lookup_balance",
     "val_loss": "val/loss",
     "val_bits_per_byte": "val/bits_per_byte",
+    "lens_commitment": "lens/commitment",
+    "lens_preserved": "lens/preserved",
+    "lens_seconds": "lens/seconds",
 }

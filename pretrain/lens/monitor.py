@@ -1,0 +1,189 @@
+"""The lens while a model trains: every n steps, on one held-out batch that stays the same."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.token_file import TokenFile
+
+from ..data import MicroBatch, Windows
+from ..data.loader import read
+from ..monitor.embedding_health import BINS, EDGES
+from ..monitor.metrics import MetricsLog
+from ..trainer import Report, Trainer
+from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look, Method, look
+
+ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row
+BY_FREQUENCY = ("kl_input", "rank_input")  # of these also by the input token's bin
+HEAT_MAPS = ("kl_final", "kl_input", "loss")
+AMONG = 10  # an input is preserved in a row where its token is among so many
+COUNTED, AT_ONCE = 2**22, 2**16  # training tokens that frequencies are counted from, and those read in one place
+MEMORY_MIB = 64
+
+
+def fixed_batch(held_out: list[Windows], rank: int, vocab_size: int) -> MicroBatch:
+    """One window for a rank, of the corpora in turn; the first again where there are fewer than ranks. On the host."""
+    windows = held_out[rank % len(held_out)]
+    return read([(windows, rank // len(held_out) % len(windows))], vocab_size)
+
+
+def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> Tensor:
+    """The bin of each id, [B, T], by its share of the training tokens: an even sample of up to `COUNTED` of them."""
+    sizes = [len(file.tokens) for file in files]
+    counts = np.zeros(vocab_size, np.int64)
+    for file, size in zip(files, sizes, strict=True):
+        wanted = min(size, -(-COUNTED * size // sum(sizes)))
+        pieces = -(-wanted // AT_ONCE)
+        for start in np.linspace(0, size - wanted // max(1, pieces), pieces).astype(np.int64):
+            counts += np.bincount(file.tokens[start : start + wanted // pieces], minlength=vocab_size)[:vocab_size]
+    of_ids = torch.from_numpy(counts)[ids_BT].double()
+    share = of_ids / max(1, int(counts.sum())) * 1e6
+    return torch.where(of_ids > 0, 1 + torch.bucketize(share, torch.tensor(EDGES, dtype=torch.float64), right=True), 0)
+
+
+class LensMonitor:
+    """A hook. Adds to the log, as means over all ranks' positions:
+
+    of each row, `lens_kl_final/ROW`, KL(final ‖ row); `lens_kl_input`, KL(input ‖ row); `lens_entropy`; `lens_loss`;
+    `lens_rank_final` and `lens_rank_input`, geometric means of the ranks of the final guess and of the input token. The
+    KL and the rank of the input also by the token's frequency.
+    Of all rows, and by frequency: `lens_commitment`, how far up, from 0, the input, to 1, the guess becomes the final
+    one for good; `lens_preserved`, the part of the rows between input and output where the input token is among the
+    ten likeliest. `lens_seconds`: what this took.
+
+    Collectives: a forward of the model, `Readout.read` in the vocab group, one all-reduce of sums.
+    """
+
+    def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, log: MetricsLog | None) -> None:
+        """`log`: where the heat maps go, on the rank that has it."""
+        self.every, self.batch, self.bins_N = every, batch, bins_BT.flatten()
+        self.maps = None if log is None else HeatMaps(log)
+
+    def __call__(self, trainer: Trainer, report: Report) -> None:
+        if report.step % self.every:
+            return
+        start = time.monotonic()
+        scalars = self.measure(trainer)
+        if self.maps is not None:
+            self.maps.add(report.step, scalars)
+        report.scalars.update(scalars, lens_seconds=time.monotonic() - start)
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        model, batch = trainer.model, self.batch
+        found = look(
+            model.vocab,
+            model.body,
+            trainer.engine.body,
+            batch.tokens_BT,
+            batch.targets_BT,
+            Method(),
+            starts_BT=batch.starts_BT,
+            k=0,
+            tokens="distinct",
+            memory_mib=MEMORY_MIB,
+        )
+        return self._summed(found)
+
+    def _summed(self, found: Look) -> dict[str, float]:
+        """Of all positions, and by bin, b of them in all: sums first, over all ranks, then means."""
+        values_RNm, whole_Nw = _measured(found)
+        known_N = found.targets >= 0
+        bins_Nb = torch.nn.functional.one_hot(self.bins_N, len(BINS)).double()
+        bins_Nb = torch.cat([torch.ones_like(bins_Nb[:, :1]), bins_Nb], 1)
+        sums_Rmb = torch.einsum("rnm,nb->rmb", values_RNm, bins_Nb)
+        counts_2b = torch.stack([bins_Nb.sum(0), (bins_Nb * known_N.unsqueeze(1)).sum(0)])
+        parts = [sums_Rmb, whole_Nw.T @ bins_Nb, counts_2b]
+        packed = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(packed)
+        sums_Rmb, sums_wb, (count_b, known_b) = (
+            flat.view_as(part) for flat, part in zip(packed.split([p.numel() for p in parts]), parts, strict=True)
+        )
+        return dict(_named(found.rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
+
+
+def _measured(found: Look) -> tuple[Tensor, Tensor]:
+    """Each row's in the order of `ROWS`, [R, N, m], 0 where there is none; commitment and preserved, [N, 2]."""
+    reading, R = found.reading, len(found.rows)
+    ranks_RNJ = reading.ranks
+    of_row = {
+        "kl_final": reading.kl_from[..., FROM_OUTPUT],
+        "kl_input": reading.kl_from[..., FROM_INPUT],
+        "entropy": reading.entropy,
+        "rank_final": ranks_RNJ[..., FINAL].double().log(),
+        "rank_input": ranks_RNJ[..., TOKEN].double().log(),
+        "loss": found.losses.where(found.targets >= 0, 0.0),
+    }
+    preserved_N = (ranks_RNJ[1:-1, :, TOKEN] <= AMONG).double().mean(0) if R > 2 else torch.zeros(ranks_RNJ.shape[1])
+    whole = torch.stack([found.commitment.double() / (R - 1), preserved_N.to(ranks_RNJ.device)], 1)
+    return torch.stack([of_row[name].double() for name in ROWS], -1), whole
+
+
+def _named(
+    rows: list[str], sums_Rmb: Tensor, sums_wb: Tensor, count_b: list[float], known_b: list[float]
+) -> Iterable[tuple[str, float]]:
+    for m, name in enumerate(ROWS):
+        n_b = known_b if name == "loss" else count_b
+        geometric = name.startswith("rank")
+        for r, row in enumerate(rows):
+            for b, total in enumerate(sums_Rmb[r, m].tolist()):
+                if n_b[b] and (b == 0 or name in BY_FREQUENCY):
+                    mean = total / n_b[b]
+                    where = _tag(row) if b == 0 else f"{BINS[b - 1]}/{_tag(row)}"
+                    key = f"lens_{name}" if b == 0 else f"lens_{name}_by_frequency"
+                    yield f"{key}/{where}", math.exp(mean) if geometric else mean
+    for name, sums_b in zip(("commitment", "preserved"), sums_wb.tolist(), strict=True):
+        for b, total in enumerate(sums_b):
+            if count_b[b]:
+                yield f"lens_{name}" + (f"/{BINS[b - 1]}" if b else ""), total / count_b[b]
+
+
+def _tag(row: str) -> str:
+    return row.replace(" ", "_")  # TensorBoard takes no spaces
+
+
+class HeatMaps:
+    """Row × step, in TensorBoard; of a resumed run, too, whose log has what was measured before."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
+        self.measured: dict[int, dict[str, float]] = {}
+        for line in log.path.read_bytes().splitlines():
+            if b'"lens_kl_final/' in line:
+                scalars = json.loads(line)
+                self.measured[scalars["step"]] = scalars
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        self.measured[step] = scalars
+        for name in HEAT_MAPS:
+            begin = f"lens_{name}/"
+            rows = [key for key in scalars if key.startswith(begin)]
+            table = [[of.get(key, math.nan) for of in self.measured.values()] for key in rows]
+            labels = [key.removeprefix(begin) for key in rows]
+            self.log.image(f"lens/{name}", heat_map(np.array(table), labels, list(self.measured), name), step)
+
+
+def heat_map(values: np.ndarray, rows: list[str], steps: list[int], title: str) -> np.ndarray:
+    """A picture [height, width, 3] of bytes; the input row below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, max(2.4, 1.2 + 0.16 * len(rows))), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.13, 0.2, 0.8, 0.68))
+    gap = steps[-1] - steps[-2] if len(steps) > 1 else steps[-1]
+    edges = np.append(steps, steps[-1] + gap)
+    image = axes.pcolormesh(edges - gap / 2, np.arange(len(rows) + 1) - 0.5, values, cmap="magma_r", vmin=0)
+    shown = range(0, len(rows), max(1, len(rows) // 12))
+    axes.set_yticks(shown, [rows[r] for r in shown], fontsize=7)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(axis="x", labelsize=7)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).ax.tick_params(labelsize=7)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

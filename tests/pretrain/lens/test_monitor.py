@@ -1,0 +1,187 @@
+"""`monitor.lens`: it logs what a dense float64 model of the same weights says, and training does not notice."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_prep.token_file import TokenFile
+from pretrain import config as configuration
+from pretrain.config import TrainConfig
+from pretrain.data import open_data
+from pretrain.lens.monitor import ROWS, fixed_batch, frequency_bins, heat_map
+from pretrain.monitor.embedding_health import BINS
+from tests.pretrain.helpers import make_corpus, write_tokens
+from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
+from tests.ranks import run_ranks
+
+STEPS, EVERY = 6, 3
+ENGINES: dict[str, dict] = {
+    "fsdp2": {},
+    "checkpointed": {"engine__activation_checkpointing": "block"},
+    "zero 1": {"engine": {"name": "deepspeed", "zero_stage": 1}},
+    "zero 3": {"engine": {"name": "deepspeed", "zero_stage": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def config_of(data: Path, run: Path, **changes) -> TrainConfig:
+    settings = {
+        "vocab__size": None,
+        "vocab__softcap": 4.0,
+        "train__steps": STEPS,
+        "monitor__lens": EVERY,
+        "model__layers": 3,
+    }
+    return tiny_config(data, run, **(settings | changes))
+
+
+def logged(run: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines}
+
+
+def lens_of(line: dict) -> dict[str, float]:
+    return {key: value for key, value in line.items() if key.startswith("lens_") and key != "lens_seconds"}
+
+
+def dense(config: TrainConfig, world: int) -> dict[str, float]:
+    """Of the newest checkpoint, by whole float64 logits."""
+    corpora = open_data(config.data)
+    rows = configuration.vocab_rows(config, corpora)
+    batches = [fixed_batch(list(configuration.held_out(config, corpora).values()), r, rows) for r in range(world)]
+    tokens, targets = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_BT", "targets_BT"))
+    weights = {name: value.double() for name, value in saved_tensors(config.run_dir).items()}
+    body = config.model.body().double()
+    body.load_state_dict({name: value for name, value in weights.items() if name in dict(body.named_parameters())})
+    matrix = weights["embedding.weight"][:rows]
+    hidden = F.embedding(tokens, matrix) + body.positions[: tokens.shape[1]]
+    states = [hidden]
+    for block in body.blocks:
+        states.append(block(states[-1], None))
+    with torch.no_grad():
+        logits = config.vocab.softcap * torch.tanh(body.norm(torch.stack(states)) @ matrix.T / config.vocab.softcap)
+    p = logits.flatten(1, 2).log_softmax(-1)
+    tokens, targets = tokens.flatten(), targets.flatten()
+    places = p.argsort(dim=-1, descending=True, stable=True).argsort(-1) + 1
+
+    def of(values, ids):
+        return values.gather(-1, ids.clamp(min=0).expand(len(values), -1)[..., None])[..., 0]
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
+    final, token = of(places, p[-1].argmax(-1)), of(places, tokens)
+    measures = {
+        "kl_final": kl(p[-1:], p),
+        "kl_input": kl(p[:1], p),
+        "entropy": -(p.exp() * p).sum(-1),
+        "rank_final": final.double().log(),
+        "rank_input": token.double().log(),
+        "loss": -of(p, targets),
+    }
+    R, N = final.shape
+    settled = torch.tensor([min(r for r in range(R) if (final[r:, n] == 1).all()) for n in range(N)])
+    whole = {"commitment": settled / (R - 1), "preserved": (token[1:-1] <= 10).double().mean(0)}
+    files = [file for corpus in corpora.corpora.values() for file in corpus.train]
+    bins = frequency_bins(files, tokens[None], rows)[0]
+    truth = {}
+    groups = {"": torch.ones(N, dtype=torch.bool)} | {
+        name: bins == b for b, name in enumerate(BINS) if (bins == b).any()
+    }
+    for where, chosen in groups.items():
+        for name, values in whole.items():
+            truth[f"lens_{name}" + (f"/{where}" if where else "")] = values[chosen].mean().item()
+        for name, values in measures.items():
+            if where and name not in ("kl_input", "rank_input"):
+                continue
+            for r, row in enumerate(["positions", *(f"block_{i}" for i in range(R - 2)), "output"]):
+                mean = values[r, chosen & (targets >= 0) if name == "loss" else chosen].mean().item()
+                key = f"lens_{name}_by_frequency/{where}/{row}" if where else f"lens_{name}/{row}"
+                truth[key] = math.exp(mean) if name.startswith("rank") else mean
+    return truth
+
+
+@pytest.mark.parametrize(
+    "world,engine,split",
+    [(1, "fsdp2", 1), (2, "fsdp2", 2), (4, "fsdp2", 2), (2, "checkpointed", 2), (2, "zero 1", 2), (2, "zero 3", 1)],
+)
+def test_it_is_the_dense_truth(data, tmp_path, world, engine, split):
+    """Every measure of every row and bin, for both engines; of ranks that share the matrix and of replicas."""
+    config = config_of(data, tmp_path / "a", vocab__parallel=str(split), **ENGINES[engine])
+    run_ranks(world, train_rank, config, timeout=120)
+    lines = logged(tmp_path / "a")
+    assert [step for step, line in lines.items() if lens_of(line)] == [EVERY, STEPS]
+    assert lens_of(lines[STEPS]) == pytest.approx(dense(config, world), rel=2e-4, abs=2e-5)
+    assert lines[STEPS]["lens_seconds"] > 0
+
+
+def test_training_does_not_notice(data, tmp_path):
+    for name, every in (("with", EVERY), ("without", 0)):
+        run_ranks(2, train_rank, config_of(data, tmp_path / name, monitor__lens=every, vocab__parallel="2"))
+    keys = ("loss", "grad_norm")
+    with_it, without = (
+        [[line[key] for key in keys] for line in logged(tmp_path / name).values()] for name in ("with", "without")
+    )
+    assert with_it == without and len(without) == STEPS
+    ours, theirs = saved_tensors(tmp_path / "with"), saved_tensors(tmp_path / "without")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
+    """Also of a run that was stopped and resumed: the picture of the last step has a column for each measured step."""
+    config = config_of(data, tmp_path / "a", log__tensorboard=True, train__stop_after=4)
+    run_ranks(1, train_rank, config)
+    config.train.stop_after = None
+    run_ranks(1, train_rank, config)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"lens_{name}/{row}" for name in ROWS for row in ("positions", "block_0", "block_1", "output")} <= tags
+    assert {"lens/commitment", "lens/preserved", "lens/seconds"} <= tags
+    for name in ("kl_final", "kl_input", "loss"):
+        assert [event.step for event in events.Images(f"lens/{name}")] == [EVERY, STEPS]
+    lines = logged(tmp_path / "a")
+    assert [event.value for event in events.Scalars("lens_kl_final/block_0")] == [
+        pytest.approx(lines[step]["lens_kl_final/block_0"]) for step in (EVERY, STEPS)
+    ]
+
+
+def test_a_heat_map_has_a_column_a_step_and_a_row_a_layer():
+    values = np.array([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
+    picture = heat_map(values, ["below", "above"], [10, 20, 30], "kl")
+    dark = picture.astype(int).sum(-1) < 120  # magma_r ends in black
+    inside = dark[70:180, 100:560]  # the axes, without their lettering
+    height, width = inside.shape
+    assert inside[: height // 2, : width // 3].mean() > 0.7, "top left"
+    assert inside[height // 2 :, -width // 3 :].mean() > 0.7, "bottom right"
+    assert inside[height // 2 :, : width // 3].mean() < 0.3 and inside[: height // 2, -width // 3 :].mean() < 0.3
+
+
+def test_bins_are_shares_of_the_training_tokens(tmp_path):
+    ids = np.repeat([0, 1, 2, 3], [1_000_000, 5_000, 50, 1])
+    np.random.default_rng(0).shuffle(ids)
+    write_tokens(tmp_path / "a", ids, 6)
+    bins = frequency_bins([TokenFile(tmp_path / "a")], torch.tensor([[0, 1, 2, 3, 4]]), 6)
+    assert [BINS[b] for b in bins[0]] == ["1000ppm-up", "1000ppm-up", "10-100ppm", "0-1ppm", "never"]
+
+
+def test_what_cannot_be_is_named(data, tmp_path):
+    with pytest.raises(ValueError, match=r"monitor\.lens=-1 must not be negative"):
+        config_of(data, tmp_path / "a", monitor__lens=-1)
+    config = tiny_config(write_tokens_pair(tmp_path), tmp_path / "b", monitor__lens=5)
+    with pytest.raises(ValueError, match=r"monitor\.lens=5 must be 0 where the data has no validation split"):
+        configuration.check(config, 1, "cpu")
+
+
+def write_tokens_pair(folder: Path) -> Path:
+    write_tokens(folder / "pair", np.arange(300), 307)
+    return folder / "pair"
