@@ -204,7 +204,7 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
     if saved is not None:
         _check_resumable(config, data, rows, saved)
     elif config.init_from is not None:
-        check_initial(config.init_from, config.model, config.vocab.tie, rows, data.tokenizer)
+        check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
     return data
 
 

@@ -33,17 +33,21 @@ def export(
     out: Path,
     dtype: torch.dtype,
     materialize_head: bool,
+    embed_scale: float = 1.0,
 ) -> int:
     """Writes OUT, whole or not at all; the number of its parameters. The matrix has V rows there, none of padding.
 
+    embed_scale: of what the lookup hands out. The embedding is multiplied by it, so that a tied model has two there.
     materialize_head: a tied model, too, has its head in the files, for readers that look for it. ValueError where OUT
     is not free, or transformers has no such model; OSError on a full disk.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} is there already: choose another folder")
     family = FAMILIES[model.family]
-    tied = OUTPUT not in checkpoint.shapes
-    tensors = streams(checkpoint, model, family, dtype, tied, materialize_head)
+    one = OUTPUT not in checkpoint.shapes
+    tied = one and embed_scale == 1
+    output = None if tied and not materialize_head else EMBEDDING if one else OUTPUT
+    tensors = streams(checkpoint, model, family, dtype, output, embed_scale)
     end = None if spec is None else spec.end_of_document
     config = family.settings(model) | {
         "vocab_size": checkpoint.manifest["vocab_size"],
@@ -75,25 +79,30 @@ def export(
 
 
 def streams(
-    checkpoint: CheckpointRows, model: Model, family: Family, dtype: torch.dtype, tied: bool, materialize_head: bool
+    checkpoint: CheckpointRows,
+    model: Model,
+    family: Family,
+    dtype: torch.dtype,
+    output: str | None,
+    embed_scale: float,
 ) -> list[Streamed]:
-    """Their tensors. Of the body, one is read at a time; of the matrix, some rows."""
+    """Their tensors. Of the body, one is read at a time; of the matrix, some rows. output: what of ours is the head."""
     rows, width = checkpoint.manifest["vocab_size"], model.width
 
-    def matrix(theirs: str, ours: str) -> Streamed:
+    def matrix(theirs: str, ours: str, scale: float = 1.0) -> Streamed:
         def read() -> Iterator[Tensor]:
             for low, high in pieces(0, rows, 4 * width):
-                yield checkpoint.rows(ours, low, high)
+                yield checkpoint.rows(ours, low, high) * scale
 
         return Streamed(theirs, dtype, (rows, width), read)
 
-    found = [matrix(family.prefix + family.embedding, EMBEDDING)]
+    found = [matrix(family.prefix + family.embedding, EMBEDDING, embed_scale)]
     for place in family.places(model):
         found += _of_place(checkpoint, place, family, dtype)
     for theirs, length in family.missing(model).items():
         found.append(Streamed(family.prefix + theirs, dtype, (length,), partial(_zeros, length)))
-    if not tied or materialize_head:
-        found.append(matrix(HEAD, EMBEDDING if tied else OUTPUT))
+    if output is not None:
+        found.append(matrix(HEAD, output))
     return found
 
 

@@ -77,7 +77,8 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     }
     tensors = streams(found, config.vocab.multiple)
     folder = save_weights(run, tensors, about)
-    count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize
+    padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
+    count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
     yield f"tokenizer: {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
 
@@ -132,7 +133,7 @@ def export_model(arguments: list[str]) -> Iterator[str]:
         raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers would not cap logits")
     tokenizer = run / TOKENIZER_FOLDER
     spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
-    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true")
+    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true", config.vocab.embed_scale)
     yield f"{out}: {checkpoint.folder}, {count / 1e6:,.1f}M parameters in {dtype}"
     if spec is None:
         yield f"no tokenizer: {run} has none"

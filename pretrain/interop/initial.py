@@ -27,8 +27,8 @@ def folder_of(init_from: str) -> Path:
     return Path(init_from.removeprefix(SCHEME))
 
 
-def check_initial(init_from: str, model: Model, tie: str, rows: int, tokenizer: Path | None) -> None:
-    """ValueError where a run of that model, vocabulary and data's tokenizer cannot begin with these weights.
+def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> None:
+    """ValueError where a run of that model, `rows` and data's tokenizer cannot begin with these weights.
 
     A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
     """
@@ -40,8 +40,10 @@ def check_initial(init_from: str, model: Model, tie: str, rows: int, tokenizer: 
     other = [f"model.{key}={_text(theirs[key])}" for key in theirs if theirs[key] != ours[key] and key not in free]
     if found.vocab_size != rows:
         other.append(f"vocab.size={found.vocab_size}")
-    if found.tie == "untied" and tie != "untied":
+    if found.tie == "untied" and vocab.tie != "untied":
         other.append("vocab.tie=untied")
+    if vocab.embed_scale != 1:
+        other.append("vocab.embed_scale=1.0")
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
     spec = _tokenizer(found)

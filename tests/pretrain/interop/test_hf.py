@@ -1,0 +1,266 @@
+"""Models of transformers in and out: the same numbers for any split, the same bits back, the same text."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.checkpoint import CheckpointRows, checkpoints
+from pretrain.generate import GenerateConfig, generate
+from pretrain.interop import export, folder, load_model
+from pretrain.interop.folder import HFModel
+from pretrain.interop.hf import export_model, import_model
+from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
+from tests.pretrain.interop import models
+from tests.pretrain.interop.models import KINDS, VOCAB
+from tests.ranks import run_ranks
+
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-10}
+CPU = torch.device("cpu")
+
+
+def ids(seed: int, rows: int = 2, length: int = 40) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A folder of each kind, made when it is first asked for."""
+    base = tmp_path_factory.mktemp("hf")
+
+    def of(kind: str) -> Path:
+        path = base / kind.replace(" ", "-").replace(",", "")
+        return path if path.exists() else models.save(path, kind)
+
+    return of
+
+
+def run_of(source: Path, run: Path, *settings: str) -> Path:
+    list(import_model([f"hf={source}", f"run={run}", *settings]))
+    return run
+
+
+def asked(rank: int, world: int, source: Path) -> list[tuple]:
+    """Each rank's own tokens through its rows, in both precisions: hidden states, rows, sum of the losses."""
+    answers = []
+    for dtype in DTYPES:
+        model, _, _ = load_model(source, CPU, dtype)
+        tokens_BT = ids(rank)
+        with torch.no_grad():
+            hidden_BTD = model.body(model.vocab.lookup(tokens_BT))
+            loss = model.vocab.loss(hidden_BTD[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()).loss
+        answers.append((hidden_BTD, model.vocab.output_weight[: model.vocab.shard.valid_rows].detach(), loss))
+    return answers
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_loss_are_those_of_transformers(hf, kind, world):
+    answers = run_ranks(world, asked, hf(kind)) if world > 1 else [asked(0, 1, hf(kind))]
+    for i, (dtype, tolerance) in enumerate(DTYPES.items()):
+        rows = [answer[i][1] for answer in answers]
+        assert max(map(len, rows)) <= -(-384 // world)
+        for rank, answer in enumerate(answers):
+            truth = models.logits(hf(kind), ids(rank), dtype)
+            hidden_BTD, _, loss = answer[i]
+            torch.testing.assert_close(hidden_BTD @ torch.cat(rows).T, truth, rtol=tolerance, atol=tolerance)
+            dense = F.cross_entropy(truth[:, :-1].flatten(0, 1), ids(rank)[:, 1:].flatten(), reduction="sum")
+            torch.testing.assert_close(loss, dense, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_and_in_again_is_the_same_bits(hf, kind, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    run = run_of(hf(kind), tmp_path / "run")
+    list(export_model([f"run={run}", f"out={out}"]))
+    given, got = models.tensors_of(hf(kind)), models.tensors_of(out)
+    assert given.keys() == got.keys() and all(torch.equal(given[name], got[name]) for name in given)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is ("tied" in kind.split())
+    run_of(out, again)
+    first, second = (CheckpointRows(checkpoints(path)[0]) for path in (run, again))
+    assert first.shapes == second.shapes
+    for name, (n, *_) in first.shapes.items():
+        assert torch.equal(first.rows(name, 0, n), second.rows(name, 0, n)), name
+    before, after = (HFModel(path).model for path in (hf(kind), out))
+    assert before == after
+
+
+def test_transformers_has_nothing_to_say(hf, tmp_path):
+    """No warning, no line, nothing missing, left over or drawn at random; with a head of its own for the tied, too."""
+    outs = []
+    for i, kind in enumerate(KINDS):
+        run = run_of(hf(kind), tmp_path / f"run-{i}")
+        for head in ("true", "false"):
+            outs.append(str(tmp_path / f"out-{i}-{head}"))
+            list(export_model([f"run={run}", f"out={outs[-1]}", f"materialize_head={head}"]))
+    code = f"""
+import warnings
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, utils
+utils.logging.disable_progress_bar()
+warnings.simplefilter("error")
+for out in {outs}:
+    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert not any(told.values()), (out, told)
+    model.generate(**tokenizer("the loss", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    assert model.config.vocab_size == {VOCAB} == len(tokenizer)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.strip() and "torchvision" not in line]
+    assert not told, told
+
+
+@pytest.mark.parametrize("kind", ["gpt2 tied", "llama untied, biases", "qwen3 untied"])
+def test_the_same_greedy_text(hf, kind, tmp_path):
+    run, out, prompt = run_of(hf(kind), tmp_path / "run"), tmp_path / "out", "the lost theory"
+    list(export_model([f"run={run}", f"out={out}"]))
+    ours = "".join(generate(GenerateConfig(run=str(run), prompt=prompt, tokens=24, temperature=0.0), CPU))
+    tokenizer = models.transformers.AutoTokenizer.from_pretrained(out)
+    begun = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt).input_ids]])
+    drawn = models.load(out).generate(begun, max_new_tokens=24, do_sample=False)[0, begun.shape[1] :]
+    theirs = tokenizer.decode(drawn, skip_special_tokens=True)
+    assert len(drawn) == 24 and ours == f"{prompt}{theirs}\n"
+
+
+def test_a_bare_body_has_no_prefix_and_a_materialised_head_is_the_embedding(hf, tmp_path):
+    for kind in ("gpt2 tied", "qwen2 tied"):
+        bare = models.save(tmp_path / f"bare-{kind}", kind, bare=True)
+        whole = models.tensors_of(hf(kind))
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in models.tensors_of(bare).items())
+        run, out = run_of(bare, tmp_path / f"run-{kind}"), tmp_path / f"out-{kind}"
+        list(export_model([f"run={run}", f"out={out}", "materialize_head=true"]))
+        got = models.tensors_of(out)
+        head = got.pop("lm_head.weight")
+        assert torch.equal(head, got[HFModel(out).family.embedding])
+        assert all(torch.equal(got[name], whole[name]) for name in whole) and HFModel(out).tie == "tied"
+        torch.testing.assert_close(
+            models.logits(out, ids(0), torch.float32), models.logits(hf(kind), ids(0), torch.float32)
+        )
+
+
+def test_several_files_in_and_out_in_bf16(hf, tmp_path, monkeypatch):
+    split = models.save(tmp_path / "split", "llama tied", max_shard_size="30KB")
+    assert len(list(split.glob("*.safetensors"))) > 2
+    run, out = run_of(split, tmp_path / "run"), tmp_path / "out"
+    monkeypatch.setattr(export, "FILE_BYTES", 10_000)
+    list(export_model([f"run={run}", f"out={out}", "dtype=bf16"]))
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    given, got = models.tensors_of(hf("llama tied")), models.tensors_of(out)
+    assert all(torch.equal(got[name], given[name].bfloat16()) for name in given)
+    assert models.transformers.AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_the_matrix_comes_in_pieces(hf, tmp_path, monkeypatch):
+    """Neither in nor out is more of it read at once than a piece."""
+    monkeypatch.setattr(folder, "PIECE_BYTES", 4800)  # 50 rows
+    read: list[int] = []
+    for owner in (HFModel, CheckpointRows):
+        plain = owner.rows
+
+        def rows(self, name, start, stop, plain=plain):
+            if name in ("embedding.weight", "head.weight"):
+                read.append(stop - start)
+            return plain(self, name, start, stop)
+
+        monkeypatch.setattr(owner, "rows", rows)
+    run, out = run_of(hf("llama untied, biases"), tmp_path / "run"), tmp_path / "out"
+    list(export_model([f"run={run}", f"out={out}"]))
+    assert max(read) == 50 and sum(read) == 4 * VOCAB
+    given, got = models.tensors_of(hf("llama untied, biases")), models.tensors_of(out)
+    assert all(torch.equal(given[name], got[name]) for name in given)
+
+
+def test_what_a_family_lacks_is_written_as_nothing(tmp_path, hf):
+    """Biases before attention alone, with normed queries: Qwen3 has a bias after attention then, too."""
+    source = tmp_path / "source"
+    run = run_of(hf("qwen3 untied"), tmp_path / "run")
+    checkpoint = CheckpointRows(checkpoints(run)[0])
+    model = HFModel(hf("qwen3 untied")).model
+    model.bias = "qkv"
+    shape = checkpoint.shapes["blocks.0.attention.qkv.weight"][:1]
+    plain = checkpoint.rows
+
+    def rows(name, start, stop):
+        return torch.linspace(-1, 1, *shape)[start:stop] if name.endswith("bias") else plain(name, start, stop)
+
+    checkpoint.rows = rows  # type: ignore[method-assign]
+    checkpoint.shapes |= {f"blocks.{i}.attention.qkv.bias": shape for i in range(2)}
+    export.export(checkpoint, model, small_spec(), source, torch.float32, False)
+    got = models.tensors_of(source)
+    assert (got["layers.1.self_attn.o_proj.bias"] == 0).all() and got["layers.1.self_attn.q_proj.bias"][0] == -1
+    with warnings.catch_warnings(action="error"):
+        assert models.load(source).config.attention_bias
+
+
+def test_a_scale_of_the_embedding_goes_into_it(hf, tmp_path):
+    run = run_of(hf("gpt2 tied"), tmp_path / "run", "vocab.embed_scale=2.5")
+    out = tmp_path / "out"
+    list(export_model([f"run={run}", f"out={out}"]))
+    given, got = models.tensors_of(hf("gpt2 tied")), models.tensors_of(out)
+    assert torch.equal(got["wte.weight"], 2.5 * given["wte.weight"]) and HFModel(out).tie == "untied"
+    assert torch.equal(got["lm_head.weight"], given["wte.weight"])
+
+
+def change(source: Path, to: Path, **settings: object) -> Path:
+    """A copy of a folder with other settings in its config.json; None takes one out."""
+    to.mkdir()
+    for path in source.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "config.json").read_text()) | settings
+    (to / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return to
+
+
+WRONG = {
+    "a family that we lack": ("gpt2 tied", {"model_type": "bloom"}, "model_type=bloom must be one of gpt2, llama"),
+    "an activation": ("gpt2 tied", {"activation_function": "relu"}, "activation_function=relu must be gelu_new or"),
+    "a width of the MLP": ("gpt2 tied", {"n_inner": 50}, "n_inner=50 must be None or 96"),
+    "rotary scaling": ("llama tied", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn must be default or"),
+    "a window": ("mistral untied", {"sliding_window": 8}, "sliding_window=8 must be None"),
+    "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),
+    "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json means (41, 24)"),
+    "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which has no place in our body"),
+    "no head": ("gpt2 tied", {"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
+    "two matrices, tied": ("gpt2 untied, exact gelu", {"tie_word_embeddings": True}, "that is not its embedding"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_our_body_cannot_be_is_refused_by_name(hf, tmp_path, case):
+    kind, settings, message = WRONG[case]
+    source = change(hf(kind), tmp_path / "changed", **settings)
+    with pytest.raises(ValueError) as error:
+        HFModel(source)
+    assert message in str(error.value) and str(source) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_commands_and_their_mistakes(hf, tmp_path):
+    """The command itself, in a process of its own."""
+
+    def command(*arguments: str):
+        return python("-m", "pretrain.interop.hf", *arguments, cwd=ROOT)
+
+    run, out, source = tmp_path / "run", tmp_path / "out", hf("gpt2 tied")
+    done = command("import", f"hf={source}", f"run={run}", "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{run}/checkpoints/step-00000000: 0.0M parameters, 260 rows, tied")
+    assert "seed: 3" in (run / "config.yaml").read_text()
+    done = command("export", f"run={run}", f"out={out}", "step=0")
+    assert done.returncode == 0 and (out / "tokenizer.json").is_file(), done.stderr
+    assert_one_error(command("import", f"hf={source}", f"run={run}"), "has step-00000000")
+    assert_one_error(command("import", f"hf={tmp_path}", f"run={run}2"), "config.json is missing")
+    assert_one_error(command("import", f"hf={source}", f"run={run}2", "model.width=9"), "model.width is told by hf=")
+    assert_one_error(command("import", f"hf={source}", f"run={run}2", "sed=9"), "sed")
+    assert_one_error(command("export", f"run={run}", f"out={out}"), f"out={out} is there already")
+    assert_one_error(command("export", f"run={run}", f"out={out}2", "step=7"), "step=7 has no checkpoint")
+    assert_one_error(command("export", f"run={run}", f"out={out}2", "dtype=int8"), "dtype=int8 must be one of")
+    (source.parent / "pickled").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (source.parent / "pickled" / name).write_bytes((source / "config.json").read_bytes())
+    assert_one_error(command("import", f"hf={source.parent}/pickled", f"run={run}2"), "is a pickle, which is not read")

@@ -1,0 +1,150 @@
+"""init_from=hf:DIR: a run goes on as transformers' own model would."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain import config as configuration
+from pretrain.data import IGNORED
+from pretrain.interop import check_initial
+from pretrain.interop.folder import HFModel
+from pretrain.interop.hf import import_model
+from pretrain.vocab import VocabConfig
+from tests.data_prep.commands import small_spec
+from tests.pretrain.dense import windows_of
+from tests.pretrain.engine.test_engines import ENGINES, outcome, train_ranks
+from tests.pretrain.interop import models
+from tests.pretrain.interop.models import VOCAB
+from tests.pretrain.tiny import tiny_config, write_tokens
+from tests.ranks import run_ranks
+
+STEPS = 6
+KINDS = ["gpt2 tied", "qwen3 untied"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("initial")
+    write_tokens(folder / "tokens", VOCAB)
+    for kind in KINDS:
+        models.save(folder / kind, kind)
+    return folder
+
+
+def config_of(folder: Path, kind: str, name: str, **changes):
+    source = HFModel(folder / kind)
+    settings = {
+        "model": asdict(source.model),
+        "vocab__size": VOCAB,
+        "vocab__tie": source.tie,
+        "vocab__parallel": 2,
+        "train__steps": STEPS,
+        "train__global_batch": 24,
+        "train__micro_batch": 6,
+        "train__seq_len": 16,
+        "optim__lr": 1e-3,
+        "optim__eps": 1e-5,
+    }
+    config = tiny_config(folder / "tokens", folder / name, **settings | changes)
+    config.init_from = f"hf:{folder / kind}"
+    return config
+
+
+def losses_of_transformers(folder: Path, kind: str) -> list[float]:
+    """A plain loop around their model."""
+    config, model = config_of(folder, kind, "unused"), models.load(folder / kind)
+    adamw, losses = config.optim.adamw(model.parameters()), []
+    for step in range(STEPS):
+        tokens, targets = windows_of(config, step)
+        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        losses.append(float(loss))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in adamw.param_groups:
+            group["lr"] = config.optim.lr_at(step, STEPS)
+        adamw.step()
+        adamw.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_as_their_model_does_under_every_engine(folder, kind):
+    configs = [config_of(folder, kind, f"{kind}-{name}", engine=engine) for name, engine in ENGINES.items()]
+    run_ranks(2, train_ranks, configs, timeout=180)
+    truth = losses_of_transformers(folder, kind)
+    for config in configs:
+        np.testing.assert_allclose(outcome(config.run_dir).losses, truth, rtol=1e-5)
+
+
+def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(folder):
+    """Once there is a checkpoint, nobody asks for the source."""
+    kind = "gpt2 tied"
+    source = folder / "gone"
+    shutil.copytree(folder / kind, source)
+    (source / "tokenizer.json").unlink()  # the data has none either
+    imported = folder / "imported"
+    straight = config_of(folder, kind, "straight")
+    list(import_model([f"hf={source}", f"run={imported}", "seed=7", "vocab.multiple=8", "train.seq_len=16"]))
+    from_import = config_of(folder, kind, "imported")
+    from_import.init_from = None
+    halves = [config_of(folder, kind, "halves", train__stop_after=stop) for stop in (3, STEPS)]
+    halves[0].init_from = f"hf:{source}"
+    untied = config_of(folder, kind, "untied", vocab__tie="untied")
+    run_ranks(2, train_ranks, [straight, from_import, halves[0], untied], timeout=180)
+    shutil.rmtree(source)
+    halves[1].init_from = f"hf:{source}"
+    configuration.check(halves[1], 2, "cpu")
+    run_ranks(2, train_ranks, halves[1:], timeout=120)
+    truth = outcome(straight.run_dir)
+    for other in (from_import, halves[1]):
+        got = outcome(other.run_dir)
+        assert got.losses == truth.losses
+        assert all(torch.equal(got.tensors[name], truth.tensors[name]) for name in truth.tensors)
+    apart = outcome(untied.run_dir)
+    assert apart.losses[0] == truth.losses[0] and apart.losses[-1] != truth.losses[-1]
+
+
+def test_settings_that_differ_are_all_told(folder):
+    model, vocab = HFModel(folder / "qwen3 untied").model, VocabConfig(tie="untied")
+    source = f"hf:{folder / 'qwen3 untied'}"
+    check_initial(source, model, vocab, VOCAB, None)
+    model.context = 7  # has no weights
+    check_initial(source, model, vocab, VOCAB, None)
+    model.layers, model.qk_norm, model.head_size = 3, False, None
+    with pytest.raises(ValueError) as error:
+        check_initial(source, model, VocabConfig(embed_scale=2.0), 300, None)
+    told = "model.layers=2 model.head_size=10 model.qk_norm=true vocab.size=260 vocab.tie=untied vocab.embed_scale=1.0"
+    assert str(error.value) == f"init_from={source} has other settings than this run: give {told}"
+    with pytest.raises(ValueError, match=r"model.family=gpt2 must be llama"):
+        check_initial(source, HFModel(folder / "gpt2 tied").model, vocab, VOCAB, None)
+
+
+def test_another_tokenizer_is_refused(folder, tmp_path):
+    source = HFModel(folder / "gpt2 tied")
+    small_spec().save(tmp_path / "same")
+    small_spec(("he", "hen", " hen")).save(tmp_path / "other")
+    ask = f"hf:{source.folder}", source.model, VocabConfig(), VOCAB
+    check_initial(*ask, tmp_path / "same")
+    with pytest.raises(ValueError, match=r"has another tokenizer than .*other: its rows mean other tokens"):
+        check_initial(*ask, tmp_path / "other")
+
+
+@pytest.mark.parametrize("given", ["gpt2", "hf:", "hub:gpt2"])
+def test_what_it_may_be(folder, given):
+    with pytest.raises(ValueError, match=f"init_from={given} must be hf:DIR"):
+        tiny = asdict(config_of(folder, "gpt2 tied", "unused"))
+        configuration.build(configuration.OmegaConf.create(tiny | {"init_from": given}))
+
+
+def test_paths_are_made_whole(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = config_of(folder, "gpt2 tied", "unused")
+    config.init_from = "hf:gpt2 tied"
+    config.resolve()
+    assert config.init_from == f"hf:{folder / 'gpt2 tied'}" and folder / "gpt2 tied" in config.reads

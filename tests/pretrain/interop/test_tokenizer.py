@@ -1,0 +1,192 @@
+"""A tokenizer of ranks and its tokenizer.json give the same ids: on code, on every character, on any short text."""
+
+import json
+import sys
+import sysconfig
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.bpe import PATTERNS, train_bpe
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
+from pretrain.interop.tokenizer import from_hf, merges, oniguruma, to_hf
+
+CL100K_NOW = (  # as tiktoken has it today
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+SPLITS = {**PATTERNS, "cl100k now": CL100K_NOW, "o200k": O200K}
+
+
+def code(megabytes: float) -> list[str]:
+    """The standard library, file by file."""
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        text = path.read_text(errors="replace")
+        texts.append(text)
+        size += len(text)
+        if size > megabytes * 1e6:
+            break
+    return texts
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Ours and theirs, for each pattern."""
+    texts = [*code(0.5), "Zürich 东京 naïve ｆｕｌｌ １２３４ 🙂🙂 it's IT'S \r\n\t  x " * 20]
+    made = {}
+    for name, pattern in SPLITS.items():
+        spec = train_bpe(texts, 1500, pattern, 1 << 20, 1 << 22)
+        made[name] = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(to_hf(spec, 8)["tokenizer.json"]))
+    return made
+
+
+def same(pair, text: str) -> None:
+    ours, theirs = pair
+    assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text).tolist(), text[:100]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_same_ids_on_code_and_back(pairs, name):
+    ours, theirs = pairs[name]
+    for text in code(1):
+        if END_OF_DOCUMENT not in text:
+            same((ours, theirs), text)
+    text = "Zürich 东京 🙂 it's\n"
+    assert theirs.decode(theirs.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_same_ids_around_every_character(pairs, name):
+    """Case folding, classes and spaces of two engines for regular expressions; of ideographs, every 97th."""
+    points = [
+        point
+        for point in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(point)) not in ("Cs", "Cn", "Co") and (point < 0x3400 or point % 97 == 0)
+    ]
+    known = set()
+    for start in range(0, len(points), 4096):
+        block = [chr(point) for point in points[start : start + 4096]]
+        ours, theirs = pairs[name]
+        texts = [f"a{c}b '{c} 1{c}{c} {c}\n" for c in block]
+        encoded = theirs.encode_batch(texts, add_special_tokens=False)
+        for c, text, their in zip(block, texts, encoded, strict=True):
+            if their.ids != ours.encode(text).tolist():
+                known.add(c)
+    assert known <= UNLIKE, [f"U+{ord(c):04X}" for c in sorted(known - UNLIKE)[:20]] + [len(known)]
+
+
+UNLIKE: set[str] = set()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab '\n\r\tsS1２é\u0301東🙂.\u00a0\u3000"), max_size=40))
+def test_the_same_ids_on_what_hypothesis_finds(pairs, text):
+    for pair in pairs.values():
+        same(pair, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.text(alphabet="ab", min_size=2, max_size=5), max_size=12), st.text(alphabet="ab", max_size=30))
+def test_any_ranks_give_the_ids_of_tiktoken(words, text):
+    """Ranks that no training would make: tokens without parts, and several ways to each."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {word.encode(): 256 + i for i, word in enumerate(sorted(words))}
+    spec = TokenizerSpec("any", PATTERNS["gpt2"], {END_OF_DOCUMENT: len(ranks)}, ranks)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(to_hf(spec, 8)["tokenizer.json"]))
+    same((Tokenizer(spec), theirs), text)
+
+
+def test_special_tokens_and_merges():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258}
+    spec = TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 260, "<|pad|>": 259}, ranks)
+    assert merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"ab", b"c")]
+    files = to_hf(spec, 77)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    assert theirs.encode(f"abc<|pad|>{END_OF_DOCUMENT}").ids == [258, 259, 260] and theirs.get_vocab_size() == 261
+    assert files["tokenizer_config.json"]["model_max_length"] == 77
+
+
+def test_patterns_for_another_engine():
+    assert oniguruma(r"\p{N}{1,3}+| ?[^\s\p{L}]++|\s++$") == r"(?>\p{N}{1,3})| ?[^\s\p{L}]++|\s++\z"
+    assert oniguruma(PATTERNS["cl100k"]) == PATTERNS["cl100k"]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_in_again_it_is_the_same_tokenizer(pairs, name, tmp_path):
+    spec = pairs[name][0].spec
+    write(tmp_path, to_hf(spec, 8))
+    back = from_hf(tmp_path, None)
+    assert back.ranks == spec.ranks and back.special_tokens == spec.special_tokens
+    for text in code(0.2):
+        assert (Tokenizer(back).encode(text) == pairs[name][0].encode(text)).all()
+
+
+def write(folder: Path, files: dict) -> None:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def test_the_two_files_of_gpt2(tmp_path):
+    """vocab.json and merges.txt, as the oldest folders have them; and tokenizer.json with ByteLevel's own pattern."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(code(0.3), 600, special_tokens=[], show_progress=False)
+    end = trained.get_vocab_size()
+    trained.add_special_tokens([END_OF_DOCUMENT])
+    trained.save_model(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {END_OF_DOCUMENT: end}))
+    old = from_hf(tmp_path, None)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    new = from_hf(tmp_path, None)
+    assert old.ranks == new.ranks and old.end_of_document == new.end_of_document == end
+    for text in code(0.3):
+        assert Tokenizer(old).encode(text).tolist() == trained.encode(text).ids
+
+
+def test_another_name_for_the_end(tmp_path):
+    spec = TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 256}, {bytes([byte]): byte for byte in range(256)})
+    files = to_hf(spec, 8)
+    files["tokenizer.json"]["added_tokens"][0]["content"] = "<|end_of_text|>"
+    write(tmp_path, files)
+    assert from_hf(tmp_path, 256).special_tokens == {END_OF_DOCUMENT: 256}
+    with pytest.raises(ValueError, match=r"endoftext.*is missing"):
+        from_hf(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalises text before it splits it (NFC)"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "is not a byte-level BPE"),
+        ({"pre_tokenizer": None}, "is not a tokenizer of bytes"),
+        ({"vocab": {"▁the": 400}}, "its tokens are not of bytes: '▁' is none"),
+        ({"merges": [["b", "c"], ["a", "b"]]}, "not in the order of its merges"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257}
+    files = to_hf(TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 258}, ranks), 8)
+    model = files["tokenizer.json"]["model"]
+    model["vocab"] |= change.pop("vocab", {})
+    model["merges"] = change.pop("merges", model["merges"])
+    write(tmp_path, files | {"tokenizer.json": files["tokenizer.json"] | change})
+    with pytest.raises(ValueError) as error:
+        from_hf(tmp_path, None)
+    assert message in str(error.value)
