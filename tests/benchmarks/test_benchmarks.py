@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
+from tests.pretrain.tiny import VOCAB, write_tokens
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,3 +71,10 @@ def test_reading(tmp_path):
     names = [f"Rowshard, {kind}" for kind in ("windows", "masked", "packed")]
     assert [row[0] for row in done[:4]] == ["bare slices", *names]
     assert all(float(row[2]) > 0 for row in done[:4])
+
+
+def test_a_monitor(tmp_path):
+    small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
+    data = f"--data {write_tokens(tmp_path / 'tokens')} --steps 10"
+    rows = table(f"tests/benchmarks/watching.py {data} --settings vocab.size={VOCAB} {small}")
+    assert [row[0] for row in rows] == ["25", "50", "100", "250"] and all(row[1].endswith("%") for row in rows)

@@ -144,11 +144,8 @@ def test_both_halves_begin_as_the_same_bits(data, tmp_path):
         assert seen == [True] * 6
 
 
-@pytest.mark.parametrize("stop", [AT - 1, AT, AT + 1])
-def test_resuming_is_exact_before_at_and_after_the_split(data, straight, tmp_path, stop):
-    run = tmp_path / "run"
-    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS, train__stop_after=stop))
-    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS))
+def assert_same_run(run: Path, straight: Path) -> None:
+    """To the last bit."""
     keys = ("loss", "grad_norm", "tie_distance", "tie_cosine")
     for one, other in zip(lines_of(run), lines_of(straight), strict=True):
         assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
@@ -156,6 +153,24 @@ def test_resuming_is_exact_before_at_and_after_the_split(data, straight, tmp_pat
     assert parts.keys() == whole.keys() >= {"head.weight", "optim.exp_avg.head.weight", "optim.exp_avg_sq.head.weight"}
     for name, tensor in whole.items():
         assert torch.equal(parts[name], tensor), name
+
+
+@pytest.mark.parametrize("stop", [AT - 1, AT, AT + 1])
+def test_resuming_is_exact_before_at_and_after_the_split(data, straight, tmp_path, stop):
+    run = tmp_path / "run"
+    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS, train__stop_after=stop))
+    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS))
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("engine", [{"name": "fsdp2"}, ZERO3])
+def test_resuming_at_the_split_is_exact_in_bf16_and_by_either_engine(data, tmp_path, engine):
+    """In bf16 where there is one."""
+    settings = SETTINGS | {"train__precision": "auto", "engine": engine}
+    for run, stops in (("straight", [STEPS]), ("parts", [AT, STEPS])):
+        for stop in stops:
+            run_ranks(2, train_rank, tiny_config(data, tmp_path / run, **settings, train__stop_after=stop))
+    assert_same_run(tmp_path / "parts", tmp_path / "straight")
 
 
 @pytest.mark.parametrize("stop,world,engine", [(AT - 1, 4, None), (AT, 1, None), (AT + 1, 3, None), (AT + 1, 2, ZERO3)])
