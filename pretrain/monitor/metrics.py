@@ -114,7 +114,7 @@ def _tag(name: str) -> str:
     """What is measured of each corpus keeps its title: val/loss/web; and what is of a bin of rows, its bin's."""
     head, slash, title = name.partition("/")
     group, _, rest = head.partition("_")
-    return (f"{group}/{rest}" if group in GROUPS else TAGS.get(head, head)) + slash + title
+    return TAGS.get(head, f"{group}/{rest}" if group in GROUPS else head) + slash + title
 
 
 def _step_of(line: bytes) -> float:
@@ -133,7 +133,7 @@ FORMS = {
     "grad_norm": "norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",
 }
-GROUPS = ("tie", "grad", "rows", "embedding", "head")  # of tags: grad_cosine is grad/cosine
+GROUPS = ("tie", "grad", "rows", "embedding", "head")  # of tags that have none of their own: grad_cosine is grad/cosine
 TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
