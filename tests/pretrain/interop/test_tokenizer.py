@@ -80,19 +80,11 @@ def test_the_same_ids_around_every_character(pairs, name):
         for point in range(sys.maxunicode + 1)
         if unicodedata.category(chr(point)) not in ("Cs", "Cn", "Co") and (point < 0x3400 or point % 97 == 0)
     ]
-    known = set()
+    ours, theirs = pairs[name]
     for start in range(0, len(points), 4096):
-        block = [chr(point) for point in points[start : start + 4096]]
-        ours, theirs = pairs[name]
-        texts = [f"a{c}b '{c} 1{c}{c} {c}\n" for c in block]
-        encoded = theirs.encode_batch(texts, add_special_tokens=False)
-        for c, text, their in zip(block, texts, encoded, strict=True):
-            if their.ids != ours.encode(text).tolist():
-                known.add(c)
-    assert known <= UNLIKE, [f"U+{ord(c):04X}" for c in sorted(known - UNLIKE)[:20]] + [len(known)]
-
-
-UNLIKE: set[str] = set()
+        texts = [f"a{c}b '{c} 1{c}{c} {c}\n" for c in map(chr, points[start : start + 4096])]
+        for text, found in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
+            assert found.ids == ours.encode(text).tolist(), ascii(text)
 
 
 @settings(max_examples=300, deadline=None)
