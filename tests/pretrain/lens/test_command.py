@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 from pretrain import config as configuration
 from pretrain.data import open_data
+from pretrain.interop import hf
+from pretrain.lens import __main__ as program
 from pretrain.lens.examples import EXAMPLES
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import tiny_config, train_rank
@@ -80,6 +84,16 @@ def test_a_window_and_one_token_of_an_example(run, tmp_path):
     assert set(shown["tokens"]) == {","}
 
 
+def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
+    list(hf.export_model([f"run={run}", f"out={tmp_path / 'model'}"]))
+    settings = {"text": TEXT, "norm": "none"}
+    ours, _ = program.see(program.LensConfig(run=str(run), **settings), torch.device("cpu"))
+    theirs, _ = program.see(program.LensConfig(hf=str(tmp_path / "model"), **settings), torch.device("cpu"))
+    assert theirs.title == "model, norm none" and theirs.guesses == ours.guesses and theirs.tokens == ours.tokens
+    for a, b in zip(theirs.views, ours.views, strict=True):
+        assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
+
+
 def test_help_names_the_examples():
     done = lens("--help")
     assert done.returncode == 0 and all(name in done.stdout for name in EXAMPLES)
@@ -107,8 +121,6 @@ def test_help_names_the_examples():
     ],
 )
 def test_a_wrong_setting_is_one_line(run, settings, message, monkeypatch, capsys):
-    from pretrain.lens import __main__ as program
-
     monkeypatch.setattr(sys, "argv", ["lens", *(setting.format(run=run) for setting in settings or ["out=x"])])
     with pytest.raises(SystemExit) as ended:
         program.main()

@@ -81,10 +81,10 @@ def decode(family: str, body, hidden: Tensor, method: Method) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def dense(family: str, method: Method, softcap: float | None) -> dict[str, Tensor]:
+def dense(family: str, method: Method, softcap: float | None, embed_scale: float) -> dict[str, Tensor]:
     """Every view [R, N], from all logits [R, N, V]; and the names of the rows."""
     body, weight, tokens, targets = problem(family)
-    found = states(family, body, F.embedding(tokens, weight))
+    found = states(family, body, embed_scale * F.embedding(tokens, weight))
     last = LAYERS - 1
     skipped = {
         "none": [f"block {last}"] if method.norm == "full" else [],
@@ -150,32 +150,34 @@ def measured(found: Look) -> dict:
     }
 
 
-def owner(rank: int, world: int, weight: Tensor, softcap: float | None) -> VocabParallelEmbedding:
+def owner(
+    rank: int, world: int, weight: Tensor, softcap: float | None = None, embed_scale: float = 1.0
+) -> VocabParallelEmbedding:
     shard = VocabShard.of(rank, world, VOCAB, 4)
-    config, group = VocabConfig(softcap=softcap), dist.group.WORLD if world > 1 else None
+    config, group = VocabConfig(softcap=softcap, embed_scale=embed_scale), dist.group.WORLD if world > 1 else None
     double = {"dtype": torch.float64, "compute_dtype": torch.float64}
     vocab = VocabParallelEmbedding(config, shard, WIDTH, seed=0, group=group, **double)
     vocab.weight.data = padded_rows(weight, shard)
     return vocab
 
 
-def rank_looks(rank, world, softcap):
+def rank_looks(rank, world, softcap, embed_scale):
     results = {}
     for family in BODIES:
         body, weight, tokens, targets = problem(family)
-        vocab = owner(rank, world, weight, softcap)
+        vocab = owner(rank, world, weight, softcap, embed_scale)
         for method in METHODS:
             found = look(vocab, body, body, tokens, targets, method, window=WINDOW, k=K, memory_mib=0.02)
             results[family, method] = measured(found)
     return results
 
 
-@pytest.mark.parametrize("world,softcap", [(1, None), (2, 2.5), (4, None)])
-def test_every_view_is_the_dense_truth(world, softcap):
+@pytest.mark.parametrize("world,softcap,embed_scale", [(1, None, 1.0), (2, 2.5, 1.7), (4, None, 1.0)])
+def test_every_view_is_the_dense_truth(world, softcap, embed_scale):
     """For every family, input, norm and decoder, at every point."""
-    results = run_ranks(world, rank_looks, softcap, timeout=120)
+    results = run_ranks(world, rank_looks, softcap, embed_scale, timeout=120)
     for family, method in results[0]:
-        truth = dense(family, method, softcap)
+        truth = dense(family, method, softcap, embed_scale)
         for rank in range(world):
             for name, value in truth.items():
                 found = results[rank][family, method][name]
@@ -192,13 +194,13 @@ def test_the_last_part_as_decoder_makes_the_models_own_output():
         (Method(decoder="block"), f"block {LAYERS - 2}"),
         (Method(("attention",), decoder="mlp"), f"block {LAYERS - 1} attention"),
     ):
-        found = look(owner(0, 1, weight, None), body, body, tokens, targets, method)
+        found = look(owner(0, 1, weight), body, body, tokens, targets, method)
         assert found.reading.kl_from[found.rows.index(row), :, 0].max() < 1e-12
 
 
 def test_the_hooks_are_gone_afterwards():
     body, weight, tokens, targets = problem("gpt2")
-    look(owner(0, 1, weight, None), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
+    look(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
 
 

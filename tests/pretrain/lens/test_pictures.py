@@ -31,7 +31,7 @@ def seen() -> tuple[Look, Sheet]:
     body, weight, tokens, targets = problem("gpt2")
     tokens = tokens[:1].clone()
     tokens[0, 3] = 7
-    found = look(owner(0, 1, weight, None), body, body, tokens, targets[:1], Method(), k=3)
+    found = look(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
     columns = [n for n in range(tokens.shape[1]) if n != 5]
     return found, sheet(found, f"a model {NASTY}", columns, 0, named, VOCAB)
 
@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_from_outside(seen):
 
 def test_a_page_of_a_diverged_model_opens(browser, tmp_path):
     body, weight, tokens, targets = problem("gpt2")
-    found = look(owner(0, 1, weight * math.nan, None), body, body, tokens[:1], targets[:1], Method(), k=2)
+    found = look(owner(0, 1, weight * math.nan), body, body, tokens[:1], targets[:1], Method(), k=2)
     write_pictures(sheet(found, "nan", list(range(4)), 0, named, VOCAB), tmp_path)
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + "#view=entropy&row=0&column=0", tmp_path).stdout
     assert "Entropy, nats: –" in tip_of(dom)
