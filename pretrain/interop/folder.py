@@ -5,7 +5,7 @@ Nothing is read that is not asked for: of the matrix, a rank reads the rows that
 
 import json
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class HFModel:
             self.model: Model = self.family.model(self.config)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
-        self.files = _files(folder)
+        self._opened: dict[Path, Any] = {}
+        self.files = self._find()
         prefixed = f"{self.family.prefix}{self.family.embedding}" in self.files
         self.prefix = self.family.prefix if prefixed else ""
         self.places = {place.ours: place for place in self.family.places(self.model)}
@@ -139,16 +140,28 @@ class HFModel:
         return theirs if theirs == HEAD else self.prefix + theirs
 
     def _slice(self, name: str) -> Any:
-        return opened(self.files[name]).get_slice(name)
+        return self._open(self.files[name]).get_slice(name)
 
+    def _open(self, path: Path) -> Any:
+        """A safetensors file, mapped. ValueError where it is not one."""
+        if path not in self._opened:
+            try:
+                self._opened[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read: {error}") from error
+        return self._opened[path]
 
-@cache
-def opened(path: Path) -> Any:
-    """A safetensors file, mapped. ValueError where it is not one."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    def _find(self) -> dict[str, Path]:
+        """Which file has which tensor. Never a pickle."""
+        folder = self.folder
+        if (folder / INDEX).is_file():
+            return {name: folder / file for name, file in _json(folder / INDEX).get("weight_map", {}).items()}
+        path = folder / WEIGHTS
+        if not path.is_file():
+            pickled = next(folder.glob("pytorch_model*.bin"), None)
+            instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
+            raise ValueError(f"{path} is missing{instead}")
+        return dict.fromkeys(self._open(path).keys(), path)
 
 
 def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -156,18 +169,6 @@ def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for low in range(start, stop, step):
         yield low, min(low + step, stop)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Which file has which tensor. Never a pickle."""
-    if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in _json(folder / INDEX)["weight_map"].items()}
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = next(folder.glob("pytorch_model*.bin"), None)
-        instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
-        raise ValueError(f"{path} is missing{instead}")
-    return dict.fromkeys(opened(path).keys(), path)
 
 
 def _json(path: Path) -> dict[str, Any]:

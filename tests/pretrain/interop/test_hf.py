@@ -217,6 +217,12 @@ def change(source: Path, to: Path, **settings: object) -> Path:
     return to
 
 
+def test_the_settings_of_transformers_4(hf, tmp_path):
+    rope = {key: value for key, value in models.LLAMA3.items() if key != "rope_theta"}
+    old = {"rope_parameters": None, "rope_theta": models.LLAMA3["rope_theta"], "rope_scaling": rope}
+    assert HFModel(change(hf("llama tied"), tmp_path / "old", **old)).model == HFModel(hf("llama tied")).model
+
+
 WRONG = {
     "a family that we lack": ("gpt2 tied", {"model_type": "bloom"}, "model_type=bloom must be one of gpt2, llama"),
     "an activation": ("gpt2 tied", {"activation_function": "relu"}, "activation_function=relu must be gelu_new or"),

@@ -82,6 +82,16 @@ def test_it_goes_on_as_their_model_does_under_every_engine(folder, kind):
         np.testing.assert_allclose(outcome(config.run_dir).losses, truth, rtol=1e-5)
 
 
+def test_three_ranks_have_unequal_parts_of_it(folder):
+    engines = {name: ENGINES[name] for name in ("fsdp2", "zero1", "zero3")}
+    sizes = {"vocab__parallel": 3, "train__micro_batch": 4}
+    kind = "qwen3 untied"
+    configs = [config_of(folder, kind, f"three-{name}", engine=engine, **sizes) for name, engine in engines.items()]
+    run_ranks(3, train_ranks, configs, timeout=180)
+    for config in configs:
+        np.testing.assert_allclose(outcome(config.run_dir).losses, losses_of_transformers(folder, kind), rtol=1e-5)
+
+
 def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(folder):
     """Once there is a checkpoint, nobody asks for the source."""
     kind = "gpt2 tied"

@@ -165,7 +165,7 @@ def test_another_name_for_the_end(tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"normalizer": {"type": "NFC"}}, "normalises text before it splits it (NFC)"),
+        ({"normalizer": {"type": "NFKC"}}, "normalises text before it splits it (NFKC)"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "is not a byte-level BPE"),
         ({"pre_tokenizer": None}, "is not a tokenizer of bytes"),
         ({"vocab": {"▁the": 400}}, "its tokens are not of bytes: '▁' is none"),
