@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain import config as configuration
+from pretrain.checkpoint import CheckpointRows, checkpoints
 from pretrain.data import IGNORED
 from pretrain.interop import check_initial
 from pretrain.interop.folder import HFModel
-from pretrain.interop.hf import import_model
+from pretrain.interop.hf import export_model, import_model
 from pretrain.vocab import VocabConfig
 from tests.data_prep.commands import small_spec
 from tests.pretrain.dense import windows_of
@@ -63,7 +64,7 @@ def losses_of_transformers(folder: Path, kind: str) -> list[float]:
     for step in range(STEPS):
         tokens, targets = windows_of(config, step)
         loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         for group in adamw.param_groups:
@@ -88,8 +89,16 @@ def test_three_ranks_have_unequal_parts_of_it(folder):
     kind = "qwen3 untied"
     configs = [config_of(folder, kind, f"three-{name}", engine=engine, **sizes) for name, engine in engines.items()]
     run_ranks(3, train_ranks, configs, timeout=180)
+    truth = losses_of_transformers(folder, kind)
     for config in configs:
-        np.testing.assert_allclose(outcome(config.run_dir).losses, losses_of_transformers(folder, kind), rtol=1e-5)
+        run = outcome(config.run_dir)
+        np.testing.assert_allclose(run.losses, truth, rtol=1e-5)
+        checkpoint = CheckpointRows(checkpoints(config.run_dir)[-1])  # of three files
+        for name, tensor in run.tensors.items():
+            assert torch.equal(checkpoint.rows(name, 0, len(tensor)), tensor), name
+            assert torch.equal(checkpoint.rows(name, 1, len(tensor) - 1), tensor[1:-1]), name
+        list(export_model([f"run={config.run_dir}", f"out={config.run_dir}-out"]))
+        assert models.load(Path(f"{config.run_dir}-out")).config.vocab_size == VOCAB
 
 
 def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(folder):
