@@ -37,7 +37,7 @@ def main() -> None:
         with durable(out) as file:
             file.write(page(report(tied, untied)).encode())
         for name, *values in facts(tied, untied):
-            print(f"{name:<28}{values[0]:>16}{values[1]:>16}{values[2]:>20}")
+            print(f"{name:<28} {values[0]:>15} {values[1]:>15} {values[2]:>22}")
         print(f"page: {out}")
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(fail(str(error)))

@@ -39,7 +39,7 @@ def facts(tied: Run, untied: Run) -> list[list[str]]:
     add("matrices", lambda run: run.matrices, "{}")
     add("steps", lambda run: run.lines[-1]["step"], "{:,}")
     add("tokens", lambda run: run.last("tokens"), "{:,}")
-    add("loss, last", lambda run: run.last("loss"), "{:.4f}", relative=True)
+    add("loss, last tenth of the log", lambda run: run.recent("loss"), "{:.4f}", relative=True)
     add("validation loss, last", lambda run: run.last("val_loss"), "{:.4f}", relative=True)
     add("bits per byte, last", lambda run: run.last("val_bits_per_byte"), "{:.4f}", relative=True)
     add("bits per byte, lowest", lambda run: _lowest(run.points("val_bits_per_byte")), "{:.4f}", relative=True)
@@ -61,6 +61,7 @@ def report(tied: Run, untied: Run) -> dict[str, Any]:
         "notes": [
             "One pair of runs: what it shows holds for this model, these data and this length. Another seed moves the"
             " curves, too; run several before you call a small difference one.",
+            "Tokens a second are the machine's as it was: compare them only if nothing else ran on it.",
         ],
         "sections": [section for section in sections if section["charts"] or section["rows"]],
     }
@@ -185,7 +186,7 @@ def _health(tied: Run, untied: Run) -> Iterator[dict[str, Any]]:
             " themselves: glitch candidates."
         ],
         "charts": [
-            *_chart("Mean norm of a row", "", of_matrices("norm")),
+            *_chart("Mean norm of a row", "all rows", of_matrices("norm")),
             *_chart("Norm by frequency", "mean norm of a row, at the last look", of_bins, USES, bins=NAMES),
             *_chart("Norm and log count", "their correlation, of rows seen", of_matrices("norm_by_count")),
             *_chart("Effective rank", "e to the entropy of the spectrum", of_matrices("effective_rank")),

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from data_prep.errors import DataError
@@ -75,6 +76,11 @@ class Run:
         points = self.points(key)
         return points[-1][1] if points else None
 
+    def recent(self, key: str) -> float | None:
+        """Mean over the last tenth of what was logged: one batch says little."""
+        values = [value for _, value in self.points(key)]
+        return mean(values[-max(1, len(values) // 10) :]) if values else None
+
     @cached_property
     def looked(self) -> dict[str, Any]:
         """The last line with health measures; empty for none."""
@@ -88,9 +94,14 @@ class Run:
             return None
 
     def text(self, row: int) -> str:
+        """The row's number, and its token where the run has a tokenizer."""
         if self.tokenizer is None:
             return f"{row}"
         try:
-            return f"{row} {self.tokenizer.decode_bytes([row]).decode('utf-8', 'replace')!r}"
-        except DataError:
+            token = self.tokenizer.decode_bytes([row])
+        except DataError:  # a row beyond the tokenizer's
             return f"{row}"
+        try:
+            return f"{row} {token.decode()!r}"
+        except UnicodeDecodeError:  # a part of a character
+            return f"{row} {token!r}"

@@ -53,7 +53,7 @@ def test_the_facts_are_those_of_the_runs(runs):
     assert facts["parameters"] == [f"{one:,}", f"{other:,}", f"+{matrix:,} (+{matrix / one:.1%})"]
     assert facts["of them in matrices"][:2] == [f"{matrix:,}", f"{2 * matrix:,}"]
     assert facts["steps"] == [str(STEPS), str(STEPS), "+0"]
-    for kind, told in zip(("tied", "untied"), facts["loss, last"], strict=False):
+    for kind, told in zip(("tied", "untied"), facts["loss, last tenth of the log"], strict=False):
         last = json.loads((runs[kind] / "metrics.jsonl").read_text().splitlines()[-1])
         assert told == f"{last['loss']:.4f}"
 
