@@ -41,6 +41,7 @@ PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
 LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
 LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
+LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
 
 Item = Document | LongDocument | Poison
@@ -320,7 +321,7 @@ def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
     for name, size in files:
         count, total = count + 1, total + size
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return {"files": count, "bytes": total, "listing_sha256": digest.hexdigest()}
+    return dict(zip(LISTED, (count, total, digest.hexdigest()), strict=True))
 
 
 def row_of(name: str, line: bytes, text_key: str) -> Item | None:
