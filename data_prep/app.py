@@ -18,14 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, find_duplicates, split_of
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
-from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, Unit
-from data_prep.durable import durable
+from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.encode import (
     DropCopies,
     EncodeJob,
     EncodeUnit,
     Part,
-    UnitRecord,
     digest_of_places,
     digests_path,
     finished_unit,
@@ -38,14 +36,15 @@ from data_prep.pool import Pool
 from data_prep.progress import Progress
 from data_prep.source import Document
 from data_prep.stats import write_statistics
-from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
+from data_prep.tally import Tally, save_quarantine, shown
+from data_prep.token_file import TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
+from data_prep.unit import Unit
 from data_prep.verify import verify
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_FAULTS = 1
 PREPARE = "prepare"
-NAMES_SHOWN = 3
 
 
 @dataclass
@@ -111,55 +110,6 @@ class TokenizeConfig:
             "max_document_mib": self.max_document_mib,
         }
         return json.loads(json.dumps({"corpus": self.corpus.describe(), "config": config}))
-
-
-@dataclass
-class Tally:
-    """The units as they are done."""
-
-    most_quarantined: int
-    records: dict[int, UnitRecord] = field(default_factory=dict)
-    quarantined: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, record: UnitRecord) -> None:
-        """DataError where too many documents have been put aside."""
-        self.records[record.index] = record
-        self.quarantined += record.quarantined
-        if len(self.quarantined) > self.most_quarantined:
-            raise DataError(
-                f"{len(self.quarantined):,} documents are quarantined, more than"
-                f" max_quarantined={self.most_quarantined}: {shown(self.quarantined)}"
-            )
-
-    @property
-    def in_order(self) -> list[UnitRecord]:
-        return [self.records[index] for index in sorted(self.records)]
-
-    def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
-        records = self.in_order
-        entries = [entry for record in records for entry in record.files]
-        counts = {
-            key: sum(getattr(record, key) for record in records) for key in ("too_short", "too_long", "duplicates")
-        }
-        corpus = {
-            **settings["corpus"],
-            "digest": digest_of("".join(record.digest for record in records).encode()).hex(),
-            "quarantined": len(self.quarantined),
-            **counts,
-        }
-        files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
-        return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
-
-    def rate(self, seconds: float) -> str:
-        """For the end of a report; nothing where all units were there already."""
-        megabytes = sum(record.text_bytes for record in self.records.values() if not record.kept) / 1e6
-        return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
-
-
-def shown(quarantined: list[tuple[str, str]]) -> str:
-    """The first few, for a line."""
-    names = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:NAMES_SHOWN])
-    return names + ("; ..." if len(quarantined) > NAMES_SHOWN else "")
 
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
@@ -298,20 +248,6 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
     )
     for record in pool.run(tasks, lambda: None):
         tally.records[record.index] = record
-
-
-def save_quarantine(path: Path, tally: Tally) -> None:
-    """One object a line, in corpus order; no file where there is nothing to say."""
-    if not tally.quarantined:
-        path.unlink(missing_ok=True)  # of a run that was killed, before the corpus was mended
-        return
-    with durable(path) as file:
-        for record in tally.in_order:
-            for name, reason in record.quarantined:
-                file.write(
-                    json.dumps({"id": name, "reason": reason}, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                    + b"\n"
-                )
 
 
 def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:

@@ -13,9 +13,9 @@ import sysconfig
 import tokenize  # the standard library's
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from data_prep.errors import DataError, headline
 from data_prep.long import LONG_BYTES, LongDocument, row_pieces, text_pieces
+from data_prep.parquet import row_groups, rows_of
 from data_prep.source import (
     Document,
     FileInfo,
@@ -32,41 +33,15 @@ from data_prep.source import (
     expand,
     lines_of,
     local_file,
-    row_groups,
-    rows_of,
 )
+from data_prep.unit import Item, Unit, grouped
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
-LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
 LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
 LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
-
-Item = Document | LongDocument | Poison
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit of work, and what it is: `pieces` of files, or the documents themselves. `size`: bytes, about."""
-
-    index: int
-    size: int
-    pieces: tuple[Piece, ...] = ()
-    documents: tuple[Item, ...] = field(default=(), repr=False)
-
-    @property
-    def key(self) -> str:
-        """Changes when what the unit is made of does."""
-        digest = blake2b(digest_size=16)
-        for piece in self.pieces:
-            digest.update(
-                f"{piece.path}\0{piece.stamp}\0{piece.start}\0{piece.stop}\n".encode("utf-8", "surrogateescape")
-            )
-        for item in self.documents:
-            digest.update(repr(item[:2]).encode())  # texts, for no document of the hub is a LongDocument
-        return digest.hexdigest()
 
 
 @dataclass
@@ -262,47 +237,6 @@ class HubCorpus(CorpusConfig):
         except Exception as error:  # datasets raises what each of its readers raises
             place = f"{where}, after row {number}" if number else where
             raise DataError(f"{place}: {type(error).__name__}: {headline(error)}") from error
-
-
-def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
-    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again.
-
-    Towards the end of the corpus units grow smaller, so that all cores end at about the same time.
-    """
-    waiting = list(pieces)
-    left = sum(piece.size for piece in waiting)
-    units: list[Unit] = []
-    unit: list[Piece] = []
-    room = 0
-
-    def open_unit() -> None:
-        nonlocal room
-        room = max(1, min(unit_bytes, max(left // LAST_UNITS, unit_bytes // LAST_UNITS)))
-
-    def add(piece: Piece) -> None:
-        nonlocal left, room
-        if unit and unit[-1].joins(piece):
-            unit[-1] = unit[-1].join(piece)
-        else:
-            unit.append(piece)
-        left, room = left - piece.size, room - piece.size
-        if room <= 0:
-            close()
-
-    def close() -> None:
-        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
-        unit.clear()
-        open_unit()
-
-    open_unit()
-    for piece in waiting:
-        while piece.splittable and piece.size > room:
-            head, piece = piece.cut(room)
-            add(head)
-        add(piece)
-    if unit:
-        close()
-    return units
 
 
 def stdlib_root() -> Path:

@@ -16,13 +16,14 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.clean import CleanConfig, digest_of, sorted_digests, split_of
-from data_prep.corpus import CorpusConfig, Item, Unit
+from data_prep.corpus import CorpusConfig
 from data_prep.durable import durable
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError, headline
 from data_prep.long import LongDocument, cut, digest_and_size
 from data_prep.source import Document, Poison
 from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
+from data_prep.unit import Item, Unit
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
 BATCH_BYTES = 1 << 20

@@ -21,7 +21,7 @@ from data_prep.tokenizer import Tokenizer, may_have_long_run
 from data_prep.tokenizer_spec import RANKS_FILE
 
 SAMPLE_BYTES = 1 << 21  # of text that both must encode alike
-CACHE_BYTES = 1 << 28  # gigatoken forgets no word, at some 100 bytes each: it is made anew when the process has grown so
+CACHE_BYTES = 1 << 28  # gigatoken forgets no word, 100 bytes each: made anew when the process has grown by so much
 
 # Split patterns, ours and tiktoken's, by gigatoken's names.
 SCHEMES = {

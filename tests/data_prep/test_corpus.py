@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, Item, StdlibCorpus, decode_source
+from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, decode_source
 from data_prep.source import Document, Poison, expand
+from data_prep.unit import Item
 from tests.data_prep.commands import write_jsonl
 
 

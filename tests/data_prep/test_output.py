@@ -25,9 +25,9 @@ def test_an_unfinished_folder_goes_on_with_a_mended_file_but_not_with_another_co
         (out / "train-00000.bin").touch()  # else it would be left as it was found
     path.write_text('{"text": "a"}')
     assert output(out, FilesCorpus([str(path)])).finished() is None
-    with pytest.raises(DataError, match='corpus.text_key is "text" there, "body" now'):
+    with pytest.raises(DataError, match=r'corpus\.text_key is "text" there, "body" now'):
         output(out, FilesCorpus([str(path)], text_key="body")).finished()
-    with pytest.raises(DataError, match="corpus.bytes is 12 there, 13 now"):
+    with pytest.raises(DataError, match=r"corpus\.bytes is 12 there, 13 now"):
         output(out, FilesCorpus([str(path)]), from_corpus=True).finished()
 
 
