@@ -187,7 +187,7 @@ def training_texts(config: TokenizeConfig) -> Iterator[str]:
                 yield document.text
             continue
         with suppress(ValueError):  # it will be put aside
-            if split_of(digest_and_size(document, config.largest)[0], config.val_fraction) == "train":
+            if split_of(digest_and_size(document.pieces(), config.largest)[0], config.val_fraction) == "train":
                 yield from document.pieces()
 
 

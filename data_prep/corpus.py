@@ -12,7 +12,7 @@ import platform
 import sysconfig
 import tokenize  # the standard library's
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -44,6 +44,13 @@ LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus o
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
 
 
+Beat = Callable[[], None]  # called now and then within what takes long to read
+
+
+def no_beat() -> None:
+    """Nobody waits."""
+
+
 @dataclass
 class CorpusConfig(ABC):
     """The group `corpus`: one subclass an option."""
@@ -55,20 +62,20 @@ class CorpusConfig(ABC):
         """The whole corpus, in order. DataError where it cannot be read."""
 
     @abstractmethod
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
 
         `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
         DataError where the file cannot be read.
         """
 
-    def items(self, unit: Unit, largest: int) -> Iterator[Item]:
+    def items(self, unit: Unit, largest: int, beat: Beat = no_beat) -> Iterator[Item]:
         """The documents of one unit."""
         for item in unit.documents:
             large = isinstance(item, Document) and len(item.data) > largest
             yield too_large(item.id, largest) if large else item
         for piece in unit.pieces:
-            yield from self.read(piece, largest)
+            yield from self.read(piece, largest, beat)
 
     def documents(self) -> Iterator[Document | LongDocument]:
         """Every document that can be used."""
@@ -104,7 +111,7 @@ class StdlibCorpus(CorpusConfig):
     def units(self, unit_bytes: int) -> list[Unit]:
         return grouped((local_file(path).whole() for path in self._paths()), unit_bytes)
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         name = Path(piece.path).relative_to(stdlib_root()).as_posix()
         data = bytes_of(piece.path, largest)
         if data is None:
@@ -154,19 +161,19 @@ class FilesCorpus(CorpusConfig):
             return row_groups(file, self.text_key)
         return [file.lines() if file.kind in JSON_LINES else file.whole()]
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         kind = FileInfo(piece.path, 0, "").kind
         if kind == PARQUET:
             return self._rows(piece, largest)
-        return self._lines(piece, largest) if kind in JSON_LINES else self._text(piece, largest)
+        return self._lines(piece, largest, beat) if kind in JSON_LINES else self._text(piece, largest)
 
-    def _lines(self, piece: Piece, largest: int) -> Iterator[Item]:
-        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES)):
+    def _lines(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES), largest, beat):
             name = f"{piece.path}:{offset}"
             if size > largest:
                 yield too_large(name, largest)
-            elif line is None:
-                yield LongDocument(name, partial(row_pieces, piece.path, offset, size, self.text_key))
+            elif not isinstance(line, bytes):
+                yield LongDocument(name, partial(row_pieces, line, self.text_key))
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 
@@ -214,7 +221,7 @@ class HubCorpus(CorpusConfig):
         if documents:
             yield Unit(index, size, documents=tuple(documents))
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         raise AssertionError("a unit of the hub has its documents with it")
 
     def _items(self) -> Iterator[Item]:

@@ -7,11 +7,12 @@ What a unit holds follows from the corpus and the settings alone, so the files a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from data_prep.unit import Item, Unit
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
 BATCH_BYTES = 1 << 20
+READING = -1  # the place of a worker that waits for its next document, or writes: no document takes that time
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,17 @@ class EncodeUnit:
     def _run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         with ExitStack() as files:
             writing = UnitFiles(self.unit, job, encoder, files)
-            for first, batch in batches(job.corpus.items(self.unit, job.largest), 1 if self.careful else BATCH_BYTES):
+            items = watched(job.corpus.items(self.unit, job.largest, partial(watch.at, READING)), watch)
+            for first, batch in batches(items, 1 if self.careful else BATCH_BYTES):
                 watch.at(first)
-                items = [
+                known = [
                     Poison(item.id, self.poison[number]) if number in self.poison else item
                     for number, item in enumerate(batch, start=first)
                 ]
-                if isinstance(items[0], LongDocument):
-                    writing.add_long(items[0], first, watch)
+                if isinstance(known[0], LongDocument):
+                    writing.add_long(known[0], first, watch)
                 else:
-                    writing.add(items)
+                    writing.add(known)
                 watch.done(writing.text_bytes, writing.tokens)
         return writing.record()
 
@@ -134,6 +139,14 @@ class LongPoison(Exception):
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(number, reason)
         self.number, self.reason = number, reason
+
+
+def watched(things: Iterable[Thing], watch: Watch) -> Iterator[Thing]:
+    """The same, the time until each of them comes counted as reading."""
+    watch.at(READING)
+    for thing in things:
+        yield thing
+        watch.at(READING)
 
 
 def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
@@ -187,7 +200,7 @@ class UnitFiles:
     def add_long(self, document: LongDocument, number: int, watch: Watch) -> None:
         """LongPoison where the tokenizer fails on it."""
         try:
-            digest, size = digest_and_size(document, self._job.largest)
+            digest, size = digest_and_size(watched(document.pieces(), watch), self._job.largest)
         except DataError:
             raise
         except ValueError as error:
@@ -202,7 +215,7 @@ class UnitFiles:
                 return
             self._kept[digest] = split, self._documents(split)
         writer = self._writer(split)
-        for text in cut(document.pieces()):
+        for text in cut(watched(document.pieces(), watch)):
             watch.at(number)
             (ids,) = self._encoder.encode_all([Document(document.id, text, text.encode())])
             if isinstance(ids, Poison):
@@ -294,14 +307,16 @@ class DropCopies:
         files = []
         for entry in record.files:
             chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
-            files += [entry] if len(chosen) == 0 else self._rewrite(job.folder, entry, chosen, encoder)
+            files += self._rewrite(job.folder, entry, chosen, encoder, watch) if len(chosen) else [entry]
         duplicates, dropped = record.duplicates + len(self.places), digest_of_places(self.places)
         record = replace(record, files=tuple(files), duplicates=duplicates, dropped=dropped)
         save_record(dropped_path(job.folder, record.index), record, encoder.vocab_size)
         return record
 
     @staticmethod
-    def _rewrite(folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder) -> list[TokenFileEntry]:
+    def _rewrite(
+        folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder, watch: Watch
+    ) -> list[TokenFileEntry]:
         path = folder / entry.name
         file = TokenFile(path)
         if len(chosen) == entry.documents:
@@ -310,7 +325,7 @@ class DropCopies:
             return []
         left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
         with TokenFileWriter(path, encoder.vocab_size) as writer:
-            for number, length in enumerate(file.lengths.tolist()):
+            for number, length in enumerate(watched(file.lengths.tolist(), watch)):
                 ids, start = file.tokens[start : start + length], start + length
                 if number in left:
                     text_bytes -= len(encoder.decode_bytes(ids[:-1]))

@@ -7,11 +7,12 @@ from the file alone, and one process reads it without the others. Nothing is hel
 import glob
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.request import Request, urlopen
 
@@ -190,36 +191,48 @@ def reading(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {headline(error)}") from error
 
 
-def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Each line that begins in the piece: its offset in the text, its size, its bytes; None if more than `limit`."""
+def lines_of(
+    piece: Piece, limit: int, largest: int, beat: Callable[[], None]
+) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
+    """Each line that begins in the piece: its offset in the text, its size, its bytes.
+
+    A line of more than `limit` bytes is a temporary file, for a compressed one could only be found again from the
+    start; one of more than `largest` is not whole in it. `beat` is called now and then within a long line.
+    """
     with reading(piece.path), opened(piece.path) as stream:
         offset = piece.start
         if piece.start:
             assert piece.stop is None or piece.stop > piece.start
             stream.seek(piece.start - 1)
-            offset += skip_line(stream, None if piece.stop is None else piece.stop - piece.start + 1) - 1
+            most = None if piece.stop is None else piece.stop - piece.start + 1
+            offset += sum(map(len, rest_of_line(stream, most, beat))) - 1
         while piece.stop is None or offset < piece.stop:
             line = stream.readline(limit + 1)
             if not line:
                 return
             size = len(line)
-            if size > limit and not line.endswith(b"\n"):
-                size += skip_line(stream, None)
-                yield offset, size, None
-            else:
+            if size <= limit or line.endswith(b"\n"):
                 yield offset, size, line
+            else:
+                file = TemporaryFile()  # noqa: SIM115 - gone with the last who reads it
+                file.write(line)
+                for block in rest_of_line(stream, None, beat):
+                    size += len(block)
+                    if size <= largest:
+                        file.write(block)
+                yield offset, size, cast(BinaryIO, file)
             offset += size
 
 
-def skip_line(stream: io.BufferedReader, most: int | None) -> int:
-    """Read to the end of the line, or `most` bytes; how many it was."""
-    skipped = 0
-    while most is None or skipped < most:
-        block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - skipped))
-        skipped += len(block)
+def rest_of_line(stream: io.BufferedReader, most: int | None, beat: Callable[[], None]) -> Iterator[bytes]:
+    """What comes up to the end of the line, or `most` bytes of it."""
+    while most != 0:
+        beat()
+        block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most))
+        yield block
+        most = None if most is None else most - len(block)
         if not block or block.endswith(b"\n"):
-            break
-    return skipped
+            return
 
 
 def bytes_of(path: str, limit: int) -> bytes | None:
@@ -229,16 +242,8 @@ def bytes_of(path: str, limit: int) -> bytes | None:
     return data if len(data) <= limit else None
 
 
-def blocks_of(path: str, start: int, size: int | None) -> Iterator[bytes]:
-    """A range of the file's bytes, decompressed; `size`: None to the end."""
+def blocks_of(path: str) -> Iterator[bytes]:
+    """The file's bytes, decompressed."""
     with reading(path), opened(path) as stream:
-        if COMPRESSIONS.get(PurePosixPath(path).suffix) is None and takes_ranges(path):
-            stream.seek(start)
-        else:
-            skipped = 0
-            while skipped < start and (block := stream.read(min(BLOCK_BYTES, start - skipped))):
-                skipped += len(block)
-        left = size
-        while left != 0 and (block := stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))):
-            left = None if left is None else left - len(block)
+        while block := stream.read(BLOCK_BYTES):
             yield block

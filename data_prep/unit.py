@@ -21,6 +21,11 @@ class Unit:
     pieces: tuple[Piece, ...] = ()
     documents: tuple[Item, ...] = field(default=(), repr=False)
 
+    def __str__(self) -> str:
+        """For a line that says where something went wrong."""
+        names = [piece.path for piece in self.pieces] or [item.id for item in self.documents]
+        return f"unit {self.index} ({' to '.join(dict.fromkeys([names[0], names[-1]]))})"
+
     @property
     def key(self) -> str:
         """Changes when what the unit is made of does."""

@@ -4,21 +4,23 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep import pool
 from data_prep.clean import CleanConfig
-from data_prep.corpus import FilesCorpus
+from data_prep.corpus import Beat, FilesCorpus
 from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_unit
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
 from data_prep.pool import Pool
-from data_prep.source import Document, Poison
+from data_prep.source import Document, Piece, Poison
 from data_prep.token_file import TokenFile
+from data_prep.unit import Item
 from tests.data_prep.commands import small_spec, write_jsonl
 from tests.data_prep.kills import killed_again_and_again
 
@@ -55,12 +57,24 @@ class TouchyUnit(EncodeUnit):
         return super().run(job, TouchyEncoder.load(job.folder, None), watch)
 
 
-def encoded(folder: Path, texts: list[str], patience: float = 30) -> list[UnitRecord]:
+@dataclass
+class SlowCorpus(FilesCorpus):
+    """Nothing comes from its disk for a while, between two documents."""
+
+    seconds: float = 0.0
+
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+        for number, item in enumerate(super().read(piece, largest, beat)):
+            time.sleep(self.seconds if number == 1 else 0)
+            yield item
+
+
+def encoded(folder: Path, texts: list[str], patience: float = 30, seconds: float = 0) -> list[UnitRecord]:
     """The records of a few units."""
     path = write_jsonl(folder / "a.jsonl", texts)
     small_spec().save(folder / "out" / "tokenizer")
     (folder / "out" / "unfinished").mkdir()
-    corpus = FilesCorpus([str(path)])
+    corpus = SlowCorpus([str(path)], seconds=seconds)
     job = EncodeJob(folder / "out", corpus, CleanConfig(), 0.0, 1 << 20, None)
     units = corpus.units(path.stat().st_size // 2 + 1)
     with Pool(1, job, patience) as pool:
@@ -88,6 +102,16 @@ def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what:
 def test_several_in_one_unit(tmp_path: Path) -> None:
     records = encoded(tmp_path, ["crash", *TEXTS, "panic", "crash"])
     assert len(records[0].quarantined) == 1 and sum(len(record.quarantined) for record in records) == 3
+
+
+def test_a_slow_disk_is_no_documents_fault_and_a_lost_one_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow").mkdir()
+    assert not any(record.quarantined for record in encoded(tmp_path / "slow", TEXTS, patience=1, seconds=3))
+    monkeypatch.setattr(pool, "READING_SECONDS", 1.0)
+    with pytest.raises(DataError, match=r"unit 0 \(.*a\.jsonl\): nothing came for 1 s; finished units are kept"):
+        encoded(tmp_path, TEXTS, seconds=60)
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
