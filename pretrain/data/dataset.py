@@ -176,9 +176,7 @@ def _open_folder(path: Path) -> Corpus:
     manifest = check(path)
     train, val = (tuple(TokenFile(path / entry.name) for entry in manifest.split(split)) for split in ("train", "val"))
     spec = TokenizerSpec.load(path / TOKENIZER_FOLDER)
-    bytes_of_ids = np.zeros(manifest.vocab_size, np.int64)
-    for text, id in spec.ranks.items():
-        bytes_of_ids[id] = len(text)
+    bytes_of_ids = spec.bytes_of_ids()
     name = hashlib.sha256("".join(entry.sha256[".bin"] for entry in manifest.split("train")).encode()).hexdigest()
     return Corpus(name[:16], train, val, manifest.vocab_size, bytes_of_ids, path / TOKENIZER_FOLDER, spec.fingerprint)
 
