@@ -13,10 +13,11 @@ import sysconfig
 import tokenize  # the standard library's
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from data_prep.source import (
     Poison,
     bytes_of,
     expand,
+    kind_of,
     lines_of,
     local_file,
 )
@@ -39,6 +41,8 @@ from data_prep.unit import Item, Unit, grouped
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
+LOOKS_AT_ONCE = 16  # files whose rows are counted: footers of parquet, mostly waited for
+HELD_BYTES = 256  # that a row of the hub counts for beside its text: poison has none, and is held too
 LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
 LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
@@ -101,6 +105,10 @@ class CorpusConfig(ABC):
         """What the documents depend on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: a worker has no use for a list of a million files."""
+        return asdict(self)
+
 
 @dataclass
 class StdlibCorpus(CorpusConfig):
@@ -154,15 +162,25 @@ class FilesCorpus(CorpusConfig):
     text_key: str = "text"
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        return grouped((piece for file in expand(self.paths) for piece in self._pieces(file)), unit_bytes)
+        return grouped(self._pieces, unit_bytes)
 
-    def _pieces(self, file: FileInfo) -> list[Piece]:
-        if file.kind == PARQUET:
+    @cached_property
+    def _files(self) -> list[FileInfo]:
+        """Listed once: a run is of the files as they are at its start, and far away each look takes its time."""
+        return expand(self.paths)
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+            return list(chain.from_iterable(pool.map(self._pieces_of, self._files)))
+
+    def _pieces_of(self, file: FileInfo) -> list[Piece]:
+        if kind_of(file.path) == PARQUET:
             return row_groups(file, self.text_key)
-        return [file.lines() if file.kind in JSON_LINES else file.whole()]
+        return [file.lines() if kind_of(file.path) in JSON_LINES else file.whole()]
 
     def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
-        kind = FileInfo(piece.path, 0, "").kind
+        kind = kind_of(piece.path)
         if kind == PARQUET:
             return self._rows(piece, largest)
         return self._lines(piece, largest, beat) if kind in JSON_LINES else self._text(piece, largest)
@@ -178,7 +196,7 @@ class FilesCorpus(CorpusConfig):
                 yield item
 
     def _rows(self, piece: Piece, largest: int) -> Iterator[Item]:
-        for number, data in rows_of(piece, self.text_key, ROWS_AT_ONCE):
+        for number, data in rows_of(piece, self.text_key):
             name = f"{piece.path}:{number}"
             if data is None:
                 yield Poison(name, f"{self.text_key!r} must be text, not null")
@@ -195,7 +213,7 @@ class FilesCorpus(CorpusConfig):
             yield decoded(piece.path, data)
 
     def describe(self) -> dict[str, Any]:
-        files = listing((file.path, file.size) for file in expand(self.paths))
+        files = listing((file.path, file.size) for file in self._files)
         return {"kind": self.kind, "paths": list(self.paths), "text_key": self.text_key, **files}
 
 
@@ -214,7 +232,7 @@ class HubCorpus(CorpusConfig):
         index, size, documents = 0, 0, list[Item]()
         for item in self._items():
             documents.append(item)
-            size += len(item.data) if isinstance(item, Document) else 0
+            size += HELD_BYTES + (len(item.data) if isinstance(item, Document) else 0)
             if size >= unit_bytes:
                 yield Unit(index, size, documents=tuple(documents))
                 index, size, documents = index + 1, 0, []

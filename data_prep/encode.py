@@ -16,14 +16,14 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from data_prep.clean import CleanConfig, digest_of, sorted_digests, split_of
+from data_prep.clean import NOWHERE, CleanConfig, digest_of, place_of, sorted_digests, split_of
 from data_prep.corpus import CorpusConfig
 from data_prep.durable import durable
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError, headline
 from data_prep.long import LongDocument, cut, digest_and_size
 from data_prep.source import Document, Poison
-from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
+from data_prep.token_file import SPLITS, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
 from data_prep.unit import Item, Unit
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
@@ -171,7 +171,7 @@ class UnitFiles:
         self._unit, self._job, self._encoder, self._files = unit, job, encoder, files
         self._writers: dict[str, TokenFileWriter] = {}
         self._bytes = dict.fromkeys(SPLITS, 0)
-        self._kept: dict[bytes, tuple[str, int]] = {}  # with deduplication: where each digest is
+        self._kept: dict[bytes, int] = {}  # with deduplication: where each digest is
         self._digests = bytearray()
         self._quarantined: list[tuple[str, str]] = []
         self._too_short = self._too_long = self._duplicates = 0
@@ -185,17 +185,31 @@ class UnitFiles:
         return sum(writer.tokens for writer in self._writers.values())
 
     def add(self, batch: list[Item]) -> None:
-        chosen: dict[str, list[tuple[bytes, Document]]] = {split: [] for split in SPLITS}
-        for item in batch:
-            if isinstance(item, Poison):
-                self._quarantined.append((item.id, item.reason))
-                continue
-            assert isinstance(item, Document)
-            if self._keeps(len(item.data)):
-                digest = digest_of(item.data)
-                chosen[split_of(digest, self._job.val_fraction)].append((digest, item))
-        for split, documents in chosen.items():
-            self._write(split, documents)
+        """All that is recorded is in the order of the documents: wherever a batch ends, it comes out the same."""
+        chosen = {
+            number: item
+            for number, item in enumerate(batch)
+            if isinstance(item, Document) and self._fits(len(item.data))
+        }
+        digests = {number: digest_of(document.data) for number, document in chosen.items()}
+        if self._job.clean.deduplicate:
+            digests = {number: digest for number, digest in digests.items() if self._is_new(digest)}
+        encoded = self._encoder.encode_all([chosen[number] for number in digests])
+        ids_of = dict(zip(digests, encoded, strict=True))
+        pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        for number, item in enumerate(batch):
+            ids = item if isinstance(item, Poison) else ids_of.get(number)
+            if isinstance(ids, Poison):
+                self._quarantined.append((ids.id, ids.reason))
+            elif ids is not None:
+                split = split_of(digests[number], self._job.val_fraction)
+                self._place(digests[number], split, len(pieces[split]) // 2)
+                pieces[split] += [ids, self._encoder.end]
+                self._bytes[split] += len(chosen[number].data)
+        for split, parts in pieces.items():
+            if parts:
+                ends = np.cumsum([len(part) for part in parts])[1::2]
+                self._writer(split).write(np.concatenate(parts), ends.tolist())
 
     def add_long(self, document: LongDocument, number: int, watch: Watch) -> None:
         """LongPoison where the tokenizer fails on it."""
@@ -206,14 +220,10 @@ class UnitFiles:
         except ValueError as error:
             self._quarantined.append((document.id, headline(error)))
             return
-        if not self._keeps(size):
+        if not self._fits(size) or (self._job.clean.deduplicate and not self._is_new(digest)):
             return
         split = split_of(digest, self._job.val_fraction)
-        if self._job.clean.deduplicate:
-            if digest in self._kept:
-                self._duplicates += 1
-                return
-            self._kept[digest] = split, self._documents(split)
+        self._place(digest, split, 0)
         writer = self._writer(split)
         for text in cut(watched(document.pieces(), watch)):
             watch.at(number)
@@ -224,9 +234,8 @@ class UnitFiles:
             self._bytes[split] += len(text.encode())
             watch.done(self.text_bytes, self.tokens)
         writer.write(self._encoder.end, [1])
-        self._digests += digest
 
-    def _keeps(self, size: int) -> bool:
+    def _fits(self, size: int) -> bool:
         clean = self._job.clean
         short = size < clean.min_bytes
         long = clean.max_bytes is not None and size > clean.max_bytes
@@ -234,30 +243,19 @@ class UnitFiles:
         self._too_long += long
         return not short and not long
 
-    def _write(self, split: str, documents: list[tuple[bytes, Document]]) -> None:
-        if self._job.clean.deduplicate:
-            documents = self._without_copies(documents)
-        encoded = self._encoder.encode_all([document for _, document in documents])
-        pieces, ends, end = [], [], 0
-        for (digest, document), ids in zip(documents, encoded, strict=True):
-            if isinstance(ids, Poison):
-                self._quarantined.append((ids.id, ids.reason))
-                continue
-            pieces += [ids, self._encoder.end]
-            end += len(ids) + 1
-            ends.append(end)
-            self._digests += digest
-            self._bytes[split] += len(document.data)
-            if self._job.clean.deduplicate:
-                self._kept[digest] = split, self._documents(split) + len(ends) - 1
-        if ends:
-            self._writer(split).write(np.concatenate(pieces), ends)
+    def _is_new(self, digest: bytes) -> bool:
+        """With deduplication. One on which the tokenizer then fails was there all the same: its copies are copies."""
+        if digest in self._kept:
+            self._duplicates += 1
+            return False
+        self._kept[digest] = NOWHERE
+        return True
 
-    def _without_copies(self, documents: list[tuple[bytes, Document]]) -> list[tuple[bytes, Document]]:
-        first = {digest: document for digest, document in reversed(documents) if digest not in self._kept}
-        kept = [(digest, document) for digest, document in documents if first.get(digest) is document]
-        self._duplicates += len(documents) - len(kept)
-        return kept
+    def _place(self, digest: bytes, split: str, ahead: int) -> None:
+        """The next document of the split but for those `ahead` of it, which are not written yet, is this one."""
+        self._digests += digest
+        if self._job.clean.deduplicate:
+            self._kept[digest] = place_of(split, self._documents(split) + ahead)
 
     def _documents(self, split: str) -> int:
         return self._writers[split].documents if split in self._writers else 0
@@ -285,57 +283,6 @@ class UnitFiles:
         )
         save_record(record_path(self._job.folder, record.index), record, self._encoder.vocab_size)
         return record
-
-
-@dataclass(frozen=True)
-class DropCopies:
-    """A task: a finished unit's files again, without the documents at `places` (as in `clean.KEPT`)."""
-
-    unit: Unit
-    record: UnitRecord
-    places: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return 0
-
-    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
-        """The new record comes last: files that fit no record are made again from the corpus."""
-        record = self.record
-        if record.dropped:  # others were dropped, before the corpus was mended
-            record = EncodeUnit(self.unit).run(job, encoder, watch)
-        files = []
-        for entry in record.files:
-            chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
-            files += self._rewrite(job.folder, entry, chosen, encoder, watch) if len(chosen) else [entry]
-        duplicates, dropped = record.duplicates + len(self.places), digest_of_places(self.places)
-        record = replace(record, files=tuple(files), duplicates=duplicates, dropped=dropped)
-        save_record(dropped_path(job.folder, record.index), record, encoder.vocab_size)
-        return record
-
-    @staticmethod
-    def _rewrite(
-        folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder, watch: Watch
-    ) -> list[TokenFileEntry]:
-        path = folder / entry.name
-        file = TokenFile(path)
-        if len(chosen) == entry.documents:
-            for suffix in entry.sha256:
-                with_suffix(path, suffix).unlink()
-            return []
-        left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
-        with TokenFileWriter(path, encoder.vocab_size) as writer:
-            for number, length in enumerate(watched(file.lengths.tolist(), watch)):
-                ids, start = file.tokens[start : start + length], start + length
-                if number in left:
-                    text_bytes -= len(encoder.decode_bytes(ids[:-1]))
-                else:
-                    writer.add(ids)
-        return [entry_of(entry.split, writer, text_bytes)]
-
-
-def digest_of_places(places: np.ndarray) -> str:
-    return digest_of(np.sort(places).astype("<u4").tobytes()).hex() if len(places) else ""
 
 
 def entry_of(split: str, writer: TokenFileWriter, text_bytes: int) -> TokenFileEntry:

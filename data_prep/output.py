@@ -69,8 +69,7 @@ class Output:
             if (self.folder / MANIFEST_FILE).exists():  # it came while this run made its tokenizer
                 shutil.rmtree(self._unfinished)
                 raise DataError(self._just_finished)
-            for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
-                path.unlink()
+            self._remove_half_written()
             try:
                 with durable(self._settings_path) as file:
                     file.write(json.dumps(self.settings, indent=2).encode())
@@ -110,9 +109,14 @@ class Output:
         for entry in manifest.files:
             for suffix in entry.sha256:
                 assert with_suffix(self.folder / entry.name, suffix).exists()
+        self._remove_half_written()  # of workers that a document has crashed
         sync_folder(self.folder)
         manifest.save(self.folder)
         shutil.rmtree(self._unfinished)
+
+    def _remove_half_written(self) -> None:
+        for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
+            path.unlink()
 
     def _forget_if_empty(self) -> None:
         if any(self.folder.glob("*.bin")) or (self.folder / MANIFEST_FILE).exists():

@@ -19,7 +19,8 @@ from dataclasses import replace
 from multiprocessing import connection, parent_process
 from typing import Any
 
-from data_prep.encode import READING, DropCopies, EncodeJob, EncodeUnit, UnitRecord
+from data_prep.drop import DropCopies
+from data_prep.encode import READING, EncodeJob, EncodeUnit, UnitRecord
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from data_prep.errors import DataError, headline
@@ -23,6 +24,7 @@ EXPANSION = 4  # of compressed text, about: for the size of the units and the ti
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
 HTTP_SECONDS = 60.0
+WEB = ("http://", "https://")
 
 
 class Document(NamedTuple):
@@ -71,22 +73,27 @@ class FileInfo(NamedTuple):
     stamp: str
     ranged: bool = True
 
-    @property
-    def compression(self) -> str | None:
-        return COMPRESSIONS.get(PurePosixPath(self.path).suffix)
-
-    @property
-    def kind(self) -> str:
-        """The suffix that says what is inside, compression left out."""
-        name = PurePosixPath(self.path)
-        return PurePosixPath(name.stem).suffix if self.compression else name.suffix
-
     def whole(self) -> Piece:
-        return Piece(self.path, self.stamp, self.size * EXPANSION if self.compression else self.size)
+        return Piece(self.path, self.stamp, self.size * EXPANSION if compression_of(self.path) else self.size)
 
     def lines(self) -> Piece:
         """The whole file, to be cut anywhere if it can be read from anywhere."""
-        return replace(self.whole(), splittable=self.ranged and not self.compression)
+        return replace(self.whole(), splittable=self.ranged and not compression_of(self.path))
+
+
+def name_of(path: str) -> PurePosixPath:
+    """The path, or that of a web address, which may go on: ?download=true"""
+    return PurePosixPath(urlsplit(path).path if path.startswith(WEB) else path)
+
+
+def compression_of(path: str) -> str | None:
+    return COMPRESSIONS.get(name_of(path).suffix)
+
+
+def kind_of(path: str) -> str:
+    """The suffix that says what is inside, compression left out."""
+    name = name_of(path)
+    return PurePosixPath(name.stem).suffix if compression_of(path) else name.suffix
 
 
 def expand(paths: list[str]) -> list[FileInfo]:
@@ -145,7 +152,7 @@ def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
 @cache
 def takes_ranges(path: str) -> bool:
     """Whether the file can be read from anywhere. A web server may send all or nothing."""
-    if not path.startswith(("http://", "https://")):
+    if not path.startswith(WEB):
         return True
     with urlopen(Request(path, method="HEAD"), timeout=HTTP_SECONDS) as answer:
         return str(answer.headers.get("Accept-Ranges")) == "bytes"
@@ -170,7 +177,7 @@ def open_raw(path: str) -> BinaryIO:
 def opened(path: str) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed where its name says so."""
     with open_raw(path) as raw:
-        compression = COMPRESSIONS.get(PurePosixPath(path).suffix)
+        compression = compression_of(path)
         if compression is None:
             yield io.BufferedReader(cast(io.RawIOBase, raw), BLOCK_BYTES)
         else:

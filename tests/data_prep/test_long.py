@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 
 from data_prep import corpus, long, source
+from data_prep.app import TokenizeConfig, training_texts
 from data_prep.clean import digest_of
 from data_prep.corpus import FilesCorpus
+from data_prep.errors import DataError
 from data_prep.long import LongDocument, cut, digest_and_size, row_pieces
 from data_prep.source import Document, Poison
 from data_prep.token_file import Manifest, TokenFile
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import BpeTokenizer, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from data_prep.verify import verify
 from tests.data_prep.commands import python, small_spec, texts, tokenize
@@ -125,6 +128,18 @@ def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch
     for _ in range(2):
         assert ["".join(document.pieces()) for document in found if isinstance(document, LongDocument)] == rows
     assert len(times) == 1
+
+
+def test_a_file_that_breaks_off_ends_the_training_of_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is no document that will be put aside: the tokenizer would be another one."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1 << 20).hex().encode())[:-1000])
+    monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
+    config = TokenizeConfig(FilesCorpus([str(tmp_path / "a.txt.gz")]), BpeTokenizer(), out="x")
+    with pytest.raises(DataError, match=r"a\.txt\.gz: cannot be read"):
+        list(training_texts(config))
 
 
 def write_long(path: Path, megabytes: int) -> Iterator[str]:
