@@ -1,11 +1,13 @@
 """The application behind `data_prep/tokenize.py`: settings, then tokenise or verify, then a report."""
 
+import io
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, find_duplicates, split_of
 from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
-from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, Unit
-from data_prep.durable import durable
+from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
+from data_prep.drop import DropCopies, digest_of_places
 from data_prep.encode import (
-    DropCopies,
     EncodeJob,
     EncodeUnit,
     Part,
-    UnitRecord,
-    digest_of_places,
     digests_path,
     finished_unit,
 )
@@ -38,14 +37,15 @@ from data_prep.pool import Pool
 from data_prep.progress import Progress
 from data_prep.source import Document
 from data_prep.stats import write_statistics
-from data_prep.token_file import FORMAT_VERSION, TOKENIZER_FOLDER, Manifest
+from data_prep.tally import Tally, save_quarantine, shown
+from data_prep.token_file import TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
+from data_prep.unit import Unit
 from data_prep.verify import verify
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_FAULTS = 1
 PREPARE = "prepare"
-NAMES_SHOWN = 3
 
 
 @dataclass
@@ -73,8 +73,8 @@ class TokenizeConfig:
         if not 0 <= self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} must be in [0, 1)")
         for key in ("unit_mib", "max_document_mib", "document_seconds"):
-            if not getattr(self, key) > 0:
-                raise DataError(f"{key}={getattr(self, key)} must be positive")
+            if not 0 < getattr(self, key) < math.inf:
+                raise DataError(f"{key}={getattr(self, key)} must be positive and finite")
         if self.largest > LARGEST_DOCUMENT:
             raise DataError(f"max_document_mib={self.max_document_mib} must be at most {LARGEST_DOCUMENT >> 20}")
         if self.max_quarantined < 0:
@@ -113,60 +113,11 @@ class TokenizeConfig:
         return json.loads(json.dumps({"corpus": self.corpus.describe(), "config": config}))
 
 
-@dataclass
-class Tally:
-    """The units as they are done."""
-
-    most_quarantined: int
-    records: dict[int, UnitRecord] = field(default_factory=dict)
-    quarantined: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, record: UnitRecord) -> None:
-        """DataError where too many documents have been put aside."""
-        self.records[record.index] = record
-        self.quarantined += record.quarantined
-        if len(self.quarantined) > self.most_quarantined:
-            raise DataError(
-                f"{len(self.quarantined):,} documents are quarantined, more than"
-                f" max_quarantined={self.most_quarantined}: {shown(self.quarantined)}"
-            )
-
-    @property
-    def in_order(self) -> list[UnitRecord]:
-        return [self.records[index] for index in sorted(self.records)]
-
-    def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
-        records = self.in_order
-        entries = [entry for record in records for entry in record.files]
-        counts = {
-            key: sum(getattr(record, key) for record in records) for key in ("too_short", "too_long", "duplicates")
-        }
-        corpus = {
-            **settings["corpus"],
-            "digest": digest_of("".join(record.digest for record in records).encode()).hex(),
-            "quarantined": len(self.quarantined),
-            **counts,
-        }
-        files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
-        return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
-
-    def rate(self, seconds: float) -> str:
-        """For the end of a report; nothing where all units were there already."""
-        megabytes = sum(record.text_bytes for record in self.records.values() if not record.kept) / 1e6
-        return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
-
-
-def shown(quarantined: list[tuple[str, str]]) -> str:
-    """The first few, for a line."""
-    names = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:NAMES_SHOWN])
-    return names + ("; ..." if len(quarantined) > NAMES_SHOWN else "")
-
-
 def tokenize(config: TokenizeConfig, out: Path) -> None:
     """Tokenise the corpus, or one part of it, into `out`; prints what it does. Raises DataError or OSError."""
     output = output_of(config, out)
     if manifest := output.finished():
-        print(f"already done, nothing changed: {summary(out, manifest)}")
+        print(f"already done, nothing changed: {manifest.summary(out)}")
     elif config.part is None:
         tokenize_all(config, output)
     elif config.part == PREPARE:
@@ -189,7 +140,7 @@ def tokenize_all(config: TokenizeConfig, output: Output) -> None:
         warn_of(tally, manifest, config)
         save_quarantine(output.folder / QUARANTINE_FILE, tally)
         output.finish(manifest)
-    print(f"done: {summary(output.folder, manifest)}{tally.rate(time.perf_counter() - start)}")
+    print(f"done: {manifest.summary(output.folder)}{tally.rate(time.perf_counter() - start)}")
 
 
 def tokenize_part(config: TokenizeConfig, output: Output) -> None:
@@ -236,9 +187,14 @@ def training_texts(config: TokenizeConfig) -> Iterator[str]:
             if split_of(digest_of(document.data), config.val_fraction) == "train":
                 yield document.text
             continue
-        with suppress(ValueError):  # it will be put aside
-            if split_of(digest_and_size(document, config.largest)[0], config.val_fraction) == "train":
-                yield from document.pieces()
+        try:
+            split = split_of(digest_and_size(document.pieces(), config.largest)[0], config.val_fraction)
+        except DataError:
+            raise
+        except ValueError:  # it will be put aside
+            continue
+        if split == "train":
+            yield from document.pieces()
 
 
 def encode(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Tally:
@@ -292,26 +248,16 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
     bounds = np.searchsorted(numbers[order], np.arange(len(indices) + 1))
     by_index = {index: places[order[bounds[i] : bounds[i + 1]]] for i, index in enumerate(indices)}
     changed = {index for index in indices if digest_of_places(by_index[index]) != tally.records[index].dropped}
-    units = config.corpus.units(config.unit_bytes) if changed else []
-    tasks = (
-        DropCopies(unit, tally.records[unit.index], by_index[unit.index]) for unit in units if unit.index in changed
-    )
+    again = {index for index in changed if tally.records[index].dropped}  # others were, before the corpus was mended
+
+    def units(chosen: set[int]) -> Iterator[Unit]:
+        return (unit for unit in config.corpus.units(config.unit_bytes) if unit.index in chosen) if chosen else iter(())
+
+    for record in pool.run(map(EncodeUnit, units(again)), lambda: None):
+        tally.records[record.index] = record
+    tasks = (DropCopies(unit, tally.records[unit.index], by_index[unit.index]) for unit in units(changed))
     for record in pool.run(tasks, lambda: None):
         tally.records[record.index] = record
-
-
-def save_quarantine(path: Path, tally: Tally) -> None:
-    """One object a line, in corpus order; no file where there is nothing to say."""
-    if not tally.quarantined:
-        path.unlink(missing_ok=True)  # of a run that was killed, before the corpus was mended
-        return
-    with durable(path) as file:
-        for record in tally.in_order:
-            for name, reason in record.quarantined:
-                file.write(
-                    json.dumps({"id": name, "reason": reason}, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                    + b"\n"
-                )
 
 
 def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
@@ -329,15 +275,6 @@ def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
         print(f"warning: no document for validation: val_fraction={config.val_fraction} of so small a corpus is none")
 
 
-def summary(folder: Path, manifest: Manifest) -> str:
-    documents, tokens, text_bytes = manifest.totals()
-    val_tokens = manifest.totals(["val"])[1]
-    return (
-        f"{folder}: {documents:,} documents, {tokens:,} tokens ({val_tokens:,} for validation),"
-        f" {text_bytes / 1e6:.1f} MB of text, {manifest.vocab_size:,} rows"
-    )
-
-
 def verify_folder(folder: Path) -> int:
     """Print every fault on stderr, or one line that all is well; the exit code."""
     faults = verify(folder)
@@ -346,7 +283,7 @@ def verify_folder(folder: Path) -> int:
     if faults:
         print(f"{folder}: {len(faults)} faults", file=sys.stderr)
         return EXIT_FAULTS
-    print(f"ok: {summary(folder, Manifest.load(folder))}")
+    print(f"ok: {Manifest.load(folder).summary(folder)}")
     return 0
 
 
@@ -380,6 +317,8 @@ def config_of(composed: DictConfig) -> TokenizeConfig:
 
 def execute(config: TokenizeConfig) -> int:
     """Do what the settings say; the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
@@ -400,7 +339,12 @@ def execute(config: TokenizeConfig) -> int:
 
 def refuse_unknown_keys(config: TokenizeConfig) -> None:
     """DataError for keys that Hydra's +key=value has put beside the dataclasses' own."""
-    for prefix, part in (("", config), ("corpus.", config.corpus), ("tokenizer.", config.tokenizer)):
+    for prefix, part in (
+        ("", config),
+        ("corpus.", config.corpus),
+        ("tokenizer.", config.tokenizer),
+        ("clean.", config.clean),
+    ):
         known = [item.name for item in fields(part)]
         for key in vars(part).keys() - known:
             raise DataError(

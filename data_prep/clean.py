@@ -8,21 +8,23 @@ follows from the order of the corpus alone: not from the workers, the parts, or 
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.durable import DurableFile
+from data_prep.durable import DurableFile, sha256_of
 from data_prep.errors import DataError
-from data_prep.token_file import MANIFEST_FILE, SPLITS
+from data_prep.token_file import MANIFEST_FILE, PIECE, SPLITS, Manifest
 
 DIGEST_BYTES = 16
 DIGESTS_FILE = "documents.digests"  # of a finished folder: 16 bytes a document, sorted
-KEPT = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])  # of a unit: place = 2 · document + split
+# Of a unit: place = 2 · document + split. Aligned, else each search in a column would copy the column.
+KEPT = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")], align=True)
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 RANGE_BYTES = 1 << 28  # digests that are compared at once
+NOWHERE = -1  # the place of a document that the tokenizer fails on
 
 
 @dataclass
@@ -44,7 +46,7 @@ class CleanConfig:
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: the other folders by what is in them."""
-        return {**asdict(self), "unlike": [sha256(digests_of(name).read_bytes()).hexdigest() for name in self.unlike]}
+        return {**asdict(self), "unlike": [sha256_of(digests_of(name)) for name in self.unlike]}
 
 
 def digests_of(folder: str) -> Path:
@@ -52,7 +54,29 @@ def digests_of(folder: str) -> Path:
     path = Path(folder) / DIGESTS_FILE
     if not path.is_file() or not (Path(folder) / MANIFEST_FILE).is_file():
         raise DataError(f"clean.unlike: {folder} has no {DIGESTS_FILE}: make it with clean.deduplicate=true first")
+    if path.stat().st_size % DIGEST.itemsize:
+        raise DataError(f"clean.unlike: {path}: {path.stat().st_size} bytes are not 16 a document: see verify=")
     return path
+
+
+def digest_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a folder's digests, if it should have any."""
+    if not manifest.config.get("clean", {}).get("deduplicate"):
+        return
+    path, documents = folder / DIGESTS_FILE, manifest.totals()[0]
+    if not path.is_file():
+        yield f"{path} is missing"
+    elif (size := path.stat().st_size) != documents * DIGEST.itemsize:
+        yield f"{path}: {size} bytes, but the {documents} documents of the manifest have 16 each"
+    else:
+        table = np.memmap(path, DIGEST, mode="r") if size else np.empty(0, DIGEST)
+        if any(not rises(table[start : start + PIECE + 1]) for start in range(0, documents, PIECE)):
+            yield f"{path}: the digests do not rise"
+
+
+def rises(table: np.ndarray) -> bool:
+    high, low = table["high"], table["low"]
+    return bool(((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))).all())
 
 
 def digest_of(data: bytes) -> bytes:
@@ -64,12 +88,18 @@ def split_of(digest: bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
 
 
-def sorted_digests(kept: dict[bytes, tuple[str, int]]) -> np.ndarray:
-    """What a unit keeps, by digest: split and number in the split's file."""
-    table = np.empty(len(kept), KEPT)
+def place_of(split: str, number: int) -> int:
+    """Of a document in its unit, by its number in the split's file."""
+    return 2 * number + SPLITS.index(split)
+
+
+def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
+    """What a unit keeps, by digest."""
+    kept = {digest: place for digest, place in places.items() if place != NOWHERE}
+    table = np.zeros(len(kept), KEPT)
     halves = np.frombuffer(b"".join(kept), dtype=">u8").reshape(-1, 2)
     table["high"], table["low"] = halves[:, 0], halves[:, 1]
-    table["place"] = [2 * number + SPLITS.index(split) for split, number in kept.values()]
+    table["place"] = list(kept.values())
     table.sort(order=("high", "low"))
     return table
 
@@ -78,7 +108,7 @@ def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterato
     """For each range of digests: the units, by their place in the list, and the places in them, of later copies.
 
     Writes the digests that are left to `out`, sorted. Memory: a range, 256 MiB, and what the caller keeps of the
-    answer; on disk 20 bytes a document in the units' files, and 16 in `out`.
+    answer; on disk 24 bytes a document in the units' files, and 16 in `out`.
     """
     total = sum(path.stat().st_size // KEPT.itemsize for path in units)
     total += sum(path.stat().st_size // DIGEST.itemsize for path in unlike)

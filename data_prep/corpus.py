@@ -12,17 +12,19 @@ import platform
 import sysconfig
 import tokenize  # the standard library's
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from hashlib import blake2b, sha256
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 from data_prep.errors import DataError, headline
 from data_prep.long import LONG_BYTES, LongDocument, row_pieces, text_pieces
+from data_prep.parquet import row_groups, rows_of
 from data_prep.source import (
     Document,
     FileInfo,
@@ -30,42 +32,27 @@ from data_prep.source import (
     Poison,
     bytes_of,
     expand,
+    kind_of,
     lines_of,
     local_file,
-    row_groups,
-    rows_of,
 )
+from data_prep.unit import Item, Unit, grouped
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
-LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
+LOOKS_AT_ONCE = 16  # files whose rows are counted: footers of parquet, mostly waited for
+HELD_BYTES = 256  # that a row of the hub counts for beside its text: poison has none, and is held too
 LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
+LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
 
-Item = Document | LongDocument | Poison
+
+Beat = Callable[[], None]  # called now and then within what takes long to read
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A unit of work, and what it is: `pieces` of files, or the documents themselves. `size`: bytes, about."""
-
-    index: int
-    size: int
-    pieces: tuple[Piece, ...] = ()
-    documents: tuple[Item, ...] = field(default=(), repr=False)
-
-    @property
-    def key(self) -> str:
-        """Changes when what the unit is made of does."""
-        digest = blake2b(digest_size=16)
-        for piece in self.pieces:
-            digest.update(
-                f"{piece.path}\0{piece.stamp}\0{piece.start}\0{piece.stop}\n".encode("utf-8", "surrogateescape")
-            )
-        for item in self.documents:
-            digest.update(repr(item[:2]).encode())  # texts, for no document of the hub is a LongDocument
-        return digest.hexdigest()
+def no_beat() -> None:
+    """Nobody waits."""
 
 
 @dataclass
@@ -79,20 +66,20 @@ class CorpusConfig(ABC):
         """The whole corpus, in order. DataError where it cannot be read."""
 
     @abstractmethod
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
 
         `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
         DataError where the file cannot be read.
         """
 
-    def items(self, unit: Unit, largest: int) -> Iterator[Item]:
+    def items(self, unit: Unit, largest: int, beat: Beat = no_beat) -> Iterator[Item]:
         """The documents of one unit."""
         for item in unit.documents:
             large = isinstance(item, Document) and len(item.data) > largest
             yield too_large(item.id, largest) if large else item
         for piece in unit.pieces:
-            yield from self.read(piece, largest)
+            yield from self.read(piece, largest, beat)
 
     def documents(self) -> Iterator[Document | LongDocument]:
         """Every document that can be used."""
@@ -118,6 +105,10 @@ class CorpusConfig(ABC):
         """What the documents depend on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: a worker has no use for a list of a million files."""
+        return asdict(self)
+
 
 @dataclass
 class StdlibCorpus(CorpusConfig):
@@ -128,7 +119,7 @@ class StdlibCorpus(CorpusConfig):
     def units(self, unit_bytes: int) -> list[Unit]:
         return grouped((local_file(path).whole() for path in self._paths()), unit_bytes)
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         name = Path(piece.path).relative_to(stdlib_root()).as_posix()
         data = bytes_of(piece.path, largest)
         if data is None:
@@ -171,31 +162,41 @@ class FilesCorpus(CorpusConfig):
     text_key: str = "text"
 
     def units(self, unit_bytes: int) -> list[Unit]:
-        return grouped((piece for file in expand(self.paths) for piece in self._pieces(file)), unit_bytes)
+        return grouped(self._pieces, unit_bytes)
 
-    def _pieces(self, file: FileInfo) -> list[Piece]:
-        if file.kind == PARQUET:
+    @cached_property
+    def _files(self) -> list[FileInfo]:
+        """Listed once: a run is of the files as they are at its start, and far away each look takes its time."""
+        return expand(self.paths)
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+            return list(chain.from_iterable(pool.map(self._pieces_of, self._files)))
+
+    def _pieces_of(self, file: FileInfo) -> list[Piece]:
+        if kind_of(file.path) == PARQUET:
             return row_groups(file, self.text_key)
-        return [file.lines() if file.kind in JSON_LINES else file.whole()]
+        return [file.lines() if kind_of(file.path) in JSON_LINES else file.whole()]
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
-        kind = FileInfo(piece.path, 0, "").kind
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+        kind = kind_of(piece.path)
         if kind == PARQUET:
             return self._rows(piece, largest)
-        return self._lines(piece, largest) if kind in JSON_LINES else self._text(piece, largest)
+        return self._lines(piece, largest, beat) if kind in JSON_LINES else self._text(piece, largest)
 
-    def _lines(self, piece: Piece, largest: int) -> Iterator[Item]:
-        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES)):
+    def _lines(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES), largest, beat):
             name = f"{piece.path}:{offset}"
             if size > largest:
                 yield too_large(name, largest)
-            elif line is None:
-                yield LongDocument(name, partial(row_pieces, piece.path, offset, size, self.text_key))
+            elif not isinstance(line, bytes):
+                yield LongDocument(name, partial(row_pieces, line, self.text_key))
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 
     def _rows(self, piece: Piece, largest: int) -> Iterator[Item]:
-        for number, data in rows_of(piece, self.text_key, ROWS_AT_ONCE):
+        for number, data in rows_of(piece, self.text_key):
             name = f"{piece.path}:{number}"
             if data is None:
                 yield Poison(name, f"{self.text_key!r} must be text, not null")
@@ -212,7 +213,7 @@ class FilesCorpus(CorpusConfig):
             yield decoded(piece.path, data)
 
     def describe(self) -> dict[str, Any]:
-        files = listing((file.path, file.size) for file in expand(self.paths))
+        files = listing((file.path, file.size) for file in self._files)
         return {"kind": self.kind, "paths": list(self.paths), "text_key": self.text_key, **files}
 
 
@@ -231,14 +232,14 @@ class HubCorpus(CorpusConfig):
         index, size, documents = 0, 0, list[Item]()
         for item in self._items():
             documents.append(item)
-            size += len(item.data) if isinstance(item, Document) else 0
+            size += HELD_BYTES + (len(item.data) if isinstance(item, Document) else 0)
             if size >= unit_bytes:
                 yield Unit(index, size, documents=tuple(documents))
                 index, size, documents = index + 1, 0, []
         if documents:
             yield Unit(index, size, documents=tuple(documents))
 
-    def read(self, piece: Piece, largest: int) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         raise AssertionError("a unit of the hub has its documents with it")
 
     def _items(self) -> Iterator[Item]:
@@ -263,47 +264,6 @@ class HubCorpus(CorpusConfig):
             raise DataError(f"{place}: {type(error).__name__}: {headline(error)}") from error
 
 
-def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
-    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again.
-
-    Towards the end of the corpus units grow smaller, so that all cores end at about the same time.
-    """
-    waiting = list(pieces)
-    left = sum(piece.size for piece in waiting)
-    units: list[Unit] = []
-    unit: list[Piece] = []
-    room = 0
-
-    def open_unit() -> None:
-        nonlocal room
-        room = max(1, min(unit_bytes, max(left // LAST_UNITS, unit_bytes // LAST_UNITS)))
-
-    def add(piece: Piece) -> None:
-        nonlocal left, room
-        if unit and unit[-1].joins(piece):
-            unit[-1] = unit[-1].join(piece)
-        else:
-            unit.append(piece)
-        left, room = left - piece.size, room - piece.size
-        if room <= 0:
-            close()
-
-    def close() -> None:
-        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
-        unit.clear()
-        open_unit()
-
-    open_unit()
-    for piece in waiting:
-        while piece.splittable and piece.size > room:
-            head, piece = piece.cut(room)
-            add(head)
-        add(piece)
-    if unit:
-        close()
-    return units
-
-
 def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
@@ -320,7 +280,7 @@ def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
     for name, size in files:
         count, total = count + 1, total + size
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return {"files": count, "bytes": total, "listing_sha256": digest.hexdigest()}
+    return dict(zip(LISTED, (count, total, digest.hexdigest()), strict=True))
 
 
 def row_of(name: str, line: bytes, text_key: str) -> Item | None:

@@ -7,25 +7,30 @@ What a unit holds follows from the corpus and the settings alone, so the files a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from data_prep.clean import CleanConfig, digest_of, sorted_digests, split_of
-from data_prep.corpus import CorpusConfig, Item, Unit
+from data_prep.clean import NOWHERE, CleanConfig, digest_of, place_of, sorted_digests, split_of
+from data_prep.corpus import CorpusConfig
 from data_prep.durable import durable
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError, headline
 from data_prep.long import LongDocument, cut, digest_and_size
 from data_prep.source import Document, Poison
-from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
+from data_prep.token_file import SPLITS, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
+from data_prep.unit import Item, Unit
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
 BATCH_BYTES = 1 << 20
+READING = -1  # the place of a worker that waits for its next document, or writes: no document takes that time
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -113,16 +118,17 @@ class EncodeUnit:
     def _run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         with ExitStack() as files:
             writing = UnitFiles(self.unit, job, encoder, files)
-            for first, batch in batches(job.corpus.items(self.unit, job.largest), 1 if self.careful else BATCH_BYTES):
+            items = watched(job.corpus.items(self.unit, job.largest, partial(watch.at, READING)), watch)
+            for first, batch in batches(items, 1 if self.careful else BATCH_BYTES):
                 watch.at(first)
-                items = [
+                known = [
                     Poison(item.id, self.poison[number]) if number in self.poison else item
                     for number, item in enumerate(batch, start=first)
                 ]
-                if isinstance(items[0], LongDocument):
-                    writing.add_long(items[0], first, watch)
+                if isinstance(known[0], LongDocument):
+                    writing.add_long(known[0], first, watch)
                 else:
-                    writing.add(items)
+                    writing.add(known)
                 watch.done(writing.text_bytes, writing.tokens)
         return writing.record()
 
@@ -133,6 +139,14 @@ class LongPoison(Exception):
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(number, reason)
         self.number, self.reason = number, reason
+
+
+def watched(things: Iterable[Thing], watch: Watch) -> Iterator[Thing]:
+    """The same, the time until each of them comes counted as reading."""
+    watch.at(READING)
+    for thing in things:
+        yield thing
+        watch.at(READING)
 
 
 def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
@@ -157,7 +171,7 @@ class UnitFiles:
         self._unit, self._job, self._encoder, self._files = unit, job, encoder, files
         self._writers: dict[str, TokenFileWriter] = {}
         self._bytes = dict.fromkeys(SPLITS, 0)
-        self._kept: dict[bytes, tuple[str, int]] = {}  # with deduplication: where each digest is
+        self._kept: dict[bytes, int] = {}  # with deduplication: where each digest is
         self._digests = bytearray()
         self._quarantined: list[tuple[str, str]] = []
         self._too_short = self._too_long = self._duplicates = 0
@@ -171,37 +185,47 @@ class UnitFiles:
         return sum(writer.tokens for writer in self._writers.values())
 
     def add(self, batch: list[Item]) -> None:
-        chosen: dict[str, list[tuple[bytes, Document]]] = {split: [] for split in SPLITS}
-        for item in batch:
-            if isinstance(item, Poison):
-                self._quarantined.append((item.id, item.reason))
-                continue
-            assert isinstance(item, Document)
-            if self._keeps(len(item.data)):
-                digest = digest_of(item.data)
-                chosen[split_of(digest, self._job.val_fraction)].append((digest, item))
-        for split, documents in chosen.items():
-            self._write(split, documents)
+        """All that is recorded is in the order of the documents: wherever a batch ends, it comes out the same."""
+        chosen = {
+            number: item
+            for number, item in enumerate(batch)
+            if isinstance(item, Document) and self._fits(len(item.data))
+        }
+        digests = {number: digest_of(document.data) for number, document in chosen.items()}
+        if self._job.clean.deduplicate:
+            digests = {number: digest for number, digest in digests.items() if self._is_new(digest)}
+        encoded = self._encoder.encode_all([chosen[number] for number in digests])
+        ids_of = dict(zip(digests, encoded, strict=True))
+        pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        for number, item in enumerate(batch):
+            ids = item if isinstance(item, Poison) else ids_of.get(number)
+            if isinstance(ids, Poison):
+                self._quarantined.append((ids.id, ids.reason))
+            elif ids is not None:
+                split = split_of(digests[number], self._job.val_fraction)
+                self._place(digests[number], split, len(pieces[split]) // 2)
+                pieces[split] += [ids, self._encoder.end]
+                self._bytes[split] += len(chosen[number].data)
+        for split, parts in pieces.items():
+            if parts:
+                ends = np.cumsum([len(part) for part in parts])[1::2]
+                self._writer(split).write(np.concatenate(parts), ends.tolist())
 
     def add_long(self, document: LongDocument, number: int, watch: Watch) -> None:
         """LongPoison where the tokenizer fails on it."""
         try:
-            digest, size = digest_and_size(document, self._job.largest)
+            digest, size = digest_and_size(watched(document.pieces(), watch), self._job.largest)
         except DataError:
             raise
         except ValueError as error:
             self._quarantined.append((document.id, headline(error)))
             return
-        if not self._keeps(size):
+        if not self._fits(size) or (self._job.clean.deduplicate and not self._is_new(digest)):
             return
         split = split_of(digest, self._job.val_fraction)
-        if self._job.clean.deduplicate:
-            if digest in self._kept:
-                self._duplicates += 1
-                return
-            self._kept[digest] = split, self._documents(split)
+        self._place(digest, split, 0)
         writer = self._writer(split)
-        for text in cut(document.pieces()):
+        for text in cut(watched(document.pieces(), watch)):
             watch.at(number)
             (ids,) = self._encoder.encode_all([Document(document.id, text, text.encode())])
             if isinstance(ids, Poison):
@@ -210,9 +234,8 @@ class UnitFiles:
             self._bytes[split] += len(text.encode())
             watch.done(self.text_bytes, self.tokens)
         writer.write(self._encoder.end, [1])
-        self._digests += digest
 
-    def _keeps(self, size: int) -> bool:
+    def _fits(self, size: int) -> bool:
         clean = self._job.clean
         short = size < clean.min_bytes
         long = clean.max_bytes is not None and size > clean.max_bytes
@@ -220,30 +243,19 @@ class UnitFiles:
         self._too_long += long
         return not short and not long
 
-    def _write(self, split: str, documents: list[tuple[bytes, Document]]) -> None:
-        if self._job.clean.deduplicate:
-            documents = self._without_copies(documents)
-        encoded = self._encoder.encode_all([document for _, document in documents])
-        pieces, ends, end = [], [], 0
-        for (digest, document), ids in zip(documents, encoded, strict=True):
-            if isinstance(ids, Poison):
-                self._quarantined.append((ids.id, ids.reason))
-                continue
-            pieces += [ids, self._encoder.end]
-            end += len(ids) + 1
-            ends.append(end)
-            self._digests += digest
-            self._bytes[split] += len(document.data)
-            if self._job.clean.deduplicate:
-                self._kept[digest] = split, self._documents(split) + len(ends) - 1
-        if ends:
-            self._writer(split).write(np.concatenate(pieces), ends)
+    def _is_new(self, digest: bytes) -> bool:
+        """With deduplication. One on which the tokenizer then fails was there all the same: its copies are copies."""
+        if digest in self._kept:
+            self._duplicates += 1
+            return False
+        self._kept[digest] = NOWHERE
+        return True
 
-    def _without_copies(self, documents: list[tuple[bytes, Document]]) -> list[tuple[bytes, Document]]:
-        first = {digest: document for digest, document in reversed(documents) if digest not in self._kept}
-        kept = [(digest, document) for digest, document in documents if first.get(digest) is document]
-        self._duplicates += len(documents) - len(kept)
-        return kept
+    def _place(self, digest: bytes, split: str, ahead: int) -> None:
+        """The next document of the split but for those `ahead` of it, which are not written yet, is this one."""
+        self._digests += digest
+        if self._job.clean.deduplicate:
+            self._kept[digest] = place_of(split, self._documents(split) + ahead)
 
     def _documents(self, split: str) -> int:
         return self._writers[split].documents if split in self._writers else 0
@@ -271,55 +283,6 @@ class UnitFiles:
         )
         save_record(record_path(self._job.folder, record.index), record, self._encoder.vocab_size)
         return record
-
-
-@dataclass(frozen=True)
-class DropCopies:
-    """A task: a finished unit's files again, without the documents at `places` (as in `clean.KEPT`)."""
-
-    unit: Unit
-    record: UnitRecord
-    places: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return 0
-
-    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
-        """The new record comes last: files that fit no record are made again from the corpus."""
-        record = self.record
-        if record.dropped:  # others were dropped, before the corpus was mended
-            record = EncodeUnit(self.unit).run(job, encoder, watch)
-        files = []
-        for entry in record.files:
-            chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
-            files += [entry] if len(chosen) == 0 else self._rewrite(job.folder, entry, chosen, encoder)
-        duplicates, dropped = record.duplicates + len(self.places), digest_of_places(self.places)
-        record = replace(record, files=tuple(files), duplicates=duplicates, dropped=dropped)
-        save_record(dropped_path(job.folder, record.index), record, encoder.vocab_size)
-        return record
-
-    @staticmethod
-    def _rewrite(folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder) -> list[TokenFileEntry]:
-        path = folder / entry.name
-        file = TokenFile(path)
-        if len(chosen) == entry.documents:
-            for suffix in entry.sha256:
-                with_suffix(path, suffix).unlink()
-            return []
-        left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
-        with TokenFileWriter(path, encoder.vocab_size) as writer:
-            for number, length in enumerate(file.lengths.tolist()):
-                ids, start = file.tokens[start : start + length], start + length
-                if number in left:
-                    text_bytes -= len(encoder.decode_bytes(ids[:-1]))
-                else:
-                    writer.add(ids)
-        return [entry_of(entry.split, writer, text_bytes)]
-
-
-def digest_of_places(places: np.ndarray) -> str:
-    return digest_of(np.sort(places).astype("<u4").tobytes()).hex() if len(places) else ""
 
 
 def entry_of(split: str, writer: TokenFileWriter, text_bytes: int) -> TokenFileEntry:

@@ -4,6 +4,7 @@ gigatoken knows a few split patterns by name, and caches the words it has seen: 
 trusted: the same text goes through both before a run, and one difference leaves it out.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_prep.tokenizer import Tokenizer, may_have_long_run
 from data_prep.tokenizer_spec import RANKS_FILE
 
 SAMPLE_BYTES = 1 << 21  # of text that both must encode alike
+CACHE_BYTES = 1 << 28  # gigatoken forgets no word, 100 bytes each: made anew when the process has grown by so much
 
 # Split patterns, ours and tiktoken's, by gigatoken's names.
 SCHEMES = {
@@ -48,8 +50,9 @@ class Encoder:
     """What a worker encodes with. `scheme`: of gigatoken, or None for tiktoken alone."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, scheme: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._fast = gigatoken_of(folder, scheme) if scheme else None
+        self._tokenizer, self._folder, self._scheme = tokenizer, folder, scheme
+        self._fast: Any = None
+        self._limit = 0  # bytes of memory at which gigatoken is made anew
         self.vocab_size = tokenizer.vocab_size
         self.end = np.array([tokenizer.end_of_document], dtype=np.uint32)
 
@@ -60,8 +63,12 @@ class Encoder:
 
     def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
         """The ids of each document; poison where the tokenizer fails on it."""
-        if self._fast is None or any(may_have_long_run(document.text) for document in documents):
+        if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
             return [self._encode(document) for document in documents]
+        if resident_bytes() > self._limit:
+            self._fast = None  # first, so that there are never two
+            self._fast = gigatoken_of(self._folder, self._scheme)
+            self._limit = resident_bytes() + CACHE_BYTES
         try:
             return list(encode_batch(self._fast, [document.data for document in documents]))
         except BaseException as error:
@@ -86,6 +93,11 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException" or (
         isinstance(error, Exception) and not isinstance(error, MemoryError)
     )
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def gigatoken_of(folder: Path, scheme: str) -> Any:

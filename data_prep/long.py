@@ -1,7 +1,7 @@
 """Documents too large to hold: read in pieces, as often as needed, and cut where no tokenizer sees it.
 
-A large file is decoded block by block; in a large row of JSON the text's string is found by a scanner that holds one
-block. Both are gone through twice: for the digest, which decides the split, and for the ids.
+A large file is decoded block by block; of a large row of JSON there is a temporary file, in which a scanner that holds
+one block finds the text's string. Both are gone through twice: for the digest, which decides the split, and the ids.
 """
 
 import codecs
@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from data_prep import source
 from data_prep.clean import DIGEST_BYTES
-from data_prep.source import blocks_of
 
 LONG_BYTES = 8 << 20  # a document of more is not held
 PIECE_CHARACTERS = 1 << 20
@@ -20,8 +20,11 @@ WINDOW = 1 << 16  # characters at a piece's end in which a place to cut is looke
 
 # After a line end between two characters that are no spaces, else before a single space: split patterns begin anew.
 CUTS = (re.compile(r"(?<=\S)\n(?=[^\W\d_])"), re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"))
-STRING = re.compile(r'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.DOTALL)
-HALF_OF_A_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}$")
+# Characters and whole escapes; not the first half of a surrogate pair where the second may come with the next block.
+HALF_OF_A_PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z"
+STRING = re.compile(rf'[^"\\]*+(?:\\(?!{HALF_OF_A_PAIR})(?:u[0-9a-fA-F]{{4}}|[^u])[^"\\]*+)*+', re.DOTALL)
+WORD = re.compile(r"true|false|null|NaN|-?Infinity|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+LONGEST_WORD = 4300  # Python's bound for the digits of an integer
 LONGEST_ESCAPE = 12  # a surrogate pair
 
 
@@ -32,10 +35,10 @@ class LongDocument(NamedTuple):
     pieces: Callable[[], Iterator[str]]
 
 
-def digest_and_size(document: LongDocument, largest: int) -> tuple[bytes, int]:
-    """Of its UTF-8. ValueError where it is none, or no JSON, or more than `largest` bytes."""
+def digest_and_size(pieces: Iterable[str], largest: int) -> tuple[bytes, int]:
+    """Of their UTF-8. ValueError where it is none, or no JSON, or more than `largest` bytes."""
     digest, size = blake2b(digest_size=DIGEST_BYTES), 0
-    for piece in document.pieces():
+    for piece in pieces:
         data = piece.encode()
         digest.update(data)
         size += len(data)
@@ -67,17 +70,25 @@ def cut_of(text: str) -> int:
     return len(text)
 
 
-def text_pieces(path: str, start: int = 0, size: int | None = None) -> Iterator[str]:
-    """The file's text, or that of a range. UnicodeDecodeError where it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for block in blocks_of(path, start, size):
+def text_pieces(path: str) -> Iterator[str]:
+    """The file's text. UnicodeDecodeError where it is not UTF-8."""
+    return decoded(source.blocks_of(path), "utf-8")
+
+
+def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    for block in blocks:
         yield decoder.decode(block)
     decoder.decode(b"", final=True)
 
 
-def row_pieces(path: str, start: int, size: int, text_key: str) -> Iterator[str]:
-    """The text of one row of JSON lines. ValueError where it has none, or is no JSON as far as it is read."""
-    scanner = Scanner(text_pieces(path, start, size))
+def row_pieces(row: BinaryIO, text_key: str) -> Iterator[str]:
+    """The text of one row of JSON lines. ValueError where it has none, or is no JSON as far as it is read.
+
+    That is to the end of the text: what comes after it is not looked at, and of two keys of one name the first counts.
+    """
+    row.seek(0)
+    scanner = Scanner(decoded(iter(lambda: row.read(source.BLOCK_BYTES), b""), "utf-8-sig"))
     if scanner.next() != "{":
         raise ValueError("a row must be an object")
     while scanner.next() == '"':
@@ -132,8 +143,6 @@ class Scanner:
             assert match is not None
             end = match.end()
             ended = self._text[end : end + 1] == '"'
-            if not ended and (half := HALF_OF_A_PAIR.search(self._text, self._at, end)):
-                end = half.start()
             piece = self._text[self._at : end]
             self._at = end + ended
             if piece:
@@ -151,15 +160,22 @@ class Scanner:
             if first == '"':
                 for _ in self.string():
                     pass
-            depth += (first in "[{") - (first in "]}")
+            elif first in "[{":
+                depth += 1
+            elif first in "]}" and depth:
+                depth -= 1
+            elif first not in ",:" or not depth:
+                self._skip_word(first)
             if depth == 0:
-                break
-            first = self.next()
-        if first not in '"]}':
-            self._skip_word()
-
-    def _skip_word(self) -> None:
-        while self._at < len(self._text) or self._more():
-            if self._text[self._at : self._at + 1] in (",", "}", "]"):
                 return
+            first = self.next()
+
+    def _skip_word(self, word: str) -> None:
+        while self._at < len(self._text) or self._more():
+            character = self._text[self._at]
+            if character in ",]}" or character.isspace() or len(word) > LONGEST_WORD:
+                break
+            word += character
             self._at += 1
+        if len(word) > LONGEST_WORD or not WORD.fullmatch(word):
+            raise ValueError(f"not JSON: {word[:20]!r} is no value")

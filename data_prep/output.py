@@ -8,11 +8,12 @@ files need it not: two that write the same unit write the same bytes, each under
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.corpus import LISTED
 from data_prep.durable import TEMPORARY_MARK, durable, exclusive, shared, sync_folder
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
@@ -41,6 +42,7 @@ class Output:
             manifest = check(self.folder)
             corpus = {key: manifest.corpus.get(key) for key in self.settings["corpus"]}
             self._compare({"corpus": corpus, "config": manifest.config})
+            self._tidy()
             return manifest
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"out={self.folder} must be a folder")
@@ -49,6 +51,12 @@ class Output:
         elif self.folder.exists() and any(path != self._unfinished for path in self.folder.iterdir()):
             raise DataError(f"out={self.folder} has other files in it; choose another out=, nothing was overwritten")
         return None
+
+    def _tidy(self) -> None:
+        """Remove what a run leaves that is killed right after its manifest; not from under one that removes it now."""
+        if self._unfinished.exists():
+            with suppress(DataError, FileNotFoundError), exclusive(self._unfinished / LOCK_FILE, self._busy):
+                shutil.rmtree(self._unfinished)
 
     @contextmanager
     def started(self) -> Iterator[None]:
@@ -61,8 +69,7 @@ class Output:
             if (self.folder / MANIFEST_FILE).exists():  # it came while this run made its tokenizer
                 shutil.rmtree(self._unfinished)
                 raise DataError(self._just_finished)
-            for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
-                path.unlink()
+            self._remove_half_written()
             try:
                 with durable(self._settings_path) as file:
                     file.write(json.dumps(self.settings, indent=2).encode())
@@ -102,9 +109,14 @@ class Output:
         for entry in manifest.files:
             for suffix in entry.sha256:
                 assert with_suffix(self.folder / entry.name, suffix).exists()
+        self._remove_half_written()  # of workers that a document has crashed
         sync_folder(self.folder)
         manifest.save(self.folder)
         shutil.rmtree(self._unfinished)
+
+    def _remove_half_written(self) -> None:
+        for path in self.folder.rglob(f"*{TEMPORARY_MARK}*"):
+            path.unlink()
 
     def _forget_if_empty(self) -> None:
         if any(self.folder.glob("*.bin")) or (self.folder / MANIFEST_FILE).exists():
@@ -124,7 +136,10 @@ class Output:
             there = dict(json.loads(self._settings_path.read_bytes()))
         except ValueError as error:
             raise DataError(f"{self._settings_path} is not JSON; delete {self.folder}") from error
-        return there if self.tokenizer_from_corpus else {**there, "corpus": self.settings["corpus"]}
+        if self.tokenizer_from_corpus:
+            return there
+        listed = {key: value for key, value in self.settings["corpus"].items() if key in LISTED}
+        return {**there, "corpus": {**there["corpus"], **listed}}
 
     @property
     def _busy(self) -> str:

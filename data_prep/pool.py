@@ -4,7 +4,8 @@
       └ worker   runs a task; its watch, in shared memory, says at which document it is
 
 A document that ends the worker's process (a crash of native code), or on which it stands still, is found by doing
-the unit again a document at a time, and is put aside. A worker that is killed from outside ends the run in one line.
+the unit again a document at a time, and is put aside. A worker that is killed from outside ends the run in one line,
+and so does one that waits for the corpus too long: that is no document's fault.
 """
 
 import multiprocessing
@@ -18,13 +19,16 @@ from dataclasses import replace
 from multiprocessing import connection, parent_process
 from typing import Any
 
-from data_prep.encode import DropCopies, EncodeJob, EncodeUnit, UnitRecord
+from data_prep.drop import DropCopies
+from data_prep.encode import READING, EncodeJob, EncodeUnit, UnitRecord
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
 
 Task = EncodeUnit | DropCopies
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
 TICK = 0.5  # seconds between looks
+READING_SECONDS = 600.0  # in which something must come from the corpus
+END_SECONDS = 10.0  # for a killed worker to be gone: while a file system does not answer, it cannot
 PLACE, BEATS, BYTES, TOKENS = range(4)
 
 
@@ -52,24 +56,30 @@ class WorkerProcess:
         self.process.start()
         theirs.close()
         self.task: Task | None = None
-        self._beats, self._since = -1, time.monotonic()
+        self._beats, self._since = 0, time.monotonic()
 
     def give(self, task: Task) -> None:
         self.task = task
-        self.numbers[PLACE] = self.numbers[BYTES] = self.numbers[TOKENS] = 0
+        self.numbers[PLACE], self.numbers[BYTES], self.numbers[TOKENS] = READING, 0, 0
         self._since = time.monotonic()
         with suppress(BrokenPipeError):  # it has died: whoever waits for its answer sees that
             self.link.send(task)
 
-    def stands_still(self, seconds: float) -> bool:
-        """Whether it has been at the same document for so long."""
+    @property
+    def reads(self) -> bool:
+        return bool(self.numbers[PLACE] == READING)
+
+    def stands_still(self, patience: float) -> str:
+        """What to say of it where it has been at the same document for so long, or reading for too long."""
         if self.numbers[BEATS] != self._beats:
             self._beats, self._since = self.numbers[BEATS], time.monotonic()
-        return self.task is not None and time.monotonic() - self._since > seconds
+        seconds = READING_SECONDS if self.reads else patience
+        still = self.task is not None and self._beats > 0 and time.monotonic() - self._since > seconds  # 0: it starts
+        return f"{'nothing came for' if self.reads else 'no end after'} {seconds:g} s" if still else ""
 
     def end(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(END_SECONDS)
         self.link.close()
 
 
@@ -109,8 +119,9 @@ class Pool:
                 assert isinstance(link, connection.Connection)
                 if record := self._answer(links[link]):
                     yield record
-            for worker in [worker for worker in self._workers if worker.stands_still(self._patience)]:
-                self._put_aside(worker, f"no end after {self._patience:g} s")
+            for worker in list(self._workers):
+                if reason := worker.stands_still(self._patience):
+                    self._put_aside(worker, reason)
             tick()
 
     def _idle(self) -> WorkerProcess | None:
@@ -130,7 +141,8 @@ class Pool:
             worker.process.join()
             code = worker.process.exitcode
             if code is not None and -code in CRASHES:
-                self._put_aside(worker, f"the tokenizer ended its process ({signal.Signals(-code).name})")
+                who = "the reader" if worker.reads else "the tokenizer"
+                self._put_aside(worker, f"{who} ended its process ({signal.Signals(-code).name})")
                 return None
             raise DataError(
                 "a worker process died (killed, perhaps out of memory: fewer workers= or a smaller max_document_mib="
@@ -147,8 +159,9 @@ class Pool:
         """A new worker in its place: the same unit, a document at a time, or without the one that did this."""
         task, place = worker.task, worker.numbers[PLACE]
         worker.end()
-        if not isinstance(task, EncodeUnit) or place in task.poison:
-            raise DataError(f"a worker failed: {reason}, and not for a document that could be put aside")
+        assert task is not None
+        if not isinstance(task, EncodeUnit) or place == READING or place in task.poison:
+            raise DataError(f"{task.unit}: {reason}; finished units are kept, and the same command does the rest")
         fresh = self._workers[self._workers.index(worker)] = WorkerProcess(self._context, self._job)
         poison = {**task.poison, place: reason} if task.careful else task.poison
         fresh.give(replace(task, careful=True, poison=poison))

@@ -7,12 +7,14 @@ from the file alone, and one process reads it without the others. Nothing is hel
 import glob
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from data_prep.errors import DataError, headline
@@ -22,6 +24,7 @@ EXPANSION = 4  # of compressed text, about: for the size of the units and the ti
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
 HTTP_SECONDS = 60.0
+WEB = ("http://", "https://")
 
 
 class Document(NamedTuple):
@@ -70,22 +73,27 @@ class FileInfo(NamedTuple):
     stamp: str
     ranged: bool = True
 
-    @property
-    def compression(self) -> str | None:
-        return COMPRESSIONS.get(PurePosixPath(self.path).suffix)
-
-    @property
-    def kind(self) -> str:
-        """The suffix that says what is inside, compression left out."""
-        name = PurePosixPath(self.path)
-        return PurePosixPath(name.stem).suffix if self.compression else name.suffix
-
     def whole(self) -> Piece:
-        return Piece(self.path, self.stamp, self.size * EXPANSION if self.compression else self.size)
+        return Piece(self.path, self.stamp, self.size * EXPANSION if compression_of(self.path) else self.size)
 
     def lines(self) -> Piece:
         """The whole file, to be cut anywhere if it can be read from anywhere."""
-        return replace(self.whole(), splittable=self.ranged and not self.compression)
+        return replace(self.whole(), splittable=self.ranged and not compression_of(self.path))
+
+
+def name_of(path: str) -> PurePosixPath:
+    """The path, or that of a web address, which may go on: ?download=true"""
+    return PurePosixPath(urlsplit(path).path if path.startswith(WEB) else path)
+
+
+def compression_of(path: str) -> str | None:
+    return COMPRESSIONS.get(name_of(path).suffix)
+
+
+def kind_of(path: str) -> str:
+    """The suffix that says what is inside, compression left out."""
+    name = name_of(path)
+    return PurePosixPath(name.stem).suffix if compression_of(path) else name.suffix
 
 
 def expand(paths: list[str]) -> list[FileInfo]:
@@ -144,7 +152,7 @@ def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
 @cache
 def takes_ranges(path: str) -> bool:
     """Whether the file can be read from anywhere. A web server may send all or nothing."""
-    if not path.startswith(("http://", "https://")):
+    if not path.startswith(WEB):
         return True
     with urlopen(Request(path, method="HEAD"), timeout=HTTP_SECONDS) as answer:
         return str(answer.headers.get("Accept-Ranges")) == "bytes"
@@ -169,7 +177,7 @@ def open_raw(path: str) -> BinaryIO:
 def opened(path: str) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed where its name says so."""
     with open_raw(path) as raw:
-        compression = COMPRESSIONS.get(PurePosixPath(path).suffix)
+        compression = compression_of(path)
         if compression is None:
             yield io.BufferedReader(cast(io.RawIOBase, raw), BLOCK_BYTES)
         else:
@@ -190,36 +198,48 @@ def reading(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {headline(error)}") from error
 
 
-def lines_of(piece: Piece, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Each line that begins in the piece: its offset in the text, its size, its bytes; None if more than `limit`."""
+def lines_of(
+    piece: Piece, limit: int, largest: int, beat: Callable[[], None]
+) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
+    """Each line that begins in the piece: its offset in the text, its size, its bytes.
+
+    A line of more than `limit` bytes is a temporary file, for a compressed one could only be found again from the
+    start; one of more than `largest` is not whole in it. `beat` is called now and then within a long line.
+    """
     with reading(piece.path), opened(piece.path) as stream:
         offset = piece.start
         if piece.start:
             assert piece.stop is None or piece.stop > piece.start
             stream.seek(piece.start - 1)
-            offset += skip_line(stream, None if piece.stop is None else piece.stop - piece.start + 1) - 1
+            most = None if piece.stop is None else piece.stop - piece.start + 1
+            offset += sum(map(len, rest_of_line(stream, most, beat))) - 1
         while piece.stop is None or offset < piece.stop:
             line = stream.readline(limit + 1)
             if not line:
                 return
             size = len(line)
-            if size > limit and not line.endswith(b"\n"):
-                size += skip_line(stream, None)
-                yield offset, size, None
-            else:
+            if size <= limit or line.endswith(b"\n"):
                 yield offset, size, line
+            else:
+                file = TemporaryFile()  # noqa: SIM115 - gone with the last who reads it
+                file.write(line)
+                for block in rest_of_line(stream, None, beat):
+                    size += len(block)
+                    if size <= largest:
+                        file.write(block)
+                yield offset, size, cast(BinaryIO, file)
             offset += size
 
 
-def skip_line(stream: io.BufferedReader, most: int | None) -> int:
-    """Read to the end of the line, or `most` bytes; how many it was."""
-    skipped = 0
-    while most is None or skipped < most:
-        block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - skipped))
-        skipped += len(block)
+def rest_of_line(stream: io.BufferedReader, most: int | None, beat: Callable[[], None]) -> Iterator[bytes]:
+    """What comes up to the end of the line, or `most` bytes of it."""
+    while most != 0:
+        beat()
+        block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most))
+        yield block
+        most = None if most is None else most - len(block)
         if not block or block.endswith(b"\n"):
-            break
-    return skipped
+            return
 
 
 def bytes_of(path: str, limit: int) -> bytes | None:
@@ -229,53 +249,8 @@ def bytes_of(path: str, limit: int) -> bytes | None:
     return data if len(data) <= limit else None
 
 
-def blocks_of(path: str, start: int, size: int | None) -> Iterator[bytes]:
-    """A range of the file's bytes, decompressed; `size`: None to the end."""
+def blocks_of(path: str) -> Iterator[bytes]:
+    """The file's bytes, decompressed."""
     with reading(path), opened(path) as stream:
-        if COMPRESSIONS.get(PurePosixPath(path).suffix) is None and takes_ranges(path):
-            stream.seek(start)
-        else:
-            skipped = 0
-            while skipped < start and (block := stream.read(min(BLOCK_BYTES, start - skipped))):
-                skipped += len(block)
-        left = size
-        while left != 0 and (block := stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))):
-            left = None if left is None else left - len(block)
+        while block := stream.read(BLOCK_BYTES):
             yield block
-
-
-def row_groups(file: FileInfo, column: str) -> list[Piece]:
-    """A piece for each row group, by its number. DataError where there is no such column of text."""
-    with reading(file.path), open_raw(file.path) as raw:
-        from pyarrow import parquet
-
-        opened_file = parquet.ParquetFile(raw)
-        names = opened_file.schema_arrow.names
-        if column not in names:
-            raise DataError(f"{file.path}: no column {column!r} (corpus.text_key); it has {', '.join(names)}")
-        kind = str(opened_file.schema_arrow.field(column).type)
-        if not any(word in kind for word in ("string", "binary", "null")):
-            raise DataError(f"{file.path}: column {column!r} (corpus.text_key) must be text, not {kind}")
-        metadata = opened_file.metadata
-        place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
-        sizes = [metadata.row_group(i).column(place).total_uncompressed_size for i in range(metadata.num_row_groups)]
-    return [Piece(file.path, file.stamp, size, number, number + 1) for number, size in enumerate(sizes)]
-
-
-def rows_of(piece: Piece, column: str, rows_at_once: int) -> Iterator[tuple[int, bytes | None]]:
-    """The column's values in the piece's row groups, and their rows in the file."""
-    with reading(piece.path), open_raw(piece.path) as raw:
-        import pyarrow
-        from pyarrow import parquet
-
-        file = parquet.ParquetFile(raw)
-        assert piece.stop is not None
-        number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-        groups = list(range(piece.start, piece.stop))
-        for batch in file.iter_batches(rows_at_once, row_groups=groups, columns=[column]):
-            values = batch.column(0)
-            if pyarrow.types.is_dictionary(values.type):
-                values = values.dictionary_decode()
-            for value in values.cast(pyarrow.large_binary()).to_pylist():  # so that bad UTF-8 is one row's, not all's
-                yield number, value
-                number += 1

@@ -90,10 +90,11 @@ def count_file(file: TokenFile, vocab_size: int) -> Counts:
     """All but the bytes of text, which only the manifest has."""
     counts = Counts(np.zeros(vocab_size, np.int64))
     for start in range(0, len(file.tokens), PIECE):
-        uses_V = np.bincount(file.tokens[start : start + PIECE], minlength=vocab_size)
-        if len(uses_V) > vocab_size:
-            raise DataError(f"{file.prefix}.bin: id {len(uses_V) - 1} must be below {vocab_size}; see verify=")
-        counts.uses_V += uses_V
+        ids = file.tokens[start : start + PIECE]
+        for id in (int(ids.min()), int(ids.max())):  # before counting, which takes memory up to the largest
+            if not 0 <= id < vocab_size:
+                raise DataError(f"{file.prefix}.bin: id {id} must be in [0, {vocab_size}); see verify=")
+        counts.uses_V += np.bincount(ids, minlength=vocab_size)
     for fault in file.index_faults():
         raise DataError(f"{fault}; see verify=")
     for start in range(0, len(file.lengths), PIECE):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 import numpy as np
 
@@ -244,6 +244,19 @@ class TokenFileEntry:
         return {".bin": self.tokens * dtype.itemsize, ".idx": index_bytes(self.documents, self.documents)}
 
 
+Typed = TypeVar("Typed", bound="TokenFileEntry | Manifest")
+
+
+def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
+    """KeyError where a value is missing, TypeError where one is of another type than its field."""
+    for field in fields(kind):
+        expected: Any = get_origin(field.type) or field.type
+        found = values[field.name]
+        if not isinstance(found, expected):
+            raise TypeError(f"{field.name} must be {expected.__name__}, not {type(found).__name__}")
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a finished folder holds. `corpus` and `config` say how it was made."""
@@ -264,15 +277,15 @@ class Manifest:
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
-            values = {field.name: content[field.name] for field in fields(cls)}
-            values["files"] = tuple(TokenFileEntry(**entry) for entry in values["files"])
+            files = tuple(typed(TokenFileEntry, entry) for entry in content["files"])
+            manifest = typed(cls, {**content, "files": files})
         except FileNotFoundError:
             raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} is not a manifest: {type(error).__name__} {headline(error)}") from error
-        return cls(**values)
+        return manifest
 
     def save(self, folder: Path) -> None:
         with durable(Path(folder) / MANIFEST_FILE) as file:
@@ -283,6 +296,14 @@ class Manifest:
         if name not in SPLITS:
             raise DataError(f"split {name!r} must be one of {', '.join(SPLITS)}")
         return tuple(entry for entry in self.files if entry.split == name)
+
+    def summary(self, folder: Path) -> str:
+        """What is in the folder, in a line."""
+        documents, tokens, text_bytes = self.totals()
+        return (
+            f"{folder}: {documents:,} documents, {tokens:,} tokens ({self.totals(['val'])[1]:,} for validation),"
+            f" {text_bytes / 1e6:.1f} MB of text, {self.vocab_size:,} rows"
+        )
 
     def totals(self, names: Iterable[str] = SPLITS) -> tuple[int, int, int]:
         """Documents, tokens and bytes of text of these splits."""

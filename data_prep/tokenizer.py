@@ -1,5 +1,6 @@
 """Text to ids and back: a tiktoken encoding that is known by its files, not by its name."""
 
+import math
 import os
 import re
 import socket
@@ -179,8 +180,8 @@ class BpeTokenizer(TokenizerConfig):
                 " the 256 bytes and <|endoftext|>"
             )
         for key in ("sample_mib", "sample_within_mib"):
-            if not getattr(self, key) > 0:
-                raise DataError(f"tokenizer.{key}={getattr(self, key)} must be positive")
+            if not 0 < getattr(self, key) < math.inf:
+                raise DataError(f"tokenizer.{key}={getattr(self, key)} must be positive and finite")
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         pattern = PATTERNS.get(self.pattern, self.pattern)

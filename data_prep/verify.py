@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.clean import digest_faults
 from data_prep.durable import sha256_of
 from data_prep.errors import DataError
 from data_prep.token_file import (
@@ -37,7 +38,7 @@ def verify(folder: Path) -> list[str]:
         manifest = Manifest.load(folder)
     except DataError as error:
         return [str(error)]
-    faults = list(cheap_faults(folder, manifest))
+    faults = [*cheap_faults(folder, manifest), *digest_faults(folder, manifest)]
     checker = _Checker(folder, manifest)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for found in pool.map(lambda entry: list(checker.faults(entry)), manifest.files):

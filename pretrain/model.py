@@ -124,7 +124,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_BTD: Tensor, mask: Mask | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, mask: Mask | None = None) -> Tensor:
         hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD), mask)
         return hidden_BTD + self.mlp(self.norm2(hidden_BTD))
 

@@ -8,7 +8,6 @@ from data_prep.command import EXIT_INTERRUPTED, fail
 from data_prep.errors import DataError, headline
 from data_prep.formats.layouts import LAYOUTS, Layout
 from data_prep.formats.transfer import export_tokens, import_tokens, is_of_validation
-from data_prep.token_file import Manifest
 from data_prep.tokenizer import Tokenizer
 
 HELP = """Token files of other programs, to and from ours.
@@ -56,11 +55,11 @@ def run(arguments: list[str]) -> None:
         val = [path for path in files if is_of_validation(path)]
         train = [path for path in files if path not in val]
         manifest = import_tokens(layout, train, val, _tokenizer(given["tokenizer"]), out)
-        print(f"imported: {_summary(out, manifest)}")
+        print(f"imported: {manifest.summary(out)}")
     elif command == "export":
         given = _given(settings, "to", "in", "out")
         manifest = export_tokens(_layout("to", given["to"]), Path(given["in"]), Path(given["out"]))
-        print(f"exported: {_summary(Path(given['out']), manifest)}")
+        print(f"exported: {manifest.summary(Path(given['out']))}")
     else:
         raise DataError(f"{command} must be import or export; see --help")
 
@@ -88,6 +87,8 @@ def _files(layout: Layout, given: str) -> list[Path]:
     """In order of name; of what was listed, in that order."""
     files: list[Path] = []
     for item in given.removeprefix("[").removesuffix("]").split(","):
+        if not item:
+            raise DataError(f"in={given}: there is nothing between two commas")
         found = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))
         if not found and layout.name == "megatron" and Path(f"{item}.idx").exists():
             found = [f"{item}.idx"]
@@ -106,15 +107,6 @@ def _files(layout: Layout, given: str) -> list[Path]:
 
 def _tokenizer(given: str) -> Tokenizer:
     return Tokenizer.load(given) if Path(given).is_dir() else Tokenizer.named(given)
-
-
-def _summary(folder: Path, manifest: Manifest) -> str:
-    documents, tokens, text_bytes = manifest.totals()
-    val_tokens = manifest.totals(["val"])[1]
-    return (
-        f"{folder}: {documents:,} documents, {tokens:,} tokens ({val_tokens:,} for validation),"
-        f" {text_bytes / 1e6:.1f} MB of text, {manifest.vocab_size:,} rows"
-    )
 
 
 if __name__ == "__main__":

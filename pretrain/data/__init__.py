@@ -1,7 +1,8 @@
 """Token files in, batches out: a pure function of seed and sample number."""
 
-from .dataset import IGNORED, Corpus, Data, DataConfig, Order, Permutation, Window, Windows, open_corpus, open_data
+from .dataset import IGNORED, Corpus, Data, DataConfig, Window, Windows, open_corpus, open_data
 from .loader import Batch, BatchLoader, MicroBatch, validation_batches
+from .order import Order, Permutation
 from .packing import PackedWindows
 from .samples import Samples
 

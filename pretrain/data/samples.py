@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from .blend import Blend
-from .dataset import Order, Windows
+from .dataset import Windows
+from .order import Order
 
 
 class Samples:

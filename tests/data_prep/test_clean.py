@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep import clean
-from data_prep.clean import DIGEST, KEPT, digest_of, find_duplicates, sorted_digests
+from data_prep.clean import DIGEST, KEPT, digest_of, digests_of, find_duplicates, place_of, sorted_digests
+from data_prep.errors import DataError
 from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
@@ -44,6 +45,14 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     assert found[:split] == [text for text in once if text in found[:split]]  # in the order of the corpus
     assert np.fromfile(out / "documents.digests", DIGEST).tolist() == halves(once)
     assert tokenize(*command, f"out={out}").stdout.startswith("already done")
+
+    digests = (out / "documents.digests").read_bytes()
+    for wrong, fault in ((digests[::-1], "do not rise"), (digests[1:], "60 documents of the manifest have 16 each")):
+        (out / "documents.digests").write_bytes(wrong)
+        assert len(verify(out)) == 1 and fault in verify(out)[0]
+    with pytest.raises(DataError, match=r"documents\.digests: 959 bytes are not 16 a document"):
+        digests_of(str(out))
+    (out / "documents.digests").write_bytes(digests)
 
     new = texts(20, seed=1)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*once[::2], *new, new[1]]))
@@ -82,7 +91,8 @@ def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch:
     random, paths, all_of_them = np.random.default_rng(0), [], []
     for number in range(5):
         kept = {
-            digest_of(bytes([byte])): ("train", i) for i, byte in enumerate(set(random.integers(0, 256, 100).tolist()))
+            digest_of(bytes([byte])): place_of("train", i)
+            for i, byte in enumerate(set(random.integers(0, 256, 100).tolist()))
         }
         all_of_them += list(kept)
         paths.append(tmp_path / f"{number}.digests")
@@ -99,4 +109,4 @@ def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch:
         )
     assert len(ranges) > 10 and results[0] == results[1]
     assert len(results[0][0]) == len(all_of_them) - len(set(all_of_them))
-    assert len(results[0][1]) == 16 * len(set(all_of_them)) and KEPT.itemsize == 20
+    assert len(results[0][1]) == 16 * len(set(all_of_them)) and KEPT.isalignedstruct

@@ -2,14 +2,19 @@
 
 import gzip
 import importlib
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, Item, StdlibCorpus, decode_source
-from data_prep.source import Document, Poison, expand
+from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, decode_source
+from data_prep.encoder import resident_bytes
+from data_prep.parquet import row_groups, rows_of
+from data_prep.source import Document, Poison, compression_of, expand, kind_of, local_file
+from data_prep.unit import Item
 from tests.data_prep.commands import write_jsonl
 
 
@@ -127,6 +132,54 @@ def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_column_of_lists_of_text_is_none(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", text=[["a"], ["b"]])
+    with pytest.raises(ValueError, match=r"column 'text' .* must be text, not list"):
+        documents(path)
+    pyarrow = importlib.import_module("pyarrow")
+    words = pyarrow.array(["x", "x", "y"]).dictionary_encode()
+    assert documents(write_parquet(tmp_path / "b.parquet", text=words)) == ["x", "x", "y"]
+
+
+def test_a_row_group_of_parquet_is_not_held(tmp_path: Path) -> None:
+    """One row group of 64 MB: neither its bytes in the file nor 256 of its rows are in memory at once."""
+    pyarrow = importlib.import_module("pyarrow")
+    from pyarrow import parquet
+
+    rows = [np.random.default_rng(number).bytes(1 << 20) for number in range(64)]
+    table, pages = pyarrow.table({"text": rows}), {"use_dictionary": False, "write_batch_size": 1}
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", **pages)
+    (piece,) = row_groups(local_file(tmp_path / "a.parquet"), "text")
+    del rows, table
+    pyarrow.default_memory_pool().release_unused()
+    before, peak, count = resident_bytes(), 0, 0
+    for _, data in rows_of(piece, "text"):
+        count += data is not None
+        peak = max(peak, resident_bytes())
+    assert count == 64 and peak - before < 40 << 20
+
+
+def test_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus_module, times = importlib.import_module("data_prep.corpus"), list[list[str]]()
+    monkeypatch.setattr(corpus_module, "expand", lambda paths: times.append(paths) or expand(paths))
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    corpus = FilesCorpus([str(path)])
+    corpus.describe()
+    corpus.ensure_documents()
+    units = corpus.units(10)
+    path.unlink()
+    assert corpus.units(10) == units and len(times) == 1
+    assert vars(pickle.loads(pickle.dumps(corpus))) == {"paths": [str(path)], "text_key": "text"}
+
+
+@pytest.mark.parametrize("suffix", ["", "?download=true&x=a.b", "#top.txt"])
+def test_what_a_web_address_is_of(suffix: str) -> None:
+    for name, compression in (("a.jsonl.gz", "gzip"), ("a.jsonl", None)):
+        path = f"https://somewhere/{name}{suffix}"
+        assert (kind_of(path), compression_of(path)) == (".jsonl", compression)
+    assert kind_of("a?b.txt") == ".txt" and kind_of("a.jsonl#1.txt") == ".txt"
+
+
 @pytest.mark.parametrize("unit_bytes", [1, 7, 100, 1000, 1 << 20])
 def test_the_units_of_one_file_are_its_rows_each_once(tmp_path: Path, unit_bytes: int) -> None:
     """Ranges that begin and end anywhere: in a row, at its first byte, at its last, in none."""
@@ -192,7 +245,7 @@ def test_a_change_of_the_files_is_seen(tmp_path: Path) -> None:
     before = corpus.describe()
     assert before == corpus.describe() and before["bytes"] == 3
     path.write_text("three")
-    assert corpus.describe() != before
+    assert FilesCorpus([str(path)]).describe() != before
 
 
 def test_source_by_its_own_declaration() -> None:
@@ -212,6 +265,11 @@ def test_the_standard_library() -> None:
     assert len(found) > 500 and size > 10e6 and abs(size - expected) < 0.01 * size
     assert all("site-packages" not in item.id and item.id.endswith(".py") for item in found)
     assert sum(isinstance(item, Poison) for item in found) < 20
+
+
+def test_a_unit_of_poison_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HubCorpus, "_items", lambda self: (Poison(str(number), "no") for number in range(1000)))
+    assert max(len(unit.documents) for unit in HubCorpus("x").units(10_000)) < 50
 
 
 def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import encoder
 from data_prep.bpe import PATTERNS, train_bpe
-from data_prep.encoder import SCHEMES, Encoder, scheme_for
+from data_prep.encoder import SCHEMES, Encoder, resident_bytes, scheme_for
 from data_prep.source import Document
 from data_prep.tokenizer import LONGEST_RUN, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -42,6 +42,23 @@ def test_gigatoken_gives_the_same_ids(tmp_path: Path, pattern: str) -> None:
         assert all(
             np.array_equal(ids, tokenizer.encode(document.text)) for ids, document in zip(fast, given, strict=True)
         )
+
+
+def test_gigatokens_memory_does_not_grow_with_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 MB of words of which none comes twice: kept, they would be 100 MB."""
+    pytest.importorskip("gigatoken")
+    tokenizer = Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20))
+    tokenizer.save(tmp_path / "tokenizer")
+    monkeypatch.setattr(encoder, "CACHE_BYTES", 10 << 20)
+    one, random, before = Encoder.load(tmp_path, SCHEMES[PATTERNS["gpt2"]]), np.random.default_rng(0), 0
+    for _ in range(12):
+        words = random.integers(ord("a"), ord("p"), (90_000, 12), np.uint8)
+        words[:, 0] = ord(" ")
+        text = words.tobytes().decode()
+        (ids,) = one.encode_all([Document("a", text, text.encode())])
+        before = before or resident_bytes()
+    assert isinstance(ids, np.ndarray) and tokenizer.decode(ids) == text
+    assert resident_bytes() - before < 50 << 20
 
 
 def test_gigatoken_is_left_out_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """Documents that are not held in memory: the same ids as if they were, wherever they are cut."""
 
+import gzip
+import io
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +12,19 @@ import numpy as np
 import pytest
 
 from data_prep import corpus, long, source
+from data_prep.app import TokenizeConfig, training_texts
 from data_prep.clean import digest_of
 from data_prep.corpus import FilesCorpus
+from data_prep.errors import DataError
 from data_prep.long import LongDocument, cut, digest_and_size, row_pieces
 from data_prep.source import Document, Poison
 from data_prep.token_file import Manifest, TokenFile
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import BpeTokenizer, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from data_prep.verify import verify
 from tests.data_prep.commands import python, small_spec, texts, tokenize
 
-TEXT = 'a "quoted" \\ back\\\\slash \n\t é 东京 🙂 \u2028 \x7f end ' * 40
+TEXT = 'a "quoted" \\ back\\\\slash \n\t é 东京 🙂 \\ud83d \\\\ud83d\\ude42 \u2028 \x7f end ' * 40
 
 
 @pytest.fixture(params=[1, 2, 3, 7, 64, 1 << 20])
@@ -29,11 +34,17 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_a_row_in_pieces(tmp_path: Path, block: int, ascii_only: bool) -> None:
-    row = {"n": -1.5e3, "meta": {"text": ["no", {"x": 'b"]}'}], "": None}, "ok": True, "text": TEXT, "more": [1]}
+def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
+    row = {
+        "n": -1.5e3,
+        "none": [None, 0, float("nan")],
+        "meta": {"text": ["no", {"x": 'b"]}'}], "": None},
+        "ok": True,
+        "text": TEXT,
+        "more": [1],
+    }
     line = json.dumps(row, ensure_ascii=ascii_only).encode()
-    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + line + b'\n{"text":"x"}')
-    pieces = list(row_pieces(str(tmp_path / "a.jsonl"), 3, len(line) + 1, "text"))
+    pieces = list(row_pieces(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text"))
     assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
     assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
 
@@ -51,15 +62,17 @@ def test_a_row_in_pieces(tmp_path: Path, block: int, ascii_only: bool) -> None:
         (b'{"text": "\\u12x4 0123456789abcdef"}', "not JSON"),
         (b'{"text": "a\nb"}', "Invalid control character"),
         (b'{"text" "x"}', "no colon"),
+        (b'{"a": tru e, "text": "x"}', "'tru' is no value"),
+        (b'{"a": [01], "text": "x"}', "'01' is no value"),
+        (b'{"a": , "text": "x"}', "',' is no value"),
+        (b'{"a": ' + b"1" * 5000 + b', "text": "x"}', "is no value"),
         (b'{"text": "\\ud800 alone"}', "surrogates not allowed"),
         (b'{"text": "\xff"}', "invalid start byte"),
     ],
 )
-def test_a_bad_row_in_pieces(tmp_path: Path, block: int, line: bytes, message: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(line)
-    document = LongDocument("a", lambda: row_pieces(str(tmp_path / "a.jsonl"), 0, len(line), "text"))
+def test_a_bad_row_in_pieces(block: int, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        digest_and_size(document, 1 << 20)
+        digest_and_size(row_pieces(io.BytesIO(line), "text"), 1 << 20)
 
 
 def test_cut_where_no_pattern_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +98,6 @@ def long_pattern(name: str) -> str:
 def test_a_long_document_has_the_digest_of_a_short_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    import gzip
-
     import pyarrow
 
     text = "".join(texts(20))
@@ -98,12 +109,37 @@ def test_a_long_document_has_the_digest_of_a_short_one(
     found = list(FilesCorpus([str(tmp_path / name)]).documents())
     document = found[-1]
     assert isinstance(document, LongDocument) and (len(found) == 1 or isinstance(found[0], Document))
-    assert digest_and_size(document, 1 << 20) == (digest_of(text.encode()), len(text.encode()))
+    assert digest_and_size(document.pieces(), 1 << 20) == (digest_of(text.encode()), len(text.encode()))
     with pytest.raises(ValueError, match="more than 9 bytes"):
-        digest_and_size(document, 9)
+        digest_and_size(document.pieces(), 9)
     (unit,) = FilesCorpus([str(tmp_path / name)]).units(1 << 20)
     if "jsonl" in name:
         assert isinstance(list(FilesCorpus([str(tmp_path / name)]).items(unit, 2000))[-1], Poison)
+
+
+def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = texts(5)
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    monkeypatch.setattr(corpus, "LONG_BYTES", 100)
+    opened, times = source.opened, list[str]()
+    monkeypatch.setattr(source, "opened", lambda path: times.append(path) or opened(path))
+    found = list(FilesCorpus([str(tmp_path / "a.jsonl.gz")]).documents())
+    for _ in range(2):
+        assert ["".join(document.pieces()) for document in found if isinstance(document, LongDocument)] == rows
+    assert len(times) == 1
+
+
+def test_a_file_that_breaks_off_ends_the_training_of_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is no document that will be put aside: the tokenizer would be another one."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1 << 20).hex().encode())[:-1000])
+    monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
+    config = TokenizeConfig(FilesCorpus([str(tmp_path / "a.txt.gz")]), BpeTokenizer(), out="x")
+    with pytest.raises(DataError, match=r"a\.txt\.gz: cannot be read"):
+        list(training_texts(config))
 
 
 def write_long(path: Path, megabytes: int) -> Iterator[str]:

@@ -1,25 +1,33 @@
 """Documents that crash, stop or upset the tokenizer; kills; and memory. Real processes."""
 
+import gzip
+import json
 import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep import app, pool
+from data_prep.app import TokenizeConfig
 from data_prep.clean import CleanConfig
-from data_prep.corpus import FilesCorpus
+from data_prep.corpus import Beat, FilesCorpus
 from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_unit
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
-from data_prep.pool import Pool
-from data_prep.source import Document, Poison
-from data_prep.token_file import TokenFile
-from tests.data_prep.commands import small_spec, write_jsonl
+from data_prep.output import Output
+from data_prep.pool import Pool, SharedWatch
+from data_prep.source import Document, Piece, Poison
+from data_prep.token_file import Manifest, TokenFile
+from data_prep.tokenizer import FileTokenizer
+from data_prep.unit import Item
+from data_prep.verify import verify
+from tests.data_prep.commands import folder_bytes, small_spec, write_jsonl
 from tests.data_prep.kills import killed_again_and_again
 
 TEXTS = [f"good {number}" for number in range(20)]
@@ -55,14 +63,29 @@ class TouchyUnit(EncodeUnit):
         return super().run(job, TouchyEncoder.load(job.folder, None), watch)
 
 
-def encoded(folder: Path, texts: list[str], patience: float = 30) -> list[UnitRecord]:
-    """The records of a few units."""
+@dataclass
+class SlowCorpus(FilesCorpus):
+    """Nothing comes from its disk for a while, between two documents."""
+
+    seconds: float = 0.0
+
+    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+        for number, item in enumerate(super().read(piece, largest, beat)):
+            time.sleep(self.seconds if number == 1 else 0)
+            yield item
+
+
+def job_of(folder: Path, texts: list[str], seconds: float = 0) -> EncodeJob:
     path = write_jsonl(folder / "a.jsonl", texts)
     small_spec().save(folder / "out" / "tokenizer")
     (folder / "out" / "unfinished").mkdir()
-    corpus = FilesCorpus([str(path)])
-    job = EncodeJob(folder / "out", corpus, CleanConfig(), 0.0, 1 << 20, None)
-    units = corpus.units(path.stat().st_size // 2 + 1)
+    return EncodeJob(folder / "out", SlowCorpus([str(path)], seconds=seconds), CleanConfig(), 0.0, 1 << 20, None)
+
+
+def encoded(folder: Path, texts: list[str], patience: float = 30, seconds: float = 0) -> list[UnitRecord]:
+    """The records of a few units."""
+    job = job_of(folder, texts, seconds)
+    units = list(job.corpus.units((folder / "a.jsonl").stat().st_size // 2 + 1))
     with Pool(1, job, patience) as pool:
         records = list(pool.run([TouchyUnit(unit) for unit in units], lambda: None))
     assert [finished_unit(job, unit) for unit in units] == [replace(record, kept=True) for record in records]
@@ -85,14 +108,78 @@ def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what:
     assert len(TokenFile(tmp_path / "out" / "train-00000").lengths) == records[0].files[0].documents
 
 
+def test_a_unit_is_the_same_a_document_at_a_time(tmp_path: Path) -> None:
+    """What is put aside, the counts and the digest, too."""
+    texts = [*TEXTS, "panic", "good 3", "x", "panic", *TEXTS[:3], "good", "panic"]
+    job = job_of(tmp_path, [text for text in texts for _ in range(2)])
+    (unit,) = job.corpus.units(1 << 20)
+    encoder, watch = Encoder.load(job.folder, None), SharedWatch([0] * 4)
+    for clean in (CleanConfig(), CleanConfig(min_bytes=2, deduplicate=True)):
+        found = []
+        for careful in (False, True):
+            record = TouchyUnit(unit, careful).run(replace(job, clean=clean, val_fraction=0.5), encoder, watch)
+            found.append((record, folder_bytes(tmp_path / "out")))
+        assert found[0] == found[1]
+        assert len(record.quarantined) == (1 if clean.deduplicate else 6) and len(record.files) == 2
+
+
 def test_several_in_one_unit(tmp_path: Path) -> None:
     records = encoded(tmp_path, ["crash", *TEXTS, "panic", "crash"])
     assert len(records[0].quarantined) == 1 and sum(len(record.quarantined) for record in records) == 3
 
 
+def test_a_slow_disk_is_no_documents_fault_and_a_lost_one_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow").mkdir()
+    assert not any(record.quarantined for record in encoded(tmp_path / "slow", TEXTS, patience=1, seconds=3))
+    monkeypatch.setattr(pool, "READING_SECONDS", 1.0)
+    with pytest.raises(DataError, match=r"unit 0 \(.*a\.jsonl\): nothing came for 1 s; finished units are kept"):
+        encoded(tmp_path, TEXTS, seconds=60)
+
+
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a worker process died"):
         encoded(tmp_path, [*TEXTS, "kill"])
+
+
+def test_copies_that_are_others_after_a_file_was_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit that held one must be made anew, with a document in it that crashes its process."""
+
+    def write(number: int, *texts: str) -> None:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+
+    def run(out: str) -> None:
+        corpus = FilesCorpus([str(tmp_path / "*.gz")])
+        config = TokenizeConfig(
+            corpus,
+            FileTokenizer(str(tmp_path / "spec")),
+            out=out,
+            val_fraction=0,
+            unit_mib=1e-6,
+            clean=CleanConfig(deduplicate=True),
+            gigatoken=False,
+            workers=1,
+        )
+        app.tokenize(config, tmp_path / out)
+
+    def killed(self: Output, manifest: Manifest) -> None:
+        raise KeyboardInterrupt
+
+    small_spec().save(tmp_path / "spec")
+    monkeypatch.setattr(app, "EncodeUnit", TouchyUnit)
+    write(0, "one", "two")
+    write(1, "one", "crash", "three")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Output, "finish", killed)
+        run("out")
+    assert (tmp_path / "out" / "unfinished" / "dropped-00001.json").exists()
+    write(0, "two", "three")
+    for out in ("out", "straight"):
+        run(out)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+    assert Manifest.load(tmp_path / "out").totals()[0] == 3 and verify(tmp_path / "out") == []
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The statistics page counts what is there."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.stats import count, whole, write_statistics
+from data_prep.errors import DataError
+from data_prep.stats import count, count_file, whole, write_statistics
+from data_prep.token_file import HEADER, MAGIC, VERSION, TokenFile
 from tests.data_prep.commands import assert_one_error, tokenize
 from tests.data_prep.folders import make_folder
 
@@ -39,6 +42,15 @@ def test_the_page(tmp_path: Path) -> None:
     assert text.startswith((tmp_path / "statistics.txt").read_text())
     assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
     assert write_statistics(tmp_path) == text  # its own files are no obstacle
+
+
+@pytest.mark.parametrize("id", [-1, 70_000, 2**31 - 1])
+def test_an_id_that_no_row_has(tmp_path: Path, id: int) -> None:
+    np.array([1, id], np.int32).tofile(tmp_path / "a.bin")
+    header = HEADER.pack(MAGIC, VERSION, 4, 1, 2)
+    (tmp_path / "a.idx").write_bytes(header + struct.pack("<iqqq", 2, 0, 0, 1))
+    with pytest.raises(DataError, match=rf"a\.bin: id {id} must be in \[0, 70000\)"):
+        count_file(TokenFile(tmp_path / "a"), 70_000)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -269,6 +269,16 @@ def test_poison_is_put_aside_and_too_much_of_it_ends_the_run(tmp_path: Path, spe
     assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
 
 
+def test_a_name_that_is_no_text_is_shown(tmp_path: Path, spec_folder: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    Path(os.fsdecode(bytes(folder) + b"/na\xefve.txt")).write_bytes(b"na\xefve")
+    command = ["corpus=files", f"corpus.paths=['{folder}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
+    done = tokenize(*command, "val_fraction=0", f"out={tmp_path / 'out'}", PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0 and "na\\udcefve.txt: not UTF-8" in done.stdout, done
+
+
 def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -290,11 +300,15 @@ def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> 
 ERRORS = {
     "wrong key": (["tokenizer.vocabsize=300"], ["vocabsize", "vocab_size"]),
     "wrong key, added": (["+corpus.foo=1"], ["unknown key corpus.foo"]),
+    "wrong key, added to clean": (["+clean.foo=1"], ["unknown key clean.foo", "clean.min_bytes"]),
     "wrong key at the top": (["batch=1"], ["'batch'", "val_fraction"]),
     "wrong type": (["tokenizer.vocab_size=many"], ["tokenizer.vocab_size=many", "Integer"]),
     "wrong value": (["tokenizer.vocab_size=256"], ["tokenizer.vocab_size=256 must be at least 257"]),
     "wrong fraction": (["val_fraction=1"], ["val_fraction=1.0 must be in [0, 1)"]),
     "wrong unit": (["unit_mib=0"], ["unit_mib=0.0 must be positive"]),
+    "endless unit": (["unit_mib=inf"], ["unit_mib=inf must be positive and finite"]),
+    "endless document": (["max_document_mib=inf"], ["max_document_mib=inf must be positive and finite"]),
+    "endless sample": (["tokenizer.sample_mib=inf"], ["tokenizer.sample_mib=inf must be positive and finite"]),
     "wrong limit": (["max_quarantined=-1"], ["max_quarantined=-1 must not be negative"]),
     "wrong lengths": (["clean.min_bytes=9", "clean.max_bytes=8"], ["clean.max_bytes=8 must be at least clean.min"]),
     "unlike nothing": (["clean.deduplicate=true", "clean.unlike=[x]"], ["clean.unlike: x has no documents.digests"]),

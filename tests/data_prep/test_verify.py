@@ -123,6 +123,24 @@ def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Calla
     assert len(faults) == 4 and "spec.json" in faults[0] and "sha256" in faults[1]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", "8192", "vocab_size must be int, not str"),
+        ("corpus", None, "corpus must be dict, not NoneType"),
+        ("sha256", None, "sha256 must be dict, not NoneType"),
+        ("tokens", "5", "tokens must be int, not str"),
+    ],
+)
+def test_a_manifest_of_other_types(tmp_path: Path, key: str, value: object, message: str) -> None:
+    make_folder(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    (content if key in content else content["files"][0])[key] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    (fault,) = verify(tmp_path)
+    assert "manifest.json is not a manifest" in fault and message in fault
+
+
 def test_no_manifest_is_the_only_fault(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path / "train-00000", 1000) as writer:
         writer.add(np.array([1]))

@@ -22,6 +22,7 @@ from data_prep.token_file import Manifest
 from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.data import Windows, open_corpus
 from pretrain.generate import load_model
+from tests.pretrain.helpers import TIMES
 from tests.pretrain.tiny import write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +139,7 @@ def test_deepspeed_trains_as_fsdp2_does_and_is_quiet(trained, data, tmp_path):
     done = run(f"launch/local.py {arguments} {engine}")
     assert done.returncode == 0 and "step 8" in done.stdout, done.stderr
     for one, other in zip(scalars(tmp_path / "run"), scalars(trained), strict=True):
-        for key in one.keys() - {"tokens_per_s"}:
+        for key in one.keys() - TIMES:
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
 
 
@@ -331,7 +332,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, data
     assert str(newest) in warning and f"going on from {older}" in warning
     assert f"is now {newest.with_name('damaged-' + newest.name)}" in warning
     assert f"resumed: {older}, step 12" in done.stdout
-    compared = [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in before]
+    compared = [{key: value for key, value in line.items() if key not in TIMES} for line in before]
     assert [{key: line[key] for key in was} for was, line in zip(compared, scalars(folder), strict=True)] == compared
     assert [step_of(path) for path in checkpoints(folder)] == [12, 16], "the same step was saved again"
 

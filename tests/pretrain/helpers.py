@@ -9,6 +9,8 @@ from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter
 from pretrain.vocab import VocabShard
 from tests.data_prep.commands import small_spec
 
+TIMES = {"tokens_per_s", "data_wait"}  # in metrics.jsonl: not twice the same
+
 
 def padded_rows(weight_VD: Tensor, shard: VocabShard) -> Tensor:
     """The shard's rows of a dense matrix, [v, D], padding zero."""

@@ -18,14 +18,14 @@ from pretrain.config import TrainConfig, hold
 from pretrain.data import MicroBatch, validation_batches
 from pretrain.mesh import device_error, lost_peer
 from pretrain.trainer import LoopConfig, Reason, StopFlag
-from tests.pretrain.helpers import make_corpus
+from tests.pretrain.helpers import TIMES, make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
 
 
 def lines(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in found]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
 
 
 def stopped_while_evaluating(rank: int, world: int, config: TrainConfig, number: int) -> tuple[Reason, list[int]]:

@@ -272,6 +272,10 @@ MISTAKES = {
     "key": (["import", "form=llmc"], "form=llmc"),
     "layout": (["import", "from=x", "in=a", "tokenizer=b", "out=c"], "from=x must be one of megatron, llmc"),
     "no file": (["import", "from=llmc", "in={here}/none*", "tokenizer={spec}", "out={here}/o"], "no such file"),
+    "empty item": (
+        ["import", "from=llmc", "in=[{here}/id.bin,]", "tokenizer={spec}", "out={here}/o"],
+        "nothing between",
+    ),
     "empty folder": (["import", "from=datatrove", "in={here}", "tokenizer={spec}", "out={here}/o"], "no file *.ds"),
     "magic": (["import", "from=llmc", "in={here}/magic.bin", "tokenizer={spec}", "out={here}/o"], "not of llm.c"),
     "count": (["import", "from=llmc", "in={here}/count.bin", "tokenizer={spec}", "out={here}/o"], "of 7 tokens"),

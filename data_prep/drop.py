@@ -1,0 +1,60 @@
+"""A finished unit once more, without the documents that an earlier unit or another folder has too."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.clean import digest_of
+from data_prep.encode import EncodeJob, UnitRecord, Watch, dropped_path, entry_of, save_record, watched
+from data_prep.encoder import Encoder
+from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, with_suffix
+from data_prep.unit import Unit
+
+
+@dataclass(frozen=True)
+class DropCopies:
+    """A task: a unit's files again, without the documents at `places` (as in `clean.KEPT`). None is out of them yet."""
+
+    unit: Unit
+    record: UnitRecord
+    places: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
+        """The new record comes last: files that fit no record are made again from the corpus."""
+        record, files = self.record, list[TokenFileEntry]()
+        for entry in record.files:
+            chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
+            files += self._rewrite(job.folder, entry, chosen, encoder, watch) if len(chosen) else [entry]
+        duplicates, dropped = record.duplicates + len(self.places), digest_of_places(self.places)
+        record = replace(record, files=tuple(files), duplicates=duplicates, dropped=dropped)
+        save_record(dropped_path(job.folder, record.index), record, encoder.vocab_size)
+        return record
+
+    @staticmethod
+    def _rewrite(
+        folder: Path, entry: TokenFileEntry, chosen: np.ndarray, encoder: Encoder, watch: Watch
+    ) -> list[TokenFileEntry]:
+        path = folder / entry.name
+        file = TokenFile(path)
+        if len(chosen) == entry.documents:
+            for suffix in entry.sha256:
+                with_suffix(path, suffix).unlink()
+            return []
+        left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
+        with TokenFileWriter(path, encoder.vocab_size) as writer:
+            for number, length in enumerate(watched(file.lengths.tolist(), watch)):
+                ids, start = file.tokens[start : start + length], start + length
+                if number in left:
+                    text_bytes -= len(encoder.decode_bytes(ids[:-1]))
+                else:
+                    writer.add(ids)
+        return [entry_of(entry.split, writer, text_bytes)]
+
+
+def digest_of_places(places: np.ndarray) -> str:
+    return digest_of(np.sort(places).astype("<u4").tobytes()).hex() if len(places) else ""

@@ -1,0 +1,60 @@
+"""Parquet: a piece for each row group, and the column of the texts, a few rows at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.source import BLOCK_BYTES, FileInfo, Piece, open_raw, reading
+
+ROWS_AT_ONCE = 256
+BATCH_BYTES = 2 << 20  # of rows at once, where they are about the same size
+
+
+def row_groups(file: FileInfo, column: str) -> list[Piece]:
+    """A piece for each row group, by its number. DataError where there is no such column of text."""
+    with reading(file.path), open_raw(file.path) as raw:
+        from pyarrow import parquet
+
+        opened_file = parquet.ParquetFile(raw)
+        names = opened_file.schema_arrow.names
+        if column not in names:
+            raise DataError(f"{file.path}: no column {column!r} (corpus.text_key); it has {', '.join(names)}")
+        kind = opened_file.schema_arrow.field(column).type
+        if not is_text(kind):
+            raise DataError(f"{file.path}: column {column!r} (corpus.text_key) must be text, not {kind}")
+        metadata = opened_file.metadata
+        place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+        sizes = [metadata.row_group(i).column(place).total_uncompressed_size for i in range(metadata.num_row_groups)]
+    return [Piece(file.path, file.stamp, size, number, number + 1) for number, size in enumerate(sizes)]
+
+
+def is_text(kind: Any) -> bool:
+    """Whether Arrow's type is one of text, or of nothing but nulls."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
+    return any(is_kind(kind) for is_kind in text)
+
+
+def rows_of(piece: Piece, column: str) -> Iterator[tuple[int, bytes | None]]:
+    """The column's values in the piece's row groups, and their rows in the file."""
+    with reading(piece.path), open_raw(piece.path) as raw:
+        import pyarrow
+        from pyarrow import parquet
+
+        # Without both a column chunk is held whole, as it is in the file.
+        file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK_BYTES)
+        assert piece.stop is not None
+        number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = list(range(piece.start, piece.stop))
+        rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+        at_once = max(1, min(ROWS_AT_ONCE, rows * BATCH_BYTES // max(1, piece.size)))
+        for batch in file.iter_batches(at_once, row_groups=groups, columns=[column]):
+            values = batch.column(0)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            for value in values.cast(pyarrow.large_binary()).to_pylist():  # so that bad UTF-8 is one row's, not all's
+                yield number, value
+                number += 1

@@ -1,0 +1,78 @@
+"""The units of a run as they are done: what was put aside, and in the end the manifest."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.clean import digest_of
+from data_prep.durable import durable
+from data_prep.encode import UnitRecord
+from data_prep.errors import DataError
+from data_prep.token_file import FORMAT_VERSION, Manifest
+from data_prep.tokenizer import Tokenizer
+
+NAMES_SHOWN = 3
+
+
+@dataclass
+class Tally:
+    """The units as they are done."""
+
+    most_quarantined: int
+    records: dict[int, UnitRecord] = field(default_factory=dict)
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, record: UnitRecord) -> None:
+        """DataError where too many documents have been put aside."""
+        self.records[record.index] = record
+        self.quarantined += record.quarantined
+        if len(self.quarantined) > self.most_quarantined:
+            raise DataError(
+                f"{len(self.quarantined):,} documents are quarantined, more than"
+                f" max_quarantined={self.most_quarantined}: {shown(self.quarantined)}"
+            )
+
+    @property
+    def in_order(self) -> list[UnitRecord]:
+        return [self.records[index] for index in sorted(self.records)]
+
+    def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
+        records = self.in_order
+        entries = [entry for record in records for entry in record.files]
+        counts = {
+            key: sum(getattr(record, key) for record in records) for key in ("too_short", "too_long", "duplicates")
+        }
+        corpus = {
+            **settings["corpus"],
+            "digest": digest_of("".join(record.digest for record in records).encode()).hex(),
+            "quarantined": len(self.quarantined),
+            **counts,
+        }
+        files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
+        return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
+
+    def rate(self, seconds: float) -> str:
+        """For the end of a report; nothing where all units were there already."""
+        megabytes = sum(record.text_bytes for record in self.records.values() if not record.kept) / 1e6
+        return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
+
+
+def shown(quarantined: list[tuple[str, str]]) -> str:
+    """The first few, for a line."""
+    names = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:NAMES_SHOWN])
+    return names + ("; ..." if len(quarantined) > NAMES_SHOWN else "")
+
+
+def save_quarantine(path: Path, tally: Tally) -> None:
+    """One object a line, in corpus order; no file where there is nothing to say."""
+    if not tally.quarantined:
+        path.unlink(missing_ok=True)  # of a run that was killed, before the corpus was mended
+        return
+    with durable(path) as file:
+        for record in tally.in_order:
+            for name, reason in record.quarantined:
+                file.write(
+                    json.dumps({"id": name, "reason": reason}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                    + b"\n"
+                )
