@@ -153,9 +153,14 @@ def build(composed: DictConfig) -> TrainConfig:
 
 def freeze(config: TrainConfig, data: Data) -> None:
     """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself."""
+    write(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer))
+
+
+def write(config: TrainConfig, tokenizer: TokenizerSpec | None) -> None:
+    """As `freeze`, of a tokenizer at hand."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    if data.tokenizer is not None:
-        TokenizerSpec.load(data.tokenizer).save(config.run_dir / TOKENIZER_FOLDER)
+    if tokenizer is not None:
+        tokenizer.save(config.run_dir / TOKENIZER_FOLDER)
     with durable(config.path) as file:
         file.write(text(config).encode())
 

@@ -1,6 +1,8 @@
 """A checkpoint read and written by rows, by one process: no tensor of it is ever whole, unless it is asked for."""
 
 import json
+import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -66,10 +68,11 @@ class CheckpointRows:
         return {name: sorted(found, key=lambda part: part.start) for name, found in parts.items()}
 
 
-def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any]) -> Path:
+def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None]) -> Path:
     """Makes step 0 of a run that has no checkpoint: parameters alone, for all moments are zero there; where it is.
 
-    ValueError where it has one, or another process holds it; OSError on a full disk, and nothing is there.
+    describe: puts down what the run is, once all weights are on the disk and before the checkpoint has its name.
+    ValueError where it has one, or another process holds it; OSError on a full disk, and there is no checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / RANKS_LOCK, f"run={run} is in use by another process"):
@@ -79,18 +82,27 @@ def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any]) -> P
         remove_unfinished(run)
         final = run / "checkpoints" / "step-00000000"
         unfinished = final.with_name(UNFINISHED + final.name)
-        unfinished.mkdir(parents=True)
-        offsets = {tensor.name: {"saved_offsets": [0] * len(tensor.shape)} for tensor in tensors}
-        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{"step": 0, "tokens": 0, "samples": {}, "val_loss": None, "rng": []},
-            **about,
-            "mesh": {"dp": 1, "vocab": 1},
-            "weights_only": True,
-            "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
-            "files": {file_name(0): write_streamed(unfinished / file_name(0), tensors, metadata)},
-        }
-        publish(unfinished, final, manifest)
+        try:
+            unfinished.mkdir(parents=True)
+            manifest = about | _step_0(tensors, unfinished / file_name(0))
+            describe()
+            publish(unfinished, final, manifest)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     return final
+
+
+def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
+    """Writes the file; of its checkpoint's manifest, what does not depend on the run."""
+    offsets = {tensor.name: {"saved_offsets": [0] * len(tensor.shape)} for tensor in tensors}
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+    return {
+        "format_version": FORMAT_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{"step": 0, "tokens": 0, "samples": {}, "val_loss": None, "rng": []},
+        "mesh": {"dp": 1, "vocab": 1},
+        "weights_only": True,
+        "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
+        "files": {path.name: write_streamed(path, tensors, metadata)},
+    }

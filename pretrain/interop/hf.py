@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from data_prep.command import fail, override_error
-from data_prep.durable import durable
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -63,24 +62,26 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     found = HFModel(source)
     spec, why = _tokenizer(found)
     config = training(found, run, settings)
-    if checkpoints(run):
-        raise ValueError(f"run={run} has {checkpoints(run)[-1].name}: choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    if spec is not None:
-        spec.save(run / TOKENIZER_FOLDER)
-    with durable(config.path) as file:
-        file.write(configuration.text(config).encode())
     about = {
         "config": asdict(config),
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
     }
     tensors = streams(found, config.vocab.multiple)
-    folder = save_weights(run, tensors, about)
+    with configuration.hold(run, configuration.LAUNCH_LOCK):
+        _refuse_run(run, config.path)
+        folder = save_weights(run, tensors, about, partial(configuration.write, config, spec))
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
     yield f"tokenizer: {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
+
+
+def _refuse_run(run: Path, config: Path) -> None:
+    """ValueError where it is a run already, be it one that waits in a queue and holds no lock."""
+    for there in (*checkpoints(run)[-1:], config):
+        if there.exists():
+            raise ValueError(f"run={run} has {there.name}: choose another folder")
 
 
 def training(found: HFModel, run: Path, settings: list[str]) -> configuration.TrainConfig:

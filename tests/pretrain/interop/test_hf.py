@@ -1,16 +1,19 @@
 """Models of transformers in and out: the same numbers for any split, the same bits back, the same text."""
 
+import errno
 import json
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.checkpoint import CheckpointRows, checkpoints
+from pretrain import config as configuration
+from pretrain.checkpoint import RANKS_LOCK, CheckpointRows, checkpoints
 from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import export, folder, load_model
 from pretrain.interop.folder import HFModel
@@ -244,6 +247,36 @@ def test_what_our_body_cannot_be_is_refused_by_name(hf, tmp_path, case):
     with pytest.raises(ValueError) as error:
         HFModel(source)
     assert message in str(error.value) and str(source) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lock", [configuration.LAUNCH_LOCK, RANKS_LOCK, "queued"])
+def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
+    """Before its first checkpoint, too: by its launcher's lock, its ranks', or while it waits in a queue."""
+    run = tmp_path / "run"
+    run.mkdir()
+    if lock == "queued":
+        (run / "config.yaml").write_text("of that run")
+    with nullcontext() if lock == "queued" else configuration.hold(run, lock):
+        message = "has config.yaml: choose another folder" if lock == "queued" else "is in use by another process"
+        with pytest.raises(ValueError, match=message):
+            run_of(hf("gpt2 tied"), run)
+    assert not (run / "tokenizer").exists() and not checkpoints(run)
+    if lock == "queued":
+        assert (run / "config.yaml").read_text() == "of that run"
+    else:
+        assert not (run / "config.yaml").exists()
+
+
+def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("pretrain.checkpoint.rows.write_streamed", full)
+        run_of(hf("gpt2 tied"), run)
+    assert not (run / "config.yaml").exists() and not list((run / "checkpoints").iterdir())
+    run_of(hf("gpt2 tied"), run)
 
 
 def test_commands_and_their_mistakes(hf, tmp_path):
