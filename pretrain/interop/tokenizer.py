@@ -7,11 +7,12 @@ word that is a token is not built up from pairs (`ignore_merges`).
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.bpe import PATTERNS
-from data_prep.errors import DataError
+from data_prep.errors import DataError, headline
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -69,13 +70,18 @@ def to_hf(spec: TokenizerSpec, context: int) -> dict[str, dict[str, Any]]:
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens that makes a token, by the rank of what it makes, then of its parts."""
-    found = []
-    for token, rank in ranks.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ranks and right in ranks:
-                found.append((rank, ranks[left], ranks[right], left, right))
+    found = [
+        (rank, ranks[left], ranks[right], left, right)
+        for token, rank in ranks.items()
+        for left, right in _pairs(token, ranks)
+    ]
     return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _pairs(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    for cut in range(1, len(token)):
+        if token[:cut] in ranks and token[cut:] in ranks:
+            yield token[:cut], token[cut:]
 
 
 def oniguruma(pattern: str) -> str:
@@ -88,8 +94,16 @@ def from_hf(folder: Path, eos: int | None) -> TokenizerSpec:
     """The folder's tokenizer as ours. `eos`: the id that ends a document where no token is called so.
 
     NFC, to which Qwen's brings a text before it splits it, is left out: a text that is not NFC gets other ids.
-    ValueError where there is none, or one that is not tiktoken's kind: of bytes, ids in the order of its merges.
+    ValueError where there is none, or one that is not tiktoken's kind: of bytes, ids in the order of its merges, all
+    of them made by merges, and no words beside them.
     """
+    try:
+        return _converted(folder, eos)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder}: its tokenizer's files lack something: {headline(error)}") from error
+
+
+def _converted(folder: Path, eos: int | None) -> TokenizerSpec:
     model, splitter, added = _read(folder)
     of_character = {character: byte for byte, character in characters().items()}
     special = {token["content"]: token["id"] for token in added}
@@ -105,6 +119,15 @@ def from_hf(folder: Path, eos: int | None) -> TokenizerSpec:
         order.append(model["vocab"].get(left + right, -1))
     if order != sorted(order) or -1 in order:
         raise ValueError(f"{folder}: the ids of its tokens are not in the order of its merges, as tiktoken's ranks are")
+    made = set(order)
+    for token, id in ranks.items():  # tiktoken takes a word that is a token, and joins all pairs that are
+        alike = model.get("ignore_merges") and not any(_pairs(token, ranks))
+        if len(token) > 1 and id not in made and not alike:
+            raise ValueError(f"{folder}: no merge makes its token {token!r}, which tiktoken would make")
+    for token in added:
+        name = token["content"]
+        if not token.get("special", True) and not (name.startswith("<") and name.endswith(">")):
+            raise ValueError(f"{folder}: {name!r} is a token wherever it stands, which tiktoken's ranks cannot say")
     if END_OF_DOCUMENT not in special:
         special = {(END_OF_DOCUMENT if id == eos else name): id for name, id in special.items()}
     try:
@@ -138,6 +161,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
         raise ValueError(f"{path} normalises text before it splits it ({content['normalizer']['type']})")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return model, PATTERNS["gpt2"], added
-    if kinds != ["Split", "ByteLevel"] or "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated":
+    plain = kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated"
+    if not plain or steps[0].get("invert") or steps[1].get("use_regex", True):
         raise ValueError(f"{path} splits text as tiktoken cannot")
     return model, steps[0]["pattern"]["Regex"], added

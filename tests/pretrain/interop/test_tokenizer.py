@@ -162,6 +162,11 @@ def test_another_name_for_the_end(tmp_path):
         from_hf(tmp_path, None)
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": " ?[a-z]+"}, "behavior": "Isolated"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}  # and use_regex, which then is true
+BYTES_ALONE = BYTES | {"use_regex": False}
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -170,6 +175,14 @@ def test_another_name_for_the_end(tmp_path):
         ({"pre_tokenizer": None}, "is not a tokenizer of bytes"),
         ({"vocab": {"▁the": 400}}, "its tokens are not of bytes: '▁' is none"),
         ({"merges": [["b", "c"], ["a", "b"]]}, "not in the order of its merges"),
+        ({"merges": [["a", "b"]]}, "no merge makes its token b'bc'"),
+        ({"merges": None}, "its tokenizer's files lack something"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}}, "splits text as tiktoken cannot"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"invert": True}, BYTES_ALONE]}},
+            "splits text as tiktoken cannot",
+        ),
+        ({"added_tokens": [{"id": 258, "content": "    ", "special": False}]}, "'    ' is a token wherever it stands"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
