@@ -49,6 +49,12 @@ class TokenizerSpec:
     def end_of_document(self) -> int:
         return self.special_tokens[END_OF_DOCUMENT]
 
+    def has_rows_of(self, other: "TokenizerSpec") -> bool:
+        """Whether rows of a matrix mean the same for both: each row its bytes, and the one that ends a document. The
+        pattern may be written in another way.
+        """
+        return self.ranks == other.ranks and self.end_of_document == other.end_of_document
+
     @property
     def fingerprint(self) -> str:
         """sha256 over ranks, pattern and special tokens, each in one form. The name does not count."""

@@ -278,7 +278,8 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
 def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
     """The model, its vocabulary and the order of the data belong to a run; the rest may change.
 
-    When a tied matrix is split may change as long as it is still to come.
+    When a tied matrix is split may change as long as it is still to come. Of weights that were imported no sample has
+    been drawn: then the data's order is free, and of the tokenizer what the rows mean must stay.
     """
     saved, now = manifest["config"], asdict(config)
     known_then = {  # a key that came later was at its default
@@ -286,7 +287,8 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
         "vocab": asdict(VocabConfig()) | saved["vocab"],
     }
     saved = saved | known_then
-    kept = [("seed",), ("train", "seq_len"), ("data", "packing")]
+    drawn = not manifest.get("weights_only", False)
+    kept = [("seed",), ("train", "seq_len"), ("data", "packing")] if drawn else []
     kept += [("vocab", key) for key in ("multiple", "tie", "softcap", "embed_scale")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:
@@ -301,8 +303,16 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
         _refuse(config, f"vocab.untie_at={before} at step {step}", f"{now_at}")
     if manifest["vocab_size"] != rows:
         _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
-    if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint:
+    if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint and (drawn or not _same_rows(config, data)):
         _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{data.tokenizer_fingerprint}")
+
+
+def _same_rows(config: TrainConfig, data: Data) -> bool:
+    """Of data and run, as far as both have a tokenizer."""
+    of_run = config.run_dir / TOKENIZER_FOLDER
+    if data.tokenizer is None or not of_run.is_dir():
+        return True
+    return TokenizerSpec.load(of_run).has_rows_of(TokenizerSpec.load(data.tokenizer))
 
 
 def _refuse(config: TrainConfig, was: str, now: str) -> None:

@@ -34,13 +34,13 @@ class HFModel:
         self.folder = folder
         self.config = _json(folder / CONFIG)
         kind = self.config.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"{folder / CONFIG}: model_type={kind} must be one of {', '.join(FAMILIES)}")
         self.family: Family = FAMILIES[kind]
         try:
             self.model: Model = self.family.model(self.config)
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: {error}") from None
+        except (ValueError, TypeError, AttributeError) as error:  # the latter of values of another type
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._opened: dict[Path, Any] = {}
         self.files = self._find()
         prefixed = f"{self.family.prefix}{self.family.embedding}" in self.files
@@ -66,7 +66,7 @@ class HFModel:
     def end_of_text(self) -> int | None:
         """The id that ends a text; of several, the first."""
         eos = self.config.get("eos_token_id")
-        return eos[0] if isinstance(eos, list) else eos
+        return next(iter(eos), None) if isinstance(eos, list) else eos
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
@@ -155,7 +155,10 @@ class HFModel:
         """Which file has which tensor. Never a pickle."""
         folder = self.folder
         if (folder / INDEX).is_file():
-            return {name: folder / file for name, file in _json(folder / INDEX).get("weight_map", {}).items()}
+            weight_map = _json(folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{folder / INDEX}: weight_map is missing")
+            return {name: folder / str(file) for name, file in weight_map.items()}
         path = folder / WEIGHTS
         if not path.is_file():
             pickled = next(folder.glob("pytorch_model*.bin"), None)

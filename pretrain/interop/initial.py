@@ -10,6 +10,7 @@ import torch.distributed as dist
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import ModelState, matrix_dtensor
+from ..llama import LlamaConfig
 from ..mesh import Mesh
 from ..model import LanguageModel
 from ..vocab import VocabConfig, VocabParallelEmbedding, VocabShard
@@ -33,7 +34,7 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
     A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
     """
     found = HFModel(folder_of(init_from))
-    theirs, ours = asdict(found.model), asdict(model)
+    theirs, ours = _settings(found.model), _settings(model)
     if theirs["family"] != ours["family"]:
         raise ValueError(f"model.family={ours['family']} must be {theirs['family']}, which {init_from} is")
     free = {"context"} if theirs["family"] == "llama" else set()
@@ -47,7 +48,7 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
     spec = _tokenizer(found)
-    if tokenizer is not None and spec is not None and spec.ranks != TokenizerSpec.load(tokenizer).ranks:
+    if tokenizer is not None and spec is not None and not spec.has_rows_of(TokenizerSpec.load(tokenizer)):
         raise ValueError(f"init_from={init_from} has another tokenizer than {tokenizer}: its rows mean other tokens")
 
 
@@ -92,6 +93,11 @@ def _tokenizer(found: HFModel) -> TokenizerSpec | None:
         return from_hf(found.folder, found.end_of_text)
     except ValueError:
         return None
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    """head_size null is a number, too."""
+    return asdict(model) | ({"head_size": model.size} if isinstance(model, LlamaConfig) else {})
 
 
 def _text(value: Any) -> str:

@@ -15,8 +15,9 @@ def model(config: dict[str, Any]) -> LlamaConfig:
     layers, width, heads, inner, context = need(config, *names)
     must_be(config, "hidden_act", "silu")
     must_be(config, "mlp_bias", False)
-    if kind == "mistral":
-        must_be(config, "sliding_window", None)
+    window = config.get("sliding_window", 4096) if kind == "mistral" else None  # what its absence means there
+    if window is not None and window < context:
+        raise ValueError(f"sliding_window={window} must be null, or at least max_position_embeddings={context}")
     must_be(config, "use_sliding_window", False)
     for layer in config.get("layer_types") or []:
         must_be({"layer_types": layer}, "layer_types", "full_attention")
@@ -51,12 +52,12 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return given
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, original = need(rope, *names)
+    factor, low, high, original = need(rope, *names, kinds=(int, float))
     return given | {
         "rope_factor": float(factor),
         "rope_low": float(low),
         "rope_high": float(high),
-        "rope_original": original,
+        "rope_original": int(original),
     }
 
 

@@ -48,9 +48,13 @@ def must_be(config: dict[str, Any], key: str, *allowed: Any) -> None:
         raise ValueError(f"{key}={value} must be {' or '.join(map(str, allowed))}: our body knows no other")
 
 
-def need(config: dict[str, Any], *keys: str) -> list[Any]:
-    """The values. ValueError naming the first that is missing."""
+def need(config: dict[str, Any], *keys: str, kinds: tuple[type, ...] = (int,)) -> list[Any]:
+    """The values. ValueError naming the first that is missing, or of another type."""
     for key in keys:
         if config.get(key) is None:
             raise ValueError(f"{key} is missing")
+        if type(config[key]) not in kinds:
+            raise ValueError(
+                f"{key}={config[key]!r} must be a number{' without a fraction' if kinds == (int,) else ''}"
+            )
     return [config[key] for key in keys]

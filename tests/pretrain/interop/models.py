@@ -49,10 +49,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save(folder: Path, kind: str, *, bare: bool = False, seed: int = 0, **options: Any) -> Path:
+def save(
+    folder: Path, kind: str, *, bare: bool = False, seed: int = 0, spec: TokenizerSpec | None = None, **options: Any
+) -> Path:
     """A model of that kind with a tokenizer of bytes. bare: without a head, its names without prefix."""
-    name, settings = KINDS[kind]
-    end = small_spec().end_of_document
+    (name, settings), spec = KINDS[kind], spec or small_spec()
+    settings, end = settings | {"vocab_size": spec.vocab_size}, spec.end_of_document
     config = getattr(transformers, f"{name}Config")(**settings | {"bos_token_id": end, "eos_token_id": end})
     model = getattr(transformers, name + ("Model" if bare else "LMHeadModel" if name == "GPT2" else "ForCausalLM"))(
         config
@@ -61,7 +63,7 @@ def save(folder: Path, kind: str, *, bare: bool = False, seed: int = 0, **option
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.2, generator=generator)
     model.save_pretrained(folder, **options)
-    save_tokenizer(folder, small_spec())
+    save_tokenizer(folder, spec)
     return folder
 
 

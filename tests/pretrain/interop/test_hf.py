@@ -220,6 +220,11 @@ def change(source: Path, to: Path, **settings: object) -> Path:
     return to
 
 
+def test_a_window_that_is_never_full_and_no_end_of_a_text(hf, tmp_path):
+    source = change(hf("mistral untied"), tmp_path / "changed", sliding_window=48, eos_token_id=[])
+    assert HFModel(source).model == HFModel(hf("mistral untied")).model and HFModel(source).end_of_text is None
+
+
 def test_the_settings_of_transformers_4(hf, tmp_path):
     rope = {key: value for key, value in models.LLAMA3.items() if key != "rope_theta"}
     old = {"rope_parameters": None, "rope_theta": models.LLAMA3["rope_theta"], "rope_scaling": rope}
@@ -231,7 +236,11 @@ WRONG = {
     "an activation": ("gpt2 tied", {"activation_function": "relu"}, "activation_function=relu must be gelu_new or"),
     "a width of the MLP": ("gpt2 tied", {"n_inner": 50}, "n_inner=50 must be None or 96"),
     "rotary scaling": ("llama tied", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn must be default or"),
-    "a window": ("mistral untied", {"sliding_window": 8}, "sliding_window=8 must be None"),
+    "a window": ("mistral untied", {"sliding_window": 8}, "sliding_window=8 must be null, or at least"),
+    "mistral's window": ("mistral untied", {"max_position_embeddings": 5000, "sliding_window": None}, "=4096 must be"),
+    "a number as text": ("gpt2 tied", {"n_layer": "1"}, "n_layer='1' must be a number without a fraction"),
+    "another type": ("llama tied", {"rms_norm_eps": "small"}, "config.json: "),
+    "a list of families": ("gpt2 tied", {"model_type": ["gpt2"]}, "model_type=['gpt2'] must be one of"),
     "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),
     "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json means (41, 24)"),
     "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which has no place in our body"),

@@ -1,7 +1,7 @@
 """init_from=hf:DIR: a run goes on as transformers' own model would."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data_prep.bpe import PATTERNS
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointRows, checkpoints
-from pretrain.data import IGNORED
+from pretrain.data import IGNORED, DataConfig, open_data
 from pretrain.interop import check_initial
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
 from pretrain.vocab import VocabConfig
 from tests.data_prep.commands import small_spec
 from tests.pretrain.dense import windows_of
+from tests.pretrain.helpers import make_corpus
 from tests.pretrain.engine.test_engines import ENGINES, outcome, train_ranks
 from tests.pretrain.interop import models
 from tests.pretrain.interop.models import VOCAB
@@ -33,7 +36,7 @@ KINDS = ["gpt2 tied", "qwen3 untied"]
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("initial")
     write_tokens(folder / "tokens", VOCAB)
-    for kind in KINDS:
+    for kind in (*KINDS, "llama untied, biases"):
         models.save(folder / kind, kind)
     return folder
 
@@ -134,7 +137,11 @@ def test_settings_that_differ_are_all_told(folder):
     source = f"hf:{folder / 'qwen3 untied'}"
     check_initial(source, model, vocab, VOCAB, None)
     model.context = 7  # has no weights
+    assert model.head_size == 10
     check_initial(source, model, vocab, VOCAB, None)
+    llama = HFModel(folder / "llama untied, biases").model
+    llama.head_size = llama.size  # as its config.json says, though null means it
+    check_initial(f"hf:{folder / 'llama untied, biases'}", llama, vocab, VOCAB, None)
     model.layers, model.qk_norm, model.head_size = 3, False, None
     with pytest.raises(ValueError) as error:
         check_initial(source, model, VocabConfig(embed_scale=2.0), 300, None)
@@ -148,10 +155,29 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
     source = HFModel(folder / "gpt2 tied")
     small_spec().save(tmp_path / "same")
     small_spec(("he", "hen", " hen")).save(tmp_path / "other")
+    ends = {END_OF_DOCUMENT: VOCAB - 1, "<|x|>": VOCAB}
+    replace(small_spec(), special_tokens=ends | {"<|begin|>": VOCAB + 1}).save(tmp_path / "more")
+    replace(small_spec(), special_tokens={END_OF_DOCUMENT: VOCAB}).save(tmp_path / "other end")
     ask = f"hf:{source.folder}", source.model, VocabConfig(), VOCAB
     check_initial(*ask, tmp_path / "same")
-    with pytest.raises(ValueError, match=r"has another tokenizer than .*other: its rows mean other tokens"):
-        check_initial(*ask, tmp_path / "other")
+    check_initial(*ask, tmp_path / "more")
+    for other in ("other", "other end"):
+        with pytest.raises(ValueError, match=rf"has another tokenizer than .*{other}: its rows mean other tokens"):
+            check_initial(*ask, tmp_path / other)
+
+
+def test_what_was_imported_is_trained_on_data_of_the_same_tokens(folder, tmp_path):
+    """Nothing has been drawn yet: another pattern, seed, length and packing; but not other rows."""
+    run, corpus = tmp_path / "run", make_corpus(tmp_path / "data")
+    spec = TokenizerSpec.load(open_data(DataConfig(path=str(corpus))).tokenizer)
+    source = models.save(tmp_path / "source", "gpt2 tied", spec=replace(spec, pattern=PATTERNS["cl100k"]))
+    list(import_model([f"hf={source}", f"run={run}"]))
+    config = tiny_config(corpus, run, model=asdict(HFModel(source).model), vocab__size=None, vocab__multiple=128)
+    config.seed, config.train.seq_len, config.data.packing = 5, 20, "best_fit"
+    configuration.check(config, 1, "cpu")
+    small_spec(("he", "hen", " hen")).save(run / "tokenizer")
+    with pytest.raises(ValueError, match=r"holds a run with tokenizer .*choose another run\.dir"):
+        configuration.check(config, 1, "cpu")
 
 
 @pytest.mark.parametrize("given", ["gpt2", "hf:", "hub:gpt2"])
