@@ -4,13 +4,15 @@ the engine's part in launch/body.py, the matrix's traffic in pretrain/vocab/para
 N: tokens of a rank and micro-batch. D: width. v: rows of a rank. i: bytes of a number of the compute dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from launch.body import FP32, Activations, Body, Shapes, body_of
 from pretrain.config import TrainConfig
+from pretrain.lens import Method
+from pretrain.lens.monitor import MEMORY_MIB
 from pretrain.vocab import Transfer, VocabShard, Workload
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
@@ -65,14 +67,28 @@ class Step:
         return chunk_size(self.work.tokens, self.p, budget)
 
     def phases(self) -> dict[str, list[Item]]:
-        """What is held when most is: in the loss, in a block's backward, and in that of the lookup."""
+        """What is held when most is: in the loss, in a block's backward, in that of the lookup, and in monitor.lens."""
         blocks = len(self.shapes.blocks)
         backwards = [self._held(behind, in_block=True) for behind in range(blocks)]
-        return {
+        phases = {
             "the loss": self._held(0, in_loss=True),
             "a block's backward": max(backwards, key=total),
             "the lookup's": self._held(blocks, in_lookup=True),
         }
+        if not self.config.monitor.lens:
+            return phases
+        phases["a look"] = [
+            item if item.name in ("weights", "moments", "gathered") else replace(item, bytes=0)
+            for item in self._held(0, in_block=True)
+        ]
+        return {name: [*items, self._lens(name == "a look")] for name, items in phases.items()}
+
+    def _lens(self, looks: bool) -> Item:
+        """Between two steps: the hidden states of one window, twice while they are put together; then logits."""
+        rows = len(Method().rows(len(self.shapes.blocks)))
+        states = rows * self.config.seq_len * self.work.width * self.work.itemsize
+        room = states + max(states, MEMORY_MIB * 2**20)
+        return Item("lens", room * looks, f"{rows} · T · D · i, twice, or once and {MEMORY_MIB} MiB")
 
     def _held(self, behind: int, in_loss: bool = False, in_block: bool = False, in_lookup: bool = False) -> list[Item]:
         """With that many blocks through the backward."""

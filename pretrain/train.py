@@ -27,7 +27,7 @@ from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, validat
 from .engine import Engine
 from .exits import Exit
 from .interop import initialise
-from .lens.monitor import LensMonitor, fixed_batch, frequency_bins
+from .lens.monitor import LensMonitor
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
@@ -232,12 +232,9 @@ def _monitors(
     if seen is not None:
         monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
     if config.monitor.lens:
-        held_out = configuration.held_out(config, data)
-        batch = fixed_batch(list(held_out.values()), mesh.rank, vocab.shard.vocab_size)
+        held_out = list(configuration.held_out(config, data).values())
         files = [file for corpus in data.corpora.values() for file in corpus.train]
-        bins_BT = frequency_bins(files, batch.tokens_BT, vocab.shard.vocab_size)
-        on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
-        monitors.append(LensMonitor(config.monitor.lens, on_device, bins_BT.to(mesh.device), log))
+        monitors.append(LensMonitor.of(config.monitor, held_out, files, mesh, vocab.shard.vocab_size, log))
     return monitors
 
 

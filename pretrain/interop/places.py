@@ -54,7 +54,5 @@ def need(config: dict[str, Any], *keys: str, kinds: tuple[type, ...] = (int,)) -
         if config.get(key) is None:
             raise ValueError(f"{key} is missing")
         if type(config[key]) not in kinds:
-            raise ValueError(
-                f"{key}={config[key]!r} must be a number{' without a fraction' if kinds == (int,) else ''}"
-            )
+            raise ValueError(f"{key}={config[key]!r} must be a {'number' if float in kinds else 'whole number'}")
     return [config[key] for key in keys]

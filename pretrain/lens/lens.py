@@ -100,6 +100,11 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
+    def taken(self) -> Tensor:
+        """All rows, [R, B · N, D]; they are kept no longer."""
+        rows, self.rows = self.rows, {}
+        return torch.stack([rows[name] for name in self.names]).flatten(1, 2)
+
     def _enters(self, body: nn.Module, args: tuple[Any, ...]) -> None:
         self._keep("embedding", args[0])
 
@@ -209,12 +214,13 @@ def look(
     """Looks at every position in `window` of these sequences.
 
     `run`: what an engine made of the `body`, or the body itself; called once. `tokens`: "replicated", every rank brings
-    the same, or "distinct". Hidden states of R rows are held, [R, B, T, D]; of logits no more than `memory_mib`.
+    the same, or "distinct". Hidden states of R rows are held, [R, B, T, D], and while they are put together, those of
+    the window twice; of logits, and of states on their way to other ranks, no more than `memory_mib`.
     Collectives: of the lookup, the engine and `Readout.read`.
     """
     with Recorder(body, method, window) as recorder:
         run(vocab.lookup(tokens_BT), starts_BT)
-    hidden_RND = torch.stack([recorder.rows[name] for name in recorder.names]).flatten(1, 2)
+    hidden_RND = recorder.taken()
     tokens_N, targets_N = tokens_BT[:, window].flatten(), targets_BT[:, window].flatten()
     readout = Readout(
         vocab.output_weight,

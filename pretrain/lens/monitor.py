@@ -1,21 +1,24 @@
-"""The lens while a model trains: every n steps, on one held-out batch that stays the same."""
+"""The lens while a model trains: every n steps, on held-out windows that stay the same."""
 
 import json
 import math
 import time
 from collections.abc import Iterable
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.token_file import TokenFile
 
-from ..data import MicroBatch, Windows
+from ..data import IGNORED, MicroBatch, Windows
 from ..data.loader import read
-from ..monitor.embedding_health import BINS, EDGES
-from ..monitor.metrics import MetricsLog
+from ..mesh import Mesh
+from ..monitor import BINS as BINS_OF_ROWS
+from ..monitor import EDGES, MetricsLog, MonitorConfig
 from ..trainer import Report, Trainer
 from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look, Method, look
 
@@ -25,16 +28,27 @@ HEAT_MAPS = ("kl_final", "kl_input", "loss")
 AMONG = 10  # an input is preserved in a row where its token is among so many
 COUNTED, AT_ONCE = 2**22, 2**16  # training tokens that frequencies are counted from, and those read in one place
 MEMORY_MIB = 64
+BINS = ("uncounted", *BINS_OF_ROWS[1:])  # of a sample nobody can say "never"
 
 
-def fixed_batch(held_out: list[Windows], rank: int, vocab_size: int) -> MicroBatch:
-    """One window for a rank, of the corpora in turn; the first again where there are fewer than ranks. On the host."""
-    windows = held_out[rank % len(held_out)]
-    return read([(windows, rank // len(held_out) % len(windows))], vocab_size)
+def fixed_windows(held_out: list[Windows], most: int, rank: int, world: int, vocab_size: int) -> tuple[MicroBatch, int]:
+    """This rank's part of `most` windows, of the corpora in turn, and how many are its own. On the host.
+
+    Every rank gets as many: the first window fills up, without targets.
+    """
+    in_turn = ((windows, i) for i in range(max(map(len, held_out))) for windows in held_out if i < len(windows))
+    places = list(islice(in_turn, most))
+    mine, each = places[rank::world], -(-len(places) // world)
+    batch = read(mine + places[:1] * (each - len(mine)), vocab_size)
+    batch.targets_BT[len(mine) :] = IGNORED
+    return batch, len(mine)
 
 
 def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> Tensor:
-    """The bin of each id, [B, T], by its share of the training tokens: an even sample of up to `COUNTED` of them."""
+    """The bin of each id, [B, T], by its share of the training tokens: an even sample of up to `COUNTED` of them.
+
+    See `BINS`, whose first has the ids that are not in the sample.
+    """
     sizes = [len(file.tokens) for file in files]
     counts = np.zeros(vocab_size, np.int64)
     for file, size in zip(files, sizes, strict=True):
@@ -48,7 +62,7 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
 
 
 class LensMonitor:
-    """A hook. Adds to the log, as means over all ranks' positions:
+    """A hook. Adds to the log, as means over all positions of all windows, the same for any number of ranks:
 
     of each row, `lens_kl_final/ROW`, KL(final ‖ row); `lens_kl_input`, KL(input ‖ row); `lens_entropy`; `lens_loss`;
     `lens_rank_final` and `lens_rank_input`, geometric means of the ranks of the final guess and of the input token. The
@@ -57,13 +71,31 @@ class LensMonitor:
     one for good; `lens_preserved`, the part of the rows between input and output where the input token is among the
     ten likeliest. `lens_seconds`: what this took.
 
-    Collectives: a forward of the model, `Readout.read` in the vocab group, one all-reduce of sums.
+    Collectives: for each of a rank's windows, one after the other, a forward of the model and `Readout.read` in the
+    vocab group; one all-reduce of sums.
     """
 
     def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, log: MetricsLog | None) -> None:
-        """`log`: where the heat maps go, on the rank that has it."""
-        self.every, self.batch, self.bins_N = every, batch, bins_BT.flatten()
-        self.maps = None if log is None else HeatMaps(log)
+        """`bins_BT`: of the tokens; -1: of a window that only fills up. `log`: where heat maps go, if they can."""
+        self.every, self.batch, self.bins_BT = every, batch, bins_BT
+        self.maps = HeatMaps(log) if log is not None and log.has_board else None
+
+    @classmethod
+    def of(
+        cls,
+        settings: MonitorConfig,
+        held_out: list[Windows],
+        files: list[TokenFile],
+        mesh: Mesh,
+        vocab_size: int,
+        log: MetricsLog | None,
+    ) -> "LensMonitor":
+        """On windows of `held_out`, whose tokens' frequency is counted in `files`."""
+        batch, mine = fixed_windows(held_out, settings.lens_windows, mesh.rank, mesh.world, vocab_size)
+        bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
+        bins_BT[mine:] = -1
+        on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
+        return cls(settings.lens, on_device, bins_BT.to(mesh.device), log)
 
     def __call__(self, trainer: Trainer, report: Report) -> None:
         if report.step % self.every:
@@ -75,36 +107,41 @@ class LensMonitor:
         report.scalars.update(scalars, lens_seconds=time.monotonic() - start)
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Sums first, over all windows and ranks, then means."""
         model, batch = trainer.model, self.batch
-        found = look(
-            model.vocab,
-            model.body,
-            trainer.engine.body,
-            batch.tokens_BT,
-            batch.targets_BT,
-            Method(),
-            starts_BT=batch.starts_BT,
-            k=0,
-            tokens="distinct",
-            memory_mib=MEMORY_MIB,
-        )
-        return self._summed(found)
-
-    def _summed(self, found: Look) -> dict[str, float]:
-        """Of all positions, and by bin, b of them in all: sums first, over all ranks, then means."""
-        values_RNm, whole_Nw = _measured(found)
-        known_N = found.targets >= 0
-        bins_Nb = torch.nn.functional.one_hot(self.bins_N, len(BINS)).double()
-        bins_Nb = torch.cat([torch.ones_like(bins_Nb[:, :1]), bins_Nb], 1)
-        sums_Rmb = torch.einsum("rnm,nb->rmb", values_RNm, bins_Nb)
-        counts_2b = torch.stack([bins_Nb.sum(0), (bins_Nb * known_N.unsqueeze(1)).sum(0)])
-        parts = [sums_Rmb, whole_Nw.T @ bins_Nb, counts_2b]
+        found = [
+            look(
+                model.vocab,
+                model.body,
+                trainer.engine.body,
+                one.tokens_BT,
+                one.targets_BT,
+                Method(),
+                starts_BT=one.starts_BT,
+                k=0,
+                tokens="distinct",
+                memory_mib=MEMORY_MIB,
+            )
+            for one in (batch.moved(lambda part, b=b: part[b : b + 1]) for b in range(len(batch.tokens_BT)))  # type: ignore[misc]
+        ]
+        of_windows = [_sums(one, bins_T) for one, bins_T in zip(found, self.bins_BT, strict=True)]
+        parts = [torch.stack(of_all).sum(0) for of_all in zip(*of_windows, strict=True)]
         packed = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(packed)
         sums_Rmb, sums_wb, (count_b, known_b) = (
             flat.view_as(part) for flat, part in zip(packed.split([p.numel() for p in parts]), parts, strict=True)
         )
-        return dict(_named(found.rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
+        return dict(_named(found[0].rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
+
+
+def _sums(found: Look, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all positions, and by bin, b of them in all: of each row [R, m, b], of all [w, b], and positions [2, b]."""
+    values_RNm, whole_Nw = _measured(found)
+    known_N = found.targets >= 0
+    bins_Nb = F.one_hot(bins_N + 1, 1 + len(BINS)).double()
+    bins_Nb[:, 0] = 1 - bins_Nb[:, 0]  # all, but what only fills up
+    sums_Rmb = torch.einsum("rnm,nb->rmb", values_RNm, bins_Nb)
+    return sums_Rmb, whole_Nw.T @ bins_Nb, torch.stack([bins_Nb.sum(0), (bins_Nb * known_N.unsqueeze(1)).sum(0)])
 
 
 def _measured(found: Look) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,13 @@ class MetricsLog:
             if self._board is not None:
                 self._board.add_text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
 
+    @property
+    def has_board(self) -> bool:
+        """Whether there is a TensorBoard, for pictures."""
+        return self._board is not None
+
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """Into TensorBoard: [height, width, 3] bytes."""
+        """Into TensorBoard, where there is one: [height, width, 3] bytes."""
         if self._board is not None:
             self._board.add_image(tag, pixels, step, dataformats="HWC")
 

@@ -52,7 +52,8 @@ class Readout:
 
     "replicated": every rank brings the same hidden states and gets all results. "distinct": every rank brings its own,
     of any number, and gets theirs. Logits are fp32 (float64 where hidden or the rows are) and so is what they are
-    reduced to. `memory_mib`: about what a chunk's logits may hold on a rank. No gradients. `group=None` is one process.
+    reduced to. `memory_mib`: about what a chunk's logits, and hidden states that are gathered for them, may hold on a
+    rank. No gradients. `group=None` is one process.
     """
 
     def __init__(
@@ -149,8 +150,11 @@ class Readout:
         self, hidden_SND: Tensor, ids_NJ: Tensor, reference_RND: Tensor
     ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         """Chunks of [m, S, D], with the ids [m, J] and the references [m, R, D] of their tokens."""
+        states = len(hidden_SND) + len(reference_RND)
         slabs = 6 + 2 * len(reference_RND)  # logits, what becomes of them, and the order of the largest
         token_bytes = slabs * self.shard.rows_per_rank * self._accurate(hidden_SND).itemsize
+        if self.traffic.ranks > 1:  # those of this chunk and of the next are gathered
+            token_bytes += 2 * states * hidden_SND.shape[-1] * hidden_SND.itemsize
         budget = max(1, int(self.memory_mib * 2**20 / token_bytes))
         chunks = Chunks(self.traffic, hidden_SND.transpose(0, 1), budget, None)
         ids = [chunks.gather(ids_N, -1) for ids_N in ids_NJ.unbind(1)]

@@ -56,6 +56,16 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
     assert told(step, seen.lookup) == (seen.calls, seen.given)
 
 
+def test_a_look_of_the_lens_holds_the_states_of_its_rows():
+    plain, looked = (step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.lens=100"]))
+    for name, items in plain.phases().items():
+        assert total(looked.phases()[name]) == total(items)
+    look = {item.name: item.bytes for item in looked.phases()["a look"]}
+    config, rows = looked.config, 1 + len(looked.shapes.blocks)  # the input, the blocks but the last, the output
+    states = rows * config.seq_len * config.model.width * looked.work.itemsize
+    assert look["lens"] == states + max(states, 64 * 2**20) and look["gradients"] == look["activations"] == 0
+
+
 def test_a_watched_matrix_has_a_second_gradient():
     """Its input side's, where one matrix has both."""
     plain, watched = (

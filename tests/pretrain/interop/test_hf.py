@@ -238,7 +238,7 @@ WRONG = {
     "rotary scaling": ("llama tied", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn must be default or"),
     "a window": ("mistral untied", {"sliding_window": 8}, "sliding_window=8 must be null, or at least"),
     "mistral's window": ("mistral untied", {"max_position_embeddings": 5000, "sliding_window": None}, "=4096 must be"),
-    "a number as text": ("gpt2 tied", {"n_layer": "1"}, "n_layer='1' must be a number without a fraction"),
+    "a number as text": ("gpt2 tied", {"n_layer": "1"}, "n_layer='1' must be a whole number"),
     "another type": ("llama tied", {"rms_norm_eps": "small"}, "config.json: "),
     "a list of families": ("gpt2 tied", {"model_type": ["gpt2"]}, "model_type=['gpt2'] must be one of"),
     "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),

@@ -21,8 +21,8 @@ from pretrain.interop.hf import export_model, import_model
 from pretrain.vocab import VocabConfig
 from tests.data_prep.commands import small_spec
 from tests.pretrain.dense import windows_of
-from tests.pretrain.helpers import make_corpus
 from tests.pretrain.engine.test_engines import ENGINES, outcome, train_ranks
+from tests.pretrain.helpers import make_corpus
 from tests.pretrain.interop import models
 from tests.pretrain.interop.models import VOCAB
 from tests.pretrain.tiny import tiny_config, write_tokens

@@ -1,5 +1,6 @@
 """What the lens measures is what a dense float64 computation gives, without hooks, shards or chunks."""
 
+import gc
 import math
 import os
 import subprocess
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from pretrain.lens import Look, Method, look
 from pretrain.llama import LlamaConfig
 from pretrain.model import GPT2Config
-from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from pretrain.vocab import Readout, VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.pretrain.helpers import padded_rows
 from tests.pretrain.lens.memory import BUDGET_MIB
 from tests.ranks import run_ranks
@@ -202,6 +203,23 @@ def test_the_hooks_are_gone_afterwards():
     body, weight, tokens, targets = problem("gpt2")
     look(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
+
+
+def test_the_states_are_held_once_while_they_are_read(monkeypatch):
+    body, weight, tokens, targets = problem("gpt2")
+    held, read = [], Readout.read
+
+    def counted(self, hidden_RND, **settings):
+        held.append(
+            sum(o.nbytes for o in gc.get_objects() if type(o) is Tensor and o.shape[1:] == hidden_RND.shape[1:])
+        )
+        held[-1] += sum(o.nbytes for o in gc.get_objects() if type(o) is Tensor and o.shape == (*tokens.shape, WIDTH))
+        return read(self, hidden_RND, **settings)
+
+    monkeypatch.setattr(Readout, "read", counted)
+    found = look(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS))
+    states = len(found.rows) * tokens.numel() * WIDTH * weight.itemsize
+    assert len(held) == 2 and states <= held[-1] < 1.6 * states
 
 
 def test_a_stride_keeps_the_output():

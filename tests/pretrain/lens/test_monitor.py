@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.token_file import TokenFile
 from pretrain import config as configuration
 from pretrain.config import TrainConfig
-from pretrain.data import open_data
-from pretrain.lens.monitor import ROWS, fixed_batch, frequency_bins, heat_map
-from pretrain.monitor.embedding_health import BINS
+from pretrain.data import IGNORED, MicroBatch, Windows, open_data
+from pretrain.lens.monitor import BINS, ROWS, LensMonitor, fixed_windows, frequency_bins, heat_map
+from pretrain.monitor import LogConfig, MetricsLog
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -40,6 +40,7 @@ def config_of(data: Path, run: Path, **changes) -> TrainConfig:
         "vocab__softcap": 4.0,
         "train__steps": STEPS,
         "monitor__lens": EVERY,
+        "monitor__lens_windows": 3,  # a number that 2 and 4 do not divide
         "model__layers": 3,
     }
     return tiny_config(data, run, **(settings | changes))
@@ -54,12 +55,14 @@ def lens_of(line: dict) -> dict[str, float]:
     return {key: value for key, value in line.items() if key.startswith("lens_") and key != "lens_seconds"}
 
 
-def dense(config: TrainConfig, world: int) -> dict[str, float]:
+def dense(config: TrainConfig) -> dict[str, float]:
     """Of the newest checkpoint, by whole float64 logits."""
     corpora = open_data(config.data)
     rows = configuration.vocab_rows(config, corpora)
-    batches = [fixed_batch(list(configuration.held_out(config, corpora).values()), r, rows) for r in range(world)]
-    tokens, targets = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_BT", "targets_BT"))
+    held_out = list(configuration.held_out(config, corpora).values())
+    batch, n = fixed_windows(held_out, config.monitor.lens_windows, 0, 1, rows)
+    assert n == len(batch.tokens_BT) == config.monitor.lens_windows
+    tokens, targets = batch.tokens_BT, batch.targets_BT
     weights = {name: value.double() for name, value in saved_tensors(config.run_dir).items()}
     body = config.model.body().double()
     body.load_state_dict({name: value for name, value in weights.items() if name in dict(body.named_parameters())})
@@ -121,7 +124,7 @@ def test_it_is_the_dense_truth(data, tmp_path, world, engine, split):
     run_ranks(world, train_rank, config, timeout=120)
     lines = logged(tmp_path / "a")
     assert [step for step, line in lines.items() if lens_of(line)] == [EVERY, STEPS]
-    assert lens_of(lines[STEPS]) == pytest.approx(dense(config, world), rel=2e-4, abs=2e-5)
+    assert lens_of(lines[STEPS]) == pytest.approx(dense(config), rel=2e-4, abs=2e-5)
     assert lines[STEPS]["lens_seconds"] > 0
 
 
@@ -171,12 +174,37 @@ def test_bins_are_shares_of_the_training_tokens(tmp_path):
     np.random.default_rng(0).shuffle(ids)
     write_tokens(tmp_path / "a", ids, 6)
     bins = frequency_bins([TokenFile(tmp_path / "a")], torch.tensor([[0, 1, 2, 3, 4]]), 6)
-    assert [BINS[b] for b in bins[0]] == ["1000ppm-up", "1000ppm-up", "10-100ppm", "0-1ppm", "never"]
+    assert [BINS[b] for b in bins[0]] == ["1000ppm-up", "1000ppm-up", "10-100ppm", "0-1ppm", "uncounted"]
+
+
+def test_every_corpus_has_its_turn_and_windows_are_dealt_alike(tmp_path):
+    held_out = []
+    for name, count in (("a", 65), ("b", 17), ("c", 33)):  # 4 windows, 1, 2
+        write_tokens(tmp_path / name, np.full(count, len(held_out)), 307)
+        held_out.append(Windows([TokenFile(tmp_path / name)], 16))
+    whole, n = fixed_windows(held_out, 6, 0, 1, 307)
+    assert whole.tokens_BT[:, 0].tolist() == [0, 1, 2, 0, 2, 0] and n == 6
+    parts = [fixed_windows(held_out, 6, rank, 4, 307) for rank in range(4)]
+    assert [n for _, n in parts] == [2, 2, 1, 1] and {len(batch.tokens_BT) for batch, _ in parts} == {2}
+    for rank, (batch, n) in enumerate(parts):
+        assert torch.equal(batch.tokens_BT[:n], whole.tokens_BT[rank::4])
+        assert (batch.targets_BT[n:] == IGNORED).all() and (batch.targets_BT[:n] >= 0).all()
+
+
+def test_no_heat_maps_without_a_board(tmp_path):
+    for board in (True, False):
+        (tmp_path / str(board)).mkdir()
+        log = MetricsLog(tmp_path / str(board), LogConfig(tensorboard=board), 0, 1)
+        monitor = LensMonitor(1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), log)
+        assert (monitor.maps is not None) == board
+        log.close()
 
 
 def test_what_cannot_be_is_named(data, tmp_path):
     with pytest.raises(ValueError, match=r"monitor\.lens=-1 must not be negative"):
         config_of(data, tmp_path / "a", monitor__lens=-1)
+    with pytest.raises(ValueError, match=r"monitor\.lens_windows=0 must be at least 1"):
+        config_of(data, tmp_path / "a", monitor__lens_windows=0)
     config = tiny_config(write_tokens_pair(tmp_path), tmp_path / "b", monitor__lens=5)
     with pytest.raises(ValueError, match=r"monitor\.lens=5 must be 0 where the data has no validation split"):
         configuration.check(config, 1, "cpu")

@@ -177,6 +177,28 @@ def test_no_tokens():
     assert read.top_ids.shape == (2, 0, 2) and read.lse.shape == (2, 0)
 
 
+def gathered(rank: int, world: int) -> list[int]:
+    """Bytes of hidden states in each chunk, of a matrix that is narrow beside them."""
+    shard = VocabShard.of(rank, world, 64, 1)
+    settings = {"group": dist.group.WORLD, "tokens": "distinct", "memory_mib": 1}
+    readout = Readout(torch.randn(shard.rows, 512), shard=shard, **settings)
+    hidden, plain, seen = torch.randn(4, 100, 512), readout._chunks, []
+
+    def spied(*arguments):
+        for chunk in plain(*arguments):
+            seen.append(chunk[0].hidden_mD.nbytes + chunk[2].nbytes)
+            yield chunk
+
+    readout._chunks = spied  # type: ignore[method-assign]
+    readout.read(hidden, reference_RND=hidden[:1])
+    return seen
+
+
+def test_hidden_states_that_are_gathered_are_in_the_budget():
+    for seen in run_ranks(2, gathered):
+        assert sum(seen) >= 2 * 5 * 100 * 512 * 4 and 2 * max(seen) <= 2**20
+
+
 def test_memory_stays_within_the_budget():
     """512 tokens by 40,000 rows would be 82 MB a slab of logits; the budget holds what is made of them, too."""
     peak = 0
