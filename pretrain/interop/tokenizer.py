@@ -124,9 +124,9 @@ def _converted(folder: Path, eos: int | None) -> TokenizerSpec:
         alike = model.get("ignore_merges") and not any(_pairs(token, ranks))
         if len(token) > 1 and id not in made and not alike:
             raise ValueError(f"{folder}: no merge makes its token {token!r}, which tiktoken would make")
-    for token in added:
-        name = token["content"]
-        if not token.get("special", True) and not (name.startswith("<") and name.endswith(">")):
+    for word in added:
+        name = word["content"]
+        if not word.get("special", True) and not (name.startswith("<") and name.endswith(">")):
             raise ValueError(f"{folder}: {name!r} is a token wherever it stands, which tiktoken's ranks cannot say")
     if END_OF_DOCUMENT not in special:
         special = {(END_OF_DOCUMENT if id == eos else name): id for name, id in special.items()}
