@@ -8,25 +8,22 @@ import codecs
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
 from . import config as configuration
-from .checkpoint import CheckpointError, check_files, checkpoints, matrix_dtensor, read_manifest, read_tensors
-from .mesh import Mesh, ranks
+from .arguments import defaults, settings_of
+from .checkpoint import CheckpointError, check_files, checkpoint_of, read_manifest, read_tensors, unread_model
+from .mesh import ranks_or_alone
 from .model import LanguageModel
-from .vocab import VocabParallelEmbedding, VocabShard, check_sampling, sample
+from .vocab import check_sampling, sample
 
 HELP = """Continue a prompt with a trained model.
 
@@ -67,34 +64,17 @@ class GenerateConfig:
 def main() -> None:
     """Prints the prompt and its continuation as it comes. Exits 2 with one line on a wrong setting."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(HELP + OmegaConf.to_yaml(OmegaConf.structured(GenerateConfig)))
+        print(HELP + defaults(GenerateConfig))
         return
     try:
-        settings = _settings(sys.argv[1:])
-        with ranks() if "RANK" in os.environ else nullcontext(_device()) as device:
+        settings = settings_of(GenerateConfig, sys.argv[1:])
+        with ranks_or_alone() as device:
             for text in generate(settings, device):
                 if os.environ.get("RANK", "0") == "0":
                     print(text, end="", flush=True)
-    except (ValueError, CheckpointError, OmegaConfBaseException) as error:
+    except (ValueError, CheckpointError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _settings(arguments: list[str]) -> GenerateConfig:
-    """Settings from key=value arguments; a value is text until the dataclass says otherwise, as a prompt must be."""
-    given: dict[str, str | None] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument!r} must be key=value; see --help")
-        given[key] = None if value == "null" and key != "prompt" else value
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateConfig), given))
-    assert isinstance(settings, GenerateConfig)
-    return settings
 
 
 def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
@@ -136,37 +116,12 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     config = configuration.build(OmegaConf.create(manifest["config"]))
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mesh = Mesh.of(world, device) if world > 1 else None
-    vocab = VocabParallelEmbedding(
-        config.vocab,
-        VocabShard.of(mesh.vocab_rank if mesh else 0, world, manifest["vocab_size"], config.vocab.multiple),
-        config.model.width,
-        seed=config.seed,
-        group=mesh.vocab_group if mesh else None,
-        device=device,
-    )
-    if vocab.was_split(manifest["tensors"]):
-        vocab.untie()
     with torch.device("meta"):
         body = config.model.body()
-    body.to_empty(device=device)
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in body.named_parameters()}
-    for name, rows in vocab.named_rows().items():
-        tensors[name] = matrix_dtensor(rows.detach(), vocab.shard, mesh) if mesh else rows.detach()
-    read_tensors(folder, tensors, alone=mesh is None)
-    return LanguageModel(vocab, body), config.model.context
-
-
-def checkpoint_of(run: Path, step: int | None) -> Path:
-    """The folder of that checkpoint, or of the newest. ValueError where it is not there."""
-    found = checkpoints(run)
-    if not found:
-        raise ValueError(f"run={run} has no checkpoint")
-    steps = {int(folder.name.removeprefix("step-")): folder for folder in found}
-    if step is not None and step not in steps:
-        raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, steps))}")
-    return found[-1] if step is None else steps[step]
+    rows, width, saved = manifest["vocab_size"], config.model.width, manifest["tensors"]
+    model, tensors = unread_model(body, config.vocab, rows, width, device, saved=saved)
+    read_tensors(folder, tensors, alone=model.vocab.group is None)
+    return model, config.model.context
 
 
 if __name__ == "__main__":

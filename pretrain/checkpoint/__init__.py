@@ -6,12 +6,14 @@ from .folder import (
     CheckpointError,
     DamagedCheckpoint,
     check_files,
+    checkpoint_of,
     checkpoints,
     newest_manifest,
     read_manifest,
     step_of,
 )
 from .manager import CheckpointManager, read_tensors
+from .reading import unread_model
 from .rows import CheckpointRows, save_weights
 from .state import ModelState, TrainState, matrix_dtensor
 from .tensor_file import Streamed, write_streamed
@@ -27,6 +29,7 @@ __all__ = [
     "Streamed",
     "TrainState",
     "check_files",
+    "checkpoint_of",
     "checkpoints",
     "matrix_dtensor",
     "newest_manifest",
@@ -34,5 +37,6 @@ __all__ = [
     "read_tensors",
     "save_weights",
     "step_of",
+    "unread_model",
     "write_streamed",
 ]

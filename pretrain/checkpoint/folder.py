@@ -71,6 +71,16 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """The checkpoint of that step, or the newest. ValueError where it is not there."""
+    found = {step_of(folder): folder for folder in checkpoints(run)}
+    if not found:
+        raise ValueError(f"run={run} has no checkpoint")
+    if step is not None and step not in found:
+        raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, found))}")
+    return found[max(found) if step is None else step]
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 

@@ -18,11 +18,19 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .. import config as configuration
-from ..checkpoint import CheckpointError, CheckpointRows, Streamed, check_files, checkpoints, save_weights, step_of
+from ..checkpoint import (
+    CheckpointError,
+    CheckpointRows,
+    Streamed,
+    check_files,
+    checkpoint_of,
+    checkpoints,
+    save_weights,
+)
 from ..vocab import VocabShard
 from .export import DTYPES, export
 from .folder import EMBEDDING, OUTPUT, HFModel, pieces
-from .tokenizer import from_hf
+from .initial import tokenizer_of
 
 HELP = """Models of Hugging Face, in and out: GPT-2, Llama, Mistral, Qwen2, Qwen3; safetensors, never a pickle.
 
@@ -60,7 +68,7 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     given, settings = _given(arguments, ("hf", "run"), others=True)
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
     found = HFModel(source)
-    spec, why = _tokenizer(found)
+    spec, why = tokenizer_of(found)
     config = training(found, run, settings)
     about = {
         "config": asdict(config),
@@ -127,7 +135,10 @@ def export_model(arguments: list[str]) -> Iterator[str]:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
     if head not in ("true", "false"):
         raise ValueError(f"materialize_head={head} must be true or false")
-    checkpoint = CheckpointRows(_chosen(run, given.get("step")))
+    step = given.get("step")
+    if step is not None and not step.isdecimal():
+        raise ValueError(f"step={step} must be a whole number")
+    checkpoint = CheckpointRows(checkpoint_of(run, None if step is None else int(step)))
     check_files(checkpoint.folder, checkpoint.manifest)
     config = configuration.build(OmegaConf.create(checkpoint.manifest["config"]))
     if config.vocab.softcap is not None:
@@ -161,28 +172,6 @@ def _needed(given: dict[str, str], key: str) -> str:
     if not given.get(key):
         raise ValueError(f"{key}= is missing; see --help")
     return given[key]
-
-
-def _chosen(run: Path, step: str | None) -> Path:
-    found = {step_of(folder): folder for folder in checkpoints(run)}
-    if not found:
-        raise ValueError(f"run={run} has no checkpoint")
-    if step is None:
-        return found[max(found)]
-    if not step.isdecimal() or int(step) not in found:
-        raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, found))}")
-    return found[int(step)]
-
-
-def _tokenizer(found: HFModel) -> tuple[TokenizerSpec | None, str]:
-    """Or why there is none. ValueError where it has more ids than the matrix has rows."""
-    try:
-        spec = from_hf(found.folder, found.end_of_text)
-    except ValueError as error:
-        return None, f"none; {error}"
-    if spec.vocab_size > found.vocab_size:
-        raise ValueError(f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {found.vocab_size:,}")
-    return spec, ""
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint import ModelState, matrix_dtensor
+from ..checkpoint import ModelState, unread_model
 from ..llama import LlamaConfig
-from ..mesh import Mesh
 from ..model import LanguageModel
-from ..vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from ..vocab import VocabConfig
 from .folder import HFModel
 from .places import Model
 from .tokenizer import from_hf
@@ -47,7 +45,7 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
         other.append("vocab.embed_scale=1.0")
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
-    spec = _tokenizer(found)
+    spec, _ = tokenizer_of(found)
     if tokenizer is not None and spec is not None and not spec.has_rows_of(TokenizerSpec.load(tokenizer)):
         raise ValueError(f"init_from={init_from} has another tokenizer than {tokenizer}: its rows mean other tokens")
 
@@ -66,33 +64,23 @@ def load_model(
     one. The tokenizer is None where it is not of tiktoken's kind.
     """
     found = HFModel(folder)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mesh = Mesh.of(world, device) if world > 1 else None
-    vocab = VocabParallelEmbedding(
-        VocabConfig(tie=found.tie),
-        VocabShard.of(mesh.vocab_rank if mesh else 0, world, found.vocab_size),
-        found.model.width,
-        seed=0,
-        group=mesh.vocab_group if mesh else None,
-        compute_dtype=dtype,
-        device=device,
-        dtype=dtype,
-    )
     with torch.device("meta"):
-        body = found.model.body().to(dtype)
-    body.to_empty(device=device)
-    tensors: dict[str, Any] = {name: parameter.detach() for name, parameter in body.named_parameters()}
-    for name, rows in vocab.named_rows().items():
-        tensors[name] = matrix_dtensor(rows.detach(), vocab.shard, mesh) if mesh else rows.detach()
+        body = found.model.body()
+    config = VocabConfig(tie=found.tie)
+    model, tensors = unread_model(body, config, found.vocab_size, found.model.width, device, dtype)
     found.fill(tensors)
-    return LanguageModel(vocab, body), found, _tokenizer(found)
+    return model, found, tokenizer_of(found)[0]
 
 
-def _tokenizer(found: HFModel) -> TokenizerSpec | None:
+def tokenizer_of(found: HFModel) -> tuple[TokenizerSpec | None, str]:
+    """Or why there is none. ValueError where it has more ids than the matrix has rows."""
     try:
-        return from_hf(found.folder, found.end_of_text)
-    except ValueError:
-        return None
+        spec = from_hf(found.folder, found.end_of_text)
+    except ValueError as error:
+        return None, f"none; {error}"
+    if spec.vocab_size > found.vocab_size:
+        raise ValueError(f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {found.vocab_size:,}")
+    return spec, ""
 
 
 def _settings(model: Model) -> dict[str, Any]:

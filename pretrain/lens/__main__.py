@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from data_prep.command import fail
@@ -20,9 +18,10 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
 from .. import interop
-from ..checkpoint import CheckpointError
+from ..arguments import defaults, settings_of
+from ..checkpoint import CheckpointError, checkpoint_of
 from ..data import IGNORED
-from ..generate import checkpoint_of, load_model
+from ..generate import load_model
 from ..mesh import ranks_or_alone
 from ..model import LanguageModel
 from .examples import EXAMPLES
@@ -105,39 +104,18 @@ def main() -> None:
     """Exits 0, or 2 with one line on a wrong setting."""
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
-        print(HELP.format(examples=examples) + OmegaConf.to_yaml(OmegaConf.structured(LensConfig(run="…", text="…"))))
+        print(HELP.format(examples=examples) + defaults(LensConfig))
         return
     try:
-        settings = _settings(sys.argv[1:])
+        settings = settings_of(LensConfig, sys.argv[1:])
         with ranks_or_alone() as device:
             shown, found = see(settings, device)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 paths = write_pictures(shown, Path(settings.out))
                 print(summary(found))
                 print(f"written: {paths[-1]} and {len(paths) - 1} pictures beside it")
-    except (ValueError, OSError, CheckpointError, OmegaConfBaseException) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         sys.exit(fail(str(error).splitlines()[0]))
-
-
-def _settings(arguments: list[str]) -> LensConfig:
-    """From key=value arguments; a text is taken as it stands."""
-    given: dict[str, object] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument!r} must be key=value; see --help")
-        if key == "points":
-            given[key] = [point.strip() for point in value.strip("[]").split(",")]
-        else:
-            given[key] = None if value == "null" and key in ("step", "window") else value
-    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LensConfig(run="?", text="?")), _bare(given)))
-    assert isinstance(settings, LensConfig)
-    return settings
-
-
-def _bare(given: dict[str, object]) -> dict[str, object]:
-    """Without the run and text that stood in for missing ones while the keys were checked."""
-    return {"run": "", "text": ""} | given
 
 
 def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
@@ -155,7 +133,7 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
         raise ValueError(f"only={only} must be the text of a token in the window: none is")
     if len(columns) > MOST_COLUMNS:
         raise ValueError(
-            f"window={settings.window} shows {len(columns)} positions: at most {MOST_COLUMNS} fit a picture"
+            f"window={window.start}:{window.stop} shows {len(columns)} positions: at most {MOST_COLUMNS} fit a picture"
         )
     vocab = source.model.vocab
     found = look(

@@ -1,8 +1,8 @@
 """The pictures: a PNG of each view, and one HTML page of all of them that needs nothing from outside."""
 
-import json
 import math
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from data_prep.durable import durable
+
+from ..page import filled
 from .views import Sheet, View
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -24,17 +27,23 @@ MOST_COLUMNS = 256  # eleven bands
 
 
 def write_pictures(sheet: Sheet, folder: Path) -> list[Path]:
-    """One PNG a view in `folder`, named by its key; the page; in this order. OSError where they cannot be written."""
+    """One PNG a view in `folder`, named by its key; the page; in this order, each whole or not at all.
+
+    OSError where they cannot be written: all of one look are drawn before the first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    files = {}
     for view in sheet.views:
-        paths.append(folder / f"{view.key}.png")
+        picture = BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in the picture; the page has the text
-            draw(sheet, view).savefig(paths[-1], dpi=110)
-    paths.append(folder / "lens.html")
-    paths[-1].write_text(page(sheet), encoding="utf-8")
-    return paths
+            draw(sheet, view).savefig(picture, dpi=110)
+        files[folder / f"{view.key}.png"] = picture.getvalue()
+    files[folder / "lens.html"] = page(sheet).encode()
+    for path, content in files.items():
+        with durable(path) as file:
+            file.write(content)
+    return list(files)
 
 
 def draw(sheet: Sheet, view: View) -> Figure:
@@ -93,7 +102,7 @@ def _short(text: str) -> str:
 
 
 def page(sheet: Sheet) -> str:
-    """The whole page. Its data stand in it as JSON in which no tag can end the script."""
+    """The whole page."""
     data: dict[str, Any] = {
         "title": sheet.title,
         "rows": sheet.rows,
@@ -118,17 +127,7 @@ def page(sheet: Sheet) -> str:
             for view in sheet.views
         ],
     }
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign, code in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        text = text.replace(sign, code)
-    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
-    return before + text + after
+    return filled(TEMPLATE, PLACE, data)
 
 
 def _rounded(values: np.ndarray) -> Any:

@@ -1,12 +1,12 @@
 """What the page shows of two runs, and the page."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..monitor import BINS
+from ..page import filled
 from .run import Point, Run
 
 TEMPLATE, PLACE = Path(__file__).with_name("page.html"), "/*REPORT*/null"
@@ -206,7 +206,5 @@ def _of_bins(run: Run, key: str) -> list[Point]:
 
 
 def page(shown: dict[str, Any]) -> str:
-    """The whole page: no text of a token can end its script."""
-    text = json.dumps(shown, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
-    return before + text + after
+    """The whole page."""
+    return filled(TEMPLATE, PLACE, shown)

@@ -1,0 +1,49 @@
+"""A model for reading alone: no optimizer, no engine; of the matrix each rank its rows."""
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..mesh import Mesh
+from ..model import LanguageModel
+from ..vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from .state import matrix_dtensor
+
+
+def unread_model(
+    body: nn.Module,
+    config: VocabConfig,
+    rows: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    saved: Container[str] = (),
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model on the device, without its weights, and the tensors to read them into, by their names in a checkpoint.
+
+    body: as made on the device "meta". The matrix is split over the ranks of the default group, if there is one, and is
+    a DTensor there. saved: the names in a checkpoint, by which a tied matrix may have become two.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = Mesh.of(world, device) if world > 1 else None
+    vocab = VocabParallelEmbedding(
+        config,
+        VocabShard.of(mesh.vocab_rank if mesh else 0, world, rows, config.multiple),
+        width,
+        seed=0,
+        group=mesh.vocab_group if mesh else None,
+        compute_dtype=dtype,
+        device=device,
+        dtype=dtype,
+    )
+    if vocab.was_split(saved):
+        vocab.untie()
+    body.to(dtype).to_empty(device=device)
+    tensors: dict[str, Any] = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    for name, rows_vD in vocab.named_rows().items():
+        tensors[name] = matrix_dtensor(rows_vD.detach(), vocab.shard, mesh) if mesh else rows_vD.detach()
+    return LanguageModel(vocab, body), tensors
