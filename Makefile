@@ -1,4 +1,4 @@
-# make demo: set-up, tokenise, train on two ranks, sample.   make test: set-up, all checks, all tests.
+# make demo: set-up, tokenise, train on two ranks, sample, the lens.   make test: set-up, all checks, all tests.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1

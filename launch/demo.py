@@ -2,7 +2,7 @@
 """`make demo`: the whole way on this machine, each step by the command that a user would type.
 
 Tokenises Python's standard library, trains a small model on two ranks that share one row-split matrix, compares it
-with xz on the held-out text, and samples. What is done is not done again.
+with xz on the held-out text, samples, and looks into its layers. What is done is not done again.
 """
 
 import json
@@ -47,8 +47,13 @@ def main() -> None:
     print("\n3. Compare with a compressor on the same held-out bytes\n")
     compare()
     step("4. Sample", f"-m pretrain.generate run={RUN} prompt='def read_file(path):' tokens=120 seed=1")
+    step(
+        "5. What would each layer guess? The logit lens",
+        f"-m pretrain.lens run={RUN} example=repetition out={RUN / 'lens'}",
+    )
     print(f"""
 The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
+  lens        {RUN}/lens/lens.html
   curves      .venv/bin/tensorboard --logdir runs
   go on       .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}
               (twice the schedule: the learning rate rises once more)

@@ -118,7 +118,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         one.run.dir = str(base / name)
     runs = [checked(one, ours.cluster) for one, _ in composed]
     snapshot = Snapshot.take()
-    mounts = sorted({base, *(path.parent for run in runs for path in run.config.reads)})
+    mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
     job = (
         base / "slurm",
         ours.cluster.task_python,
@@ -150,6 +150,11 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
             record(run, submitted, snapshot)
         print(farewell(ours, base, runs, jobs), flush=True)  # last: a closed pipe must not leave a job unknown
     return follow(jobs[0]) if ours.tail else 0
+
+
+def folders_of(path: Path) -> set[Path]:
+    """Where a folder's files lie: links of a snapshot of the hub lead elsewhere, which a container must see, too."""
+    return {path.parent, *(file.resolve().parent for file in path.glob("*") if file.is_symlink())}
 
 
 def settings_of(composed: list[DictConfig]) -> LaunchConfig:

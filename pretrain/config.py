@@ -107,6 +107,7 @@ class TrainConfig:
 
 
 ALONE = ("seed", "init_from")  # of no group
+LATER = {"monitor"}  # groups that frozen configurations may lack: they came later
 PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name not in ALONE}  # type: ignore[misc]
 
 
@@ -140,7 +141,7 @@ def build(composed: DictConfig) -> TrainConfig:
     try:
         chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
         parts = {
-            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), composed.get(name) or {}))
+            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), _group(composed, name)))
             for name, part in chosen.items()
         }
     except OmegaConfBaseException as error:
@@ -149,6 +150,13 @@ def build(composed: DictConfig) -> TrainConfig:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
     init_from = composed.get("init_from")
     return TrainConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)  # type: ignore[arg-type]
+
+
+def _group(composed: DictConfig, name: str) -> Any:
+    """A run that was frozen before a group was there has its defaults."""
+    if name not in composed and name not in LATER:
+        raise ValueError(f"{name} is missing: a configuration has {', '.join(PARTS)}")
+    return composed.get(name, {})
 
 
 def freeze(config: TrainConfig, data: Data) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..mesh import Mesh
 from ..optim import MatrixOptimizer
 from ..vocab import VocabParallelEmbedding, VocabShard
+from .hook import Report, blocks
 from .seen import Seen
 from .spectrum import isotropy
-from .tie_drift import Report, blocks
 
 BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row, of a million
 EDGES = (1.0, 10.0, 100.0, 1000.0)

@@ -44,6 +44,16 @@ def data(tmp_path_factory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
+def test_files_that_are_links_are_mounted_where_they_lie(tmp_path):
+    """As in a cache of the hub: snapshots/REV/config.json -> ../../blobs/…"""
+    (tmp_path / "blobs").mkdir()
+    (snapshot := tmp_path / "snapshots" / "rev").mkdir(parents=True)
+    (tmp_path / "blobs" / "0f").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/0f")
+    assert slurm.folders_of(snapshot) == {tmp_path / "snapshots", tmp_path / "blobs"}
+    assert slurm.folders_of(tmp_path / "blobs") == {tmp_path}
+
+
 @pytest.fixture(scope="module")
 def code() -> Snapshot:
     return Snapshot.take()

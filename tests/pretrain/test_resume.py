@@ -5,14 +5,18 @@ import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config import TrainConfig
+from pretrain.monitor import MonitorConfig
 from pretrain.trainer import Deadline, LoopConfig
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -120,3 +124,12 @@ def test_a_deadline_leaves_time_for_a_step_and_two_saves(monkeypatch):
 @pytest.mark.parametrize("text,seconds", [("4h", 14400), ("1d12h30m5s", 131405), ("90m", 5400), (None, None)])
 def test_a_time_limit_is_read(text, seconds):
     assert LoopConfig(time_limit=text).time_limit_seconds == seconds
+
+
+def test_of_a_frozen_configuration_only_a_group_that_came_later_may_be_missing(tmp_path):
+    frozen = asdict(tiny_config(tmp_path, tmp_path / "a"))
+    del frozen["monitor"]
+    assert configuration.build(OmegaConf.create(frozen)).monitor == MonitorConfig()
+    del frozen["optim"]
+    with pytest.raises(ValueError, match="optim is missing: a configuration has model, vocab, data"):
+        configuration.build(OmegaConf.create(frozen))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -124,6 +125,15 @@ def test_a_page_of_a_diverged_model_opens(browser, tmp_path):
     write_pictures(sheet(found, "nan", list(range(4)), 0, named, VOCAB), tmp_path)
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + "#view=entropy&row=0&column=0", tmp_path).stdout
     assert "Entropy, nats: –" in tip_of(dom)
+
+
+def test_a_look_that_fails_leaves_the_one_before_it_whole(seen, tmp_path, monkeypatch):
+    paths = write_pictures(seen[1], tmp_path)
+    before = [path.read_bytes() for path in paths]
+    monkeypatch.setattr("pretrain.lens.plot.page", lambda shown: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_pictures(replace(seen[1], title="another"), tmp_path)
+    assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_the_pictures_are_seen(browser, seen, tmp_path):
