@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pretrain.config import TrainConfig
 from pretrain.engine.deepspeed import LARGEST_BUCKET, DeepSpeedConfig
 from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.settings import TrainConfig
 from pretrain.vocab import Transfer, VocabShard, Workload
 
 FP32 = 4  # bytes: main weights, gradients, moments and sums

@@ -24,7 +24,8 @@ from launch.restart import Decision, History, RestartConfig, cause, decide, newe
 from launch.supervisor import StopRequests, Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
+from pretrain.settings import TrainConfig  # noqa: E402
 
 
 def main() -> None:

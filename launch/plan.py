@@ -20,8 +20,8 @@ from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import HARDWARE, Hardware  # noqa: E402
 from launch.step import Item, Step, total  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
-from pretrain.config import TrainConfig  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
+from pretrain.settings import TrainConfig  # noqa: E402
 from pretrain.vocab import Transfer  # noqa: E402
 from pretrain.vocab.kernels import choose_kernels  # noqa: E402
 from pretrain.vocab.parallel import UPDATE, estimate  # noqa: E402

@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import headline
 from pretrain.checkpoint import TrainState
-from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine import Engine
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
+from pretrain.settings import TrainConfig
 from pretrain.train import build_model
 from pretrain.trainer import LoopConfig, Trainer
 from pretrain.vocab import LookupPlan, VocabShard, plan_lookup

@@ -42,8 +42,9 @@ from launch.restart import RestartConfig  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, TrainConfig, hold  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
 from pretrain.data import Data  # noqa: E402
+from pretrain.settings import RunConfig, TrainConfig  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
 ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
@@ -180,7 +181,7 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
 def run_dir(composed: list[DictConfig]) -> Path:
     """run.dir in full: a job may have another current folder. ValueError where Slurm would read it in its own way."""
     given, *others = {one.run.dir for one in composed}
-    configuration.RunConfig(given)
+    RunConfig(given)
     if others:
         raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
     return slurm.plain_path("run.dir", given)

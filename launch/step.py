@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 
 from launch.body import FP32, Activations, Body, Shapes, body_of
-from pretrain.config import TrainConfig
 from pretrain.lens import Method
 from pretrain.lens.monitor import MEMORY_MIB
+from pretrain.settings import TrainConfig
 from pretrain.vocab import Transfer, VocabShard, Workload
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels

@@ -21,9 +21,10 @@ import torch
 from data_prep.errors import DataError
 
 from . import config as configuration
-from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
-from .config import TrainConfig, hold
-from .data import BatchLoader, Data, MicroBatch, PackedWindows, Samples, validation_batches
+from .announce import announce
+from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
+from .config import hold
+from .data import BatchLoader, Data, MicroBatch, validation_batches
 from .engine import Engine
 from .exits import Exit
 from .interop import initialise
@@ -32,8 +33,9 @@ from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
 from .optim import MatrixOptimizer
+from .settings import TrainConfig
 from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
-from .vocab import Parallel, VocabParallelEmbedding, VocabShard
+from .vocab import VocabParallelEmbedding, VocabShard
 from .watchdog import Watchdog
 
 LOCK_SECONDS = 180  # to wait for a lock of a start before this one
@@ -99,7 +101,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            _announce(config, data, loader.samples, model, mesh, parallel, state, found)
+            announce(config, data, loader.samples, model, mesh, parallel, state, found)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
         monitors = _monitors(config, data, model.vocab, matrix, seen, mesh, state.step, log)
@@ -251,59 +253,6 @@ def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) 
             raise ValueError(f"ROWSHARD_DEADLINE={given} in the environment must be a unix time") from None
     reserve = config.checkpoint.seconds_before_limit
     return [(reason, Deadline(limit, reserve, lambda: manager.longest)) for reason, limit in limits]
-
-
-def _announce(
-    config: TrainConfig,
-    data: Data,
-    samples: Samples,
-    model: LanguageModel,
-    mesh: Mesh,
-    parallel: Parallel,
-    state: TrainState,
-    resumed: Path | None,
-) -> None:
-    vocab = model.vocab
-    with torch.device("meta"):
-        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
-    matrix = vocab.shard.vocab_size * config.model.width
-    print(
-        f"model: {_parameters(config, body, matrix, vocab.shard.vocab_size)}\n"
-        f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
-        f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
-        + (f"{parallel.why}\n" if parallel.why else "")
-        + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
-        + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
-        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else ""),
-        flush=True,
-    )
-
-
-def _parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
-    """Of the model as it is, and as it would be with the other choice."""
-    tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
-    untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
-    if config.vocab.tie == "untied":
-        return f"{untied} of {rows:,} rows (untied; tied: {(body + matrix) / 1e6:.1f}M, {matrix / 1e6:.1f}M in 1)"
-    if config.vocab.untie_at is not None:
-        return f"{tied} (tied) up to step {config.vocab.untie_at:,}, then {untied}"
-    return f"{tied} (tied; untied: {(body + 2 * matrix) / 1e6:.1f}M, {2 * matrix / 1e6:.1f}M in 2)"
-
-
-def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:
-    """Where each corpus stands; with several, their shares from here on."""
-    known = sum(state.samples.values())
-    shares = data.blend.shares(known)
-    lines = []
-    for (title, corpus), share in zip(data.corpora.items(), shares, strict=True):
-        sample = state.samples.get(corpus.name, 0)
-        new = " (not the data of before: it starts anew)" if known and not sample else ""
-        part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
-        lines.append(f"{title}, {corpus.tokens:,} tokens, {part}from sample {sample:,}{new}")
-        windows = samples.sources[title][0]
-        if isinstance(windows, PackedWindows):
-            lines[-1] += f"; {windows.summary}"
-    return lines
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from data_prep.tokenizer import Tokenizer
 
 from .. import config as configuration
 from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
+from ..settings import CONFIG_FILE, TrainConfig
 from .dataset import Windows
 from .samples import Samples
 
@@ -36,7 +37,7 @@ COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of a document: two shades
 class Request:
     """step: 1 is the first. rank of world: whose part; null: the whole batch."""
 
-    config: configuration.TrainConfig
+    config: TrainConfig
     run: Path | None
     step: int
     rank: int | None
@@ -83,7 +84,7 @@ def _request(arguments: list[str]) -> Request:
     if "run" in given:
         if settings:
             raise ValueError(f"{settings[0]} is not for run={given['run']}, which has settings of its own")
-        config = configuration.load(Path(given["run"]) / configuration.CONFIG_FILE)
+        config = configuration.load(Path(given["run"]) / CONFIG_FILE)
     else:
         configuration.register()
         with initialize_config_dir(str(CONF), version_base=None):

@@ -27,6 +27,7 @@ from ..checkpoint import (
     checkpoints,
     save_weights,
 )
+from ..settings import TrainConfig
 from ..vocab import VocabShard
 from .export import DTYPES, export
 from .folder import EMBEDDING, OUTPUT, HFModel, pieces
@@ -92,7 +93,7 @@ def _refuse_run(run: Path, config: Path) -> None:
             raise ValueError(f"run={run} has {there.name}: choose another folder")
 
 
-def training(found: HFModel, run: Path, settings: list[str]) -> configuration.TrainConfig:
+def training(found: HFModel, run: Path, settings: list[str]) -> TrainConfig:
     """The settings of a training of that model. ValueError where a setting says what the model tells."""
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")

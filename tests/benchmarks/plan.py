@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launch.step import Step, total
 from pretrain import config as configuration
-from pretrain.config import TrainConfig
+from pretrain.settings import TrainConfig
 from pretrain.vocab.kernels import choose_kernels
 from pretrain.vocab.kernels.base import Kernels
 from tests.benchmarks.measure import MIB, markdown, progress

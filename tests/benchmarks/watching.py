@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pretrain.config import TrainConfig
+from pretrain.settings import TrainConfig
 from pretrain.trainer import Trainer
 from tests.benchmarks.measure import markdown
 from tests.benchmarks.plan import configured

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import TrainConfig
 from pretrain.data import IGNORED, Order, PackedWindows, Windows, open_corpus
+from pretrain.settings import TrainConfig
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 

@@ -14,9 +14,10 @@ import torch
 
 import pretrain.train
 from pretrain.checkpoint import RANKS_LOCK, checkpoints, read_manifest
-from pretrain.config import TrainConfig, hold
+from pretrain.config import hold
 from pretrain.data import MicroBatch, validation_batches
 from pretrain.mesh import device_error, lost_peer
+from pretrain.settings import TrainConfig
 from pretrain.trainer import LoopConfig, Reason, StopFlag
 from tests.pretrain.helpers import TIMES, make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank

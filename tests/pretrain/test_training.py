@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import TrainConfig
 from pretrain.data import Windows, open_corpus
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.model import LanguageModel
 from pretrain.optim import MatrixOptimizer, clip_factor
+from pretrain.settings import TrainConfig
 from pretrain.train import build_model
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.dense import DenseModel, dense_training, windows_of

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
-from pretrain.config import TrainConfig
 from pretrain.data import IGNORED
+from pretrain.settings import TrainConfig
 from tests.pretrain.dense import DenseModel, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -236,8 +236,8 @@ def test_a_split_beyond_the_end_is_named(data, tmp_path):
     ],
 )
 def test_parameters_are_counted_for_both_choices(data, tmp_path, changes, lines):
-    from pretrain.train import _parameters
+    from pretrain.announce import parameters
 
     config = tiny_config(data, tmp_path / "run", **SETTINGS | changes)
-    assert lines in _parameters(config, 14_000, VOCAB * 24, VOCAB)
+    assert lines in parameters(config, 14_000, VOCAB * 24, VOCAB)
     assert configuration.vocab_workload(config, VOCAB, 2, 4).matrices == (1 if "(tied; " in lines else 2)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from data_prep.token_file import TokenFileWriter
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
-from pretrain.config import TrainConfig
+from pretrain.settings import TrainConfig
 from pretrain.train import train
 from pretrain.trainer import StopFlag
 

@@ -14,6 +14,7 @@ from data_prep.token_file import TokenFile
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import BatchLoader, Windows
+from pretrain.settings import TrainConfig
 from pretrain.vocab import VocabShard
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
@@ -33,7 +34,7 @@ def show(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def batches_of(config: configuration.TrainConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
+def batches_of(config: TrainConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
     """What the training's own loader hands to that rank, step by step: the tokens of each sequence."""
     loader = BatchLoader(
         configuration.samples(config, configuration.open_data(config.data)),

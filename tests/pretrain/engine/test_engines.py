@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config import TrainConfig
 from pretrain.mesh import Mesh
+from pretrain.settings import TrainConfig
 from pretrain.train import build_model
 from tests.pretrain.dense import Dense, DenseModel, dense_training
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.token_file import TokenFile
 from pretrain import config as configuration
-from pretrain.config import TrainConfig
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
 from pretrain.lens.monitor import BINS, ROWS, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.monitor import LogConfig, MetricsLog
+from pretrain.settings import TrainConfig
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks

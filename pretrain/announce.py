@@ -1,0 +1,66 @@
+"""What a training is, in the lines that it begins with."""
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import TrainState
+from .data import Data, PackedWindows, Samples
+from .mesh import Mesh
+from .model import LanguageModel
+from .settings import TrainConfig
+from .vocab import Parallel
+
+
+def announce(
+    config: TrainConfig,
+    data: Data,
+    samples: Samples,
+    model: LanguageModel,
+    mesh: Mesh,
+    parallel: Parallel,
+    state: TrainState,
+    resumed: Path | None,
+) -> None:
+    """Prints it."""
+    vocab = model.vocab
+    with torch.device("meta"):
+        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
+    matrix = vocab.shard.vocab_size * config.model.width
+    print(
+        f"model: {parameters(config, body, matrix, vocab.shard.vocab_size)}\n"
+        f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
+        f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
+        + (f"{parallel.why}\n" if parallel.why else "")
+        + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
+        + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
+        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else ""),
+        flush=True,
+    )
+
+
+def parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
+    """Of the model as it is, and as it would be with the other choice."""
+    tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
+    untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
+    if config.vocab.tie == "untied":
+        return f"{untied} of {rows:,} rows (untied; tied: {(body + matrix) / 1e6:.1f}M, {matrix / 1e6:.1f}M in 1)"
+    if config.vocab.untie_at is not None:
+        return f"{tied} (tied) up to step {config.vocab.untie_at:,}, then {untied}"
+    return f"{tied} (tied; untied: {(body + 2 * matrix) / 1e6:.1f}M, {2 * matrix / 1e6:.1f}M in 2)"
+
+
+def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:
+    """Where each corpus stands; with several, their shares from here on."""
+    known = sum(state.samples.values())
+    shares = data.blend.shares(known)
+    lines = []
+    for (title, corpus), share in zip(data.corpora.items(), shares, strict=True):
+        sample = state.samples.get(corpus.name, 0)
+        new = " (not the data of before: it starts anew)" if known and not sample else ""
+        part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
+        lines.append(f"{title}, {corpus.tokens:,} tokens, {part}from sample {sample:,}{new}")
+        windows = samples.sources[title][0]
+        if isinstance(windows, PackedWindows):
+            lines[-1] += f"; {windows.summary}"
+    return lines
