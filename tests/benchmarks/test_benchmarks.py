@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
-from tests.pretrain.tiny import VOCAB, write_tokens
+from tests.pretrain.helpers import make_corpus
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +73,9 @@ def test_reading(tmp_path):
     assert all(float(row[2]) > 0 for row in done[:4])
 
 
-def test_a_monitor(tmp_path):
+@pytest.mark.parametrize("monitor", ["embedding", "lens"])
+def test_a_monitor(tmp_path, monitor):
     small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
-    data = f"--data {write_tokens(tmp_path / 'tokens')} --steps 10"
-    rows = table(f"tests/benchmarks/watching.py {data} --settings vocab.size={VOCAB} {small}")
+    data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 10"
+    rows = table(f"tests/benchmarks/watching.py --monitor {monitor} {data} --settings {small}")
     assert [row[0] for row in rows] == ["25", "50", "100", "250"] and all(row[1].endswith("%") for row in rows)
