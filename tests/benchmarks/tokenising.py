@@ -11,6 +11,8 @@ tokenize.py, for that would be the standard library's. Take figures on a quiet m
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -102,18 +104,16 @@ def table(options: argparse.Namespace, folder: Path) -> str:
     return title + markdown(["from .jsonl to token files", "MB/s", f"× bare loop × {options.workers}"], rows)
 
 
-def write_text(path: Path, most: int) -> int:
-    """Bytes of text: every .py file, each once, until there is enough."""
-    size, seen = 0, set()
+def write_text(path: Path, least: int) -> int:
+    """Bytes of text: every .py file, and all once more where they do not suffice."""
+    files = [file for key in ("stdlib", "purelib") for file in sorted(Path(sysconfig.get_path(key)).rglob("*.py"))]
+    size = 0
     with open(path, "w") as stream:
-        for key in ("stdlib", "purelib"):
-            for file in sorted(Path(sysconfig.get_path(key)).rglob("*.py")):
-                try:
-                    text = file.read_text()
-                except (OSError, UnicodeDecodeError):
-                    continue
-                if text and text not in seen and size < most:
-                    seen.add(text)
+        for file in itertools.cycle(files):
+            if size >= least:
+                return size
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                if text := file.read_text():
                     size += len(text.encode())
                     stream.write(json.dumps({"text": text}) + "\n")
     return size
