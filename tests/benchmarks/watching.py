@@ -23,7 +23,7 @@ from tests.benchmarks.plan import configured
 from tests.pretrain.tiny import train_rank
 from tests.ranks import run_ranks
 
-CADENCES = (25, 50, 100, 250)
+CADENCES = (25, 50, 100, 250, 500)
 
 
 def main() -> None:
