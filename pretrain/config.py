@@ -22,7 +22,7 @@ from .checkpoint import CheckpointError, newest_manifest
 from .data import Data, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
-from .interop import check_initial
+from .interop import check_initial, folder_of
 from .llama import LlamaConfig
 from .model import GPT2Config
 from .settings import TrainConfig
@@ -232,6 +232,9 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
             was, is_ = was.get(key), is_[key]
         if was != is_:
             _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
+    began = saved.get("init_from")
+    if config.init_from is not None and (began is None or folder_of(began) != folder_of(config.init_from).absolute()):
+        _refuse(config, f"init_from={began or 'null'}", config.init_from)
     step, was_split = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
     if config.vocab.tie == "tied" and config.vocab.split_by(step) != was_split.split_by(step):
         before, now_at = ("null" if at is None else at for at in (was_split.untie_at, config.vocab.untie_at))

@@ -70,6 +70,8 @@ class OptimConfig:
         if self.schedule == "cosine":
             done = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
             return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.decay_fraction == 0:
+            return self.lr
         decay_steps = max(1, round(self.decay_fraction * steps))
         left = (steps - 1 - step) / decay_steps
         return floor + (self.lr - floor) * min(1.0, max(0.0, left))

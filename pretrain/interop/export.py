@@ -41,8 +41,9 @@ def export(
     materialize_head: a tied model, too, has its head in the files, for readers that look for it. ValueError where OUT
     is not free, or transformers has no such model; OSError on a full disk.
     """
+    asked, out = out, out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} is there already: choose another folder")
+        raise ValueError(f"out={asked} is there already: choose another folder")
     family = FAMILIES[model.family]
     one = OUTPUT not in checkpoint.shapes
     tied = one and embed_scale == 1

@@ -22,6 +22,7 @@ FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwe
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
 PIECE_BYTES = 64 << 20
+DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in a file
 
 
 class HFModel:
@@ -56,7 +57,11 @@ class HFModel:
         embedding = self.prefix + self.family.embedding
         if embedding not in self.files:
             raise ValueError(f"{self.folder} has no tensor {self.family.prefix}{self.family.embedding}")
-        return self._slice(embedding).get_shape()[0]
+        rows = next(iter(self._slice(embedding).get_shape()), 0)
+        said = self.config.get("vocab_size", rows)
+        if said != rows:
+            raise ValueError(f"{self.folder}: its embedding has {rows} rows, but {CONFIG} says vocab_size={said}")
+        return rows
 
     @property
     def tie(self) -> str:
@@ -121,9 +126,12 @@ class HFModel:
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name}")
-        found = tuple(self._slice(name).get_shape())
+        part = self._slice(name)
+        found, dtype = tuple(part.get_shape()), part.get_dtype()
         if found != expected:
             raise ValueError(f"{self.files[name]}: {name} has shape {found}, but {CONFIG} means {expected}")
+        if dtype not in DTYPES:
+            raise ValueError(f"{self.files[name]}: {name} is of {dtype}, and must be of {', '.join(DTYPES)}")
 
     def _check_head(self, shape: tuple[int, ...]) -> None:
         """A tied model's head, where its file has one, is its embedding."""
@@ -140,7 +148,10 @@ class HFModel:
         return theirs if theirs == HEAD else self.prefix + theirs
 
     def _slice(self, name: str) -> Any:
-        return self._open(self.files[name]).get_slice(name)
+        try:
+            return self._open(self.files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.files[name]}: {error}") from error
 
     def _open(self, path: Path) -> Any:
         """A safetensors file, mapped. ValueError where it is not one."""

@@ -44,7 +44,7 @@ dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tie
 for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
 """
 CONF = Path(__file__).resolve().parents[2] / "conf"
-TOLD = ("model", "vocab.size", "vocab.tie", "run.dir", "init_from")  # by hf= and run=
+TOLD = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
 
 def main() -> None:
@@ -79,7 +79,11 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     tensors = streams(found, config.vocab.multiple)
     with configuration.hold(run, configuration.LAUNCH_LOCK):
         _refuse_run(run, config.path)
-        folder = save_weights(run, tensors, about, partial(configuration.write, config, spec))
+        try:
+            folder = save_weights(run, tensors, about, partial(configuration.write, config, spec))
+        except BaseException:
+            config.path.unlink(missing_ok=True)  # there was none before
+            raise
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"

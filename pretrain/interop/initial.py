@@ -43,6 +43,8 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
         other.append("vocab.tie=untied")
     if vocab.embed_scale != 1:
         other.append("vocab.embed_scale=1.0")
+    if vocab.softcap is not None:
+        other.append("vocab.softcap=null")
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
     spec, _ = tokenizer_of(found)

@@ -13,6 +13,7 @@ def model(config: dict[str, Any]) -> LlamaConfig:
     kind = config["model_type"]
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     layers, width, heads, inner, context = need(config, *names)
+    need(config, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None))
     must_be(config, "hidden_act", "silu")
     must_be(config, "mlp_bias", False)
     window = config.get("sliding_window", 4096) if kind == "mistral" else None  # what its absence means there
@@ -44,7 +45,9 @@ def _head_size(config: dict[str, Any], width: int, heads: int) -> int | None:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Of files of transformers 4, rope_theta and rope_scaling, and of transformers 5, rope_parameters."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # whole, as transformers 5 takes them
+    if config.get("original_max_position_embeddings") is not None:
+        rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"]}
     given: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)}
     must_be(rope | config, "partial_rotary_factor", 1.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -13,10 +13,19 @@ from typing import Any
 
 from data_prep.bpe import PATTERNS
 from data_prep.errors import DataError, headline
+from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-POSSESSIVE = re.compile(r"(\\p\{\w+\}|\[(?:\\.|[^\]\\])*\]|\\.|[^\\])(\{\d+(?:,\d*)?\})\+")
+PARTS = re.compile(  # of a pattern: escapes, classes, counts, single characters
+    r"\\[pPx]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}\+?|.", re.DOTALL
+)
+FLAGS = re.compile(r"\(\?(?!i:|i\))[a-zA-Z-]+[:)]")
+PROBE = (  # what two engines may split in two ways; must stay as it is in NFC
+    "Hello World's HOUSE'S it's we'LL they've 1234567 3.14 a1b22c333 x_y  two   three\t\ttabs \n\n lines\r\n end  \n"
+    "\n  in.\n\tdef f(a, b): return a+b # ¿qué? Zürich ÉCOLE straße 東京都 привет مرحبا ١٢٣ ½ ² 🙂🙂"
+    " <a>&b; 'S ''s $x^y ab aab\naa\n^aa aa$ \u00a0\u3000\u2028 end \x00\x7f!?...---"
+)
 
 
 def characters() -> dict[int, str]:
@@ -28,12 +37,16 @@ def characters() -> dict[int, str]:
 
 def to_hf(spec: TokenizerSpec, context: int) -> dict[str, dict[str, Any]]:
     """The files, by name. Their ids for a text are those of the spec, except that they take special tokens' names in a
-    text for the tokens.
+    text for the tokens. ValueError where its pattern cannot be written for `tokenizers`.
     """
     of_byte = characters()
     written = {token: "".join(of_byte[byte] for byte in token) for token in spec.ranks}
     special = sorted(spec.special_tokens.items(), key=lambda item: item[1])
-    split = {"type": "Split", "pattern": {"Regex": oniguruma(spec.pattern)}, "behavior": "Isolated", "invert": False}
+    try:
+        pattern = oniguruma(spec.pattern)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {spec.name} cannot be written for transformers: {error}") from error
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {
@@ -85,9 +98,32 @@ def _pairs(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes
 
 
 def oniguruma(pattern: str) -> str:
-    """tiktoken's pattern for the engine of `tokenizers`, to which {n,m}+ is a repetition, and $ the end of a line."""
-    pattern = POSSESSIVE.sub(r"(?>\1\2)", pattern)
-    return re.sub(r"(?<!\\)\$", r"\\z", pattern)
+    """tiktoken's pattern for the engine of `tokenizers`, to which {n,m}+ is a repetition, and $ the end of a line.
+
+    ValueError where it has what is not translated.
+    """
+    return "".join(_translated(pattern, "(?>{}{})", {"$": r"\z"}))
+
+
+def _rust(pattern: str) -> str:
+    """The other way: {n,m}+ is to repeat. ValueError as above, and on $."""
+    return "".join(_translated(pattern, "(?:{}{})+", {}))
+
+
+def _translated(pattern: str, counted: str, ends: dict[str, str]) -> list[str]:
+    parts: list[str] = []
+    for part in PARTS.findall(pattern):
+        if part[0] == "{" and part[-1] == "+":
+            if not parts or parts[-1] in ("(", ")", "|", "?", "*", "+"):
+                raise ValueError(f"the pattern has {part} after a group, which the other engine reads otherwise")
+            parts.append(counted.format(parts.pop(), part[:-1]))
+        elif part == "^" or (part == "$" and part not in ends):
+            raise ValueError(f"the pattern has {part}, which the other engine reads otherwise")
+        else:
+            parts.append(ends.get(part, part))
+    if flags := FLAGS.search("".join(part for part in PARTS.findall(pattern) if len(part) == 1)):
+        raise ValueError(f"the pattern has {flags.group()}, which the other engine reads otherwise")
+    return parts
 
 
 def from_hf(folder: Path, eos: int | None) -> TokenizerSpec:
@@ -95,10 +131,13 @@ def from_hf(folder: Path, eos: int | None) -> TokenizerSpec:
 
     NFC, to which Qwen's brings a text before it splits it, is left out: a text that is not NFC gets other ids.
     ValueError where there is none, or one that is not tiktoken's kind: of bytes, ids in the order of its merges, all
-    of them made by merges, and no words beside them.
+    of them made by merges, and no words beside them; and where the two give other ids for a text of many kinds.
     """
     try:
-        return _converted(folder, eos)
+        spec = _converted(folder, eos)
+        if (folder / TOKENIZER).is_file():
+            _check_alike(spec, folder / TOKENIZER)
+        return spec
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{folder}: its tokenizer's files lack something: {headline(error)}") from error
 
@@ -124,6 +163,9 @@ def _converted(folder: Path, eos: int | None) -> TokenizerSpec:
         alike = model.get("ignore_merges") and not any(_pairs(token, ranks))
         if len(token) > 1 and id not in made and not alike:
             raise ValueError(f"{folder}: no merge makes its token {token!r}, which tiktoken would make")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{folder}: its {key} is {model[key]!r}, and must be null: tiktoken has none")
     for word in added:
         name = word["content"]
         if not word.get("special", True) and not (name.startswith("<") and name.endswith(">")):
@@ -134,6 +176,30 @@ def _converted(folder: Path, eos: int | None) -> TokenizerSpec:
         return TokenizerSpec(folder.resolve().name, splitter, special, ranks)
     except DataError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _check_alike(spec: TokenizerSpec, path: Path) -> None:
+    """ValueError where `tokenizers` does not make a token of its text, or other ids of the probe.
+
+    It proves nothing of other texts.
+    """
+    import tokenizers
+
+    try:
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} cannot be read: {headline(error)}") from error
+    of_byte = characters()
+    for token, id in spec.ranks.items():
+        made = theirs.model.tokenize("".join(of_byte[byte] for byte in token))
+        if [part.id for part in made] != [id]:
+            raise ValueError(f"{path}: its merges do not make its token {token!r}, which tiktoken would make")
+    try:
+        ours = Tokenizer(spec).encode(PROBE)
+    except Exception as error:  # tiktoken raises ValueError on a pattern, and Rust may panic
+        raise ValueError(f"{path}: its pattern is none for tiktoken: {headline(error)}") from error
+    if ours.tolist() != theirs.encode(PROBE, add_special_tokens=False).ids:
+        raise ValueError(f"{path} splits text as tiktoken cannot: it has other ids for a text that both were given")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
@@ -164,4 +230,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
     plain = kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated"
     if not plain or steps[0].get("invert") or steps[1].get("use_regex", True):
         raise ValueError(f"{path} splits text as tiktoken cannot")
-    return model, steps[0]["pattern"]["Regex"], added
+    try:
+        return model, _rust(steps[0]["pattern"]["Regex"]), added
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

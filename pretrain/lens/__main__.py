@@ -25,10 +25,11 @@ from ..generate import load_model
 from ..mesh import ranks_or_alone
 from ..model import LanguageModel
 from .examples import EXAMPLES
-from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, Look, Method, look
+from .lens import DECODERS, FINAL, FROM_INPUT, FROM_OUTPUT, INPUTS, NORMS, POINTS, Look, Method, look
 from .plot import MOST_COLUMNS, write_pictures
 from .views import Sheet, sheet, visible
 
+MOST_GUESSES = 100  # a page has them all
 HELP = """What would each layer of a model guess, were it the last?
 
   python -m pretrain.lens run=runs/a text='def main(' out=lens
@@ -38,6 +39,8 @@ HELP = """What would each layer of a model guess, were it the last?
 
 Writes a PNG of each view and lens.html, a page with all of them and all numbers, which needs nothing from outside.
 Examples: {examples}
+
+points: {points}, several with commas; input: {inputs}; norm: {norms}; decoder: {decoders}; only: the text of a token.
 
 Settings, and their defaults:
 """
@@ -71,15 +74,15 @@ class LensConfig:
 
     def __post_init__(self) -> None:
         if bool(self.run) == bool(self.hf):
-            raise ValueError("run is missing: name the folder of a run, run=runs/a, or of a Hugging Face model, hf=DIR")
+            raise ValueError("give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model")
         if self.hf and self.step is not None:
             raise ValueError(f"step={self.step} must be null with hf={self.hf}, which has no steps")
         if sum(map(bool, (self.text, self.file, self.example))) != 1:
-            raise ValueError("text is missing: give one of text=, file= and example=")
+            raise ValueError("give one of text=, file= and example=: what to read")
         if self.example and self.example not in EXAMPLES:
             raise ValueError(f"example={self.example} must be one of {', '.join(EXAMPLES)}")
-        if self.guesses < 1:
-            raise ValueError(f"guesses={self.guesses} must be at least 1")
+        if not 1 <= self.guesses <= MOST_GUESSES:
+            raise ValueError(f"guesses={self.guesses} must be in [1, {MOST_GUESSES}]")
         if self.memory_mib < 1:
             raise ValueError(f"memory_mib={self.memory_mib} must be at least 1")
         self.method()
@@ -104,7 +107,9 @@ def main() -> None:
     """Exits 0, or 2 with one line on a wrong setting."""
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
-        print(HELP.format(examples=examples) + defaults(LensConfig))
+        choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
+        listed = {name: " | ".join(known) for name, known in choices.items()}
+        print(HELP.format(examples=examples, **listed) + defaults(LensConfig))
         return
     try:
         settings = settings_of(LensConfig, sys.argv[1:])
@@ -122,11 +127,13 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
     """Measures. All ranks of the process group take part, and get the same."""
     source = open_source(settings, device)
     example = EXAMPLES.get(settings.example)
-    text = example.text if example else settings.text or Path(settings.file).read_text(encoding="utf-8")
-    ids = source.encode(text)
-    if len(ids) > source.context:
-        raise ValueError(f"the text has {len(ids):,} tokens, but model.context={source.context}: give a shorter one")
+    ids = source.encode(example.text if example else _text(settings))
     window = _window(settings.window, len(ids))
+    if window.stop > source.context:
+        raise ValueError(
+            f"the text has {window.stop:,} tokens up to the end of the window, but model.context={source.context}:"
+            f" give a shorter one, or window=START:STOP with a STOP of at most {source.context}"
+        )
     only = settings.only or (example.only if example else "")
     columns = [n for n, id in enumerate(ids[window]) if not only or source.name(id).strip("·") == only]
     if not columns:
@@ -140,8 +147,8 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
         vocab,
         source.model.body,
         source.body,
-        torch.tensor([ids], device=device),
-        torch.tensor([[*ids[1:], IGNORED]], device=device),
+        torch.tensor([ids[: window.stop]], device=device),
+        torch.tensor([[*ids[1:], IGNORED][: window.stop]], device=device),
         settings.method(),
         window=window,
         k=min(settings.guesses, vocab.shard.vocab_size),
@@ -178,6 +185,16 @@ def _source(title: str, model: LanguageModel, context: int, tokenizer: Tokenizer
             return f"#{id}"
 
     return Source(title, model, model.body, context, encode, name)
+
+
+def _text(settings: LensConfig) -> str:
+    """ValueError where it is not UTF-8."""
+    try:
+        settings.text.encode()
+        return settings.text or Path(settings.file).read_text(encoding="utf-8")
+    except UnicodeError as error:
+        key = "text" if settings.text else f"file={settings.file}"
+        raise ValueError(f"{key} must be UTF-8 text: {error.reason if hasattr(error, 'reason') else error}") from error
 
 
 def _window(given: str | None, length: int) -> slice:

@@ -71,8 +71,8 @@ class LensMonitor:
     one for good; `lens_preserved`, the part of the rows between input and output where the input token is among the
     ten likeliest. `lens_seconds`: what this took.
 
-    Collectives: for each of a rank's windows, one after the other, a forward of the model and `Readout.read` in the
-    vocab group; one all-reduce of sums.
+    Where the run must stop a look is given up. Collectives: for each of a rank's windows, one after the other, whether
+    to stop, a forward of the model and `Readout.read` in the vocab group; one all-reduce of sums.
     """
 
     def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, log: MetricsLog | None) -> None:
@@ -102,15 +102,21 @@ class LensMonitor:
             return
         start = time.monotonic()
         scalars = self.measure(trainer)
+        if scalars is None:
+            return
         if self.maps is not None:
             self.maps.add(report.step, scalars)
         report.scalars.update(scalars, lens_seconds=time.monotonic() - start)
 
-    def measure(self, trainer: Trainer) -> dict[str, float]:
-        """Sums first, over all windows and ranks, then means."""
-        model, batch = trainer.model, self.batch
-        found = [
-            look(
+    def measure(self, trainer: Trainer) -> dict[str, float] | None:
+        """Sums first, over all windows and ranks, then means. None where the run must stop: the save comes first."""
+        model = trainer.model
+        of_windows = []
+        for b, bins_T in enumerate(self.bins_BT):
+            if trainer.must_stop():
+                return None
+            one = self.batch.moved(lambda part, b=b: part[b : b + 1])  # type: ignore[misc]
+            found = look(
                 model.vocab,
                 model.body,
                 trainer.engine.body,
@@ -122,16 +128,14 @@ class LensMonitor:
                 tokens="distinct",
                 memory_mib=MEMORY_MIB,
             )
-            for one in (batch.moved(lambda part, b=b: part[b : b + 1]) for b in range(len(batch.tokens_BT)))  # type: ignore[misc]
-        ]
-        of_windows = [_sums(one, bins_T) for one, bins_T in zip(found, self.bins_BT, strict=True)]
+            of_windows.append(_sums(found, bins_T))
         parts = [torch.stack(of_all).sum(0) for of_all in zip(*of_windows, strict=True)]
         packed = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(packed)
         sums_Rmb, sums_wb, (count_b, known_b) = (
             flat.view_as(part) for flat, part in zip(packed.split([p.numel() for p in parts]), parts, strict=True)
         )
-        return dict(_named(found[0].rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
+        return dict(_named(found.rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
 
 
 def _sums(found: Look, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from data_prep.command import fail
 from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
-from .report import facts, page, report
+from .report import facts, page, report, warnings
 from .run import Run
 
 HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
@@ -33,9 +33,13 @@ def main() -> None:
         out = Path(given.get("out", "tie_report.html"))
         if out.is_dir():
             raise ValueError(f"out={out} is a folder: name a file, such as out={out / 'tie.html'}")
+        if not out.parent.is_dir():
+            raise ValueError(f"out={out} must be in a folder that exists: {out.parent} does not")
         tied, untied = Run("tied", Path(given["tied"])), Run("untied", Path(given["untied"]))
         with durable(out) as file:
             file.write(page(report(tied, untied)).encode())
+        for line in warnings(tied, untied):
+            print(line)
         for name, *values in facts(tied, untied):
             print(f"{name:<28} {values[0]:>15} {values[1]:>15} {values[2]:>22}")
         print(f"page: {out}")

@@ -43,12 +43,16 @@ def facts(tied: Run, untied: Run) -> list[list[str]]:
     add("validation loss, last", lambda run: run.last("val_loss"), "{:.4f}", relative=True)
     add("bits per byte, last", lambda run: run.last("val_bits_per_byte"), "{:.4f}", relative=True)
     add("bits per byte, lowest", lambda run: _lowest(run.points("val_bits_per_byte")), "{:.4f}", relative=True)
-    add("tokens a second, median", lambda run: median(y for _, y in run.points("tokens_per_s")), "{:,.0f}", True)
+    add("tokens a second, median", lambda run: _median(run.points("tokens_per_s")), "{:,.0f}", relative=True)
     return rows
 
 
 def _lowest(points: list[Point]) -> float | None:
     return min((y for _, y in points), default=None)
+
+
+def _median(points: list[Point]) -> float | None:
+    return median(y for _, y in points) if points else None
 
 
 def report(tied: Run, untied: Run) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def report(tied: Run, untied: Run) -> dict[str, Any]:
     return {
         "title": f"Tied and untied: {tied.folder} and {untied.folder}",
         "facts": facts(tied, untied),
-        "warnings": list(_warnings(tied, untied)),
+        "warnings": list(warnings(tied, untied)),
         "notes": [
             "One pair of runs: what it shows holds for this model, these data and this length. Another seed moves the"
             " curves, too; run several before you call a small difference one.",
@@ -67,8 +71,11 @@ def report(tied: Run, untied: Run) -> dict[str, Any]:
     }
 
 
-def _warnings(tied: Run, untied: Run) -> Iterator[str]:
-    """Why the two may differ besides the tie."""
+def warnings(tied: Run, untied: Run) -> Iterator[str]:
+    """Why the two may differ otherwise than by the tie from the first step on."""
+    split = untied.manifest["config"]["vocab"].get("untie_at")
+    if split is not None:
+        yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
     one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
     for key in sorted(one.keys() | other.keys()):
         if tuple(key.split(".")) not in OURS and key.split(".")[0] not in UNTOLD and one.get(key) != other.get(key):

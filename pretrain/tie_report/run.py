@@ -40,12 +40,20 @@ class Run:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, without a line that a kill has cut short."""
+        """metrics.jsonl, without a line that a kill has cut short. ValueError where another one is damaged."""
+        path = self.folder / "metrics.jsonl"
         try:
-            text = (self.folder / "metrics.jsonl").read_text()
+            text = path.read_text()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        found = []
+        for number, line in enumerate(text.splitlines(keepends=True), start=1):
+            if line.endswith("\n"):
+                try:
+                    found.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is damaged: {error}; take it out") from error
+        return found
 
     @property
     def matrices(self) -> int:

@@ -205,7 +205,9 @@ class Readout:
         top_mK, top_ids_mK = nothing, nothing
         if k:
             all_mK, all_ids_mK = (part.flatten(0, 1).T for part in (stacked[:, -2 * k : -k], stacked[:, -k:]))
-            order_mk = all_mK.sort(dim=1, descending=True, stable=True).indices[:, :k]  # lower ranks have lower ids
+            order_mK = all_ids_mK.argsort(dim=1)
+            all_mK, all_ids_mK = all_mK.gather(1, order_mK), all_ids_mK.gather(1, order_mK)
+            order_mk = all_mK.sort(dim=1, descending=True, stable=True).indices[:, :k]
             top_mK, top_ids_mK = all_mK.gather(1, order_mk), all_ids_mK.gather(1, order_mk)
         return {
             "top_logits": top_mK,
@@ -250,13 +252,13 @@ class Readout:
         return ((logits_mv > of_m[:, None]) | equal_mv).sum(1).to(logits_mv.dtype)
 
     def _top(self, logits_mv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of my rows, falling, the lowest ids first among equals: [k, m]; -inf where I have fewer.
+        """The k largest of my rows, falling, the lowest ids first among equals: [k, m]; -inf, id V, where I have fewer.
 
         NaN, of a model that has diverged, counts as the lowest.
         """
         m, v = logits_mv.shape
         values_mk = logits_mv.new_full((m, k), -math.inf)
-        ids_mk = torch.zeros(m, k, dtype=torch.int64, device=logits_mv.device)
+        ids_mk = torch.full((m, k), self.shard.vocab_size, device=logits_mv.device)
         n = min(k, v)
         if n:
             logits_mv = logits_mv.nan_to_num(-math.inf, math.inf, -math.inf)

@@ -9,6 +9,8 @@ from torch import Tensor
 from .collectives import all_gather
 from .shard import VocabShard
 
+COLDEST = 1e-6  # of temperatures; below, logits divided by it leave the range of floats
+
 
 def sample(
     hidden_ND: Tensor,
@@ -51,8 +53,10 @@ def sample(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """Raises ValueError on a setting out of range."""
-    if temperature < 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature={temperature} must be a number of at least 0 (0: the likeliest token)")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise ValueError(
+            f"temperature={temperature} must be 0 (the likeliest token), or a number of at least {COLDEST}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1 (null: all rows)")
     if not 0 < top_p <= 1:

@@ -19,6 +19,7 @@ def test_wsd_is_stable_then_falls_in_a_line_to_its_floor():
     config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, min_lr_ratio=0.0, decay_fraction=0.4)
     rates = [config.lr_at(step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_fraction=0.0).lr_at(9, 10) == 1.0  # no fall at all
 
 
 def test_only_matrices_decay():

@@ -73,6 +73,10 @@ def test_the_curves_are_those_of_the_runs(runs):
 def test_a_split_run_shows_its_drift(runs):
     (drift,) = charts_of(shown(runs, untied="split"))["Drift since the split"]["series"]
     assert drift["name"] == "untied" and len(drift["points"]) == STEPS - 4
+    assert (
+        "The untied run was tied up to step 4: its curves begin as one matrix."
+        in shown(runs, untied="split")["warnings"]
+    )
 
 
 def test_what_else_differs_is_a_warning(runs):
@@ -109,6 +113,8 @@ def test_a_token_cannot_end_the_script():
         (["tied={empty}", "untied={untied}"], "has no checkpoint: is it a run?"),
         (["tied={quiet}", "untied={untied}"], "has logged nothing in metrics.jsonl"),
         (["tied={tied}", "untied={untied}", "out={empty}"], "is a folder: name a file"),
+        (["tied={tied}", "untied={untied}", "out={empty}/no/a.html"], "must be in a folder that exists"),
+        (["tied={damaged}", "untied={untied}"], "metrics.jsonl, line 1 is damaged: "),
         (["both={tied}"], "must be tied=, untied= or out=; see --help"),
     ],
 )
@@ -118,7 +124,9 @@ def test_a_wrong_command_is_one_line(runs, tmp_path, monkeypatch, capsys, argume
     quiet, empty = tmp_path / "quiet", tmp_path / "empty"
     shutil.copytree(runs["tied"] / "checkpoints", quiet / "checkpoints")
     empty.mkdir()
-    names = {**runs, "quiet": quiet, "empty": empty}
+    shutil.copytree(quiet, tmp_path / "damaged")
+    (tmp_path / "damaged" / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    names = {**runs, "quiet": quiet, "empty": empty, "damaged": tmp_path / "damaged"}
     monkeypatch.setattr(sys, "argv", ["tie_report", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(SystemExit) as stopped:
         command.main()

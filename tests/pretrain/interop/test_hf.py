@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from pretrain import config as configuration
 from pretrain.checkpoint import RANKS_LOCK, CheckpointRows, checkpoints
@@ -18,6 +19,7 @@ from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import export, folder, load_model
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
+from pretrain.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
 from tests.pretrain.interop import models
 from tests.pretrain.interop.models import KINDS, VOCAB
@@ -202,9 +204,9 @@ def test_what_a_family_lacks_is_written_as_nothing(tmp_path, hf):
 
 
 def test_a_scale_of_the_embedding_goes_into_it(hf, tmp_path):
-    run = run_of(hf("gpt2 tied"), tmp_path / "run", "vocab.embed_scale=2.5")
-    out = tmp_path / "out"
-    list(export_model([f"run={run}", f"out={out}"]))
+    source, out = hf("gpt2 tied"), tmp_path / "out"
+    checkpoint = CheckpointRows(checkpoints(run_of(source, tmp_path / "run"))[-1])
+    export.export(checkpoint, HFModel(source).model, None, out, torch.float32, False, embed_scale=2.5)
     given, got = models.tensors_of(hf("gpt2 tied")), models.tensors_of(out)
     assert torch.equal(got["wte.weight"], 2.5 * given["wte.weight"]) and HFModel(out).tie == "untied"
     assert torch.equal(got["lm_head.weight"], given["wte.weight"])
@@ -231,6 +233,30 @@ def test_the_settings_of_transformers_4(hf, tmp_path):
     assert HFModel(change(hf("llama tied"), tmp_path / "old", **old)).model == HFModel(hf("llama tied")).model
 
 
+def test_of_two_rotary_scalings_transformers_takes_the_older_whole(hf, tmp_path):
+    scaling = models.LLAMA3 | {"factor": 2.0, "original_max_position_embeddings": 8}
+    source = change(hf("llama tied"), tmp_path / "both", rope_scaling=scaling, original_max_position_embeddings=16)
+    ours = HFModel(source).model
+    assert (ours.rope_factor, ours.rope_original) == (2.0, 16)
+    theirs = models.load(source)
+    torch.testing.assert_close(theirs.model.rotary_emb.inv_freq, frequencies(ours, torch.device("cpu")))
+
+
+def test_a_tensor_that_its_file_lacks_and_numbers_that_are_no_weights(hf, tmp_path):
+    source = change(hf("gpt2 tied"), tmp_path / "changed")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("ln_f.weight"))
+    whole = dict.fromkeys(tensors, file.name)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
+    with pytest.raises(ValueError, match=rf"{name} is of I8, and must be of F64"):
+        HFModel(source)
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": whole}))
+    with pytest.raises(ValueError, match=r"model.safetensors: .*ln_f"):
+        HFModel(source)
+
+
 WRONG = {
     "a family that we lack": ("gpt2 tied", {"model_type": "bloom"}, "model_type=bloom must be one of gpt2, llama"),
     "an activation": ("gpt2 tied", {"activation_function": "relu"}, "activation_function=relu must be gelu_new or"),
@@ -242,6 +268,8 @@ WRONG = {
     "another type": ("llama tied", {"rms_norm_eps": "small"}, "config.json: "),
     "a list of families": ("gpt2 tied", {"model_type": ["gpt2"]}, "model_type=['gpt2'] must be one of"),
     "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),
+    "a number of heads": ("llama tied", {"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 must be a whole number"),
+    "another vocabulary": ("gpt2 tied", {"vocab_size": 999}, "has 260 rows, but config.json says vocab_size=999"),
     "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json means (41, 24)"),
     "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which has no place in our body"),
     "no head": ("gpt2 tied", {"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
@@ -276,13 +304,14 @@ def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
         assert not (run / "config.yaml").exists()
 
 
-def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["write_streamed", "publish"])
+def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr("pretrain.checkpoint.rows.write_streamed", full)
+        patch.setattr(f"pretrain.checkpoint.rows.{step}", full)
         run_of(hf("gpt2 tied"), run)
     assert not (run / "config.yaml").exists() and not list((run / "checkpoints").iterdir())
     run_of(hf("gpt2 tied"), run)

@@ -122,6 +122,9 @@ def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(f
     shutil.rmtree(source)
     halves[1].init_from = f"hf:{source}"
     configuration.check(halves[1], 2, "cpu")
+    for run in (halves[1], from_import):
+        with pytest.raises(ValueError, match=r"holds a run with init_from=.*, this command says hf:.*other: choose"):
+            configuration.check(replace(run, init_from=f"hf:{folder / 'other'}"), 2, "cpu")
     run_ranks(2, train_ranks, halves[1:], timeout=120)
     truth = outcome(straight.run_dir)
     for other in (from_import, halves[1]):
@@ -144,8 +147,9 @@ def test_settings_that_differ_are_all_told(folder):
     check_initial(f"hf:{folder / 'llama untied, biases'}", llama, vocab, VOCAB, None)
     model.layers, model.qk_norm, model.head_size = 3, False, None
     with pytest.raises(ValueError) as error:
-        check_initial(source, model, VocabConfig(embed_scale=2.0), 300, None)
+        check_initial(source, model, VocabConfig(embed_scale=2.0, softcap=30.0), 300, None)
     told = "model.layers=2 model.head_size=10 model.qk_norm=true vocab.size=260 vocab.tie=untied vocab.embed_scale=1.0"
+    told += " vocab.softcap=null"
     assert str(error.value) == f"init_from={source} has other settings than this run: give {told}"
     with pytest.raises(ValueError, match=r"model.family=gpt2 must be llama"):
         check_initial(source, HFModel(folder / "gpt2 tied").model, vocab, VOCAB, None)

@@ -118,6 +118,14 @@ def test_special_tokens_and_merges():
 def test_patterns_for_another_engine():
     assert oniguruma(r"\p{N}{1,3}+| ?[^\s\p{L}]++|\s++$") == r"(?>\p{N}{1,3})| ?[^\s\p{L}]++|\s++\z"
     assert oniguruma(PATTERNS["cl100k"]) == PATTERNS["cl100k"]
+    assert oniguruma(r"\P{N}{1,3}+|[$€]|\x{41}{2}+|\$") == r"(?>\P{N}{1,3})|[$€]|(?>\x{41}{2})|\$"
+
+
+@pytest.mark.parametrize("pattern", ["(?:ab){1,2}+|.", "^aa|.", "(?s:.)+"])
+def test_a_pattern_that_the_other_engine_reads_otherwise_is_refused(pattern):
+    spec = TokenizerSpec("x", pattern, {END_OF_DOCUMENT: 256}, {bytes([byte]): byte for byte in range(256)})
+    with pytest.raises(ValueError, match="tokenizer x cannot be written for transformers"):
+        to_hf(spec, 8)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -183,14 +191,26 @@ BYTES_ALONE = BYTES | {"use_regex": False}
             "splits text as tiktoken cannot",
         ),
         ({"added_tokens": [{"id": 258, "content": "    ", "special": False}]}, "'    ' is a token wherever it stands"),
+        ({"end_of_word_suffix": "</w>"}, "its end_of_word_suffix is '</w>', and must be null"),
+        (
+            {"vocab": {"abc": 259}, "merges": [["a", "b"], ["b", "c"], ["a", "bc"]], "ignore_merges": False},
+            "its merges do not make its token b'abc'",
+        ),
+        ({"pattern": r"^aa|[\s\S]"}, "the pattern has ^, which the other engine reads otherwise"),
+        ({"pattern": r"[\s\S]+?$"}, "the pattern has $, which"),
+        ({"pattern": r"(?m:.)+|\s"}, "the pattern has (?m:, which"),
+        ({"pattern": r"\p{L}+"}, "it has other ids for a text that both were given"),  # tiktoken drops the rest
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257}
     files = to_hf(TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 258}, ranks), 8)
     model = files["tokenizer.json"]["model"]
+    change = dict(change)
     model["vocab"] |= change.pop("vocab", {})
-    model["merges"] = change.pop("merges", model["merges"])
+    model |= {key: change.pop(key) for key in model.keys() & change.keys()}
+    if "pattern" in change:
+        files["tokenizer.json"]["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": change.pop("pattern")}
     write(tmp_path, files | {"tokenizer.json": files["tokenizer.json"] | change})
     with pytest.raises(ValueError) as error:
         from_hf(tmp_path, None)

@@ -94,18 +94,34 @@ def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
         assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
 
 
-def test_help_names_the_examples():
+def test_help_names_the_examples_and_the_choices():
     done = lens("--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in EXAMPLES)
+    assert done.returncode == 0 and all(name in done.stdout for name in (*EXAMPLES, "full | plain | none"))
+
+
+def test_of_a_long_text_what_comes_before_the_window_ends(run):
+    text = "".join(f"{i:03}" for i in range(100))  # 300 tokens and the document's beginning, where 256 fit
+
+    def seen(text: str):
+        settings = program.LensConfig(run=str(run), text=text, window="20:30")
+        return program.see(settings, torch.device("cpu"))[0]
+
+    long, short = seen(text), seen(text[:40])
+    assert long.tokens == short.tokens and long.guesses == short.guesses
+    for a, b in zip(long.views, short.views, strict=True):
+        assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-5), a.key
 
 
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ([], "run is missing: name the folder of a run, run=runs/a, or of a Hugging Face model, hf=DIR"),
-        (["run={run}", "hf=x", "text=a"], "run is missing"),
-        (["run={run}"], "text is missing: give one of text=, file= and example="),
-        (["run={run}", "text=a", "file=b"], "text is missing"),
+        ([], "give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model"),
+        (["run={run}", "hf=x", "text=a"], "give one of run="),
+        (["run={run}"], "give one of text=, file= and example=: what to read"),
+        (["run={run}", "text=a", "file=b"], "give one of text="),
+        (["run={run}", f"file={sys.executable}"], "must be UTF-8 text: invalid"),
+        (["run={run}", "text=a\udcff"], "text must be UTF-8 text: surrogates not allowed"),
+        (["run={run}", "text=a", "guesses=101"], "guesses=101 must be in [1, 100]"),
         (["run={run}", "example=x"], "example=x must be one of rare_word, repetition, commas"),
         (["run={run}", "text=a", "norm=half"], "norm=half must be one of full, plain, none"),
         (["run={run}", "text=a", "step=7"], "step=7 has no checkpoint"),
@@ -113,7 +129,7 @@ def test_help_names_the_examples():
         (["run={run}", "file=nowhere.txt"], "nowhere.txt"),
         (["run={run}", "text=a", "window=0:9"], "window=0:9 must be START:STOP, of the text's 2 positions"),
         (["run={run}", "text=a", "only=b"], "only=b must be the text of a token in the window"),
-        (["run={run}", "text=" + "a" * 256], "the text has 257 tokens, but model.context=256"),
+        (["run={run}", "text=" + "a" * 256], "the text has 257 tokens up to the end of the window, but model"),
         (["run={run}", "text=a", "colour=red"], "unknown key colour; there are run, step, hf"),
         (["run={run}", "text=a", "step=abc"], "step=abc must be a whole number or null"),
         (["run={run}", "text=a", "guesses=many"], "guesses=many must be a whole number"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.token_file import TokenFile
 from pretrain import config as configuration
+from pretrain.checkpoint import checkpoints
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
+from pretrain.lens import look, monitor
 from pretrain.lens.monitor import BINS, ROWS, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.monitor import LogConfig, MetricsLog
 from pretrain.settings import TrainConfig
@@ -140,6 +143,29 @@ def test_training_does_not_notice(data, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def stopped_at_the_first_window(rank: int, world: int, config: TrainConfig) -> int:
+    """How many windows it has looked at."""
+    looks = []
+
+    def signalled(*given, **settings):
+        looks.append(1)
+        if rank == world - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return look(*given, **settings)
+
+    monitor.look = signalled
+    train_rank(rank, world, config)
+    return len(looks)
+
+
+def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
+    config = config_of(data, tmp_path / "a")
+    assert run_ranks(2, stopped_at_the_first_window, config) == [1, 1]  # of 2 each
+    lines = logged(tmp_path / "a")
+    assert max(lines) == EVERY and not lens_of(lines[EVERY])
+    assert checkpoints(config.run_dir)[-1].name == f"step-{EVERY:08}"
+
+
 def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
     """Also of a run that was stopped and resumed: the picture of the last step has a column for each measured step."""
     config = config_of(data, tmp_path / "a", log__tensorboard=True, train__stop_after=4)
@@ -195,8 +221,8 @@ def test_no_heat_maps_without_a_board(tmp_path):
     for board in (True, False):
         (tmp_path / str(board)).mkdir()
         log = MetricsLog(tmp_path / str(board), LogConfig(tensorboard=board), 0, 1)
-        monitor = LensMonitor(1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), log)
-        assert (monitor.maps is not None) == board
+        of_board = LensMonitor(1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), log)
+        assert (of_board.maps is not None) == board
         log.close()
 
 

@@ -172,6 +172,19 @@ def test_a_diverged_model_is_read_without_an_error():
     assert read.top_ids.tolist() == [[[0, 1]] * 3] and read.lse.isnan().all()
 
 
+def top_of_a_broken_matrix(rank: int, world: int) -> list[list[int]]:
+    shard = VocabShard.of(rank, world, 7, 1)
+    weight = torch.tensor([3.0, 9.0, -math.inf, 1.0, 4.0, 1.0, math.nan])[:, None]
+    readout = Readout(padded_rows(weight, shard), shard=shard, group=dist.group.WORLD)
+    return readout.top_k(torch.ones(2, 1), 7)[1].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_each_id_comes_once_whatever_the_split(world):
+    """Where a rank has fewer rows than are asked for, and logits are as low as the filling."""
+    assert run_ranks(world, top_of_a_broken_matrix) == [[[1, 4, 0, 3, 5, 2, 6]] * 2] * world
+
+
 def test_no_tokens():
     read = alone(torch.randn(7, 2)).read(torch.randn(2, 0, 2), k=2)
     assert read.top_ids.shape == (2, 0, 2) and read.lse.shape == (2, 0)

@@ -153,9 +153,10 @@ def test_extreme_logits(logits):
 @pytest.mark.parametrize(
     "setting,message",
     [
-        ({"temperature": -0.1}, "temperature=-0.1 must be a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be a number"),
-        ({"temperature": float("inf")}, "temperature=inf must be a number"),
+        ({"temperature": -0.1}, r"temperature=-0.1 must be 0 \(the likeliest token\), or a number of at least 1e-06"),
+        ({"temperature": 1e-308}, "temperature=1e-308 must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be 0"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
