@@ -78,4 +78,4 @@ def test_a_monitor(tmp_path, monitor):
     small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
     data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 10"
     rows = table(f"tests/benchmarks/watching.py --monitor {monitor} {data} --settings {small}")
-    assert [row[0] for row in rows] == ["25", "50", "100", "250"] and all(row[1].endswith("%") for row in rows)
+    assert [row[0] for row in rows] == ["25", "50", "100", "250", "500"] and all(row[1].endswith("%") for row in rows)
