@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,11 @@ class Decision(StrEnum):
 
 
 def cause(records: Iterable[Record]) -> Record:
-    """The record that explains how all have ended: of those that failed, the first to do so on its own."""
+    """The record that explains how all have ended: of those that failed, the first to do so on its own.
+
+    Where ranks of several nodes are silent and no other tells why, nobody knows which node it was: its host is "".
+    """
+    records = list(records)
 
     innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
 
@@ -54,7 +58,9 @@ def cause(records: Iterable[Record]) -> Record:
         told = record.last != SILENT  # who is silent may have been ended by Slurm, because of another one
         return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
 
-    return max(records, key=order)
+    first = max(records, key=order)
+    unknown = first.last == SILENT and len({record.host for record in records if record.last == SILENT}) > 1
+    return replace(first, host="") if unknown else first
 
 
 def bad_node(first: Record, records: Iterable[Record]) -> str | None:

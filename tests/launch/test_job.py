@@ -290,6 +290,8 @@ def test_who_began_it():
     silent = Record.silent(6, "b")
     assert cause([silent, late, lost]) is late, "Slurm ends the others, too"
     assert cause([silent, lost, ended]) is silent
+    assert cause([silent, Record.silent(7, "b"), lost]).host == "b"
+    assert cause([silent, Record.silent(0, "a"), lost]).host == "", "of several nodes nobody knows which it was"
 
 
 def test_which_node_is_at_fault():
