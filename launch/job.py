@@ -117,7 +117,10 @@ class Attempt:
             other = Attempt(self.run, path.parent.name)
             if other.name not in told and other.name != self.name and other.records():
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
-                first = cause(other.records())
+                records = other.records()
+                first = cause(records)
+                if first.last == SILENT and records[0].last == SILENT:
+                    first = records[0]  # the first rank is on the batch script's node, which has left no word either
                 history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
     def _keep(self, record: Record) -> None:
