@@ -6,6 +6,7 @@ line of a rank that has failed can be told.
 
 import ctypes
 import linecache
+import math
 import os
 import re
 import selectors
@@ -109,7 +110,7 @@ class _Rank:
             if os.getppid() != supervisor:
                 os._exit(1)
 
-        self.rank, self.said, self._line = rank, b"", b""
+        self.rank, self.said, self._line, self._stopped = rank, b"", b"", -math.inf
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -142,8 +143,12 @@ class _Rank:
 
     def over(self) -> bool:
         """Whether it has ended; not yet reaped, its number still stands for it and its children."""
-        flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        return os.waitid(os.P_PID, self.process.pid, flags) is not None
+        flags = os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG
+        state = os.waitid(os.P_PID, self.process.pid, flags)
+        stopped = state is not None and state.si_code == os.CLD_STOPPED
+        if stopped:
+            self._stopped = time.monotonic()
+        return state is not None and not stopped
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -162,6 +167,8 @@ class _Rank:
     def record(self, ending: Exit, code: int) -> Record:
         said = self.said.decode(errors="replace")
         if ending is Exit.HUNG:
+            if time.monotonic() < self._stopped + DUMP_SECONDS:  # Slurm continues whom it ends
+                return Record(self.rank, ending, code, "a stop, by SIGSTOP or a like signal")
             stacks = INNERMOST.findall(said)
             if not stacks:
                 return Record(self.rank, ending, code, "a state in which it cannot tell its stack")

@@ -172,14 +172,21 @@ Supervisor(command, environments, StopRequests()).run()
         time.sleep(0.01)
 
 
+WAITING = "import os, signal, time\ndef all_reduce(stops=False):\n    stops and os.kill(os.getpid(), signal.SIGSTOP)\n"
+
+
+def collectives(folder: Path) -> str:
+    """Code that imports a module from where torch's collectives would be: its `all_reduce` waits."""
+    waits = folder / "torch" / "distributed"
+    waits.mkdir(parents=True)
+    (waits / "collectives.py").write_text(WAITING + "    time.sleep(60)\n")
+    return f"sys.path.insert(0, {str(waits)!r})\nimport collectives\n"
+
+
 def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait_for(tmp_path, capfd):
     """Rank 1 is lost in thought, rank 0 waits for it in a collective."""
-    waits = tmp_path / "torch" / "distributed"  # where torch's collectives would be
-    waits.mkdir(parents=True)
-    (waits / "collectives.py").write_text("import time\ndef all_reduce():\n    time.sleep(60)\n")
     code = (
-        WATCHED + f"sys.path.insert(0, {str(waits)!r})\nimport collectives\n"
-        "def lost_in_thought():\n    time.sleep(60)\n"
+        WATCHED + collectives(tmp_path) + "def lost_in_thought():\n    time.sleep(60)\n"
         "with watchdog:\n    watchdog.alive()\n    collectives.all_reduce() if rank == 0 else lost_in_thought()\n"
     )
     records = ranks(tmp_path, code, SECONDS="1", PYTHONPATH=str(ROOT)).run()
@@ -190,6 +197,26 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     stacks = capfd.readouterr().err
     assert "stacks of rank 0:\n" in stacks and "stacks of rank 1:\n" in stacks
     assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
+
+
+def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_path):
+    """Within a collective; who ends the job continues it, as Slurm does, and it tells its stack."""
+    waits = "watchdog.__enter__()\nwatchdog.alive()\ncollectives.all_reduce(stops=rank == 1)\n"
+    code = WATCHED + collectives(tmp_path) + SAYS_SO + waits
+    when(
+        lambda: said(tmp_path, "0", "1") and gone(pid(tmp_path, "0")),
+        lambda: os.kill(pid(tmp_path, "1"), signal.SIGCONT),
+    )
+    records = ranks(tmp_path, code, SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    assert {(record.rank, record.ending, record.waits) for record in records} == {
+        (0, Exit.HUNG, True),
+        (1, Exit.HUNG, False),
+    }
+    first = cause(records)
+    assert (first.rank, first.code) == (
+        1,
+        -signal.SIGALRM,
+    ) and first.how == "hung in a stop, by SIGSTOP or a like signal"
 
 
 def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, monkeypatch):
