@@ -145,18 +145,19 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
 }
 
 
-def available() -> dict[str, Callable[[Problem], Step]]:
-    """The rivals that this machine can run."""
-    missing = set()
-    if not hasattr(F, "linear_cross_entropy"):
-        missing |= {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}
-    if shutil.which("c++") is None:
-        missing |= {"cut-cross-entropy", "F.cross_entropy, logits in fp32, compiled"}
-    if importlib.util.find_spec("cut_cross_entropy") is None:
-        missing.add("cut-cross-entropy")
-    if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
-        missing.add("Liger")
-    return {name: build for name, build in RIVALS.items() if name not in missing}
+def lacks(name: str) -> str | None:
+    """What this machine lacks to run that rival."""
+    compiled = name in ("cut-cross-entropy", "F.cross_entropy, logits in fp32, compiled")
+    package = {"cut-cross-entropy": "cut_cross_entropy", "Liger": "liger_kernel"}.get(name)
+    if name.startswith("F.linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
+        return "a newer torch"
+    if compiled and shutil.which("c++") is None:
+        return "a C++ compiler"
+    if package is not None and importlib.util.find_spec(package) is None:
+        return "pip install -e '.[bench]'"
+    if name == "Liger" and not torch.cuda.is_available():
+        return "a GPU"
+    return None
 
 
 # --- on several ranks: everyone's rows are split, all but one have the same tokens on every rank ---------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, available
+from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, lacks
 from tests.pretrain.helpers import make_corpus
 from tests.ranks import run_ranks
 
@@ -16,8 +16,8 @@ NO_GRADIENTS = "three bare matmuls"
 
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != NO_GRADIENTS])
 def test_a_rival_computes_the_gradients(name):
-    if name not in available():
-        pytest.skip(f"{name} needs a GPU, a C++ compiler, or pip install -e '.[bench]'")
+    if lacks(name):
+        pytest.skip(f"{name} needs {lacks(name)}")
     problem = Problem.draw(64, 32, 384, "cpu")
     for made, truth in zip(RIVALS[name](problem)(), problem.truth(), strict=True):
         assert (made.double() - truth).norm() < 5e-2 * truth.norm()  # logits rounded to bf16 cost that
