@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -19,12 +20,34 @@ def run_hydra(composed: Callable[[], Any], sweeps: bool = False) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     if not sweeps and {"-m", "--multirun"} & set(sys.argv[1:]):
         sys.exit(fail("--multirun is not for this program: a command makes one folder"))
-    try:
+    with one_line():
         composed()
+
+
+def arguments_or(help_text: str) -> list[str]:
+    """The command line's. Where there are none, or --help is among them, prints the text and exits 0."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(help_text.rstrip())
+        sys.exit(0)
+    return arguments
+
+
+@contextmanager
+def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
+    """Exits 2 with one line on what Hydra finds wrong, on a ValueError, an OSError, or one of the `mistakes`; 130 on
+    Ctrl-C. remark: what became of files, told of an OSError and of Ctrl-C.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.exit(EXIT_ERROR)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(override_error(error)))
+    except (ValueError, OSError, *mistakes) as error:  # type: ignore[misc]
+        sys.exit(fail(f"{headline(error)}{remark if isinstance(error, OSError) else ''}"))
     except KeyboardInterrupt:
-        fail("interrupted")
+        fail(f"interrupted{remark}")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -6,7 +6,6 @@ on the shards; the text is the same.
 
 import codecs
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
@@ -63,18 +63,13 @@ class GenerateConfig:
 
 def main() -> None:
     """Prints the prompt and its continuation as it comes. Exits 2 with one line on a wrong setting."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(HELP + defaults(GenerateConfig))
-        return
-    try:
-        settings = settings_of(GenerateConfig, sys.argv[1:])
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP + defaults(GenerateConfig))
+        settings = settings_of(GenerateConfig, arguments)
         with ranks_or_alone() as device:
             for text in generate(settings, device):
                 if os.environ.get("RANK", "0") == "0":
                     print(text, end="", flush=True)
-    except (ValueError, CheckpointError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
 
 
 def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:

@@ -1,11 +1,10 @@
 """The command line: `python -m data_prep.formats --help`."""
 
 import glob
-import sys
 from pathlib import Path
 
-from data_prep.command import EXIT_INTERRUPTED, fail
-from data_prep.errors import DataError, headline
+from data_prep.command import arguments_or, one_line
+from data_prep.errors import DataError
 from data_prep.formats.layouts import LAYOUTS, Layout
 from data_prep.formats.transfer import export_tokens, import_tokens, is_of_validation
 from data_prep.tokenizer import Tokenizer
@@ -31,19 +30,9 @@ HELP = """Token files of other programs, to and from ours.
 
 def main() -> None:
     """Exits 0, or 2 with one line on what is wrong."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return
-    try:
+    with one_line(remark="; nothing was kept"):
+        arguments = arguments_or(HELP)
         run(arguments)
-    except DataError as error:
-        sys.exit(fail(headline(error)))
-    except OSError as error:
-        sys.exit(fail(f"{error}; nothing was kept"))
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was kept")
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def run(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.command import arguments_or, one_line
 from data_prep.durable import exclusive
 
 from .folder import (
@@ -47,17 +48,11 @@ class Settings:
 
 def main() -> None:
     """Exits 0, 1 where a checkpoint is damaged, 2 with one line on a wrong command."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return
-    try:
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
         if arguments[0] not in COMMANDS:
             raise ValueError(f"{arguments[0]} must be one of {', '.join(COMMANDS)}; see --help")
         sys.exit(COMMANDS[arguments[0]](_settings(arguments[1:])))
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def show(settings: Settings) -> int:

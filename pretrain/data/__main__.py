@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.command import EXIT_ERROR, fail, override_error
+from data_prep.command import arguments_or, one_line
 from data_prep.tokenizer import Tokenizer
 
 from .. import config as configuration
@@ -46,21 +44,12 @@ class Request:
 
 def main() -> None:
     """Exits 0, or 2 with one line on a wrong command."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return
-    try:
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
         if arguments[0] != "show":
             raise ValueError(f"{arguments[0]} must be show; see --help")
         for line in show(_request(arguments[1:]), coloured=sys.stdout.isatty()):
             print(line)
-    except BrokenPipeError:
-        sys.exit(EXIT_ERROR)
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(override_error(error)))
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(fail(str(error)))
 
 
 def _request(arguments: list[str]) -> Request:

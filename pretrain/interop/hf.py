@@ -1,6 +1,5 @@
 """Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -8,12 +7,10 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from data_prep.command import fail, override_error
+from data_prep.command import arguments_or, one_line
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -49,19 +46,12 @@ TOLD = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_s
 
 def main() -> None:
     """Exits 0, or 2 with one line on a wrong command, folder or model."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return
-    try:
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
         if arguments[0] not in COMMANDS:
             raise ValueError(f"{arguments[0]} must be one of {', '.join(COMMANDS)}; see --help")
         for line in COMMANDS[arguments[0]](arguments[1:]):
             print(line, flush=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(override_error(error)))
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(fail(str(error)))
 
 
 def import_model(arguments: list[str]) -> Iterator[str]:

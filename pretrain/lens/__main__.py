@@ -3,7 +3,6 @@
 Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks, and read on the shards.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_prep.command import fail
+from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
@@ -105,22 +104,18 @@ class Source:
 
 def main() -> None:
     """Exits 0, or 2 with one line on a wrong setting."""
-    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
-        examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
-        choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
-        listed = {name: " | ".join(known) for name, known in choices.items()}
-        print(HELP.format(examples=examples, **listed) + defaults(LensConfig))
-        return
-    try:
-        settings = settings_of(LensConfig, sys.argv[1:])
+    examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
+    choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
+    listed = {name: " | ".join(known) for name, known in choices.items()}
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
+        settings = settings_of(LensConfig, arguments)
         with ranks_or_alone() as device:
             shown, found = see(settings, device)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 paths = write_pictures(shown, Path(settings.out))
                 print(summary(found))
                 print(f"written: {paths[-1]} and {len(paths) - 1} pictures beside it")
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(fail(str(error).splitlines()[0]))
 
 
 def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:

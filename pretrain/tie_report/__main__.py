@@ -1,9 +1,8 @@
 """What does the tie cost? `python -m pretrain.tie_report --help`."""
 
-import sys
 from pathlib import Path
 
-from data_prep.command import fail
+from data_prep.command import arguments_or, one_line
 from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
@@ -21,11 +20,8 @@ has the gradients of the two uses and the health of the rows. Default: out=tie_r
 
 def main() -> None:
     """Exits 0, or 2 with one line on a wrong command."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return
-    try:
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
         given = dict(_pair(argument) for argument in arguments)
         for key in ("tied", "untied"):
             if not given.get(key):
@@ -43,8 +39,6 @@ def main() -> None:
         for name, *values in facts(tied, untied):
             print(f"{name:<28} {values[0]:>15} {values[1]:>15} {values[2]:>22}")
         print(f"page: {out}")
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(fail(str(error)))
 
 
 def _pair(argument: str) -> tuple[str, str]:
