@@ -23,9 +23,10 @@ import submitit
 
 from data_prep.durable import durable
 from pretrain.exits import Exit
+from pretrain.stops import StopRequests
 
 from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
-from .supervisor import SILENT, Record, StopRequests, Supervisor
+from .supervisor import SILENT, Record, Supervisor
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
 RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
@@ -46,9 +47,7 @@ class SlurmRank:
         run = Path(self.config_path).parent
         rank = int(os.environ["SLURM_PROCID"])
         attempt = Attempt.of_job(run)
-        with StopRequests(
-            after=signal.SIG_IGN
-        ) as requests:  # Slurm may ask once more: this task ends well all the same
+        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm may ask once more
             if rank == 0:
                 attempt.begin()
             attempt.join(rank)

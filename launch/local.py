@@ -21,11 +21,12 @@ from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import run_hydra  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
-from launch.supervisor import StopRequests, Supervisor  # noqa: E402
+from launch.supervisor import Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
 from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
 from pretrain.settings import TrainConfig  # noqa: E402
+from pretrain.stops import StopRequests  # noqa: E402
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
             records = Supervisor(command, environments(nproc, store.port), requests).run()
             first, step = cause(records), newest_step(config.run_dir)
             decision, why = decide(first.ending, step > start_step, history.fruitless() + (step <= start_step), restart)
-            if decision is Decision.RESTART and (first.ending.good or requests.count):
+            if decision is Decision.RESTART and (first.ending.good or requests.asked()):
                 decision, why = Decision.STOP, "stopped on request"
             history.write(f"local-{os.getpid()}", start_step, step, first, decision, why)
             if first.ending.good:
@@ -82,7 +83,7 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
             if decision is Decision.RESTART:
                 print(f"{what}; the run starts again: {why}", file=sys.stderr, flush=True)
                 requests.sleep(restart.delay)
-            if decision is not Decision.RESTART or requests.count:
+            if decision is not Decision.RESTART or requests.asked():
                 print(f"{what}; the run stopped, {why}: {config.run.dir}", file=sys.stderr, flush=True)
                 return 1
 

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 from pretrain.exits import Exit
+from pretrain.stops import STOP_SIGNALS, StopRequests
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECONDS = 0.05
 ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
@@ -70,33 +69,6 @@ class Record:
         if self.code < 0:
             return f"killed by {signal.Signals(-self.code).name}"
         return f"exit code {self.code}, {self.ending.name}"
-
-
-class StopRequests:
-    """Counts the signals that ask to save and stop, while the context lasts.
-
-    after: what the signals do once it has ended; None: what they did before.
-    """
-
-    def __init__(self, after: signal.Handlers | None = None) -> None:
-        self.count, self.after = 0, after
-
-    def sleep(self, seconds: float) -> None:
-        """Not so long if there is a request."""
-        until = time.monotonic() + seconds
-        while not self.count and time.monotonic() < until:
-            time.sleep(LOOK_SECONDS)
-
-    def __enter__(self) -> "StopRequests":
-        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler if self.after is None else self.after)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
 
 
 class _Rank:

@@ -7,12 +7,13 @@ from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
+from .hooks import EvalConfig
 from .interop import folder_of
 from .llama import LlamaConfig
 from .model import GPT2Config
 from .monitor import LogConfig, MonitorConfig
 from .optim import OptimConfig
-from .trainer import EvalConfig, LoopConfig
+from .trainer import LoopConfig
 from .vocab import VocabConfig
 
 CONFIG_FILE = "config.yaml"

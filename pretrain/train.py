@@ -27,6 +27,7 @@ from .config import hold
 from .data import BatchLoader, Data, MicroBatch, validation_batches
 from .engine import Engine
 from .exits import Exit
+from .hooks import Evaluate, Log, Save
 from .interop import initialise
 from .lens.monitor import LensMonitor
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
@@ -34,7 +35,8 @@ from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
 from .optim import MatrixOptimizer
 from .settings import TrainConfig
-from .trainer import Deadline, Evaluate, Hook, Log, Reason, Save, Stop, StopFlag, Trainer
+from .stops import Deadline, Reason, Stop, StopRequests
+from .trainer import Hook, Trainer
 from .vocab import VocabParallelEmbedding, VocabShard
 from .watchdog import Watchdog
 
@@ -46,10 +48,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = os.environ.get("RANK", "0")
     try:
-        with StopFlag(after=signal.SIG_IGN) as stop:  # Slurm asks more than once: a rank that ends is not to die of it
+        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm asks more than once: a rank that ends must not die
             config = configuration.load(Path(sys.argv[1]))
             with ranks(_timeout(config)) as device:
-                reason = train(config, device, stop)
+                reason = train(config, device, requests)
         sys.exit(Exit.STOPPED if reason is Reason.REQUESTED else Exit.FINISHED)
     except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
         if rank == "0":
@@ -73,7 +75,7 @@ def main() -> None:
         sys.exit(Exit.LOST_PEER)
 
 
-def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
+def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> Reason:
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
@@ -109,7 +111,7 @@ def train(config: TrainConfig, device: torch.device, stop: StopFlag) -> Reason:
         if config.checkpoint.every:
             hooks.append(Save(config.checkpoint.every, manager))
         stops: list[Stop] = [
-            (Reason.REQUESTED, stop),
+            (Reason.REQUESTED, requests.asked),
             (Reason.UNSAVED, manager.failed),
             *_deadlines(config, started, manager),
         ]

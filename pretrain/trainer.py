@@ -2,26 +2,21 @@
 
 import math
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import reduce
-from operator import add
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import CheckpointManager, TrainState
-from .data import IGNORED, Batch, BatchLoader, MicroBatch
+from .checkpoint import TrainState
+from .data import Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
 from .model import LanguageModel
-from .monitor import MetricsLog
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
+from .stops import Reason, Stop
 from .vocab import LookupTraffic
 from .watchdog import Watchdog
 
@@ -103,19 +98,6 @@ def _computes_bf16(device_type: str) -> bool:
 
 
 @dataclass
-class EvalConfig:
-    """every: steps between evaluations, 0 for only the last. max_windows: of the validation split, 0 for all."""
-
-    every: int = 250
-    max_windows: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("every", "max_windows"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"eval.{key}={getattr(self, key)} must not be negative")
-
-
-@dataclass
 class Report:
     """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
 
@@ -138,62 +120,6 @@ class Report:
 
 
 Hook = Callable[["Trainer", Report], None]
-
-
-class Reason(IntEnum):
-    """Why all ranks stop; of several, the highest counts."""
-
-    NONE = 0
-    TIME_LIMIT = 1  # train.time_limit: this launch is where it was meant to get
-    REQUESTED = 2  # a signal, or the end of the job is near: to be gone on with
-    UNSAVED = 3  # a save in the background has failed
-
-
-Stop = tuple[Reason, Callable[[], bool]]  # asked by each rank at each step edge: whether there is that reason
-
-
-class StopFlag:
-    """Raised by a signal that asks to stop, while the context lasts. No more than that: a collective in a handler
-    deadlocks. A launcher may have blocked the signals: one that came before the context is seen as soon as it begins.
-
-    after: what the signals do once the context has ended; None: what they did before.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self, after: signal.Handlers | None = None) -> None:
-        self.raised, self.after = False, after
-
-    def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._raise) for number in self.SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler if self.after is None else self.after)
-
-    def __call__(self) -> bool:
-        return self.raised
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-
-
-class Deadline:
-    """Says to stop as long before `at`, a unix time, as it takes: for a step and a save that has to wait for another.
-
-    Of both it takes the longest so far, and half as much again; but never less than `reserve` seconds.
-    """
-
-    def __init__(self, at: float, reserve: float, longest_save: Callable[[], float]) -> None:
-        self.at, self.reserve, self.longest_save = at, reserve, longest_save
-        self._edge, self._longest_step = time.monotonic(), 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        self._edge, self._longest_step = now, max(self._longest_step, now - self._edge)
-        return time.time() + max(self.reserve, 1.5 * (self._longest_step + 2 * self.longest_save())) >= self.at
 
 
 class Trainer:
@@ -280,117 +206,3 @@ class Trainer:
         total = torch.tensor(number, device=self.mesh.device)
         dist.all_reduce(total)
         return int(total)
-
-
-class Evaluate:
-    """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
-
-    def __init__(
-        self, config: EvalConfig, batches: dict[str, Callable[[], Iterator[MicroBatch]]], bytes_of_ids_V: Tensor
-    ) -> None:
-        """`batches`: of each corpus, by its title."""
-        self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
-
-    def __call__(self, trainer: Trainer, report: Report) -> None:
-        if self._due(trainer):
-            report.scalars |= self._measured(trainer)
-
-    def catch_up(self, trainer: Trainer) -> dict[str, float]:
-        """Before the first step of a run that is resumed: the evaluation that a stop has cut short, if one has."""
-        missing = trainer.state.step and trainer.state.val_loss is None and self._due(trainer)
-        return self._measured(trainer) if missing else {}
-
-    def _due(self, trainer: Trainer) -> bool:
-        step = trainer.state.step
-        return step == trainer.loop.steps or bool(self.config.every and step % self.config.every == 0)
-
-    def _measured(self, trainer: Trainer) -> dict[str, float]:
-        measured = self.measure(trainer)
-        trainer.state.val_loss = measured.get("val_loss")
-        return measured
-
-    @torch.no_grad()
-    def measure(self, trainer: Trainer) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. With several
-        corpora of all their targets together, and of each. Nothing where the ranks must stop before the end.
-
-        One all-reduce of three numbers a corpus, and one of one number a batch, besides the model's.
-        """
-        sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
-        for corpus, batches in zip(sums, self.batches.values(), strict=True):
-            for micro in batches():
-                if trainer.must_stop():
-                    return {}
-                out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
-                text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
-                corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
-        dist.all_reduce(sums)
-        measured = {"": sums.sum(0)} | {f"/{title}": of for title, of in zip(self.batches, sums, strict=True)}
-        scalars = {}
-        for title, of in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
-            loss, tokens, text_bytes = of.tolist()
-            scalars[f"val_loss{title}"] = loss / tokens
-            scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
-        return scalars
-
-
-class Log:
-    """Every few steps, on the last one, and whenever another hook has measured something, or a stop kept it from that.
-    Rank 0 holds the log.
-    """
-
-    def __init__(self, every: int, log: MetricsLog | None) -> None:
-        self.every, self.log = every, log
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0  # since the last logged step
-
-    def __call__(self, trainer: Trainer, report: Report) -> None:
-        self.tokens += report.tokens
-        self.seconds += report.seconds
-        self.waited += report.waited
-        last = report.step == trainer.loop.last_step or trainer.reason is not Reason.NONE
-        if report.step % self.every and not report.scalars and not last:
-            return
-        dist.all_reduce(report.loss)
-        scalars = {
-            "step": report.step,
-            "loss": float(report.loss),
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-            "tokens": trainer.state.tokens,
-            "tokens_per_s": self.tokens / self.seconds,
-            "data_wait": self.waited / self.seconds,
-            **_of_corpora(trainer.batches.epochs()),
-            **_of_lookups(report.lookups),
-            **report.scalars,
-        }
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
-        if self.log is not None:
-            self.log.write(scalars, report.rows)
-
-
-def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:
-    """How often the data has been gone through; of several corpora, each."""
-    return (
-        {f"epochs/{title}": gone for title, gone in epochs.items()}
-        if len(epochs) > 1
-        else {"epochs": sum(epochs.values())}
-    )
-
-
-def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
-    """How much less crossed the ranks than gather + reduce-scatter would move, and how evenly owners were asked."""
-    if not lookups or not any(lookup.gathered for lookup in lookups):
-        return {}  # one rank has the whole matrix
-    step = reduce(add, lookups)
-    return {"lookup_saved": step.saved, "lookup_balance": step.balance}
-
-
-class Save:
-    """A checkpoint every few steps. After `Evaluate`: what that has measured goes into it."""
-
-    def __init__(self, every: int, manager: CheckpointManager) -> None:
-        self.every, self.manager = every, manager
-
-    def __call__(self, trainer: Trainer, report: Report) -> None:
-        if report.step % self.every == 0:
-            self.manager.save(trainer.state)

@@ -14,8 +14,9 @@ import pytest
 
 from launch.job import Attempt, _all_records, close, job_end, rendezvous
 from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
-from launch.supervisor import Record, StopRequests, Supervisor
+from launch.supervisor import Record, Supervisor
 from pretrain.exits import Exit
+from pretrain.stops import StopRequests
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['RANK']); here = os.environ['HERE']\n"
@@ -155,7 +156,8 @@ def test_a_request_to_stop_waits_for_a_rank_that_is_still_starting(tmp_path):
 def test_ranks_do_not_outlive_their_supervisor(tmp_path):
     code = f"""
 import os, sys
-from launch.supervisor import StopRequests, Supervisor
+from launch.supervisor import Supervisor
+from pretrain.stops import StopRequests
 command = [sys.executable, "-c", {RANK + SAYS_SO + "time.sleep(60)"!r}]
 environments = {{rank: os.environ | {{"RANK": str(rank), "HERE": {str(tmp_path)!r}}} for rank in range(2)}}
 Supervisor(command, environments, StopRequests()).run()
@@ -235,7 +237,8 @@ def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_pa
 import os, sys
 from pathlib import Path
 from launch.job import Attempt
-from launch.supervisor import StopRequests, Supervisor
+from launch.supervisor import Supervisor
+from pretrain.stops import StopRequests
 here, rank, child = sys.argv[1:]
 attempt = Attempt(Path(here) / "run", "7-0")
 attempt.join(int(rank))

@@ -17,7 +17,8 @@ from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.monitor import MonitorConfig
 from pretrain.settings import TrainConfig
-from pretrain.trainer import Deadline, LoopConfig
+from pretrain.stops import Deadline
+from pretrain.trainer import LoopConfig
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 

@@ -18,7 +18,8 @@ from pretrain.config import hold
 from pretrain.data import MicroBatch, validation_batches
 from pretrain.mesh import device_error, lost_peer
 from pretrain.settings import TrainConfig
-from pretrain.trainer import LoopConfig, Reason, StopFlag
+from pretrain.stops import STOP_SIGNALS, Reason, StopRequests
+from pretrain.trainer import LoopConfig
 from tests.pretrain.helpers import TIMES, make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -42,8 +43,8 @@ def stopped_while_evaluating(rank: int, world: int, config: TrainConfig, number:
             yield batch
 
     pretrain.train.validation_batches = batches  # this process is a rank, and ends after it
-    with StopFlag() as stop:
-        return pretrain.train.train(config, torch.device("cpu"), stop), taken
+    with StopRequests() as requests:
+        return pretrain.train.train(config, torch.device("cpu"), requests), taken
 
 
 @pytest.mark.parametrize("number,step", [(signal.SIGTERM, 8), (signal.SIGUSR1, 12)], ids=["in between", "at the end"])
@@ -92,13 +93,13 @@ def test_a_limit_on_hanging_is_no_negative_number():
 
 
 def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
-    before = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        with StopFlag(after=signal.SIG_IGN) as stop:
+        with StopRequests(after=signal.SIG_IGN) as requests:
             pass
-        for number in StopFlag.SIGNALS:
+        for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
-        assert not stop.raised
+        assert not requests.asked()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,8 +11,8 @@ from data_prep.token_file import TokenFileWriter
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
 from pretrain.settings import TrainConfig
+from pretrain.stops import StopRequests
 from pretrain.train import train
-from pretrain.trainer import StopFlag
 
 VOCAB = 307  # no number of ranks divides it, nor the padded 312 rows all of them
 
@@ -53,8 +53,8 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
 
 def train_rank(rank: int, world: int, config: TrainConfig) -> None:
     """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
-    with StopFlag() as stop:
-        train(config, torch.device("cpu"), stop)
+    with StopRequests() as requests:
+        train(config, torch.device("cpu"), requests)
 
 
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
