@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..monitor import BINS
 from ..page import filled
@@ -57,7 +57,8 @@ def _median(points: list[Point]) -> float | None:
 
 def report(tied: Run, untied: Run) -> dict[str, Any]:
     """What the page shows. ValueError where there is nothing to compare."""
-    sections = [_training(tied, untied), *_health(tied, untied)]
+    watched = [run for run in (tied, untied) if run.looked]
+    sections = [_training(tied, untied), _gradients(watched), _rows(tied, untied)]
     return {
         "title": f"Tied and untied: {tied.folder} and {untied.folder}",
         "facts": facts(tied, untied),
@@ -126,86 +127,92 @@ def _training(tied: Run, untied: Run) -> dict[str, Any]:
     return {"title": "Training", "notes": [], "charts": charts, "head": [], "rows": []}
 
 
-def _health(tied: Run, untied: Run) -> Iterator[dict[str, Any]]:
-    """Sections on the gradients of the two uses, and on the rows."""
-    runs = [run for run in (tied, untied) if run.looked]
+def _of_runs(runs: list[Run], key: str, suffix: str = "", dash: str = "") -> list[Series]:
+    return [(run.kind + suffix, dash + run.kind, run.points(key)) for run in runs]
 
-    def of_runs(key: str, suffix: str = "", dash: str = "") -> list[Series]:
-        return [(run.kind + suffix, dash + run.kind, run.points(key)) for run in runs]
 
+def _gradients(runs: list[Run]) -> dict[str, Any]:
     def by_bin(key: str) -> list[Series]:
         return [(run.kind, run.kind, _of_bins(run, key)) for run in runs]
 
-    norms = of_runs("grad_input", ", input") + of_runs("grad_output", ", output", "-")
+    norms = _of_runs(runs, "grad_input", ", input") + _of_runs(runs, "grad_output", ", output", "-")
     positive = [(name, colour, [point for point in points if point[1] > 0]) for name, colour, points in norms]
-    yield {
-        "title": "Gradients of the two uses",
-        "notes": [
-            "A tied row gets the sum of two gradients: as input, from the tokens it stands for, and as output, from"
-            " every softmax. Where the cosine is below 0 they pull apart. In the untied run each has a matrix of its"
-            " own."
-        ],
-        "charts": [
-            *_chart("Norms", "all rows, before the clip", positive, log=True),
-            *_chart("Input's share", "of the sum of both norms", of_runs("grad_input_share")),
-            *_chart("Cosine", "between the two, all rows as one vector", of_runs("grad_cosine")),
-            *_chart("Input's share by frequency", "at the last look", by_bin("grad_input_share"), USES, bins=NAMES),
-            *_chart("Cosine by frequency", "at the last look", by_bin("grad_cosine"), USES, bins=NAMES),
-        ],
-        "head": [],
-        "rows": [],
-    }
-    matrices = [(tied, "embedding", "tied"), (untied, "embedding", "untied"), (untied, "head", "head")]
-    matrices = [(run, matrix, colour) for run, matrix, colour in matrices if run.looked]
-
-    def name_of(run: Run, matrix: str) -> str:
-        return "tied" if run.kind == "tied" else f"untied, {'input' if matrix == 'embedding' else 'output'}"
-
-    def of_matrices(key: str) -> list[Series]:
-        return [(name_of(run, matrix), colour, run.points(f"{matrix}_{key}")) for run, matrix, colour in matrices]
-
-    spectra = [
-        (
-            name_of(run, matrix),
-            colour,
-            [(float(top), run.looked[key]) for top in TOPS if (key := f"{matrix}_spectrum/top{top}pct") in run.looked],
-        )
-        for run, matrix, colour in matrices
+    charts = [
+        *_chart("Norms", "all rows, before the clip", positive, log=True),
+        *_chart("Input's share", "of the sum of both norms", _of_runs(runs, "grad_input_share")),
+        *_chart("Cosine", "between the two, all rows as one vector", _of_runs(runs, "grad_cosine")),
+        *_chart("Input's share by frequency", "at the last look", by_bin("grad_input_share"), USES, bins=NAMES),
+        *_chart("Cosine by frequency", "at the last look", by_bin("grad_cosine"), USES, bins=NAMES),
     ]
-    of_bins = [(name_of(run, matrix), colour, _of_bins(run, f"{matrix}_norm")) for run, matrix, colour in matrices]
-    kinds = ("damaged", "small", "like_unseen")
-    rows = []
-    for run, matrix, _ in matrices:
-        for kind in kinds:
-            count = run.looked.get(f"{matrix}_{kind}")
-            ids = run.looked.get("rows", {}).get(f"{matrix}_{kind}", [])
+    note = (
+        "A tied row gets the sum of two gradients: as input, from the tokens it stands for, and as output, from every"
+        " softmax. Where the cosine is below 0 they pull apart. In the untied run each has a matrix of its own."
+    )
+    return {"title": "Gradients of the two uses", "notes": [note], "charts": charts, "head": [], "rows": []}
+
+
+class _Matrix(NamedTuple):
+    """One of a run's. key: what its scalars begin with."""
+
+    run: Run
+    key: str
+    name: str
+    colour: str
+
+    def over_time(self, scalar: str) -> Series:
+        return self.name, self.colour, self.run.points(f"{self.key}_{scalar}")
+
+    def spectrum(self) -> Series:
+        tops = {top: self.run.looked.get(f"{self.key}_spectrum/top{top}pct") for top in TOPS}
+        return self.name, self.colour, [(float(top), share) for top, share in tops.items() if share is not None]
+
+    def norms(self) -> Series:
+        return self.name, self.colour, _of_bins(self.run, f"{self.key}_norm")
+
+    def odd_rows(self) -> Iterator[list[str]]:
+        for kind in ("damaged", "small", "like_unseen"):
+            count = self.run.looked.get(f"{self.key}_{kind}")
             if count is not None:
-                listed = ", ".join(run.text(row) for row in ids[:20]) + (", …" if count > 20 else "")
-                rows.append([f"{name_of(run, matrix)}: {kind.replace('_', ' ')}", f"{count:,.0f}", listed])
+                ids = self.run.looked.get("rows", {}).get(f"{self.key}_{kind}", [])
+                listed = ", ".join(self.run.text(row) for row in ids[:20]) + (", …" if count > 20 else "")
+                yield [f"{self.name}: {kind.replace('_', ' ')}", f"{count:,.0f}", listed]
+
+
+def _rows(tied: Run, untied: Run) -> dict[str, Any]:
+    matrices = [
+        _Matrix(tied, "embedding", "tied", "tied"),
+        _Matrix(untied, "embedding", "untied, input", "untied"),
+        _Matrix(untied, "head", "untied, output", "head"),
+    ]
+    runs = [run for run in (tied, untied) if run.looked]
+    matrices = [matrix for matrix in matrices if matrix.run.looked]
+
+    def each(scalar: str) -> list[Series]:
+        return [matrix.over_time(scalar) for matrix in matrices]
+
+    rows = [row for matrix in matrices for row in matrix.odd_rows()]
     for run in runs:
         never = [f"{run.looked[f'rows_never_{use}']:,.0f} never {use}" for use in ("input", "target")]
         rows.append([f"{run.kind}: rows not used so far", "", ", ".join(never)])
-    yield {
-        "title": "The rows",
-        "notes": [
-            "Damaged: a number that is not finite, or all zero. Small: below a tenth of the mean norm, near the padding"
-            " rows, which are zero. Like unseen: seen, yet as near the centre of the rows never seen as these are"
-            " themselves: glitch candidates."
-        ],
-        "charts": [
-            *_chart("Mean norm of a row", "all rows", of_matrices("norm")),
-            *_chart("Norm by frequency", "mean norm of a row, at the last look", of_bins, USES, bins=NAMES),
-            *_chart("Norm and log count", "their correlation, of rows seen", of_matrices("norm_by_count")),
-            *_chart("Effective rank", "e to the entropy of the spectrum", of_matrices("effective_rank")),
-            *_chart("Isotropy", "1: all directions alike", of_matrices("isotropy")),
-            *_chart("Mean cosine of two rows", "over all pairs", of_matrices("mean_cosine")),
-            *_chart("Spectrum", "variance in the largest directions, at the last look", spectra, x="% of directions"),
-            *_chart("Drift since the split", "‖head − embedding‖ / ‖embedding‖", of_runs("tie_distance")),
-            *_chart("Cosine of the halves since the split", "mean over rows", of_runs("tie_cosine")),
-        ],
-        "head": ["at the last look", "rows", ""],
-        "rows": rows,
-    }
+    norms, spectra = [matrix.norms() for matrix in matrices], [matrix.spectrum() for matrix in matrices]
+    charts = [
+        *_chart("Mean norm of a row", "all rows", each("norm")),
+        *_chart("Norm by frequency", "mean norm of a row, at the last look", norms, USES, bins=NAMES),
+        *_chart("Norm and log count", "their correlation, of rows seen", each("norm_by_count")),
+        *_chart("Effective rank", "e to the entropy of the spectrum", each("effective_rank")),
+        *_chart("Isotropy", "1: all directions alike", each("isotropy")),
+        *_chart("Mean cosine of two rows", "over all pairs", each("mean_cosine")),
+        *_chart("Spectrum", "variance in the largest directions, at the last look", spectra, x="% of directions"),
+        *_chart("Drift since the split", "‖head − embedding‖ / ‖embedding‖", _of_runs(runs, "tie_distance")),
+        *_chart("Cosine of the halves since the split", "mean over rows", _of_runs(runs, "tie_cosine")),
+    ]
+    note = (
+        "Damaged: a number that is not finite, or all zero. Small: below a tenth of the mean norm, near the padding"
+        " rows, which are zero. Like unseen: seen, yet as near the centre of the rows never seen as these are"
+        " themselves: glitch candidates."
+    )
+    head = ["at the last look", "rows", ""]
+    return {"title": "The rows", "notes": [note], "charts": charts, "head": head, "rows": rows}
 
 
 def _of_bins(run: Run, key: str) -> list[Point]:
