@@ -166,6 +166,26 @@ def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
     assert checkpoints(config.run_dir)[-1].name == f"step-{EVERY:08}"
 
 
+def time_left_at_each_window(rank: int, world: int, config: TrainConfig) -> list[float]:
+    """Seconds of the watchdog's, of which every window takes half."""
+    left = []
+
+    def slow(*given, **settings):
+        left.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        signal.setitimer(signal.ITIMER_REAL, left[-1] / 2)
+        return look(*given, **settings)
+
+    monitor.look = slow
+    train_rank(rank, world, config)
+    return left
+
+
+def test_every_window_is_a_sign_of_life(data, tmp_path):
+    config = config_of(data, tmp_path / "a", train__hang_after=10_000.0, monitor__lens_windows=6)
+    for left in run_ranks(2, time_left_at_each_window, config):
+        assert len(left) == 2 * 3 and min(left) > 5_000  # at step 3 and 6
+
+
 def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
     """Also of a run that was stopped and resumed: the picture of the last step has a column for each measured step."""
     config = config_of(data, tmp_path / "a", log__tensorboard=True, train__stop_after=4)
