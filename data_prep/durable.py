@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -64,6 +65,33 @@ def durable(path: Path) -> Iterator[DurableFile]:
     except BaseException:
         file.discard()
         raise
+
+
+@contextmanager
+def durable_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when the block ends well, and is removed when it does not.
+
+    What a killed process has left of it is removed first. DataError where there is something at `out`, or another
+    process writes it.
+    """
+    place = out.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    lock = place.with_name(f"{place.name}.unfinished.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(lock, f"out={out} is being written by another process"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
+                sync_folder(folder)
+            os.rename(unfinished, place)  # an empty folder may be there
+            sync_folder(place.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            lock.unlink()
 
 
 def sync_folder(folder: Path) -> None:

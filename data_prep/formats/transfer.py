@@ -3,17 +3,14 @@
 Both write into OUT.unfinished, which is renamed when it is whole: OUT is there with all its files, or not at all.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.durable import exclusive, sync_folder
+from data_prep.durable import durable_folder
 from data_prep.errors import DataError
 from data_prep.formats.layouts import Layout
 from data_prep.formats.stream import Piece, Tokens, stream
@@ -44,7 +41,7 @@ def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer:
     if first is None:
         raise DataError(f"in={paths[0]}: there is no token for training" if paths else "in= has no file for training")
     _check_tokenizer(first, tokenizer)
-    with fresh_folder(out) as folder:
+    with durable_folder(out) as folder:
         tokenizer.save(folder / TOKENIZER_FOLDER)
         entries = [entry for split in SPLITS for entry in _write(files[split], tokenizer, folder, split)]
         corpus = {
@@ -61,36 +58,11 @@ def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
     """The folder's manifest. DataError where it is not whole, or where the layout cannot hold its ids."""
     manifest = check(folder)
     name = TokenizerSpec.load(folder / TOKENIZER_FOLDER).name
-    with fresh_folder(out) as unfinished:
+    with durable_folder(out) as unfinished:
         for split in SPLITS:
             if files := [TokenFile(folder / entry.name) for entry in manifest.split(split)]:
                 layout.export(files, unfinished, split, manifest.vocab_size, name)
     return manifest
-
-
-@contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` when the block ends well, and is removed when it does not.
-
-    What a killed process has left of it is removed first. DataError where `out` exists, or another process writes it.
-    """
-    if out.exists():
-        raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    lock = out.with_name(f"{out.name}.unfinished.lock")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(lock, f"another process is writing to {unfinished}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            unfinished.mkdir()
-            yield unfinished
-            for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
-                sync_folder(folder)
-            os.rename(unfinished, out)
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            lock.unlink()
 
 
 def is_of_validation(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """A checkpoint of ours as a folder that `transformers` loads."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.durable import durable, sync_folder
+from data_prep.durable import durable, durable_folder
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import CheckpointRows, Streamed, write_streamed
@@ -41,9 +40,6 @@ def export(
     materialize_head: a tied model, too, has its head in the files, for readers that look for it. ValueError where OUT
     is not free, or transformers has no such model; OSError on a full disk.
     """
-    asked, out = out, out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={asked} is there already: choose another folder")
     family = FAMILIES[model.family]
     one = OUTPUT not in checkpoint.shapes
     tied = one and embed_scale == 1
@@ -62,20 +58,10 @@ def export(
     texts = {CONFIG: config, GENERATION: {"bos_token_id": end, "eos_token_id": end}}
     if spec is not None:
         texts |= to_hf(spec, model.context)
-    unfinished = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with durable_folder(out) as unfinished:
         _write_weights(unfinished, tensors)
         for name, content in texts.items():
             _write(unfinished / name, content)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    sync_folder(out.parent)
     return sum(tensor.bytes for tensor in tensors) // dtype.itemsize
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from data_prep.durable import exclusive
 from pretrain import config as configuration
 from pretrain.checkpoint import RANKS_LOCK, CheckpointRows, checkpoints
 from pretrain.generate import GenerateConfig, generate
@@ -334,7 +335,10 @@ def test_commands_and_their_mistakes(hf, tmp_path):
     assert_one_error(command("import", f"hf={tmp_path}", f"run={run}2"), "config.json is missing")
     assert_one_error(command("import", f"hf={source}", f"run={run}2", "model.width=9"), "model.width is told by hf=")
     assert_one_error(command("import", f"hf={source}", f"run={run}2", "sed=9"), "sed")
-    assert_one_error(command("export", f"run={run}", f"out={out}"), f"out={out} is there already")
+    assert_one_error(command("export", f"run={run}", f"out={out}"), f"out={out} exists")
+    with exclusive(tmp_path / "other.unfinished.lock", "busy"):
+        assert_one_error(command("export", f"run={run}", f"out={tmp_path}/other"), "is being written by another")
+    assert not (tmp_path / "other").exists()
     assert_one_error(command("export", f"run={run}", f"out={out}2", "step=7"), "step=7 has no checkpoint")
     assert_one_error(command("export", f"run={run}", f"out={out}2", "dtype=int8"), "dtype=int8 must be one of")
     (source.parent / "pickled").mkdir()
