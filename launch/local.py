@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
-from data_prep.command import run_hydra  # noqa: E402
+from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
@@ -38,15 +38,16 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="local")
 def _composed(composed: DictConfig) -> None:
-    OmegaConf.set_struct(composed, False)
-    nproc = ranks_here(composed.pop("nproc"))
-    restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
-    config = configuration.build(composed)
-    data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
-    with hold(config.run_dir, LAUNCH_LOCK):
-        with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
-            configuration.freeze(config, data)
-        code = run_ranks(config, nproc, restart)
+    with one_line():
+        OmegaConf.set_struct(composed, False)
+        nproc = ranks_here(composed.pop("nproc"))
+        restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
+        config = configuration.build(composed)
+        data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
+        with hold(config.run_dir, LAUNCH_LOCK):
+            with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
+                configuration.freeze(config, data)
+            code = run_ranks(config, nproc, restart)
     if code == 0:
         print(farewell(config))
     sys.exit(code)

@@ -14,7 +14,7 @@ import hydra  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from data_prep.command import run_hydra  # noqa: E402
+from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import HARDWARE, Hardware  # noqa: E402
@@ -203,22 +203,23 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
 def _composed(composed: DictConfig) -> None:
-    OmegaConf.set_struct(composed, False)
-    slurm.need_cluster(composed)
-    given, plot = composed.pop("cluster"), composed.pop("plot")
-    cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), given))
-    assert isinstance(cluster, ClusterConfig)
-    config, rows = _training(composed)
-    hardware = HARDWARE[cluster.gpu or "cpu"]
-    node, world = cluster.ranks_of_a_node, cluster.ranks
-    planned = plan(config, rows, world, node, hardware)
-    tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
-    print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
-    print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
-    print(planned.table())
-    if plot is not None:
-        draw(config, world, node, hardware, Path(plot))
-        print(f"\npicture: {plot}")
+    with one_line():
+        OmegaConf.set_struct(composed, False)
+        slurm.need_cluster(composed)
+        given, plot = composed.pop("cluster"), composed.pop("plot")
+        cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), given))
+        assert isinstance(cluster, ClusterConfig)
+        config, rows = _training(composed)
+        hardware = HARDWARE[cluster.gpu or "cpu"]
+        node, world = cluster.ranks_of_a_node, cluster.ranks
+        planned = plan(config, rows, world, node, hardware)
+        tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
+        print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
+        print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
+        print(planned.table())
+        if plot is not None:
+            draw(config, world, node, hardware, Path(plot))
+            print(f"\npicture: {plot}")
 
 
 def _training(composed: DictConfig) -> tuple[TrainConfig, int]:

@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra  # noqa: E402
+from data_prep.command import EXIT_INTERRUPTED, one_line, run_hydra  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
@@ -82,13 +82,11 @@ def main() -> None:
     composed = compose()
     if not composed:  # --help and the like
         return
-    try:
+    with one_line():
         if corpus.asked_for(composed[0][0]):
             jobs = corpus.launch([one for one, _ in composed])
             sys.exit(next(filter(None, map(follow, jobs)), 0))  # none after one that has not ended well
         sys.exit(launch(*composed))
-    except (ValueError, OSError) as error:
-        sys.exit(fail(str(error)))
 
 
 def compose() -> list[tuple[DictConfig, list[str]]]:
