@@ -89,7 +89,7 @@ def count(folder: Path) -> dict[str, Counts]:
 def count_file(file: TokenFile, vocab_size: int) -> Counts:
     """All but the bytes of text, which only the manifest has."""
     counts = Counts(np.zeros(vocab_size, np.int64))
-    for start in range(0, len(file.tokens), PIECE):
+    for start in range(0, file.size, PIECE):
         ids = file.tokens[start : start + PIECE]
         for id in (int(ids.min()), int(ids.max())):  # before counting, which takes memory up to the largest
             if not 0 <= id < vocab_size:

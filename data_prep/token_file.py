@@ -12,13 +12,16 @@ length (int32) and its byte offset (int64), and the first sequence of each docum
 
 import json
 import struct
+import weakref
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 import numpy as np
 
@@ -34,6 +37,7 @@ DTYPES = {code: np.dtype(name) for code, name in enumerate(DTYPE_NAMES, start=1)
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_ROWS = 65_500  # Megatron's bound
 LONGEST_DOCUMENT = 2**31 - 1  # tokens: the index has their number as an int32
+MOST_MAPPED = 200  # token files, of two files each
 PIECE = 1 << 20  # numbers of an index that are looked at at once
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -129,13 +133,31 @@ class TokenFileWriter:
         return header + b"".join(part.tobytes() for part in body)
 
 
-class TokenFile:
-    """A pair PREFIX.bin and PREFIX.idx, ours or Megatron's, memory-mapped.
+class _Maps:
+    """The two files in memory. Of the index also what bisect reads: a memoryview, whose numbers are Python's own."""
 
-    `tokens`: 1-D memmap of all tokens; `lengths`: int32 [sequences]; `pointers`: int64 [sequences], byte
-    offsets; `document_indices`: int64 [documents + 1]. Raises DataError, naming file and rule, where a file
-    is missing, is of another kind, or has a size that does not fit its header.
+    def __init__(self, prefix: Path, dtype: np.dtype, sequences: int, size: int) -> None:
+        index = np.memmap(with_suffix(prefix, ".idx"), dtype=np.uint8, mode="r")[HEADER.size :]
+        lengths, pointers, documents = np.split(index, [4 * sequences, 12 * sequences])
+        self.lengths, self.pointers, self.documents = lengths.view("<i4"), pointers.view("<i8"), documents.view("<i8")
+        self.pointers_view, self.documents_view = pointers.data.cast("q"), documents.data.cast("q")
+        path = with_suffix(prefix, ".bin")
+        tokens = np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
+        self.tokens = tokens.view(np.ndarray)  # a slice of a memmap costs ten times as much
+
+
+class TokenFile:
+    """A pair PREFIX.bin and PREFIX.idx, ours or Megatron's, memory-mapped while it is in use.
+
+    `tokens`: all of them, 1-D; `lengths`: int32 [sequences]; `pointers`: int64 [sequences], byte offsets;
+    `document_indices`: int64 [documents + 1]; `size`: number of tokens. Raises DataError, naming file and rule, where a
+    file is missing, is of another kind, or has a size that does not fit its header.
+
+    A map holds its file open, of which a process has a thousand by default: of many token files the last ones are
+    mapped, and the others again when they are asked for.
     """
+
+    _mapped: ClassVar[deque["weakref.ref[TokenFile]"]] = deque()
 
     def __init__(self, prefix: Path | str) -> None:
         prefix = Path(prefix)
@@ -144,44 +166,65 @@ class TokenFile:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing")
-        self.dtype, sequences, self.documents = read_header(idx_path)
-        index = np.memmap(idx_path, dtype=np.uint8, mode="r", offset=0)[HEADER.size :]
-        lengths, pointers, documents = np.split(index, [4 * sequences, 12 * sequences])
-        self.lengths: np.ndarray = lengths.view("<i4")
-        self.pointers: np.ndarray = pointers.view("<i8")
-        self.document_indices: np.ndarray = documents.view("<i8")
-        self._pointers, self._documents = pointers.data.cast("q"), documents.data.cast("q")  # to bisect in
-        last = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
-        expected, size = last, bin_path.stat().st_size  # their sum is `index_faults`' to check: a start costs O(1)
-        if size != expected:
-            raise DataError(f"{bin_path}: {size} bytes, but its index says {expected}")
-        tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
-        self.tokens: np.ndarray = tokens.view(np.ndarray)  # a slice of a memmap costs ten times as much
+        self.dtype, self.sequences, self.documents = read_header(idx_path)
+        if self.dtype.kind == "f":
+            raise DataError(f"{idx_path}: numbers of {self.dtype} are no ids")
+        size = bin_path.stat().st_size
+        self.size = size // self.dtype.itemsize
+        last = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.sequences else 0
+        if size != last:  # their sum is `index_faults`' to check: a start costs O(1)
+            raise DataError(f"{bin_path}: {size} bytes, but its index says {last}")
+
+    @cached_property
+    def _maps(self) -> _Maps:
+        self._mapped.append(weakref.ref(self))
+        if len(self._mapped) > MOST_MAPPED:
+            first = self._mapped.popleft()()
+            if first is not None:
+                vars(first).pop("_maps", None)  # whoever reads in it still holds it
+        return _Maps(self.prefix, self.dtype, self.sequences, self.size)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self._maps.tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._maps.lengths
+
+    @property
+    def pointers(self) -> np.ndarray:
+        return self._maps.pointers
+
+    @property
+    def document_indices(self) -> np.ndarray:
+        return self._maps.documents
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) of the tokens that begin a document, rising. Reads a few numbers of the index."""
         size = self.dtype.itemsize
-        sequences = (bisect_left(self._pointers, place * size) for place in (start, stop))
-        first, last = (bisect_left(self._documents, sequence) for sequence in sequences)
+        pointers, documents = self._maps.pointers_view, self._maps.documents_view
+        sequences = (bisect_left(pointers, place * size) for place in (start, stop))
+        first, last = (bisect_left(documents, sequence) for sequence in sequences)
         # A document may be of several sequences, or of none: then it begins where the next one does.
-        return sorted({self._pointers[sequence] // size for sequence in self._documents[first:last]})
+        return sorted({pointers[sequence] // size for sequence in documents[first:last]})
 
     def document_at(self, place: int) -> tuple[int, int]:
         """The document that the token at `place` is of, and which of its tokens it is."""
-        sequence = bisect_right(self._pointers, place * self.dtype.itemsize) - 1
-        document = bisect_right(self._documents, sequence) - 1
+        sequence = bisect_right(self._maps.pointers_view, place * self.dtype.itemsize) - 1
+        document = bisect_right(self._maps.documents_view, sequence) - 1
         return document, place - self.document_start(document)
 
     def document_start(self, document: int) -> int:
         """Where a document begins among the tokens; of the number after the last, where that one ends."""
-        sequence = self._documents[document]
-        if sequence == len(self._pointers):
-            return len(self.tokens)
-        return self._pointers[sequence] // self.dtype.itemsize
+        sequence = self._maps.documents_view[document]
+        if sequence == self.sequences:
+            return self.size
+        return self._maps.pointers_view[sequence] // self.dtype.itemsize
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, int64 [documents]. Reads the whole index."""
-        starts = np.append(self.pointers // self.dtype.itemsize, len(self.tokens))[self.document_indices]
+        starts = np.append(self.pointers // self.dtype.itemsize, self.size)[self.document_indices]
         return np.diff(starts)
 
     def index_faults(self) -> list[str]:

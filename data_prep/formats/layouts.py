@@ -53,7 +53,7 @@ class Megatron(Layout):
 
     def _ends(self, file: TokenFile, start: int, stop: int) -> np.ndarray:
         """Where the next one starts, for all but the last."""
-        last = [len(file.tokens)] if stop == len(file.tokens) else []
+        last = [file.size] if stop == file.size else []
         return np.unique(np.array([*file.document_starts(start + 1, stop + 1), *last], np.int64))
 
 
@@ -79,10 +79,10 @@ class LlmC(Layout):
         dtype = UINT16 if vocab_size <= 2**16 else UINT32
         (magic, version), *_ = (key for key, value in self.VARIANTS.items() if value == dtype)
         for number, file in enumerate(files):
-            if len(file.tokens) >= 2**31:
-                raise DataError(f"{file.prefix}.bin: {len(file.tokens)} tokens, but a file of llm.c has less than 2^31")
+            if file.size >= 2**31:
+                raise DataError(f"{file.prefix}.bin: {file.size} tokens, but a file of llm.c has less than 2^31")
             header = np.zeros(256, "<i4")
-            header[:3] = magic, version, len(file.tokens)
+            header[:3] = magic, version, file.size
             with durable(folder / f"{split}_{number:06d}.bin") as made:
                 made.write(header.data.cast("B"))
                 write_ids(made, [file.tokens[-1:], file.tokens[:-1]], dtype)  # the id before, not after
@@ -122,7 +122,7 @@ class Datatrove(Layout):
                     ends = file.pointers[some] // file.dtype.itemsize + file.lengths[some]
                     made.write(ends.astype("<u8").data.cast("B"))
             with durable(with_suffix(path, ".metadata")) as made:
-                tokens = len(file.tokens)
+                tokens = file.size
                 made.write(f"{tokenizer}|{dtype.itemsize}\n{tokens}\n{in_short(tokens)}".encode())
             with durable(path) as made:
                 write_ids(made, [file.tokens], dtype)

@@ -107,7 +107,7 @@ class Corpus:
     @property
     def tokens(self) -> int:
         """For training."""
-        return sum(len(file.tokens) for file in self.train)
+        return sum(file.size for file in self.train)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,17 @@ def open_data(config: DataConfig) -> Data:
         for other in data.corpora.keys() - {title}:
             if data.corpora[other].name == corpus.name:
                 raise ValueError(f"data.corpora.{title} and data.corpora.{other} are the same tokens: give one weight")
+    for corpus in corpora.values():
+        if config.packing == "best_fit" or (config.masked and corpus.tokenizer is None):  # others have `verify`
+            _check_indices(corpus)
     return data
+
+
+def _check_indices(corpus: Corpus) -> None:
+    """Reads them whole. ValueError on the first fault."""
+    for file in (*corpus.train, *corpus.val):
+        for fault in file.index_faults():
+            raise ValueError(fault)
 
 
 def open_corpus(path: Path) -> Corpus:
@@ -182,7 +192,7 @@ def _open_folder(path: Path) -> Corpus:
 
 def _name_of_pair(file: TokenFile) -> str:
     """Of a pair that brings no hashes: by the lengths and the ends of its two files."""
-    digest = hashlib.sha256(f"{len(file.tokens)} {len(file.lengths)}".encode())
+    digest = hashlib.sha256(f"{file.size} {file.sequences}".encode())
     for part in (file.tokens, file.lengths):
         digest.update(part[:NAMED_BY].tobytes() + part[-NAMED_BY:].tobytes())
     return digest.hexdigest()[:16]
@@ -218,7 +228,7 @@ class Windows:
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int, *, masked: bool = False) -> None:
         self.files, self.seq_len, self.masked = files, seq_len, masked
-        self._begins = [0, *accumulate(len(file.tokens) for file in files)]  # of the files in the stream, and its end
+        self._begins = [0, *accumulate(file.size for file in files)]  # of the files in the stream, and its end
 
     @property
     def tokens(self) -> int:

@@ -49,7 +49,7 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
 
     See `BINS`, whose first has the ids that are not in the sample.
     """
-    sizes = [len(file.tokens) for file in files]
+    sizes = [file.size for file in files]
     counts = np.zeros(vocab_size, np.int64)
     for file, size in zip(files, sizes, strict=True):
         wanted = min(size, -(-COUNTED * size // sum(sizes)))

@@ -123,6 +123,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
         (".idx", b"X" + index[1:], "magic"),
         (".idx", index[:9] + b"\x02" + index[10:], "version 2"),
         (".idx", index[:17] + b"\x09" + index[18:], "dtype code 9"),
+        (".idx", index[:17] + b"\x07" + index[18:], "numbers of float32 are no ids"),
         (".idx", index[:38] + struct.pack("<i", 2) + index[42:], "index says"),
         (".bin", tokens[:-2], "index says"),
         (".bin", tokens + b"12", "index says"),

@@ -201,25 +201,18 @@ def test_megatrons_documents_of_several_sequences(ended: bool, tmp_path: Path, i
     piece=st.integers(1, 9),
     cuts=st.lists(st.integers(0, 60), max_size=3),
 )
-def test_any_pieces_and_files(
-    documents: list[list[int]], before: bool, piece: int, cuts: list[int], monkeypatch_module: pytest.MonkeyPatch
-) -> None:
+def test_any_pieces_and_files(documents: list[list[int]], before: bool, piece: int, cuts: list[int]) -> None:
     """The id before or after each document, files that end anywhere, pieces of any size: the same stream."""
-    monkeypatch_module.setattr(streams, "PIECE_TOKENS", piece)
     documents = [document or [1] for document in documents]
     flat = np.array([id for ids in documents for id in ([9, *ids] if before else [*ids, 9])])
     files = [Tokens(Path("x"), part) for part in np.split(flat, sorted(min(cut, len(flat)) for cut in cuts))]
-    assert list(read(files)) == [[*ids, 9] for ids in documents]
+    expected = [[*ids, 9] for ids in documents]
     ends = np.cumsum([len(ids) for ids in documents])
     bare = np.array([id for ids in documents for id in ids])
     with_index = Tokens(Path("x"), bare, lambda start, stop: ends[(ends > start) & (ends <= stop)])
-    assert list(read([with_index])) == [[*ids, 9] for ids in documents]
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        patch.setattr(streams, "PIECE_TOKENS", piece)
+        assert read(files) == expected and read([with_index]) == expected
 
 
 def read(files: list[Tokens]) -> list[list[int]]:

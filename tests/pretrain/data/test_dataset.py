@@ -2,8 +2,10 @@
 
 import importlib
 import itertools
+import os
 import pickle
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.token_file import TokenFile, TokenFileWriter
-from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus
+from data_prep.token_file import HEADER, MOST_MAPPED, Manifest, TokenFile, TokenFileWriter
+from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus, open_data
 from tests.benchmarks.reading import write_sparse
 from tests.data_prep.commands import small_spec
 from tests.pretrain.helpers import make_corpus, write_tokens
@@ -204,6 +206,43 @@ def test_a_spoilt_folder_is_named(tmp_path, spoil, message):
     spoil(make_corpus(tmp_path / "mine", train=100, val=30))
     with pytest.raises(ValueError, match=message):
         open_corpus(tmp_path / "mine")
+
+
+def test_more_token_files_than_a_process_may_have_open(tmp_path):
+    """1,024 by default, and each is of two: the last 200 stay mapped. Read in any order they are what they were."""
+    stream = np.random.default_rng(0).integers(1000, size=4 * 450)
+    for number, ids in enumerate(stream.reshape(450, 4)):
+        write_tokens(tmp_path / f"a-{number:03}", ids, 1000)
+    before = len(os.listdir("/proc/self/fd"))
+    windows = Windows(tuple(TokenFile(tmp_path / f"a-{number:03}") for number in range(450)), 6, masked=True)
+    for index in np.random.default_rng(1).permutation(len(windows)):
+        tokens, *_ = windows[index]
+        expected = stream[6 * index : 6 * index + 6]
+        assert tokens[: len(expected)].tolist()[:5] == expected.tolist()[:5]
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * MOST_MAPPED
+
+
+@pytest.mark.parametrize("number", ["documents", "pointers"])
+def test_an_index_that_lies_is_refused_where_it_tells_documents_apart(tmp_path, number):
+    """Of a folder `verify` says so; packing reads its indices whole all the same."""
+    folder = make_corpus(tmp_path / "mine", train=100, val=30)
+    for prefix in (tmp_path / "theirs", folder / "train-00001"):
+        with TokenFileWriter(prefix, 1000) as writer:
+            for size in (20, 10, 20):
+                writer.add(np.arange(size))
+        index = bytearray(prefix.with_suffix(".idx").read_bytes())
+        place = len(index) - 16 if number == "documents" else HEADER.size + 4 * 3 + 8
+        index[place : place + 8] = (99).to_bytes(8, "little")
+        prefix.with_suffix(".idx").write_bytes(index)
+    open_data(DataConfig(path=str(tmp_path / "theirs")))
+    lies = {"documents": "must rise from 0 to 3", "pointers": "the offsets are not those of the lengths"}[number]
+    with pytest.raises(ValueError, match=rf"theirs\.idx: .*{lies}"):
+        open_data(DataConfig(path=str(tmp_path / "theirs"), documents="masked"))
+    manifest = Manifest.load(folder)
+    entries = tuple(replace(entry, documents=3) if "00001" in entry.name else entry for entry in manifest.files)
+    replace(manifest, files=entries).save(folder)
+    with pytest.raises(ValueError, match=rf"train-00001\.idx: .*{lies}"):
+        open_data(DataConfig(path=str(folder), documents="masked", packing="best_fit"))
 
 
 def test_a_path_that_is_nothing(tmp_path):
