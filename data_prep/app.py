@@ -172,6 +172,7 @@ def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
         return Tokenizer.load(output.folder / TOKENIZER_FOLDER)
     start = time.perf_counter()
     tokenizer = config.tokenizer.build(lambda: training_texts(config))
+    tokenizer.check_pattern()
     if isinstance(config.tokenizer, BpeTokenizer):
         seconds, wanted = time.perf_counter() - start, config.tokenizer.vocab_size
         print(f"trained a BPE of {tokenizer.vocab_size:,} rows in {seconds:.0f} s")

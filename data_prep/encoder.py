@@ -6,6 +6,7 @@ trusted: the same text goes through both before a run, and one difference leaves
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from data_prep.bpe import PATTERNS
 from data_prep.errors import headline
-from data_prep.long import LongDocument
+from data_prep.long import LongDocument, cut
 from data_prep.source import Document, Poison
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer, may_have_long_run
@@ -53,6 +54,7 @@ class Encoder:
         self._tokenizer, self._folder, self._scheme = tokenizer, folder, scheme
         self._fast: Any = None
         self._limit = 0  # bytes of memory at which gigatoken is made anew
+        self._bytes_of_ids = tokenizer.spec.bytes_of_ids().astype(np.int32)
         self.vocab_size = tokenizer.vocab_size
         self.end = np.array([tokenizer.end_of_document], dtype=np.uint32)
 
@@ -62,7 +64,21 @@ class Encoder:
         return cls(Tokenizer.load(folder / TOKENIZER_FOLDER), folder, scheme)
 
     def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
-        """The ids of each document; poison where the tokenizer fails on it."""
+        """The ids of each document; poison where the tokenizer fails on it, or its ids have not all of its text."""
+        found = self._ids_of(documents)
+        if self._size_of(found) == sum(len(document.data) for document in documents):
+            return found
+        return [
+            ids if isinstance(ids, Poison) or self._size_of([ids]) == len(document.data) else lost(document)
+            for document, ids in zip(documents, found, strict=True)
+        ]
+
+    def _size_of(self, found: Sequence[np.ndarray | Poison]) -> int:
+        """Bytes of text of all ids."""
+        ids = [ids for ids in found if not isinstance(ids, Poison)]
+        return int(self._bytes_of_ids[np.concatenate(ids)].sum(dtype=np.int64)) if ids else 0
+
+    def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
             return [self._encode(document) for document in documents]
         if resident_bytes() > self._limit:
@@ -86,6 +102,10 @@ class Encoder:
 
     def decode_bytes(self, ids: np.ndarray) -> bytes:
         return self._tokenizer.decode_bytes(ids)
+
+
+def lost(document: Document) -> Poison:
+    return Poison(document.id, "the tokenizer's pattern leaves some of its text out")
 
 
 def is_panic(error: BaseException) -> bool:
@@ -125,6 +145,8 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
         return None, "gigatoken is not used: it has no name for this tokenizer's pattern"
     try:
         documents = sample_of(sample)
+        if not documents:
+            return None, "gigatoken is not used: there is no text to compare it on"
         same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
         for document, ids in zip(documents, same, strict=True):
             if not np.array_equal(ids, tokenizer.encode(document.text)):
@@ -137,13 +159,17 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
 
 
 def sample_of(documents: Iterable[Document | LongDocument]) -> list[Document]:
-    """The first two megabytes of what can be encoded whole."""
+    """Of the first two megabytes, and of long documents their beginnings, what can be encoded whole."""
     sample, size = [], 0
     for document in documents:
-        if isinstance(document, LongDocument) or may_have_long_run(document.text):
-            continue
-        sample.append(document)
-        size += len(document.data)
+        if isinstance(document, LongDocument):
+            with suppress(ValueError):  # no UTF-8: it will be put aside
+                text = next(cut(document.pieces()), "")
+                document = Document(document.id, text, text.encode())
+        if isinstance(document, Document):
+            size += len(document.data)
+            if not may_have_long_run(document.text):
+                sample.append(document)
         if size >= SAMPLE_BYTES:
             break
     return sample

@@ -23,6 +23,7 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec, read_ranks
 LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
 _BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
 _RUN_PIECES = re.compile(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}")
+PROBE = "".join(map(chr, range(0x3100)))  # of most scripts; letters, digits, signs and spaces beside each other
 DOWNLOAD_TIMEOUT = 30.0  # seconds; tiktoken itself sets none
 
 _BLOB = "https://openaipublic.blob.core.windows.net/"
@@ -66,6 +67,14 @@ class Tokenizer:
             raise DataError(_how_to_get(name, error)) from error
         ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
         return cls(TokenizerSpec(name, encoding._pat_str, special_tokens, ranks))
+
+    def check_pattern(self) -> None:
+        """DataError where the pattern does not match every character: what no match has would be lost."""
+        kept = self.decode(self._encode(PROBE))
+        if kept != PROBE:
+            lost = next((one for one, other in zip(PROBE, kept, strict=False) if one != other), PROBE[-1])
+            rule = f"must match all text: {lost!r}, which it leaves out, would be lost"
+            raise DataError(f"tokenizer.pattern={self.spec.pattern} {rule}")
 
     def save(self, folder: Path | str) -> None:
         self.spec.save(Path(folder))

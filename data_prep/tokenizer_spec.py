@@ -15,13 +15,14 @@ from data_prep.errors import DataError, headline
 RANKS_FILE = "ranks.tiktoken"
 SPEC_FILE = "spec.json"
 END_OF_DOCUMENT = "<|endoftext|>"
+MOST_ROWS = 2**24  # far above any vocabulary; token files could hold ids below 2^31
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
     """All that defines a tokenizer: the ranks of its byte strings, its split pattern, its special tokens.
 
-    Raises DataError where a single byte has no rank, where a special token's id is taken, or where the
+    Raises DataError where a single byte has no rank, where an id is taken twice or out of bounds, or where the
     end-of-document token is missing.
     """
 
@@ -35,8 +36,8 @@ class TokenizerSpec:
             if bytes([byte]) not in self.ranks:
                 raise DataError(f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one")
         ids = [*self.ranks.values(), *self.special_tokens.values()]
-        if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative")
+        if len(set(ids)) != len(ids) or not 0 <= min(ids) <= max(ids) < MOST_ROWS:
+            raise DataError(f"tokenizer {self.name}: ids must be distinct, and in [0, {MOST_ROWS})")
         if END_OF_DOCUMENT not in self.special_tokens:
             raise DataError(f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document")
 

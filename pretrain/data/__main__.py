@@ -17,6 +17,7 @@ from ..settings import CONFIG_FILE, TrainConfig
 from .dataset import Windows
 from .samples import Samples
 
+MOST_STEPS = 2**40  # times a batch, it still is a number of samples
 HELP = """What did the model see?
 
   python -m pretrain.data show run=runs/a step=1234                  the batch of that step: its documents and tokens
@@ -66,8 +67,11 @@ def _request(arguments: list[str]) -> Request:
         if not given[key].isdecimal():
             raise ValueError(f"{key}={given[key]} must be a number of at least 0")
     step, rank, world = int(given.get("step", 1)), given.get("rank"), int(given.get("world", 1))
-    if step < 1:
-        raise ValueError(f"step={step} must be at least 1")
+    for key, number in (("step", step), ("world", world)):
+        if number < 1:
+            raise ValueError(f"{key}={number} must be at least 1")
+    if step > MOST_STEPS:
+        raise ValueError(f"step={step} must be at most {MOST_STEPS}")
     if rank is not None and int(rank) >= world:
         raise ValueError(f"rank={rank} must be below world={world}")
     if "run" in given:

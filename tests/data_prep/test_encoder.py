@@ -1,5 +1,7 @@
 """gigatoken beside tiktoken: the same ids, or it is left out and a line says so."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 
 from data_prep import encoder
 from data_prep.bpe import PATTERNS, train_bpe
-from data_prep.encoder import SCHEMES, Encoder, resident_bytes, scheme_for
-from data_prep.source import Document
+from data_prep.encoder import SCHEMES, Encoder, resident_bytes, sample_of, scheme_for
+from data_prep.long import LongDocument
+from data_prep.source import Document, Poison
 from data_prep.tokenizer import LONGEST_RUN, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from tests.data_prep.commands import small_spec, texts
@@ -72,6 +75,38 @@ def test_gigatoken_is_left_out_where_it_differs(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.setitem(SCHEMES, PATTERNS["gpt2"], "nothing")
     assert scheme_for(tokenizer, tmp_path, documents())[1].startswith("gigatoken is not used: ")
+
+
+def test_gigatoken_is_compared_on_what_there_is_of_a_long_document(tmp_path: Path) -> None:
+    """Two megabytes are read, whatever they are of; what is compared on nothing is not used."""
+    pytest.importorskip("gigatoken")
+    tokenizer = Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20))
+    tokenizer.save(tmp_path / "tokenizer")
+    text = " ".join(texts(2000))
+    read = []
+
+    def pieces() -> Iterator[str]:
+        for start in range(0, len(text), 10_000):
+            read.append(start)
+            yield text[start : start + 10_000]
+
+    (document,) = sample_of([LongDocument("a", pieces)])
+    assert text.startswith(document.text) and len(document.text) > 900_000 and max(read) < 1_100_000 < len(text)
+    assert scheme_for(tokenizer, tmp_path, [LongDocument("a", pieces)])[0] == SCHEMES[PATTERNS["gpt2"]]
+    many = iter([Document("a", one, one.encode()) for one in ["x" * (1 << 20)] * 5])
+    why_not = "gigatoken is not used: there is no text to compare it on"
+    assert scheme_for(tokenizer, tmp_path, many) == (None, why_not) and len(list(many)) == 3
+
+
+def test_a_document_that_its_ids_do_not_have_whole_is_poison(tmp_path: Path) -> None:
+    """A pattern that matches all of the probe and not all text."""
+    tokenizer = Tokenizer(replace(small_spec(), pattern=r"[^\u4e00]+"))
+    tokenizer.check_pattern()
+    tokenizer.save(tmp_path / "tokenizer")
+    given = documents("ab\u4e00")
+    *others, last = Encoder.load(tmp_path, None).encode_all(given)
+    assert last == Poison(given[-1].id, "the tokenizer's pattern leaves some of its text out")
+    assert all(np.array_equal(ids, tokenizer.encode(one.text)) for ids, one in zip(others, given[:-1], strict=True))
 
 
 def test_gigatoken_has_no_name_for_every_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

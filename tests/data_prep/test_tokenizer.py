@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, their files, training, and every way to get one."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.bpe import PATTERNS, even_sample, train_bpe
+from data_prep.errors import DataError
 from data_prep.tokenizer import LONGEST_RUN, FileTokenizer, NamedTokenizer, Tokenizer
-from data_prep.tokenizer_spec import TokenizerSpec, format_ranks, read_ranks
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec, format_ranks, read_ranks
 from tests.data_prep.commands import python, small_spec, texts
 
 SMALL = Tokenizer(small_spec())
@@ -125,6 +127,24 @@ def test_bare_ranks_with_keys(tmp_path: Path) -> None:
     assert built.end_of_document == 300 and built.vocab_size == 301
     with pytest.raises(ValueError, match=r"tokenizer\.pattern=.*tokenizer\.end_of_document="):
         FileTokenizer(str(path)).build(tuple)
+
+
+@pytest.mark.parametrize("pattern,lost", [("[a-z]+", r"\\x00"), ("[^z]+", "z"), (r"\S+|[ \n]", r"\\t")])
+def test_a_pattern_that_leaves_text_out_is_refused(pattern: str, lost: str) -> None:
+    tokenizer = Tokenizer(replace(SMALL.spec, pattern=pattern))
+    with pytest.raises(DataError, match=rf"tokenizer\.pattern=.* must match all text: '{lost}', which it leaves out"):
+        tokenizer.check_pattern()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_patterns_match_all_text(pattern: str) -> None:
+    Tokenizer(replace(SMALL.spec, pattern=PATTERNS[pattern])).check_pattern()
+
+
+@pytest.mark.parametrize("id", [-1, 2**24, 3_000_000_000, 5_000_000_000])
+def test_an_id_out_of_bounds_is_refused(id: int) -> None:
+    with pytest.raises(DataError, match=r"distinct, and in \[0, 16777216\)"):
+        replace(SMALL.spec, special_tokens={END_OF_DOCUMENT: id})
 
 
 def test_an_encoding_out_of_reach_names_the_files(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_text_is_shown_where_there_is_a_tokenizer(tmp_path):
     [
         (["run=nowhere"], "nowhere/config.yaml is missing"),
         (["step=0", "data.path=x"], "step=0 must be at least 1"),
+        (["world=0", "data.path=x"], "world=0 must be at least 1"),
+        (["step=99999999999999999999", "data.path=x"], "step=99999999999999999999 must be at most"),
         (["rank=2", "world=2", "data.path=x"], "rank=2 must be below world=2"),
         (["data.path=x", "trian.steps=3"], "trian"),
         (["data.path=nowhere"], "data.path=nowhere is neither a folder of token files"),
