@@ -223,17 +223,7 @@ class Readout:
 
     def _logits(self, hidden_mD: Tensor) -> Tensor:
         """[m, v], accurate."""
-        accurate, rows_vD = self._accurate(hidden_mD), self.weight_vD
-        hidden_mD = hidden_mD.to(accurate)
-        if rows_vD.dtype == accurate:
-            logits_mv = hidden_mD @ rows_vD.T
-        else:
-            logits_mv = hidden_mD.new_empty(len(hidden_mD), len(rows_vD))
-            height = max(1, TILE_BYTES // (accurate.itemsize * rows_vD.shape[1]))
-            for start in range(0, len(rows_vD), height):
-                tile = slice(start, start + height)
-                logits_mv[:, tile] = hidden_mD @ rows_vD[tile].to(accurate).T
-        return logits_mv if self.softcap is None else logits_mv.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_in(self._accurate(hidden_mD), hidden_mD, self.weight_vD, self.softcap)
 
     def _logits_of(self, logits_mv: Tensor, ids_mJ: Tensor) -> Tensor:
         """The ids' logits, [m, J], from their owners."""
@@ -293,3 +283,17 @@ class Readout:
             raise ValueError(f"k={k} must be in [0, {self.shard.vocab_size}]")
         if mask_v is not None and mask_v.shape != (self.shard.rows,):
             raise ValueError(f"mask has {list(mask_v.shape)} marks, but the shard has {self.shard.rows} rows")
+
+
+def logits_in(dtype: torch.dtype, hidden_mD: Tensor, rows_vD: Tensor, softcap: float | None) -> Tensor:
+    """[m, v]. Of rows in another dtype, a few are converted at a time."""
+    hidden_mD = hidden_mD.to(dtype)
+    if rows_vD.dtype == dtype:
+        logits_mv = hidden_mD @ rows_vD.T
+    else:
+        logits_mv = hidden_mD.new_empty(len(hidden_mD), len(rows_vD))
+        height = max(1, TILE_BYTES // (dtype.itemsize * rows_vD.shape[1]))
+        for start in range(0, len(rows_vD), height):
+            tile = slice(start, start + height)
+            logits_mv[:, tile] = hidden_mD @ rows_vD[tile].to(dtype).T
+    return logits_mv if softcap is None else logits_mv.div_(softcap).tanh_().mul_(softcap)

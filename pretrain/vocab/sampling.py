@@ -7,11 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
+from .readout import logits_in
 from .shard import VocabShard
 
+SCORE_BYTES = 32 * 2**20  # of scores at a time
 COLDEST = 1e-6  # of temperatures; below, logits divided by it leave the range of floats
 
 
+@torch.no_grad()
 def sample(
     hidden_ND: Tensor,
     weight_vD: Tensor,
@@ -30,25 +33,29 @@ def sample(
     The draw is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p`
     leave. Noise is a function of (seed, draw, position in N, row), so the draw is the same for any split.
     temperature=0 takes the largest logit; ties go to the lowest id, but all ties at the edge of `top_p` stay.
-    Collectives: gathers of k values, sums of N floats (64 of them for `top_p`), one gather of the winners.
+    Memory: SCORE_BYTES of scores, and a few times as much to draw from them; positions are dealt with in turn.
+    Collectives for each turn, of n positions: gathers of k values, sums of n floats (64 of them for `top_p`), one
+    gather of the winners.
     Raises ValueError on a setting out of range.
     """
     check_sampling(temperature, top_k, top_p)
     ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
-    scores_Nv = hidden_ND.double() @ weight_vD[: shard.valid_rows].double().T
-    if softcap is not None:
-        scores_Nv = softcap * torch.tanh(scores_Nv / softcap)
-    if temperature > 0:
-        scores_Nv = scores_Nv / temperature
-        if top_k is not None and top_k < shard.vocab_size:
-            scores_Nv = _keep_top_k(scores_Nv, ids_v, top_k, group)
-        if top_p < 1:
-            scores_Nv = _keep_top_p(scores_Nv, top_p, group)
-        scores_Nv = scores_Nv + _gumbel(seed, draw, len(hidden_ND), ids_v)
-    best_N, best_ids_N = _largest(scores_Nv, ids_v)
-    best_pN, ids_pN = all_gather(best_N, group), all_gather(best_ids_N, group)
-    winner_N = best_pN.max(0).indices  # the lowest rank on ties, hence the lowest id
-    return ids_pN.gather(0, winner_N.unsqueeze(0)).squeeze(0)
+    rows_vD = weight_vD[: shard.valid_rows]
+    found = []
+    for start in range(0, len(hidden_ND), at_once := max(1, SCORE_BYTES // (8 * shard.rows_per_rank))):
+        scores_nv = logits_in(torch.float64, hidden_ND[start : start + at_once], rows_vD, softcap)
+        if temperature > 0:
+            scores_nv /= temperature
+            if top_k is not None and top_k < shard.vocab_size:
+                scores_nv = _keep_top_k(scores_nv, ids_v, top_k, group)
+            if top_p < 1:
+                scores_nv = _keep_top_p(scores_nv, top_p, group)
+            scores_nv += _gumbel(seed, draw, start, len(scores_nv), ids_v)
+        best_n, best_ids_n = _largest(scores_nv, ids_v)
+        best_pn, ids_pn = all_gather(best_n, group), all_gather(best_ids_n, group)
+        winner_n = best_pn.max(0).indices  # the lowest rank on ties, hence the lowest id
+        found.append(ids_pn.gather(0, winner_n.unsqueeze(0)).squeeze(0))
+    return torch.cat(found) if found else ids_v.new_zeros(0)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
@@ -104,13 +111,14 @@ def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None
     return scores_Nv.masked_fill(scores_Nv < low_N1, -math.inf)
 
 
-def _gumbel(seed: int, draw: int, N: int, ids_v: Tensor) -> Tensor:
-    """Gumbel noise [N, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position, row."""
-    start_N1 = torch.arange(N, device=ids_v.device).unsqueeze(1)
-    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + start_N1)
-    bits_Nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
-    uniform_Nv = (bits_Nv.double() + 0.5) / 2**52
-    return -torch.log(-torch.log(uniform_Nv))
+def _gumbel(seed: int, draw: int, start: int, n: int, ids_v: Tensor) -> Tensor:
+    """Gumbel noise [n, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position from `start` on,
+    row.
+    """
+    position_n1 = torch.arange(start, start + n, device=ids_v.device).unsqueeze(1)
+    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + position_n1)
+    bits_nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
+    return bits_nv.double().add_(0.5).div_(2**52).log_().neg_().log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:

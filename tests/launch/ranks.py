@@ -1,6 +1,5 @@
 """How much a real rank on a CPU holds."""
 
-import ctypes
 from dataclasses import replace
 
 import torch
@@ -10,14 +9,12 @@ from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.vocab import plan_lookup
-from tests.benchmarks.measure import holding_peak_mib
-
-M_MMAP_THRESHOLD = -3
+from tests.benchmarks.measure import free_at_once, holding_peak_mib
 
 
 def held_by_rank(rank, world, config, rows, parallel):
     """MiB of all that a training adds to this process at most."""
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed is the system's again: no gaps
+    free_at_once()
     small = replace(config, model=replace(config.model, layers=1, width=64, heads=1))
     training(small, world, 1024, parallel)()  # the code of all libraries is in memory
     return holding_peak_mib(lambda: training(config, world, rows, parallel))

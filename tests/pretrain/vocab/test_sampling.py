@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.vocab import VocabShard, check_sampling, sample
+from pretrain.vocab import VocabShard, check_sampling, sample, sampling
 from pretrain.vocab.sampling import _keep_top_k, _keep_top_p
+from tests.benchmarks.measure import extra_peak_mib, free_at_once, in_fresh_process
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
@@ -30,8 +31,9 @@ def problem(vocab_size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(24, WIDTH, generator=generator), torch.randn(vocab_size, WIDTH, generator=generator)
 
 
-def rank_samples(rank, world):
+def rank_samples(rank, world, score_bytes=sampling.SCORE_BYTES):
     """The ids of all settings, [settings, N], for each vocabulary."""
+    sampling.SCORE_BYTES = score_bytes
     results = []
     for vocab_size, multiple in VOCABULARIES:
         hidden, weight = problem(vocab_size)
@@ -49,6 +51,25 @@ def test_the_same_ids_for_any_split():
     for world in (2, 3, 4):
         for ids in run_ranks(world, rank_samples):
             assert all(map(torch.equal, ids, whole))
+
+
+def test_the_same_ids_for_any_number_of_positions_at_once():
+    (whole,) = run_ranks(1, rank_samples)
+    for world, score_bytes in ((1, 8 * 37 * 5), (2, 8 * 20 * 7), (4, 1)):  # 5 positions, 7 or 6, and 1
+        for ids in run_ranks(world, rank_samples, score_bytes):
+            assert all(map(torch.equal, ids, whole))
+
+
+def peak_of_a_long_text() -> float:
+    """MiB. Of 256 positions dense scores would be 200 MiB, and each number that is made of them as much again."""
+    free_at_once()
+    weight, hidden = torch.randn(100_000, 64).bfloat16(), torch.randn(256, 64)
+    shard = VocabShard.of(0, 1, len(weight), 1)
+    return extra_peak_mib(lambda: sample(hidden, weight, shard=shard, seed=0, draw=0, top_k=50, top_p=0.9))
+
+
+def test_memory_stays_bounded():
+    assert in_fresh_process(peak_of_a_long_text) < 6 * sampling.SCORE_BYTES / 2**20
 
 
 def alone(logits: list[float], N: int = 1, **settings) -> Tensor:
