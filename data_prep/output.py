@@ -75,6 +75,7 @@ class Output:
                     file.write(json.dumps(self.settings, indent=2).encode())
                 yield
             except BaseException:
+                self._remove_half_written()  # of workers that have been ended
                 self._forget_if_empty()
                 raise
 

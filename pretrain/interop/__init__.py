@@ -1,6 +1,6 @@
 """Hugging Face in and out."""
 
 from .folder import HFModel
-from .initial import check_initial, folder_of, initialise, load_model
+from .initial import check_initial, folder_of, initialise, load_model, tokenizer_of
 
-__all__ = ["HFModel", "check_initial", "folder_of", "initialise", "load_model"]
+__all__ = ["HFModel", "check_initial", "folder_of", "initialise", "load_model", "tokenizer_of"]

@@ -164,18 +164,17 @@ class HFModel:
 
     def _find(self) -> dict[str, Path]:
         """Which file has which tensor. Never a pickle."""
-        folder = self.folder
+        folder, path = self.folder, self.folder / WEIGHTS
+        if path.is_file():  # before an index, which may be another model's: `transformers` leaves what it finds
+            return dict.fromkeys(self._open(path).keys(), path)
         if (folder / INDEX).is_file():
             weight_map = _json(folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{folder / INDEX}: weight_map is missing")
             return {name: folder / str(file) for name, file in weight_map.items()}
-        path = folder / WEIGHTS
-        if not path.is_file():
-            pickled = next(folder.glob("pytorch_model*.bin"), None)
-            instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
-            raise ValueError(f"{path} is missing{instead}")
-        return dict.fromkeys(self._open(path).keys(), path)
+        pickled = next(folder.glob("pytorch_model*.bin"), None)
+        instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
+        raise ValueError(f"{path} is missing{instead}")
 
 
 def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -23,12 +23,13 @@ def model(config: dict[str, Any]) -> GPT2Config:
     must_be(config, "scale_attn_by_inverse_layer_idx", False)
     must_be(config, "add_cross_attention", False)
     must_be(config, "activation_function", *GELUS)
+    (eps,) = need({"layer_norm_epsilon": 1e-5} | config, "layer_norm_epsilon", kinds=(int, float))
     return GPT2Config(
         layers=layers,
         width=width,
         heads=heads,
         context=context,
-        eps=config.get("layer_norm_epsilon", 1e-5),
+        eps=eps,
         gelu=GELUS[config.get("activation_function", "gelu_new")],
     )
 

@@ -77,7 +77,7 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
-    yield f"tokenizer: {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
+    yield f"tokenizer: none; {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
 
 
 def _refuse_run(run: Path, config: Path) -> None:

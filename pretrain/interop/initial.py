@@ -59,19 +59,16 @@ def initialise(init_from: str, state: ModelState) -> None:
     state.load(tensors, step=0)
 
 
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[LanguageModel, HFModel, TokenizerSpec | None]:
+def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model as it is in the folder, for reading; the matrix split over the ranks of the default group, if there is
-    one. The tokenizer is None where it is not of tiktoken's kind.
+    one.
     """
-    found = HFModel(folder)
     with torch.device("meta"):
         body = found.model.body()
     config = VocabConfig(tie=found.tie)
     model, tensors = unread_model(body, config, found.vocab_size, found.model.width, device, dtype)
     found.fill(tensors)
-    return model, found, tokenizer_of(found)[0]
+    return model
 
 
 def tokenizer_of(found: HFModel) -> tuple[TokenizerSpec | None, str]:
@@ -79,7 +76,7 @@ def tokenizer_of(found: HFModel) -> tuple[TokenizerSpec | None, str]:
     try:
         spec = from_hf(found.folder, found.end_of_text)
     except ValueError as error:
-        return None, f"none; {error}"
+        return None, str(error)
     if spec.vocab_size > found.vocab_size:
         raise ValueError(f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {found.vocab_size:,}")
     return spec, ""

@@ -22,6 +22,7 @@ def model(config: dict[str, Any]) -> LlamaConfig:
     must_be(config, "use_sliding_window", False)
     for layer in config.get("layer_types") or []:
         must_be({"layer_types": layer}, "layer_types", "full_attention")
+    (eps,) = need({"rms_norm_eps": 1e-6} | config, "rms_norm_eps", kinds=(int, float))
     bias = BIASES[kind][-1] if config.get("attention_bias", kind == "qwen2") else BIASES[kind][0]
     return LlamaConfig(
         layers=layers,
@@ -31,7 +32,7 @@ def model(config: dict[str, Any]) -> LlamaConfig:
         head_size=_head_size(config, width, heads),
         inner=inner,
         context=context,
-        eps=config.get("rms_norm_eps", 1e-6),
+        eps=eps,
         qk_norm=kind == "qwen3",
         bias=bias,
         **_rope(config),

@@ -82,6 +82,8 @@ class LensConfig:
             raise ValueError(f"example={self.example} must be one of {', '.join(EXAMPLES)}")
         if not 1 <= self.guesses <= MOST_GUESSES:
             raise ValueError(f"guesses={self.guesses} must be in [1, {MOST_GUESSES}]")
+        if not self.out or (Path(self.out).exists() and not Path(self.out).is_dir()):
+            raise ValueError(f"out={self.out} must be a folder, there or to be made")
         if self.memory_mib < 1:
             raise ValueError(f"memory_mib={self.memory_mib} must be at least 1")
         self.method()
@@ -157,10 +159,11 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
 def open_source(settings: LensConfig, device: torch.device) -> Source:
     """Where the model comes from: the one place that knows."""
     if settings.hf:
-        model, found, spec = interop.load_model(Path(settings.hf), device)
+        found = interop.HFModel(Path(settings.hf))
+        spec, why = interop.tokenizer_of(found)
         if spec is None:
-            raise ValueError(f"hf={settings.hf} must have a tokenizer of tiktoken's kind: its text cannot be encoded")
-        return _source(Path(settings.hf).name, model, found.model.context, Tokenizer(spec))
+            raise ValueError(f"hf={settings.hf}: the text cannot be encoded: {why}")
+        return _source(found.folder.name, interop.load_model(found, device), found.model.context, Tokenizer(spec))
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)

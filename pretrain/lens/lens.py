@@ -237,4 +237,5 @@ def look(
         ids_NJ=torch.cat([final_N1, tokens_N[:, None], targets_N[:, None]], 1),
         reference_RND=hidden_RND[[-1, 0]],
     )
+    reading.ranks[-1, :, FINAL] = 1  # by definition: read in another pass, logits an ulp apart may change places
     return Look(recorder.names, tokens_N, targets_N, reading)

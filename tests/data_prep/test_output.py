@@ -38,3 +38,14 @@ def test_what_is_left_by_a_run_that_was_killed_after_its_manifest_goes(tmp_path:
     with shared(tmp_path / "unfinished" / "lock", "busy"):  # by the run that is about to do it
         assert done.finished() == Manifest.load(tmp_path) and (tmp_path / "unfinished").exists()
     assert done.finished() == Manifest.load(tmp_path) and not (tmp_path / "unfinished").exists()
+
+
+def test_what_ended_workers_have_left_half_written_goes_with_the_run_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="full"), output(out, FilesCorpus([str(tmp_path / "a.txt")])).started():
+        (out / "train-00000.bin").touch()
+        (out / "unfinished" / "00001.json.tmp-host-7").touch()
+        raise OSError("full")
+    names = sorted(path.name for path in out.rglob("*") if path.is_file())
+    assert names == ["lock", "settings.json", "train-00000.bin"]

@@ -55,7 +55,7 @@ def asked(rank: int, world: int, source: Path) -> list[tuple]:
     """Each rank's own tokens through its rows, in both precisions: hidden states, rows, sum of the losses."""
     answers = []
     for dtype in DTYPES:
-        model, _, _ = load_model(source, CPU, dtype)
+        model = load_model(HFModel(source), CPU, dtype)
         tokens_BT = ids(rank)
         with torch.no_grad():
             hidden_BTD = model.body(model.vocab.lookup(tokens_BT))
@@ -162,6 +162,16 @@ def test_several_files_in_and_out_in_bf16(hf, tmp_path, monkeypatch):
     assert models.transformers.AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("last", ["one file", "several"])
+def test_of_one_file_and_an_index_beside_it_that_which_transformers_reads(tmp_path, last):
+    """It writes one and leaves the other, which may be an older model's."""
+    for seed, size in enumerate(("30KB", "1GB") if last == "one file" else ("1GB", "30KB")):
+        source = models.save(tmp_path / "both", "llama tied", seed=seed, max_shard_size=size)
+    assert (source / "model.safetensors").is_file() and (source / "model.safetensors.index.json").is_file()
+    theirs = models.transformers.AutoModelForCausalLM.from_pretrained(source).model.embed_tokens.weight
+    assert torch.equal(HFModel(source).rows("embedding.weight", 0, VOCAB), theirs)
+
+
 def test_the_matrix_comes_in_pieces(hf, tmp_path, monkeypatch):
     """Neither in nor out is more of it read at once than a piece."""
     monkeypatch.setattr(folder, "PIECE_BYTES", 4800)  # 50 rows
@@ -248,13 +258,14 @@ def test_a_tensor_that_its_file_lacks_and_numbers_that_are_no_weights(hf, tmp_pa
     file = source / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("ln_f.weight"))
-    whole = dict.fromkeys(tensors, file.name)
     save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
     with pytest.raises(ValueError, match=rf"{name} is of I8, and must be of F64"):
         HFModel(source)
-    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": whole}))
-    with pytest.raises(ValueError, match=r"model.safetensors: .*ln_f"):
+    file.unlink()
+    part = source / "model-00001-of-00001.safetensors"
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, part)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, part.name)}))
+    with pytest.raises(ValueError, match=r"model-00001-of-00001.safetensors: .*ln_f"):
         HFModel(source)
 
 
@@ -266,7 +277,8 @@ WRONG = {
     "a window": ("mistral untied", {"sliding_window": 8}, "sliding_window=8 must be null, or at least"),
     "mistral's window": ("mistral untied", {"max_position_embeddings": 5000, "sliding_window": None}, "=4096 must be"),
     "a number as text": ("gpt2 tied", {"n_layer": "1"}, "n_layer='1' must be a whole number"),
-    "another type": ("llama tied", {"rms_norm_eps": "small"}, "config.json: "),
+    "no eps": ("gpt2 tied", {"layer_norm_epsilon": []}, "layer_norm_epsilon=[] must be a number"),
+    "another type": ("llama tied", {"rms_norm_eps": "small"}, "config.json: rms_norm_eps='small' must be a number"),
     "a list of families": ("gpt2 tied", {"model_type": ["gpt2"]}, "model_type=['gpt2'] must be one of"),
     "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),
     "a number of heads": ("llama tied", {"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 must be a whole number"),

@@ -117,6 +117,8 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
     [
         ([], "give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model"),
         (["run={run}", "hf=x", "text=a"], "give one of run="),
+        (["run={run}", "text=a", "out="], "out= must be a folder, there or to be made"),
+        (["run={run}", "text=a", f"out={sys.executable}"], "must be a folder, there or to be made"),
         (["run={run}"], "give one of text=, file= and example=: what to read"),
         (["run={run}", "text=a", "file=b"], "give one of text="),
         (["run={run}", f"file={sys.executable}"], "must be UTF-8 text: invalid"),

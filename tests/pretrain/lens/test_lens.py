@@ -227,6 +227,19 @@ def test_a_stride_keeps_the_output():
     assert Method(stride=2, norm="none").rows(5) == ["positions", "block 0", "block 2", "block 4", "output"]
 
 
+def test_the_output_agrees_with_itself_where_logits_are_an_ulp_apart():
+    """The guess is found in one pass, and ranked in another: which of two comes out on top hangs on the chunks."""
+    torch.manual_seed(0)
+    body, shard = GPT2Config(layers=3, width=256, heads=4, context=512).body(), VocabShard.of(0, 1, 4096)
+    for parameter in body.parameters():
+        parameter.data.normal_(0, 0.1)
+    vocab = VocabParallelEmbedding(VocabConfig(), shard, 256, seed=0)
+    vocab.weight.data[2048:] = vocab.weight.data[:2048] * (1 + 1e-7 * torch.randint(-2, 3, (2048, 256)))
+    tokens = torch.randint(4096, (1, 513))
+    found = look(vocab, body, body, tokens[:, :-1], tokens[:, 1:], Method(), memory_mib=0.5, k=1)
+    assert found.commitment.max() <= len(found.rows) - 1 and (found.reading.ranks[-1, :, 0] == 1).all()
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [

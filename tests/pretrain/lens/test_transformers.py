@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pretrain.interop import load_model
+from pretrain.interop import HFModel, load_model
 from pretrain.lens import Method, look
 from tests.pretrain.lens.test_lens import measured
 from tests.ranks import run_ranks
@@ -113,7 +113,7 @@ def dense(model: nn.Module, family: str, method: Method) -> dict[str, Tensor]:
 def rank_looks(rank, world, folders):
     results = {}
     for name, folder in folders.items():
-        model, _, _ = load_model(folder, torch.device("cpu"), torch.float64)
+        model = load_model(HFModel(folder), torch.device("cpu"), torch.float64)
         for method in METHODS:
             found = look(model.vocab, model.body, model.body, *tokens(), method, k=K, memory_mib=0.05)
             results[name, method] = measured(found)
