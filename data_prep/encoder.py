@@ -76,7 +76,7 @@ class Encoder:
     def _size_of(self, found: Sequence[np.ndarray | Poison]) -> int:
         """Bytes of text of all ids."""
         ids = [ids for ids in found if not isinstance(ids, Poison)]
-        return int(self._bytes_of_ids[np.concatenate(ids)].sum(dtype=np.int64)) if ids else 0
+        return int(self._bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
 
     def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
