@@ -6,6 +6,7 @@ trusted: the same text goes through both before a run, and one difference leaves
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ class Encoder:
                 raise
             return Poison(document.id, f"the tokenizer failed: {type(error).__name__}: {headline(error)}")
 
-    def decode_bytes(self, ids: np.ndarray) -> bytes:
-        return self._tokenizer.decode_bytes(ids)
+    @cached_property
+    def bytes_of_ids(self) -> np.ndarray:
+        """Length of each id's text; 0 for special tokens."""
+        return self._tokenizer.spec.bytes_of_ids()
 
 
 def is_panic(error: BaseException) -> bool:
