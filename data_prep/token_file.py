@@ -14,6 +14,7 @@ import json
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,6 +40,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "val")
+SUFFIXES = {".bin", ".idx"}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -229,7 +231,10 @@ def read_header(path: Path) -> tuple[np.dtype, int, int]:
 
 @dataclass(frozen=True)
 class TokenFileEntry:
-    """One token file in the manifest. `name`: its prefix, relative to the folder; `sha256`: by suffix."""
+    """One token file in the manifest. `name`: its prefix, in the folder itself; `sha256`: by suffix.
+
+    Raises ValueError on another split, or other hashes than those of both files.
+    """
 
     name: str
     split: str
@@ -238,6 +243,14 @@ class TokenFileEntry:
     text_bytes: int
     largest_id: int
     sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise ValueError(f"name {self.name!r} must be that of a file in the folder itself")
+        if self.split not in SPLITS:
+            raise ValueError(f"{self.name}: split {self.split!r} must be one of {', '.join(SPLITS)}")
+        if self.sha256.keys() != SUFFIXES:
+            raise ValueError(f"{self.name}: sha256 must be of .bin and .idx, not of {', '.join(self.sha256) or 'none'}")
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
         """Bytes of each of its files, by suffix."""
@@ -259,7 +272,10 @@ def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder holds. `corpus` and `config` say how it was made."""
+    """What a finished folder holds. `corpus` and `config` say how it was made.
+
+    Raises ValueError where it has a file twice, TypeError where `config` is not of the kind that is read of it.
+    """
 
     format_version: int
     tokenizer_fingerprint: str
@@ -267,6 +283,12 @@ class Manifest:
     corpus: dict[str, Any]
     config: dict[str, Any]
     files: tuple[TokenFileEntry, ...]
+
+    def __post_init__(self) -> None:
+        if twice := [name for name, times in Counter(entry.name for entry in self.files).items() if times > 1]:
+            raise ValueError(f"{twice[0]} must be in files once: its documents would be trained on twice")
+        if not isinstance(self.config.get("clean", {}), dict):
+            raise TypeError(f"config.clean must be dict, not {type(self.config['clean']).__name__}")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -281,6 +303,8 @@ class Manifest:
             manifest = typed(cls, {**content, "files": files})
         except FileNotFoundError:
             raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
@@ -329,13 +353,23 @@ def check(folder: Path) -> Manifest:
 
 def cheap_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Faults that show without reading a token; an index's header is read."""
-    yield from _tokenizer_faults(folder / TOKENIZER_FOLDER, manifest)
+    where = folder / TOKENIZER_FOLDER
+    yield from or_unreadable(where, _tokenizer_faults(where, manifest))
     for entry in manifest.files:
-        yield from _file_faults(folder / entry.name, manifest, entry)
+        prefix = folder / entry.name
+        yield from or_unreadable(prefix, _file_faults(prefix, manifest, entry))
     expected = {entry.name for entry in manifest.files}
     for path in sorted([*folder.glob("*.bin"), *folder.glob("*.idx")]):
         if path.stem not in expected:
             yield f"{path} is not in the manifest: does it come from another folder, of another tokenizer?"
+
+
+def or_unreadable(where: Path, faults: Iterator[str]) -> Iterator[str]:
+    """The faults; that a file cannot be read is one, and the last."""
+    try:
+        yield from faults
+    except OSError as error:
+        yield f"{error.filename or where} cannot be read: {error.strerror or error}"
 
 
 def _tokenizer_faults(where: Path, manifest: Manifest) -> Iterator[str]:

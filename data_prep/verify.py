@@ -21,6 +21,7 @@ from data_prep.token_file import (
     TokenFile,
     TokenFileEntry,
     cheap_faults,
+    or_unreadable,
     with_suffix,
 )
 from data_prep.tokenizer import Tokenizer
@@ -38,10 +39,10 @@ def verify(folder: Path) -> list[str]:
         manifest = Manifest.load(folder)
     except DataError as error:
         return [str(error)]
-    faults = [*cheap_faults(folder, manifest), *digest_faults(folder, manifest)]
+    faults = [*cheap_faults(folder, manifest), *or_unreadable(folder, digest_faults(folder, manifest))]
     checker = _Checker(folder, manifest)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for found in pool.map(lambda entry: list(checker.faults(entry)), manifest.files):
+        for found in pool.map(checker.all_faults, manifest.files):
             faults += found
     return list(dict.fromkeys(faults))  # a missing file shows twice
 
@@ -53,14 +54,18 @@ class _Checker:
         self.folder, self.manifest = folder, manifest
         try:
             tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
-        except DataError:
+        except (DataError, OSError):
             tokenizer = None
-        ours = tokenizer is not None and tokenizer.fingerprint == manifest.tokenizer_fingerprint
+        expected = manifest.tokenizer_fingerprint, manifest.vocab_size
+        ours = tokenizer is not None and (tokenizer.fingerprint, tokenizer.vocab_size) == expected
         self.tokenizer = tokenizer if ours else None
         self.bytes_of_ids = self.tokenizer.spec.bytes_of_ids() if self.tokenizer else None
 
-    def faults(self, entry: TokenFileEntry) -> Iterator[str]:
+    def all_faults(self, entry: TokenFileEntry) -> list[str]:
         prefix = self.folder / entry.name
+        return list(or_unreadable(prefix, self._faults(prefix, entry)))
+
+    def _faults(self, prefix: Path, entry: TokenFileEntry) -> Iterator[str]:
         for suffix, expected in entry.sha256.items():
             path = with_suffix(prefix, suffix)
             if path.is_file() and sha256_of(path) != expected:

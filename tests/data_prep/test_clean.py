@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +63,22 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     assert tokenize(*command, f"out={out}").stdout.startswith("already done")
 
     digests = (out / "documents.digests").read_bytes()
-    for wrong, fault in ((digests[::-1], "do not rise"), (digests[1:], "60 documents of the manifest have 16 each")):
+    flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # of the lower half: they rise as before
+    for wrong, fault in (
+        (digests[::-1], "do not rise"),
+        (flipped, "documents.digests: its sha256 is not that of the manifest"),
+        (digests[1:], "60 documents of the manifest have 16 each"),
+    ):
         (out / "documents.digests").write_bytes(wrong)
         assert len(verify(out)) == 1 and fault in verify(out)[0]
     with pytest.raises(DataError, match=r"documents\.digests: 959 bytes are not 16 a document"):
         digests_of(str(out))
     (out / "documents.digests").write_bytes(digests)
+    manifest = Manifest.load(out)
+    before = {key: value for key, value in manifest.corpus.items() if key != "digests_sha256"}
+    replace(manifest, corpus=before).save(out)  # as folders were made before the hash was kept
+    assert len(before) < len(manifest.corpus) and verify(out) == []
+    manifest.save(out)
 
     new = texts(20, seed=1)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*once[::2], *new, new[1]]))
