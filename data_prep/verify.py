@@ -14,16 +14,8 @@ import numpy as np
 from data_prep.clean import digest_faults
 from data_prep.durable import sha256_of
 from data_prep.errors import DataError
-from data_prep.token_file import (
-    PIECE,
-    TOKENIZER_FOLDER,
-    Manifest,
-    TokenFile,
-    TokenFileEntry,
-    cheap_faults,
-    or_unreadable,
-    with_suffix,
-)
+from data_prep.faults import cheap_faults, or_unreadable
+from data_prep.token_file import PIECE, TOKENIZER_FOLDER, Manifest, TokenFile, TokenFileEntry, with_suffix
 from data_prep.tokenizer import Tokenizer
 
 SAMPLE = 8  # documents of a token file that are decoded

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.durable import durable_folder
 from data_prep.errors import DataError
+from data_prep.faults import check
 from data_prep.formats.layouts import Layout
 from data_prep.formats.stream import Piece, Tokens, stream
 from data_prep.token_file import (
@@ -22,7 +23,6 @@ from data_prep.token_file import (
     TokenFile,
     TokenFileEntry,
     TokenFileWriter,
-    check,
 )
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec

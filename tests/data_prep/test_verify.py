@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter, check
+from data_prep.faults import check
+from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import SAMPLE_TOKENS, verify
 from tests.data_prep.commands import small_spec
