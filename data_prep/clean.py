@@ -98,12 +98,12 @@ def place_of(split: str, number: int) -> int:
 
 def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
     """What a unit keeps, by digest."""
-    kept = {digest: place for digest, place in places.items() if place != NOWHERE}
-    table = np.zeros(len(kept), KEPT)
-    halves = np.frombuffer(b"".join(kept), dtype=">u8").reshape(-1, 2)
-    table["high"], table["low"] = halves[:, 0], halves[:, 1]
-    table["place"] = list(kept.values())
-    table.sort(order=("high", "low"))
+    numbers = np.fromiter(places.values(), np.int64, len(places))
+    there = numbers != NOWHERE
+    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[there]
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    table = np.zeros(len(halves), KEPT)
+    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[there][order]
     return table
 
 
