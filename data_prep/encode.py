@@ -105,10 +105,6 @@ class EncodeUnit:
     careful: bool = False
     poison: dict[int, str] = field(default_factory=dict)
 
-    @property
-    def size(self) -> int:
-        return self.unit.size
-
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         """Write the unit's token files, then its record."""
         try:

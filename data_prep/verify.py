@@ -106,7 +106,7 @@ def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = Fals
     if without_end:
         yield f"{file.prefix}.bin: {without_end} documents do not end with id {tokenizer.end_of_document}"
     sample = np.unique(np.linspace(0, len(file.lengths) - 1, min(SAMPLE, len(file.lengths)), dtype=np.int64)).tolist()
-    different = [document for document in sample if not _encodes_to_itself(file, document, tokenizer)]
+    different = [document for document in sample if not _sampled_is_itself(file, document, tokenizer)]
     if len(different) > (len(sample) * (1 - IMPORTED_SAME) if imported else 0):
         yield (
             f"{file.prefix}: the text of document {different[0]} encodes to other ids"
@@ -114,10 +114,15 @@ def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = Fals
         )
 
 
-def _encodes_to_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> bool:
+def _sampled_is_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> bool:
     start, length = int(file.pointers[document]) // file.dtype.itemsize, int(file.lengths[document]) - 1
     ids = file.tokens[start : start + min(length, SAMPLE_TOKENS)]
-    sure = length if length <= SAMPLE_TOKENS else SAMPLE_TOKENS // 2  # a cut may change the last words' ids
+    return encodes_to_itself(ids, tokenizer, cut=length > SAMPLE_TOKENS)
+
+
+def encodes_to_itself(ids: np.ndarray, tokenizer: Tokenizer, cut: bool) -> bool:
+    """Whether the text of `ids` encodes to them; where it is cut, to the first half, for the last words may not."""
+    sure = len(ids) // 2 if cut else len(ids)
     try:
         return np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
     except DataError:  # an id that no token has
