@@ -55,7 +55,7 @@ class TokenFileWriter:
     """Writes PREFIX.bin and PREFIX.idx, a document or a piece at a time; a context manager.
 
     Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an
-    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document, and 50 MB to write the index.
+    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document, and 60 MB to write the index.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
