@@ -136,7 +136,7 @@ def tokenize_all(config: TokenizeConfig, output: Output) -> None:
     with prepared(config, output) as tokenizer:
         start = time.perf_counter()
         tally = encode(config, output.folder, tokenizer)
-        manifest = tally.manifest(tokenizer, output.settings)
+        manifest = tally.manifest(tokenizer, output.settings, output.folder)
         warn_of(tally, manifest, config)
         save_quarantine(output.folder / QUARANTINE_FILE, tally)
         output.finish(manifest)

@@ -20,6 +20,7 @@ from data_prep.token_file import MANIFEST_FILE, PIECE, SPLITS, Manifest
 
 DIGEST_BYTES = 16
 DIGESTS_FILE = "documents.digests"  # of a finished folder: 16 bytes a document, sorted
+DIGESTS_SHA256 = "digests_sha256"  # its hash, among `corpus` of the manifest; one made before that was kept lacks it
 # Of a unit: place = 2 · document + split. Aligned, else each search in a column would copy the column.
 KEPT = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")], align=True)
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
@@ -72,6 +73,8 @@ def digest_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
         table = np.memmap(path, DIGEST, mode="r") if size else np.empty(0, DIGEST)
         if any(not rises(table[start : start + PIECE + 1]) for start in range(0, documents, PIECE)):
             yield f"{path}: the digests do not rise"
+        elif manifest.corpus.get(DIGESTS_SHA256, found := sha256_of(path)) != found:
+            yield f"{path}: its sha256 is not that of the manifest"
 
 
 def rises(table: np.ndarray) -> bool:
@@ -95,12 +98,12 @@ def place_of(split: str, number: int) -> int:
 
 def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
     """What a unit keeps, by digest."""
-    kept = {digest: place for digest, place in places.items() if place != NOWHERE}
-    table = np.zeros(len(kept), KEPT)
-    halves = np.frombuffer(b"".join(kept), dtype=">u8").reshape(-1, 2)
-    table["high"], table["low"] = halves[:, 0], halves[:, 1]
-    table["place"] = list(kept.values())
-    table.sort(order=("high", "low"))
+    numbers = np.fromiter(places.values(), np.int64, len(places))
+    there = numbers != NOWHERE
+    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[there]
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    table = np.zeros(len(halves), KEPT)
+    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[there][order]
     return table
 
 

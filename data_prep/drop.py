@@ -1,5 +1,6 @@
 """A finished unit once more, without the documents that an earlier unit or another folder has too."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from data_prep.clean import digest_of
 from data_prep.encode import EncodeJob, UnitRecord, Watch, dropped_path, entry_of, save_record, watched
 from data_prep.encoder import Encoder
-from data_prep.token_file import SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, with_suffix
+from data_prep.token_file import PIECE, SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, with_suffix
 from data_prep.unit import Unit
 
 
@@ -19,10 +20,6 @@ class DropCopies:
     unit: Unit
     record: UnitRecord
     places: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return 0
 
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         """The new record comes last: files that fit no record are made again from the corpus."""
@@ -45,15 +42,27 @@ class DropCopies:
             for suffix in entry.sha256:
                 with_suffix(path, suffix).unlink()
             return []
-        left, text_bytes, start = set(chosen.tolist()), entry.text_bytes, 0
+        dropped, text_bytes = np.zeros(entry.documents, bool), entry.text_bytes
+        dropped[chosen] = True
         with TokenFileWriter(path, encoder.vocab_size) as writer:
-            for number, length in enumerate(watched(file.lengths.tolist(), watch)):
-                ids, start = file.tokens[start : start + length], start + length
-                if number in left:
-                    text_bytes -= len(encoder.decode_bytes(ids[:-1]))
+            for number, ids, ends in watched(pieces_of(file), watch):
+                if dropped[number]:
+                    text_bytes -= int(encoder.bytes_of_ids[ids].sum())
                 else:
-                    writer.add(ids)
+                    writer.write(ids, ends)
         return [entry_of(entry.split, writer, text_bytes)]
+
+
+def pieces_of(file: TokenFile) -> Iterator[tuple[int, np.ndarray, list[int]]]:
+    """Of each document its number and its ids, PIECE at most; and where they end it, as for `TokenFileWriter.write`.
+
+    Read from the file, not through its mapping, of which each page would stay in memory.
+    """
+    with open(with_suffix(file.prefix, ".bin"), "rb") as tokens:
+        for number, length in enumerate(map(int, file.lengths)):
+            for left in range(length, 0, -PIECE):
+                ids = np.frombuffer(tokens.read(min(left, PIECE) * file.dtype.itemsize), file.dtype)
+                yield number, ids, [left] if left <= PIECE else []
 
 
 def digest_of_places(places: np.ndarray) -> str:

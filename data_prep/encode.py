@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from data_prep.clean import NOWHERE, CleanConfig, digest_of, place_of, sorted_digests, split_of
+from data_prep.clean import DIGEST_BYTES, NOWHERE, CleanConfig, digest_of, place_of, sorted_digests, split_of
 from data_prep.corpus import CorpusConfig
 from data_prep.durable import durable
 from data_prep.encoder import Encoder
@@ -104,10 +105,6 @@ class EncodeUnit:
     careful: bool = False
     poison: dict[int, str] = field(default_factory=dict)
 
-    @property
-    def size(self) -> int:
-        return self.unit.size
-
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         """Write the unit's token files, then its record."""
         try:
@@ -172,7 +169,7 @@ class UnitFiles:
         self._writers: dict[str, TokenFileWriter] = {}
         self._bytes = dict.fromkeys(SPLITS, 0)
         self._kept: dict[bytes, int] = {}  # with deduplication: where each digest is
-        self._digests = bytearray()
+        self._digest = blake2b(digest_size=DIGEST_BYTES)  # of the digests of all documents
         self._quarantined: list[tuple[str, str]] = []
         self._too_short = self._too_long = self._duplicates = 0
 
@@ -253,7 +250,7 @@ class UnitFiles:
 
     def _place(self, digest: bytes, split: str, ahead: int) -> None:
         """The next document of the split but for those `ahead` of it, which are not written yet, is this one."""
-        self._digests += digest
+        self._digest.update(digest)
         if self._job.clean.deduplicate:
             self._kept[digest] = place_of(split, self._documents(split) + ahead)
 
@@ -270,11 +267,11 @@ class UnitFiles:
         """Once the token files are closed."""
         if self._job.clean.deduplicate:
             with durable(digests_path(self._job.folder, self._unit.index)) as file:
-                file.write(sorted_digests(self._kept).tobytes())
+                file.write(sorted_digests(self._kept).view(np.uint8).data)
         record = UnitRecord(
             self._unit.index,
             self._unit.key,
-            digest_of(bytes(self._digests)).hex(),
+            self._digest.hexdigest(),
             tuple(entry_of(split, self._writers[split], self._bytes[split]) for split in sorted(self._writers)),
             self._too_short,
             self._too_long,

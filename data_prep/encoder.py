@@ -54,7 +54,7 @@ class Encoder:
         self._tokenizer, self._folder, self._scheme = tokenizer, folder, scheme
         self._fast: Any = None
         self._limit = 0  # bytes of memory at which gigatoken is made anew
-        self._bytes_of_ids = tokenizer.spec.bytes_of_ids().astype(np.int32)
+        self.bytes_of_ids = tokenizer.spec.bytes_of_ids().astype(np.int32)  # 0 of special tokens
         self.vocab_size = tokenizer.vocab_size
         self.end = np.array([tokenizer.end_of_document], dtype=np.uint32)
 
@@ -76,7 +76,7 @@ class Encoder:
     def _size_of(self, found: Sequence[np.ndarray | Poison]) -> int:
         """Bytes of text of all ids."""
         ids = [ids for ids in found if not isinstance(ids, Poison)]
-        return int(self._bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
+        return int(self.bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
 
     def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
@@ -99,9 +99,6 @@ class Encoder:
             if not is_panic(error):
                 raise
             return Poison(document.id, f"the tokenizer failed: {type(error).__name__}: {headline(error)}")
-
-    def decode_bytes(self, ids: np.ndarray) -> bytes:
-        return self._tokenizer.decode_bytes(ids)
 
 
 def lost(document: Document) -> Poison:

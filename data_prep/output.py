@@ -17,7 +17,8 @@ from data_prep.corpus import LISTED
 from data_prep.durable import TEMPORARY_MARK, durable, exclusive, shared, sync_folder
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
-from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, check, with_suffix
+from data_prep.faults import check
+from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, with_suffix
 from data_prep.tokenizer_spec import SPEC_FILE
 
 SETTINGS_FILE = "settings.json"

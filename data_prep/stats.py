@@ -15,7 +15,8 @@ import numpy as np
 
 from data_prep.durable import durable
 from data_prep.errors import DataError
-from data_prep.token_file import PIECE, SPLITS, TOKENIZER_FOLDER, TokenFile, TokenFileEntry, check
+from data_prep.faults import check
+from data_prep.token_file import PIECE, SPLITS, TOKENIZER_FOLDER, TokenFile, TokenFileEntry
 from data_prep.tokenizer import Tokenizer
 
 TEXT_FILE, PICTURE_FILE = "statistics.txt", "statistics.png"

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.clean import digest_of
-from data_prep.durable import durable
+from data_prep.clean import DIGESTS_FILE, DIGESTS_SHA256, digest_of
+from data_prep.durable import durable, sha256_of
 from data_prep.encode import UnitRecord
 from data_prep.errors import DataError
 from data_prep.token_file import FORMAT_VERSION, Manifest
@@ -37,7 +37,8 @@ class Tally:
     def in_order(self) -> list[UnitRecord]:
         return [self.records[index] for index in sorted(self.records)]
 
-    def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
+    def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> Manifest:
+        """Of the finished `folder`."""
         records = self.in_order
         entries = [entry for record in records for entry in record.files]
         counts = {
@@ -49,6 +50,8 @@ class Tally:
             "quarantined": len(self.quarantined),
             **counts,
         }
+        if settings["config"]["clean"]["deduplicate"]:
+            corpus[DIGESTS_SHA256] = sha256_of(folder / DIGESTS_FILE)
         files = tuple(sorted(entries, key=lambda entry: entry.split))  # stable: train, then val, in corpus order
         return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
 

@@ -15,7 +15,7 @@ import struct
 import weakref
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -27,7 +27,6 @@ import numpy as np
 
 from data_prep.durable import DurableFile, durable
 from data_prep.errors import DataError, headline
-from data_prep.tokenizer_spec import TokenizerSpec
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -43,6 +42,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "val")
+SUFFIXES = {".bin", ".idx"}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -58,7 +58,7 @@ class TokenFileWriter:
     """Writes PREFIX.bin and PREFIX.idx, a document or a piece at a time; a context manager.
 
     Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an
-    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document.
+    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document, and 60 MB to write the index.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -113,7 +113,8 @@ class TokenFileWriter:
                 if self._open:
                     raise DataError(f"{self.prefix}: the last document has no end")
                 files.append(DurableFile(with_suffix(self.prefix, ".idx")))
-                files[1].write(self._index())
+                for piece in self._index():
+                    files[1].write(piece)
                 for file in files:
                     file.finish()
                 for file in files:
@@ -123,14 +124,21 @@ class TokenFileWriter:
             for file in files:
                 file.discard()  # after publish: nothing is left to discard
 
-    def _index(self) -> bytes:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        pointers = (ends - lengths) * self.dtype.itemsize
-        documents = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(documents))
-        body = (lengths.astype("<i4"), pointers.astype("<i8"), documents.astype("<i8"))
-        return header + b"".join(part.tobytes() for part in body)
+    def _index(self) -> Iterator[bytes]:
+        documents, end = len(self._lengths), 0
+        yield HEADER.pack(MAGIC, VERSION, CODES[self.dtype], documents, documents + 1)
+        for lengths in self._pieces():
+            yield lengths.astype("<i4").tobytes()
+        for lengths in self._pieces():
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            yield ((ends - lengths) * self.dtype.itemsize).astype("<i8").tobytes()
+            end = int(ends[-1])
+        for start in range(0, documents + 1, PIECE):
+            yield np.arange(start, min(start + PIECE, documents + 1), dtype="<i8").tobytes()
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._lengths), PIECE):
+            yield np.frombuffer(self._lengths[start : start + PIECE], dtype=np.int32)
 
 
 class _Maps:
@@ -272,7 +280,10 @@ def read_header(path: Path) -> tuple[np.dtype, int, int]:
 
 @dataclass(frozen=True)
 class TokenFileEntry:
-    """One token file in the manifest. `name`: its prefix, relative to the folder; `sha256`: by suffix."""
+    """One token file in the manifest. `name`: its prefix, in the folder itself; `sha256`: by suffix.
+
+    Raises ValueError on another split, or other hashes than those of both files.
+    """
 
     name: str
     split: str
@@ -281,6 +292,14 @@ class TokenFileEntry:
     text_bytes: int
     largest_id: int
     sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise ValueError(f"name {self.name!r} must be that of a file in the folder itself")
+        if self.split not in SPLITS:
+            raise ValueError(f"{self.name}: split {self.split!r} must be one of {', '.join(SPLITS)}")
+        if self.sha256.keys() != SUFFIXES:
+            raise ValueError(f"{self.name}: sha256 must be of .bin and .idx, not of {', '.join(self.sha256) or 'none'}")
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
         """Bytes of each of its files, by suffix."""
@@ -302,7 +321,10 @@ def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder holds. `corpus` and `config` say how it was made."""
+    """What a finished folder holds. `corpus` and `config` say how it was made.
+
+    Raises ValueError where it has a file twice, TypeError where `config` is not of the kind that is read of it.
+    """
 
     format_version: int
     tokenizer_fingerprint: str
@@ -310,6 +332,12 @@ class Manifest:
     corpus: dict[str, Any]
     config: dict[str, Any]
     files: tuple[TokenFileEntry, ...]
+
+    def __post_init__(self) -> None:
+        if twice := [name for name, times in Counter(entry.name for entry in self.files).items() if times > 1]:
+            raise ValueError(f"{twice[0]} must be in files once: its documents would be trained on twice")
+        if not isinstance(self.config.get("clean", {}), dict):
+            raise TypeError(f"config.clean must be dict, not {type(self.config['clean']).__name__}")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -324,6 +352,8 @@ class Manifest:
             manifest = typed(cls, {**content, "files": files})
         except FileNotFoundError:
             raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
@@ -356,59 +386,3 @@ class Manifest:
             sum(entry.tokens for entry in chosen),
             sum(entry.text_bytes for entry in chosen),
         )
-
-
-def check(folder: Path) -> Manifest:
-    """The cheap half of `verify`, for the start of a training: reads no token.
-
-    Manifest against tokenizer, and that just its files are there, of the right size and type. Raises DataError on
-    the first fault.
-    """
-    manifest = Manifest.load(Path(folder))
-    for fault in cheap_faults(Path(folder), manifest):
-        raise DataError(fault)
-    return manifest
-
-
-def cheap_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Faults that show without reading a token; an index's header is read."""
-    yield from _tokenizer_faults(folder / TOKENIZER_FOLDER, manifest)
-    for entry in manifest.files:
-        yield from _file_faults(folder / entry.name, manifest, entry)
-    expected = {entry.name for entry in manifest.files}
-    for path in sorted([*folder.glob("*.bin"), *folder.glob("*.idx")]):
-        if path.stem not in expected:
-            yield f"{path} is not in the manifest: does it come from another folder, of another tokenizer?"
-
-
-def _tokenizer_faults(where: Path, manifest: Manifest) -> Iterator[str]:
-    try:
-        spec = TokenizerSpec.load(where)
-    except DataError as error:
-        yield str(error)
-        return
-    if spec.fingerprint != manifest.tokenizer_fingerprint:
-        yield (
-            f"{where}: fingerprint {spec.fingerprint[:12]}, but the tokens were made by"
-            f" {manifest.tokenizer_fingerprint[:12]}: it is another tokenizer"
-        )
-    if spec.vocab_size != manifest.vocab_size:
-        yield f"{where}: {spec.vocab_size} rows, but the manifest says {manifest.vocab_size}"
-
-
-def _file_faults(prefix: Path, manifest: Manifest, entry: TokenFileEntry) -> Iterator[str]:
-    dtype, found = token_dtype(manifest.vocab_size), None
-    if (index := with_suffix(prefix, ".idx")).is_file():
-        try:
-            found = read_header(index)[0]
-        except DataError as error:
-            yield str(error)
-    if found not in (None, dtype):
-        yield f"{index}: ids of {found}, but a tokenizer of {manifest.vocab_size} rows needs {dtype}: it is another's"
-        return
-    for suffix, expected in entry.sizes(dtype).items():
-        path = with_suffix(prefix, suffix)
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif (size := path.stat().st_size) != expected:
-            yield f"{path}: {size} bytes, but the manifest says {expected}"

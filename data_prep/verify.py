@@ -14,15 +14,8 @@ import numpy as np
 from data_prep.clean import digest_faults
 from data_prep.durable import sha256_of
 from data_prep.errors import DataError
-from data_prep.token_file import (
-    PIECE,
-    TOKENIZER_FOLDER,
-    Manifest,
-    TokenFile,
-    TokenFileEntry,
-    cheap_faults,
-    with_suffix,
-)
+from data_prep.faults import cheap_faults, or_unreadable
+from data_prep.token_file import PIECE, TOKENIZER_FOLDER, Manifest, TokenFile, TokenFileEntry, with_suffix
 from data_prep.tokenizer import Tokenizer
 
 SAMPLE = 8  # documents of a token file that are decoded
@@ -38,10 +31,10 @@ def verify(folder: Path) -> list[str]:
         manifest = Manifest.load(folder)
     except DataError as error:
         return [str(error)]
-    faults = [*cheap_faults(folder, manifest), *digest_faults(folder, manifest)]
+    faults = [*cheap_faults(folder, manifest), *or_unreadable(folder, digest_faults(folder, manifest))]
     checker = _Checker(folder, manifest)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for found in pool.map(lambda entry: list(checker.faults(entry)), manifest.files):
+        for found in pool.map(checker.all_faults, manifest.files):
             faults += found
     return list(dict.fromkeys(faults))  # a missing file shows twice
 
@@ -53,14 +46,18 @@ class _Checker:
         self.folder, self.manifest = folder, manifest
         try:
             tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
-        except DataError:
+        except (DataError, OSError):
             tokenizer = None
-        ours = tokenizer is not None and tokenizer.fingerprint == manifest.tokenizer_fingerprint
+        expected = manifest.tokenizer_fingerprint, manifest.vocab_size
+        ours = tokenizer is not None and (tokenizer.fingerprint, tokenizer.vocab_size) == expected
         self.tokenizer = tokenizer if ours else None
         self.bytes_of_ids = self.tokenizer.spec.bytes_of_ids() if self.tokenizer else None
 
-    def faults(self, entry: TokenFileEntry) -> Iterator[str]:
+    def all_faults(self, entry: TokenFileEntry) -> list[str]:
         prefix = self.folder / entry.name
+        return list(or_unreadable(prefix, self._faults(prefix, entry)))
+
+    def _faults(self, prefix: Path, entry: TokenFileEntry) -> Iterator[str]:
         for suffix, expected in entry.sha256.items():
             path = with_suffix(prefix, suffix)
             if path.is_file() and sha256_of(path) != expected:
@@ -109,7 +106,7 @@ def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = Fals
     if without_end:
         yield f"{file.prefix}.bin: {without_end} documents do not end with id {tokenizer.end_of_document}"
     sample = np.unique(np.linspace(0, len(file.lengths) - 1, min(SAMPLE, len(file.lengths)), dtype=np.int64)).tolist()
-    different = [document for document in sample if not _encodes_to_itself(file, document, tokenizer)]
+    different = [document for document in sample if not _sampled_is_itself(file, document, tokenizer)]
     if len(different) > (len(sample) * (1 - IMPORTED_SAME) if imported else 0):
         yield (
             f"{file.prefix}: the text of document {different[0]} encodes to other ids"
@@ -117,10 +114,15 @@ def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = Fals
         )
 
 
-def _encodes_to_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> bool:
+def _sampled_is_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> bool:
     start, length = int(file.pointers[document]) // file.dtype.itemsize, int(file.lengths[document]) - 1
     ids = file.tokens[start : start + min(length, SAMPLE_TOKENS)]
-    sure = length if length <= SAMPLE_TOKENS else SAMPLE_TOKENS // 2  # a cut may change the last words' ids
+    return encodes_to_itself(ids, tokenizer, cut=length > SAMPLE_TOKENS)
+
+
+def encodes_to_itself(ids: np.ndarray, tokenizer: Tokenizer, cut: bool) -> bool:
+    """Whether the text of `ids` encodes to them; where it is cut, to the first half, for the last words may not."""
+    sure = len(ids) // 2 if cut else len(ids)
     try:
         return np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
     except DataError:  # an id that no token has

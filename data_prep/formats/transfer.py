@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.durable import durable_folder
 from data_prep.errors import DataError
+from data_prep.faults import check
 from data_prep.formats.layouts import Layout
 from data_prep.formats.stream import Piece, Tokens, stream
 from data_prep.token_file import (
@@ -22,11 +23,10 @@ from data_prep.token_file import (
     TokenFile,
     TokenFileEntry,
     TokenFileWriter,
-    check,
 )
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
-from data_prep.verify import IMPORTED, IMPORTED_SAME, SAMPLE
+from data_prep.verify import IMPORTED, IMPORTED_SAME, SAMPLE, encodes_to_itself
 
 FILE_TOKENS = 1 << 27  # of ours that an import writes, about
 UNENDED = 1000  # tokens to look at where no document ends
@@ -99,13 +99,7 @@ def _check_tokenizer(piece: Piece, tokenizer: Tokenizer) -> None:
     """DataError where too few of the first documents, decoded, encode to the same ids."""
     ends = piece.ends[:SAMPLE].tolist()
     documents = [piece.ids[low : high - 1] for low, high in pairwise([0, *ends])] or [piece.ids[:UNENDED]]
-    wrong = 0
-    for ids in documents:
-        sure = len(ids) if ends else len(ids) // 2  # a cut may change the last words' ids
-        try:
-            wrong += not np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
-        except DataError:  # an id that no token has
-            wrong += 1
+    wrong = sum(not encodes_to_itself(ids, tokenizer, cut=not ends) for ids in documents)
     if wrong > len(documents) * (1 - IMPORTED_SAME):
         raise DataError(
             f"{piece.path}: the text of {wrong} of its first {len(documents)} documents encodes to other ids: tokenizer"

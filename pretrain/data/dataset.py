@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile, check
+from data_prep.faults import check
+from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .blend import Blend

@@ -1,18 +1,34 @@
 """What is left out: lengths, and copies within a run, across its units, and of other folders."""
 
 import json
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import clean
-from data_prep.clean import DIGEST, KEPT, digest_of, digests_of, find_duplicates, place_of, sorted_digests
+from data_prep.clean import DIGEST, KEPT, CleanConfig, digest_of, digests_of, find_duplicates, place_of, sorted_digests
+from data_prep.corpus import FilesCorpus
+from data_prep.drop import DropCopies
+from data_prep.encode import EncodeJob, UnitRecord, entry_of
+from data_prep.encoder import Encoder
 from data_prep.errors import DataError
-from data_prep.token_file import Manifest, TokenFile
+from data_prep.pool import SharedWatch
+from data_prep.token_file import Manifest, TokenFile, TokenFileEntry, TokenFileWriter
 from data_prep.tokenizer import Tokenizer
+from data_prep.unit import Unit
 from data_prep.verify import verify
-from tests.data_prep.commands import assert_one_error, folder_bytes, texts, tokenize, write_jsonl
+from tests.data_prep.commands import (
+    assert_one_error,
+    folder_bytes,
+    python,
+    small_spec,
+    texts,
+    tokenize,
+    write_jsonl,
+)
 
 
 def documents_of(folder: Path) -> list[str]:
@@ -47,12 +63,22 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     assert tokenize(*command, f"out={out}").stdout.startswith("already done")
 
     digests = (out / "documents.digests").read_bytes()
-    for wrong, fault in ((digests[::-1], "do not rise"), (digests[1:], "60 documents of the manifest have 16 each")):
+    flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # of the lower half: they rise as before
+    for wrong, fault in (
+        (digests[::-1], "do not rise"),
+        (flipped, "documents.digests: its sha256 is not that of the manifest"),
+        (digests[1:], "60 documents of the manifest have 16 each"),
+    ):
         (out / "documents.digests").write_bytes(wrong)
         assert len(verify(out)) == 1 and fault in verify(out)[0]
     with pytest.raises(DataError, match=r"documents\.digests: 959 bytes are not 16 a document"):
         digests_of(str(out))
     (out / "documents.digests").write_bytes(digests)
+    manifest = Manifest.load(out)
+    before = {key: value for key, value in manifest.corpus.items() if key != "digests_sha256"}
+    replace(manifest, corpus=before).save(out)  # as folders were made before the hash was kept
+    assert len(before) < len(manifest.corpus) and verify(out) == []
+    manifest.save(out)
 
     new = texts(20, seed=1)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*once[::2], *new, new[1]]))
@@ -110,3 +136,36 @@ def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch:
     assert len(ranges) > 10 and results[0] == results[1]
     assert len(results[0][0]) == len(all_of_them) - len(set(all_of_them))
     assert len(results[0][1]) == 16 * len(set(all_of_them)) and KEPT.isalignedstruct
+
+
+def drop_one_of_two(folder: Path) -> int:
+    """Writes a unit's file again without the second of its two documents; the most memory this process had, KB."""
+    job = EncodeJob(folder, FilesCorpus([]), CleanConfig(deduplicate=True), 0.0, 1 << 31, None)
+    with open(folder / "entry.json") as file:
+        entry = TokenFileEntry(**json.load(file))
+    task = DropCopies(Unit(0, 0), UnitRecord(0, "", "", (entry,)), np.array([place_of("train", 1)]))
+    task.run(job, Encoder.load(folder, None), SharedWatch([0] * 4))
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
+def test_memory_is_flat_in_the_length_of_what_goes_and_of_what_stays(tmp_path: Path) -> None:
+    peak = {}
+    for millions in (2, 20):
+        folder = tmp_path / str(millions)
+        small_spec().save(folder / "tokenizer")
+        (folder / "unfinished").mkdir()
+        ids = np.arange(millions * 10**6, dtype=np.uint32) % 259
+        ids[-1] = 259
+        text_bytes = int(small_spec().bytes_of_ids()[ids].sum())
+        with TokenFileWriter(folder / "train-00000", 260) as writer:
+            writer.add(ids)
+            writer.add(ids)
+        (folder / "entry.json").write_text(json.dumps(asdict(entry_of("train", writer, 2 * text_bytes))))
+        code = "import sys, tests.data_prep.test_clean as t; print(t.drop_one_of_two(t.Path(sys.argv[1])))"
+        done = python("-c", code, folder)
+        assert done.returncode == 0, done
+        peak[millions] = int(done.stdout)
+        assert np.array_equal(TokenFile(folder / "train-00000").tokens, ids)
+        (entry,) = json.loads((folder / "unfinished" / "dropped-00000.json").read_text())["files"]
+        assert (entry["documents"], entry["tokens"], entry["text_bytes"]) == (1, len(ids), text_bytes)
+    assert peak[20] < peak[2] + 10_000, peak

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import app, pool
+from data_prep import app, encode, pool, source, token_file
 from data_prep.app import TokenizeConfig
-from data_prep.clean import CleanConfig
+from data_prep.clean import CleanConfig, digest_of
 from data_prep.corpus import Beat, FilesCorpus
 from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_unit
 from data_prep.encoder import Encoder
@@ -180,6 +181,40 @@ def test_copies_that_are_others_after_a_file_was_mended(tmp_path: Path, monkeypa
         run(out)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
     assert Manifest.load(tmp_path / "out").totals()[0] == 3 and verify(tmp_path / "out") == []
+
+
+class HeldWatch(SharedWatch):
+    """With the memory at the last sign of life."""
+
+    held = 0
+
+    def done(self, text_bytes: int, tokens: int) -> None:
+        self.held = tracemalloc.get_traced_memory()[0]
+
+
+def test_memory_for_the_documents_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 bytes each, of the index: neither what is written of them nor their digests are held."""
+    monkeypatch.setattr(encode, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(token_file, "PIECE", 1000)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 10_000)
+    held, peak = {}, {}
+    for count in (10_000, 40_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        texts = [str(number) for number in range(count)]
+        job = job_of(folder, texts)
+        (unit,) = job.corpus.units(1 << 30)
+        encoder, watch = Encoder.load(job.folder, None), HeldWatch([0] * 4)
+        tracemalloc.start()
+        record = EncodeUnit(unit).run(job, encoder, watch)
+        held[count], peak[count] = watch.held, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert record.digest == digest_of(b"".join(digest_of(text.encode()) for text in texts)).hex()
+        lengths, (entry,) = [len(text) + 1 for text in texts], record.files
+        assert TokenFile(job.folder / entry.name).document_lengths().tolist() == lengths
+        assert TokenFile(job.folder / entry.name).index_faults() == []
+    assert held[40_000] < held[10_000] + 8 * 30_000, held
+    assert peak[40_000] < peak[10_000] + 8 * 30_000, peak
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

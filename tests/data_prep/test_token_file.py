@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.token_file import (
-    DTYPES,
-    HEADER,
-    MAGIC,
-    Manifest,
-    TokenFile,
-    TokenFileWriter,
-    check,
-    index_bytes,
-    token_dtype,
-)
+from data_prep.faults import check
+from data_prep.token_file import DTYPES, HEADER, MAGIC, Manifest, TokenFile, TokenFileWriter, index_bytes, token_dtype
 from data_prep.verify import verify
 from tests.data_prep.commands import small_spec
 from tests.data_prep.folders import make_folder, write

@@ -1,16 +1,21 @@
 """Every fault is found, and named."""
 
+import errno
 import hashlib
+import io
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter, check
+from data_prep.faults import check
+from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import SAMPLE_TOKENS, verify
 from tests.data_prep.commands import small_spec
@@ -130,15 +135,60 @@ def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Calla
         ("corpus", None, "corpus must be dict, not NoneType"),
         ("sha256", None, "sha256 must be dict, not NoneType"),
         ("tokens", "5", "tokens must be int, not str"),
+        ("config", {"clean": []}, "config.clean must be dict, not list"),
+        ("sha256", {}, "train-00000: sha256 must be of .bin and .idx, not of none"),
+        ("sha256", {".bin": "0"}, "train-00000: sha256 must be of .bin and .idx, not of .bin"),
+        ("sha256", {".bin": "0", ".idx": "0", ".txt": "0"}, "not of .bin, .idx, .txt"),
+        ("split", "test", "train-00000: split 'test' must be one of train, val"),
+        ("name", "val-00000", "val-00000 must be in files once"),
+        ("name", "./val-00000", "name './val-00000' must be that of a file in the folder itself"),
     ],
 )
-def test_a_manifest_of_other_types(tmp_path: Path, key: str, value: object, message: str) -> None:
+def test_a_manifest_that_is_none(tmp_path: Path, key: str, value: object, message: str) -> None:
     make_folder(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     (content if key in content else content["files"][0])[key] = value
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     (fault,) = verify(tmp_path)
     assert "manifest.json is not a manifest" in fault and message in fault
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(tmp_path)
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Opening it fails as on a bad disk; a mode would not do, for root reads everything."""
+
+    def fails(where: object, *arguments: Any, **options: Any) -> Any:
+        if str(where) == str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(where, *arguments, **options)
+
+    opened = io.open
+    for place in ("builtins.open", "io.open"):
+        monkeypatch.setattr(place, fails)
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "train-00000.idx", "tokenizer/spec.json", "tokenizer/ranks.tiktoken", "manifest.json"]
+)
+def test_a_file_that_cannot_be_read_is_one_fault_among_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "val-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 4, 259))
+    unreadable(monkeypatch, tmp_path / name)
+    faults = verify(tmp_path)
+    assert f"{tmp_path / name} cannot be read: Input/output error" in faults
+    assert any("val-00000.bin: its sha256" in fault for fault in faults) or name == "manifest.json"
+    assert len(faults) == (1 if name == "manifest.json" else 2)
+
+
+def test_a_manifest_of_more_rows_than_its_tokenizer(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    rewrite(tmp_path, [[1, 2, 259]])
+    write(tmp_path / "train-00000", [[300, 259]])
+    replace(Manifest.load(tmp_path), vocab_size=400).save(tmp_path)
+    assert any("260 rows, but the manifest says 400" in fault for fault in verify(tmp_path))
 
 
 def test_no_manifest_is_the_only_fault(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.durable import DurableFile
+from data_prep.faults import check
 from data_prep.formats import stream as streams
 from data_prep.formats import transfer
 from data_prep.formats.__main__ import main
 from data_prep.formats.layouts import LAYOUTS, in_short
 from data_prep.formats.stream import Tokens, stream
-from data_prep.token_file import Manifest, TokenFile, TokenFileWriter, check
+from data_prep.token_file import Manifest, TokenFile, TokenFileWriter
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 from data_prep.verify import verify

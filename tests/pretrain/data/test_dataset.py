@@ -33,6 +33,18 @@ def test_a_permutation_is_a_bijection(n, seed):
             permutation(np.array([0, outside]))
 
 
+@settings(deadline=None)
+@given(n=st.integers(1, 2**40), seed=st.integers(0, 2**63), data=st.data())
+def test_a_permutation_of_any_size_sends_no_two_to_one_place(n, seed, data):
+    """On a sample: some indices, their neighbours and both ends."""
+    permutation = Permutation(n, seed, "corpus", 0)
+    some = data.draw(st.lists(st.integers(0, n - 1), max_size=50))
+    spots = np.unique([0, n - 1, *(near for i in some for near in (max(i - 1, 0), i, min(i + 1, n - 1)))])
+    images = permutation(spots)
+    assert len(np.unique(images)) == len(spots) and 0 <= images.min() <= images.max() < n
+    assert [int(permutation(spots[i : i + 1])[0]) for i in range(len(spots))] == images.tolist()  # alone or together
+
+
 def test_the_order_never_changes():
     """Runs that are resumed rely on it."""
     assert Permutation(1000, 7, "corpus", 0)(np.arange(8)).tolist() == [594, 349, 71, 525, 59, 522, 335, 706]

@@ -62,6 +62,19 @@ def test_ranks_share_the_global_batch(loader, world, micro_batch):
             assert torch.equal(micro.targets_BT[valid], micro.tokens_BT[valid] + 1)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_order_is_the_same_for_any_ranks_and_micro_batch(loader, windows, world, micro_batch):
+    """Put together as they are dealt, micro-batch by micro-batch, they are the order itself."""
+    ranks = [loader(rank, world, 96, micro_batch) for rank in range(world)]
+    order = Order(len(windows), seed=0, corpus="a")
+    for step in range(3):  # each of more than two epochs
+        batches = [next(rank).micro_batches for rank in ranks]
+        dealt = [micro for together in zip(*batches, strict=True) for micro in together]
+        served = [int(tokens[0]) // SEQ_LEN for micro in dealt for tokens in micro.tokens_BT]
+        assert served == order(step * 96, 96).tolist()
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_rank_has_in_one_micro_batch_what_more_have_together(loader, world):
     (whole,) = next(loader(micro_batch=8)).micro_batches

@@ -1,9 +1,11 @@
 """`python -m pretrain.data show`: what a step saw, against what training really served."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from data_prep.token_file import TokenFile
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import BatchLoader, Windows
+from pretrain.data.__main__ import COLOURS
 from pretrain.settings import TrainConfig
 from pretrain.vocab import VocabShard
 from tests.pretrain.helpers import make_corpus
@@ -103,6 +106,37 @@ def test_text_is_shown_where_there_is_a_tokenizer(tmp_path):
     done = show(f"data.path={data}", "train.seq_len=32", "train.global_batch=2", "train.micro_batch=1")
     assert done.returncode == 0 and done.stdout.count("sample ") == 2, done.stderr
     assert "train-0000" in done.stdout and ", document 0 from its token " in done.stdout
+
+
+def shown_on_a_terminal(*arguments: str) -> str:
+    """What the command writes where its output is a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "pretrain.data", "show", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=theirs, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        os.close(theirs)
+        pieces = []
+        with suppress(OSError):  # so a terminal ends that nobody writes to any more
+            while piece := os.read(ours, 1 << 16):
+                pieces.append(piece)
+        os.close(ours)
+    assert process.returncode == 0
+    return b"".join(pieces).decode().replace("\r\n", "\n")
+
+
+def test_documents_have_colours_on_a_terminal_alone(tmp_path):
+    data = write_tokens(tmp_path / "a")
+    command = [f"data.path={data}", f"vocab.size={VOCAB}", "train.seq_len=64", "train.global_batch=2"]
+    command += ["train.micro_batch=1"]
+    plain, coloured = show(*command).stdout, shown_on_a_terminal(*command)
+    shades = re.compile(r"\033\[(48;5;(\d+)|0)m")
+    assert "\033" not in plain and "sample " in plain
+    assert shades.sub("", coloured).split() == plain.split()
+    documents = [int(number) for number in re.findall(r", document ([\d,]+) from", plain)]
+    used = [
+        {int(match[2]) for match in shades.finditer(text) if match[2]}
+        for text in re.split(r"(?m)^  .*, document .*$", coloured)[1:]
+    ]
+    assert used == [set(COLOURS[document % len(COLOURS)]) for document in documents] and len(set(documents)) > 1
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_masked_documents_train_as_each_alone(folder, engine, kind, packing):
     config = config_of(run, 2, 2, engine, {"activation_checkpointing": kind}, **settings)
     run_ranks(2, train_rank, config, timeout=120)
     ours, truth = outcome(run), dense_training(config_of(folder / "dense", 1, **settings))
-    np.testing.assert_allclose(ours.losses, truth.losses, rtol=1e-5)
+    np.testing.assert_allclose(ours.losses, truth.losses, rtol=1e-6)
     np.testing.assert_allclose(ours.norms, truth.norms, rtol=1e-5)
     for name, tensor in truth.weights.items():
         assert apart(ours.tensors[name][: len(tensor)], tensor) <= 5e-5, name  # biases are still near 0
