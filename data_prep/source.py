@@ -17,7 +17,6 @@ from stat import S_ISDIR, S_ISREG
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from data_prep.errors import DataError, headline
 
@@ -25,7 +24,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
-HTTP_SECONDS = 60.0
+HTTP_SECONDS = 60.0  # in which a web server must send something
 WEB = ("http://", "https://")
 
 
@@ -198,30 +197,49 @@ def remote_files(name: str) -> list[FileInfo]:
             matches = system.glob(inner, detail=True)
         else:
             matches = system.find(inner, detail=True)
-        infos = [(system.unstrip_protocol(path), info) for path, info in sorted(matches.items())]
-        return [remote_file(path, info) for path, info in infos if info.get("type", "file") == "file"]
+        files = [(path, info) for path, info in sorted(matches.items()) if info.get("type", "file") == "file"]
+        return [remote_file(system, path, info) for path, info in files]
 
 
-def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
+def remote_file(system: Any, inner: str, info: dict[str, Any]) -> FileInfo:
+    if info.get("size") is None:  # as in a web server's list of a folder
+        info = system.info(inner)
     version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
-    size = info.get("size")  # None where a server does not say it
-    return FileInfo(path, size or 0, f"{size}-{version}", size is not None and takes_ranges(path))
+    path, size = system.unstrip_protocol(inner), info.get("size")  # None where a server does not say it
+    return FileInfo(path, size or 0, f"{size}-{version}", takes_ranges(path))
 
 
 @cache
 def takes_ranges(path: str) -> bool:
-    """Whether the file can be read from anywhere. A web server may send all or nothing."""
+    """Whether the file can be read from anywhere: tried, for a web server may send all or nothing, whatever it says."""
     if not path.startswith(WEB):
         return True
-    with urlopen(Request(path, method="HEAD"), timeout=HTTP_SECONDS) as answer:
-        return str(answer.headers.get("Accept-Ranges")) == "bytes"
+    system, inner = filesystem(path)
+    try:
+        with system.open(inner, "rb", block_size=1, cache_type="none") as file:
+            file.seek(1)
+            return bool(file.read(1))
+    except ValueError:  # fsspec's, of the seek or of an answer that is the whole file
+        return False
 
 
 def filesystem(name: str) -> tuple[Any, str]:
+    """fsspec's, and the name in it. DataError where a package is missing."""
     import fsspec
 
-    system, inner = fsspec.core.url_to_fs(name)
+    try:
+        system, inner = fsspec.core.url_to_fs(name, **(web_client() if name.startswith(WEB) else {}))
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None)
+        raise DataError(f"{name}: needs a package that is not installed: pip install {missing or error}") from error
     return system, inner
+
+
+def web_client() -> dict[str, Any]:
+    """fsspec's options. Left alone, its client gives a whole file five minutes, however steadily it comes."""
+    from aiohttp import ClientTimeout
+
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)}}
 
 
 def open_raw(path: str) -> BinaryIO:
