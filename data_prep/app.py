@@ -23,6 +23,7 @@ from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
 from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.drop import DropCopies, digest_of_places
 from data_prep.encode import (
+    UNFINISHED_FOLDER,
     EncodeJob,
     EncodeUnit,
     Part,
@@ -332,10 +333,16 @@ def execute(config: TokenizeConfig) -> int:
     except DataError as error:
         return fail(headline(error))
     except OSError as error:
-        return fail(f"{error}; finished units are kept, and the same command does the rest")
+        return fail(f"{error}{what_is_kept(config)}")
     except KeyboardInterrupt:
-        fail("interrupted; finished units are kept, and the same command does the rest")
+        fail(f"interrupted{what_is_kept(config)}")
         return EXIT_INTERRUPTED
+
+
+def what_is_kept(config: TokenizeConfig) -> str:
+    """A remark for a run that has begun its folder: of one without a finished unit nothing is left there."""
+    begun = config.out is not None and os.path.isdir(Path(config.out) / UNFINISHED_FOLDER)
+    return "; finished units are kept, and the same command does the rest" if begun else ""
 
 
 def refuse_unknown_keys(config: TokenizeConfig) -> None:

@@ -191,7 +191,7 @@ class FilesCorpus(CorpusConfig):
             if size > largest:
                 yield too_large(name, largest)
             elif not isinstance(line, bytes):
-                yield LongDocument(name, partial(row_pieces, line, self.text_key))
+                yield LongDocument(name, partial(row_pieces, line, self.text_key, beat))
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 

@@ -27,6 +27,17 @@ WORD = re.compile(r"true|false|null|NaN|-?Infinity|-?(?:0|[1-9][0-9]*)(?:\.[0-9]
 LONGEST_WORD = 4300  # Python's bound for the digits of an integer
 LONGEST_ESCAPE = 12  # a surrogate pair
 
+# What is passed over in one go, as far as it is plain and whole in the block; the scanner goes on where that ends.
+ESCAPE = r"\\(?:[\"\\/bfnrt]|u[0-9a-fA-F]{4})"
+PLAIN_STRING = rf'"[^"\\\x00-\x1f]*+(?:{ESCAPE}[^"\\\x00-\x1f]*+)*+"'
+PLAIN_NUMBER = r"(?=[-0-9])-?(?:0|[1-9][0-9]{0,999}+)(?:\.[0-9]{1,999}+)?+(?:[eE][+-]?[0-9]{1,9}+)?+(?=[\s,\]}])"
+PLAIN_WORD = rf"{PLAIN_NUMBER}|(?:true|false|null)(?=[\s,\]}}])"
+PLAIN_VALUE = rf"{PLAIN_STRING}|{PLAIN_WORD}"
+for _ in range(4):  # levels of brackets
+    PLAIN_VALUE = rf"{PLAIN_STRING}|[\[{{](?:[\s,:]++|{PLAIN_VALUE})*+[\]}}]|{PLAIN_WORD}"
+SPACES, ITEMS = re.compile(r"\s*+"), re.compile(rf"(?:[\s,:]++|{PLAIN_VALUE})*+")
+OPENERS, CLOSERS = re.compile(r"(?:[\s,:]*+[\[{])*+"), re.compile(r"(?:[\s,:]*+[\]}])*+")
+
 
 class LongDocument(NamedTuple):
     """A name that finds it again, and a function that reads its text anew, in pieces."""
@@ -82,16 +93,17 @@ def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
     decoder.decode(b"", final=True)
 
 
-def row_pieces(row: BinaryIO, text_key: str) -> Iterator[str]:
+def row_pieces(row: BinaryIO, text_key: str, beat: Callable[[], None]) -> Iterator[str]:
     """The text of one row of JSON lines. ValueError where it has none, or is no JSON as far as it is read.
 
     That is to the end of the text: what comes after it is not looked at, and of two keys of one name the first counts.
+    `beat` is called at each block: a long way to the text is no standstill.
     """
-    row.seek(0)
-    scanner = Scanner(decoded(iter(lambda: row.read(source.BLOCK_BYTES), b""), "utf-8-sig"))
+    scanner = Scanner(decoded(row_blocks(row, beat), "utf-8-sig"))
+    others = other_members(text_key)
     if scanner.next() != "{":
         raise ValueError("a row must be an object")
-    while scanner.next() == '"':
+    while scanner.past(others).next() == '"':
         key = "".join(scanner.string())
         if scanner.next() != ":":
             raise ValueError("not JSON: no colon after a key")
@@ -107,6 +119,19 @@ def row_pieces(row: BinaryIO, text_key: str) -> Iterator[str]:
     raise ValueError(f"no key {text_key!r} (corpus.text_key)")
 
 
+def other_members(text_key: str) -> re.Pattern[str]:
+    """Plain members, each with its comma, up to one whose key may be this one, however it is spelled."""
+    key = "".join(rf"(?:{re.escape(char)}|(?:{ESCAPE}){{{1 + (ord(char) > 0xFFFF)}}})" for char in text_key)
+    return re.compile(rf'(?:\s*+(?!"{key}"){PLAIN_STRING}\s*+:\s*+(?:{PLAIN_VALUE})\s*+,)*+')
+
+
+def row_blocks(row: BinaryIO, beat: Callable[[], None]) -> Iterator[bytes]:
+    row.seek(0)
+    while block := row.read(source.BLOCK_BYTES):
+        beat()
+        yield block
+
+
 def loaded(escaped: str) -> str:
     try:
         return str(json.loads(f'"{escaped}"'))
@@ -118,23 +143,33 @@ class Scanner:
     """Goes through JSON forwards, holding one block."""
 
     def __init__(self, blocks: Iterator[str]) -> None:
-        self._blocks, self._text, self._at = blocks, "", 0
+        self._blocks, self._text, self._at = filter(None, blocks), "", 0
 
     def _more(self) -> bool:
         block = next(self._blocks, None)
         self._text, self._at = self._text[self._at :] + (block or ""), 0
         return block is not None
 
+    def _take(self, run: re.Pattern[str]) -> str:
+        """What matches here, taken; `run` matches anywhere, if only nothing."""
+        match = run.match(self._text, self._at)
+        assert match is not None
+        self._at = match.end()
+        return match.group()
+
+    def past(self, run: re.Pattern[str]) -> "Scanner":
+        self._take(run)
+        return self
+
     def next(self) -> str:
         """The next character that is no space, taken; ValueError at the end."""
-        while True:
-            while self._at < len(self._text):
-                character = self._text[self._at]
+        while self._at < len(self._text) or self._more():
+            character = self._text[self._at]
+            if not character.isspace():
                 self._at += 1
-                if not character.isspace():
-                    return character
-            if not self._more():
-                raise ValueError("not JSON: it ends too early")
+                return character
+            self._take(SPACES)
+        raise ValueError("not JSON: it ends too early")
 
     def string(self) -> Iterator[str]:
         """The rest of a string, its end taken."""
@@ -161,14 +196,22 @@ class Scanner:
                 for _ in self.string():
                     pass
             elif first in "[{":
-                depth += 1
+                depth += 1 + sum(map(self._take(OPENERS).count, "[{"))
             elif first in "]}" and depth:
-                depth -= 1
+                depth -= 1 + self._closers(depth - 1)
             elif first not in ",:" or not depth:
                 self._skip_word(first)
             if depth == 0:
                 return
-            first = self.next()
+            first = self.past(ITEMS).next()
+
+    def _closers(self, most: int) -> int:
+        """Takes the brackets that close here, `most` at most; how many."""
+        start = self._at
+        run = self._take(CLOSERS)
+        ends = [place for place, character in enumerate(run, start + 1) if character in "]}"][:most]
+        self._at = ends[-1] if ends else start
+        return len(ends)
 
     def _skip_word(self, word: str) -> None:
         while self._at < len(self._text) or self._more():

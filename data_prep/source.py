@@ -4,6 +4,7 @@ A piece is a range of a file: bytes of lines, row groups of parquet, or the whol
 from the file alone, and one process reads it without the others. Nothing is held but the row that is being read.
 """
 
+import fnmatch
 import glob
 import io
 import os
@@ -12,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from data_prep.errors import DataError, headline
 
@@ -23,7 +24,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
-HTTP_SECONDS = 60.0
+HTTP_SECONDS = 60.0  # in which a web server must send something
 WEB = ("http://", "https://")
 
 
@@ -87,43 +88,100 @@ def name_of(path: str) -> PurePosixPath:
 
 
 def compression_of(path: str) -> str | None:
-    return COMPRESSIONS.get(name_of(path).suffix)
+    return COMPRESSIONS.get(name_of(path).suffix.lower())
 
 
 def kind_of(path: str) -> str:
     """The suffix that says what is inside, compression left out."""
     name = name_of(path)
-    return PurePosixPath(name.stem).suffix if compression_of(path) else name.suffix
+    return (PurePosixPath(name.stem) if compression_of(path) else name).suffix.lower()
 
 
 def expand(paths: list[str]) -> list[FileInfo]:
-    """The files that paths, globs, folders and URLs name, each once, in the order given; sorted within one name."""
+    """The files that paths, globs, folders and URLs name, in the order given, sorted within one name.
+
+    Each once: a local one by its real path. DataError for what they name and cannot be opened.
+    """
     found: dict[str, FileInfo] = {}
     for name in paths:
         matches = remote_files(name) if is_remote(name) else local_files(name)
         if not matches:
             raise DataError(f"corpus.paths: {name!r} matches no file")
         for match in matches:
-            found.setdefault(match.path, match)
+            found.setdefault(match.path if is_remote(name) else os.path.realpath(match.path), match)
     if not found:
         raise DataError("corpus.paths=[] must name at least one file, glob, folder or URL")
     return list(found.values())
 
 
 def local_files(name: str) -> list[FileInfo]:
-    if os.path.isdir(name):
-        below = sorted(path for path in Path(name).rglob("*") if path.is_file())
-        matches = [p for p in below if not any(part.startswith(".") for part in p.relative_to(name).parts)]
-    elif os.path.isfile(name):  # before the glob: a name may have brackets
-        matches = [Path(name)]
-    else:
-        matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
-    return [local_file(path) for path in matches]
+    with reading(name):
+        if is_there(name):  # before the glob: a name may have brackets
+            paths = named(name, ["**"]) if is_folder(name) else iter([name])
+        else:
+            paths = named("/" if name.startswith("/") else ".", name.split("/"))
+        return [local_file(path) for path in sorted(set(map(Path, paths)))]
 
 
 def local_file(path: Path) -> FileInfo:
+    """DataError or OSError where it cannot be opened: now, and not in the middle of a run."""
     status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise DataError(f"{path}: cannot be read: neither a file nor a folder")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: cannot be read: no permission")
     return FileInfo(path.as_posix(), status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def named(folder: str, parts: list[str]) -> Iterator[str]:
+    """What the parts of a glob name in `folder`, folders left out. OSError or DataError for what it cannot look at."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for below in folders(folder):
+            yield from named(below, rest or ["*"])
+        return
+    for path in entries(folder, part):
+        if rest and is_folder(path):
+            yield from named(path, rest)
+        elif not rest and not is_folder(path):
+            yield path
+
+
+def folders(folder: str) -> Iterator[str]:
+    """The folder and all below, through links too, each once, for a link may lead back: without a link if it can be."""
+    waiting, links, seen = [folder], list[str](), set[str]()
+    while waiting or links:
+        folder = (waiting or links).pop()
+        if (real := os.path.realpath(folder)) not in seen:
+            seen.add(real)
+            yield folder
+            for below in filter(is_folder, entries(folder, "*")):
+                (links if os.path.islink(below) else waiting).append(below)
+
+
+def entries(folder: str, part: str) -> list[str]:
+    """Those that one part of a glob names. Hidden ones only where it begins with a dot."""
+    if not glob.has_magic(part):
+        return list(filter(is_there, [os.path.join(folder, part)]))
+    names = sorted(fnmatch.filter(os.listdir(folder), part))
+    return [os.path.join(folder, name) for name in names if part.startswith(".") or not name.startswith(".")]
+
+
+def is_there(path: str) -> bool:
+    """Perhaps as a link that leads nowhere. OSError where that cannot be known."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_folder(path: str) -> bool:
+    """DataError for a link that leads nowhere."""
+    try:
+        return S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise DataError(f"{path}: cannot be read: it links to what is not there; mend it, or take it away") from None
 
 
 def is_remote(name: str) -> bool:
@@ -139,30 +197,49 @@ def remote_files(name: str) -> list[FileInfo]:
             matches = system.glob(inner, detail=True)
         else:
             matches = system.find(inner, detail=True)
-        infos = [(system.unstrip_protocol(path), info) for path, info in sorted(matches.items())]
-        return [remote_file(path, info) for path, info in infos if info.get("type", "file") == "file"]
+        files = [(path, info) for path, info in sorted(matches.items()) if info.get("type", "file") == "file"]
+        return [remote_file(system, path, info) for path, info in files]
 
 
-def remote_file(path: str, info: dict[str, Any]) -> FileInfo:
+def remote_file(system: Any, inner: str, info: dict[str, Any]) -> FileInfo:
+    if info.get("size") is None:  # as in a web server's list of a folder
+        info = system.info(inner)
     version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
-    size = info.get("size")  # None where a server does not say it
-    return FileInfo(path, size or 0, f"{size}-{version}", size is not None and takes_ranges(path))
+    path, size = system.unstrip_protocol(inner), info.get("size")  # None where a server does not say it
+    return FileInfo(path, size or 0, f"{size}-{version}", takes_ranges(path))
 
 
 @cache
 def takes_ranges(path: str) -> bool:
-    """Whether the file can be read from anywhere. A web server may send all or nothing."""
+    """Whether the file can be read from anywhere: tried, for a web server may send all or nothing, whatever it says."""
     if not path.startswith(WEB):
         return True
-    with urlopen(Request(path, method="HEAD"), timeout=HTTP_SECONDS) as answer:
-        return str(answer.headers.get("Accept-Ranges")) == "bytes"
+    system, inner = filesystem(path)
+    try:
+        with system.open(inner, "rb", block_size=1, cache_type="none") as file:
+            file.seek(1)
+            return bool(file.read(1))
+    except ValueError:  # fsspec's, of the seek or of an answer that is the whole file
+        return False
 
 
 def filesystem(name: str) -> tuple[Any, str]:
+    """fsspec's, and the name in it. DataError where a package is missing."""
     import fsspec
 
-    system, inner = fsspec.core.url_to_fs(name)
+    try:
+        system, inner = fsspec.core.url_to_fs(name, **(web_client() if name.startswith(WEB) else {}))
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None)
+        raise DataError(f"{name}: needs a package that is not installed: pip install {missing or error}") from error
     return system, inner
+
+
+def web_client() -> dict[str, Any]:
+    """fsspec's options. Left alone, its client gives a whole file five minutes, however steadily it comes."""
+    from aiohttp import ClientTimeout
+
+    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)}}
 
 
 def open_raw(path: str) -> BinaryIO:

@@ -75,6 +75,14 @@ def test_globs_and_folders_in_order_each_once(tmp_path: Path) -> None:
         expand([])
 
 
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "B.JSONL", ["one", "two"]).read_bytes()
+    (tmp_path / "C.Json.GZ").write_bytes(gzip.compress(rows))
+    (tmp_path / "D.TXT.ZST").write_bytes(zstd(b"three"))
+    write_parquet(tmp_path / "E.PARQUET", text=["four"])
+    assert documents(tmp_path) == ["one", "two", "one", "two", "three", "four"]
+
+
 BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
     "text": ("a.txt", b"fine\nna\xefve", "a.txt", r"not UTF-8 \(byte 0xef after 7 bytes\)"),
     "json bytes": ("a.jsonl", b'{"text":"ok"}\n\n{"text":"\xff"}\n', "a.jsonl:15", "not UTF-8"),

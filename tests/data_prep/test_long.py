@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import corpus, long, source
 from data_prep.app import TokenizeConfig, training_texts
 from data_prep.clean import digest_of
-from data_prep.corpus import FilesCorpus
+from data_prep.corpus import FilesCorpus, no_beat
 from data_prep.errors import DataError
 from data_prep.long import LongDocument, cut, digest_and_size, row_pieces
 from data_prep.source import Document, Poison
@@ -44,7 +46,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         "more": [1],
     }
     line = json.dumps(row, ensure_ascii=ascii_only).encode()
-    pieces = list(row_pieces(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text"))
+    pieces = list(row_pieces(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_beat))
     assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
     assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
 
@@ -64,6 +66,13 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         (b'{"text" "x"}', "no colon"),
         (b'{"a": tru e, "text": "x"}', "'tru' is no value"),
         (b'{"a": [01], "text": "x"}', "'01' is no value"),
+        (b'{"a": [1[2]], "text": "x"}', "'1[2' is no value"),
+        (b'{"a": [1\xe6', "unexpected end of data"),
+        (b'{"a": {"b": "\t"}, "text": "x"}', "Invalid control character"),
+        (b'{"a": ["\\u12g4567890123"], "text": "x"}', "a wrong escape"),
+        (b'{"a": [[[[[[]]]]]]], "text": "x"}', "no key 'text'"),
+        (b'{"a": 1, b: 2, "text": "x"}', "no key 'text'"),
+        (b'{"a": [' + b"1" * 5000 + b'], "text": "x"}', "is no value"),
         (b'{"a": , "text": "x"}', "',' is no value"),
         (b'{"a": ' + b"1" * 5000 + b', "text": "x"}', "is no value"),
         (b'{"text": "\\ud800 alone"}', "surrogates not allowed"),
@@ -72,7 +81,59 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
 )
 def test_a_bad_row_in_pieces(block: int, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        digest_and_size(row_pieces(io.BytesIO(line), "text"), 1 << 20)
+        digest_and_size(row_pieces(io.BytesIO(line), "text", no_beat), 1 << 20)
+
+
+words = st.text(st.sampled_from('text"\\[]{},: \n\u2028é🙂1'), max_size=6)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.dictionaries(words, values, max_size=5),
+    words,
+    words,
+    st.booleans(),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:  ")]),
+    st.sampled_from([1, 2, 3, 5, 11, 40, 1 << 20]),
+    st.integers(0, 12),
+)
+def test_a_row_is_what_json_says(
+    members: dict[str, object], key: str, text: str, ascii_only: bool, marks: tuple[str, str], block: int, deep: int
+) -> None:
+    """Whatever comes before the text, however deep, and wherever the blocks end."""
+    nested: object = list(members.values())
+    for _ in range(deep):
+        nested = [nested, {key: nested}] if deep < 5 else [nested]
+    line = json.dumps({**members, "deep": nested, key: text}, ensure_ascii=ascii_only, separators=marks).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "BLOCK_BYTES", block)
+        assert "".join(row_pieces(io.BytesIO(line), key, no_beat)) == text
+
+
+def test_a_key_however_it_is_spelled(block: int) -> None:
+    line = rb'{"te\u0078u": 1, "t\/ext": {"text": 2}, "\ud83d\ude43": 3, "te\u0078t": "x", "\ud83d\uDE42": "y"}'
+    for key, text in (("text", "x"), ("🙂", "y")):
+        assert "".join(row_pieces(io.BytesIO(line), key, no_beat)) == text
+
+
+def test_a_long_way_to_the_text_is_no_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat with each block, before the first piece of text."""
+    monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
+    row = {"numbers": list(range(10_000)), **{f"key{number}": number for number in range(3000)}, "text": "x"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    files, beats = FilesCorpus([str(path)]), list[int]()
+    (unit,) = files.units(1 << 20)
+    (document,) = files.items(unit, 1 << 20, lambda: beats.append(1))
+    assert isinstance(document, LongDocument)
+    beats.clear()
+    assert next(document.pieces()) == "x" and len(beats) >= path.stat().st_size // 1000 > 80
 
 
 def test_cut_where_no_pattern_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:

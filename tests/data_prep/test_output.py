@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 
-from data_prep.corpus import FilesCorpus
+from data_prep import app
+from data_prep.app import TokenizeConfig
+from data_prep.corpus import FilesCorpus, StdlibCorpus
 from data_prep.durable import shared
 from data_prep.errors import DataError
 from data_prep.output import Output
 from data_prep.token_file import Manifest
+from data_prep.tokenizer import FileTokenizer
+from tests.data_prep.commands import small_spec
 from tests.data_prep.folders import make_folder
 
 
@@ -49,3 +53,33 @@ def test_what_ended_workers_have_left_half_written_goes_with_the_run_that_fails(
         raise OSError("full")
     names = sorted(path.name for path in out.rglob("*") if path.is_file())
     assert names == ["lock", "settings.json", "train-00000.bin"]
+
+
+@pytest.mark.parametrize("key", ["verify", "stats", "out"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_units_are_kept_by_a_run_that_has_begun_its_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str, error: BaseException
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    for name in ("verify", "write_statistics", "tokenize"):
+        monkeypatch.setattr(app, name, fails)
+    config = TokenizeConfig(StdlibCorpus(), FileTokenizer("nowhere"), **{key: str(tmp_path)})
+    message, code = ("error: interrupted", 130) if isinstance(error, KeyboardInterrupt) else (f"error: {error}", 2)
+    assert app.execute(config) == code and capsys.readouterr().err == f"{message}\n"
+    (tmp_path / "unfinished").mkdir()
+    remark = "; finished units are kept, and the same command does the rest" if key == "out" else ""
+    assert app.execute(config) == code and capsys.readouterr().err == f"{message}{remark}\n"
+
+
+@pytest.mark.parametrize("out", ["file/out", "/proc/out", "x" * 300])
+def test_an_impossible_folder_is_one_line_that_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("text")
+    small_spec().save(tmp_path / "spec")
+    assert app.execute(TokenizeConfig(FilesCorpus(["file"]), FileTokenizer("spec"), out=out)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and out in line and "kept" not in line
