@@ -43,7 +43,7 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample, trainer)
-    byte_of = _byte_of_character()
+    byte_of = {character: byte for byte, character in characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     return TokenizerSpec("bpe", pattern, {END_OF_DOCUMENT: len(ranks)}, ranks)
 
@@ -78,12 +78,8 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + PIECE_CHARACTERS]
 
 
-def _byte_of_character() -> dict[str, int]:
+def characters() -> dict[int, str]:
     """GPT-2's table: each byte as a printable character; the others take the code points from 256."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.bpe import PATTERNS
+from data_prep.bpe import PATTERNS, characters
 from data_prep.errors import DataError, headline
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
@@ -26,13 +26,6 @@ PROBE = (  # what two engines may split in two ways; must stay as it is in NFC
     "\n  in.\n\tdef f(a, b): return a+b # ¿qué? Zürich ÉCOLE straße 東京都 привет مرحبا ١٢٣ ½ ² 🙂🙂"
     " <a>&b; 'S ''s $x^y ab aab\naa\n^aa aa$ \u00a0\u3000\u2028 end \x00\x7f!?...---"
 )
-
-
-def characters() -> dict[int, str]:
-    """GPT-2's table: each byte as a printable character; the others take the code points from 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def to_hf(spec: TokenizerSpec, context: int) -> dict[str, dict[str, Any]]:

@@ -43,9 +43,6 @@ class Sheet:
     losses: np.ndarray  # [R, N]
     views: list[View]
 
-    def view(self, key: str) -> View:
-        return next(view for view in self.views if view.key == key)
-
 
 def sheet(
     found: Look, title: str, columns: list[int], first: int, name: Callable[[int], str], vocab_size: int

@@ -10,8 +10,11 @@ from ..page import filled
 from .run import Point, Run
 
 TEMPLATE, PLACE = Path(__file__).with_name("page.html"), "/*REPORT*/null"
-OURS = (("vocab", "tie"), ("vocab", "untie_at"), ("run", "dir"))  # settings that are to differ
-UNTOLD = ("log", "checkpoint", "engine")  # those of no account for a loss
+OURS = ("vocab.tie", "vocab.untie_at", "run.dir")  # settings that are to differ
+UNTOLD = (  # those of no account for a loss
+    *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
+    *("train.stop_after", "train.time_limit", "train.hang_after"),
+)
 TOPS = (1, 2, 5, 10, 20, 50)  # of the spectrum, as it is logged
 USES, NAMES = "uses of a row, of a million", tuple(name.replace("ppm", "") for name in BINS)
 Series = tuple[str, str, list[Point]]  # name; colour, with a dash before it for a dashed line; points
@@ -79,13 +82,20 @@ def warnings(tied: Run, untied: Run) -> Iterator[str]:
         yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
     one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
     for key in sorted(one.keys() | other.keys()):
-        if tuple(key.split(".")) not in OURS and key.split(".")[0] not in UNTOLD and one.get(key) != other.get(key):
+        if not key.startswith(OURS + UNTOLD) and one.get(key) != other.get(key):
             yield f"Another setting differs: {key} is {one.get(key)} when tied, and {other.get(key)} when not."
     for key in ("vocab_size", "tokenizer_fingerprint"):
         if tied.manifest.get(key) != untied.manifest.get(key):
             yield f"The runs differ in {key.replace('_', ' ')}."
     if tied.last("tokens") != untied.last("tokens"):
         yield "The runs have not seen as many tokens: compare the curves, not the last values."
+    ends = [line for run in (tied, untied) for line in run.measured("val_loss")[-1:]]
+    if len({line["tokens"] for line in ends}) == 2:
+        one_at, other_at = (f"step {line['step']:,}" for line in ends)
+        yield (
+            f"The last validation losses are of {one_at} when tied, and of {other_at} when not: compare the curves, not"
+            " these values."
+        )
     for run in (tied, untied):
         if not run.looked:
             yield f"The {run.kind} run was not watched (monitor.embedding=0): no gradients, no health of rows."

@@ -72,13 +72,17 @@ class Run:
             math.prod(shape) for name, shape in tensors.items() if not name.startswith(others)
         )
 
-    def points(self, key: str) -> list[Point]:
-        """Tokens seen, and the value, wherever it was measured."""
+    def measured(self, key: str) -> list[dict[str, Any]]:
+        """The lines where it was, and is a finite number."""
         return [
-            (line["tokens"], line[key])
+            line
             for line in self.lines
             if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and "tokens" in line
         ]
+
+    def points(self, key: str) -> list[Point]:
+        """Tokens seen, and the value, wherever it was measured."""
+        return [(line["tokens"], line[key]) for line in self.measured(key)]
 
     def last(self, key: str) -> float | None:
         points = self.points(key)

@@ -18,6 +18,9 @@ from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
 STEPS, LOOKS = 9, 3
+LATER = (
+    "The last validation losses are of step 9 when tied, and of step 6 when not: compare the curves, not these values."
+)
 BODY = sum(p.numel() for p in GPT2Config(layers=2, width=24, heads=3, context=16).body().parameters())
 
 
@@ -30,7 +33,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "tied": {},
         "untied": {"vocab__tie": "untied"},
         "split": {"vocab__untie_at": 4},
-        "plain": {"seed": 8, "monitor__embedding": 0},
+        "plain": {"seed": 8, "monitor__embedding": 0, "train__hang_after": 600.0},
     }
     for kind, changes in kinds.items():
         settings = {"train__steps": STEPS, "monitor__embedding": LOOKS, "train__micro_batch": 6} | changes
@@ -80,10 +83,27 @@ def test_a_split_run_shows_its_drift(runs):
 
 
 def test_what_else_differs_is_a_warning(runs):
-    warnings = shown(runs, tied="plain")["warnings"]
-    assert "Another setting differs: seed is 8 when tied, and 7 when not." in warnings
-    assert any("The tied run was not watched" in warning for warning in warnings)
+    """What could change a loss, that is: `monitor` and how long a rank may hang cannot."""
+    assert shown(runs, tied="plain")["warnings"] == [
+        "Another setting differs: seed is 8 when tied, and 7 when not.",
+        "The tied run was not watched (monitor.embedding=0): no gradients, no health of rows.",
+    ]
     assert "Input's share" in charts_of(shown(runs, tied="plain")), "of the other one"
+
+
+@pytest.mark.parametrize("last,told", [(9, []), (6, [LATER]), (0, [])])
+def test_last_losses_of_different_steps_are_a_warning(runs, tmp_path, last, told):
+    """The tied run was evaluated at its end, the untied one at `last`; 0: never."""
+    evaluated = {kind: tmp_path / kind for kind in ("tied", "untied")}
+    for (kind, folder), end in zip(evaluated.items(), (STEPS, last), strict=True):
+        shutil.copytree(runs[kind], folder)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        text = "".join(
+            json.dumps(line | ({"val_loss": 5.0} if line["step"] in range(3, end + 1, 3) else {})) + "\n"
+            for line in lines
+        )
+        (folder / "metrics.jsonl").write_text(text)
+    assert shown(evaluated)["warnings"] == told
 
 
 def test_the_page_is_drawn(browser, runs, tmp_path):

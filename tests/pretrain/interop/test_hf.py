@@ -22,7 +22,7 @@ from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
 from pretrain.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
-from tests.pretrain.interop import models
+from tests.pretrain.interop import memory, models
 from tests.pretrain.interop.models import KINDS, VOCAB
 from tests.ranks import run_ranks
 
@@ -190,6 +190,12 @@ def test_the_matrix_comes_in_pieces(hf, tmp_path, monkeypatch):
     assert max(read) == 50 and sum(read) == 4 * VOCAB
     given, got = models.tensors_of(hf("llama untied, biases")), models.tensors_of(out)
     assert all(torch.equal(given[name], got[name]) for name in given)
+
+
+def test_memory_does_not_grow_with_the_matrix():
+    """Of 256 MiB: two pieces of 64, and what is in no piece."""
+    found = memory.measure()
+    assert len(found) == 3 and all(0 < own < 160 for own, _ in found.values()), found
 
 
 def test_what_a_family_lacks_is_written_as_nothing(tmp_path, hf):

@@ -3,6 +3,7 @@
 `python -m tests.pretrain.lens.memory [LAYERS POSITIONS]`; 48 layers × 1,024 positions would be 25 GB of logits.
 """
 
+import ctypes
 import resource
 import sys
 
@@ -13,6 +14,7 @@ from pretrain.model import GPT2Config
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 
 VOCAB, WIDTH, BUDGET_MIB = 128_000, 32, 64
+M_MMAP_THRESHOLD = -3
 
 
 def peak_mib() -> float:
@@ -20,6 +22,7 @@ def peak_mib() -> float:
 
 
 def measure(layers: int, positions: int) -> float:
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)  # a chunk's logits are given back at once: no gaps
     torch.manual_seed(0)
     body = GPT2Config(layers=layers, width=WIDTH, heads=2, context=positions).body()
     for parameter in body.parameters():

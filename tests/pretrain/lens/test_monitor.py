@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.token_file import TokenFile
+from data_prep.token_file import Manifest, TokenFile, TokenFileWriter
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
@@ -23,9 +24,10 @@ from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
 
-STEPS, EVERY = 6, 3
-ENGINES: dict[str, dict] = {
+STEPS, EVERY, DOCUMENT = 6, 3, 7
+RUNS: dict[str, dict] = {
     "fsdp2": {},
+    "documents": {"data__documents": "masked"},
     "checkpointed": {"engine__activation_checkpointing": "block"},
     "zero 1": {"engine": {"name": "deepspeed", "zero_stage": 1}},
     "zero 3": {"engine": {"name": "deepspeed", "zero_stage": 3}},
@@ -34,7 +36,18 @@ ENGINES: dict[str, dict] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+    """Random ids, in documents of which a window has three or four."""
+    folder = make_corpus(tmp_path_factory.mktemp("corpus"))
+    manifest = Manifest.load(folder)
+    entries = []
+    for entry in manifest.files:
+        ids = np.array(TokenFile(folder / entry.name).tokens)
+        with TokenFileWriter(folder / entry.name, manifest.vocab_size) as writer:
+            for start in range(0, len(ids), DOCUMENT):
+                writer.add(ids[start : start + DOCUMENT])
+        entries.append(replace(entry, documents=writer.documents, sha256=writer.sha256))
+    replace(manifest, files=tuple(entries)).save(folder)
+    return folder
 
 
 def config_of(data: Path, run: Path, **changes) -> TrainConfig:
@@ -58,6 +71,14 @@ def lens_of(line: dict) -> dict[str, float]:
     return {key: value for key, value in line.items() if key.startswith("lens_") and key != "lens_seconds"}
 
 
+def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
+    """The tokens of each document, or of each window where documents are not told apart."""
+    if batch.starts_BT is None:
+        return list(batch.tokens_BT)
+    lengths = [starts_T.unique_consecutive(return_counts=True)[1].tolist() for starts_T in batch.starts_BT]
+    return [part for tokens_T, of in zip(batch.tokens_BT, lengths, strict=True) for part in tokens_T.split(of)]
+
+
 def dense(config: TrainConfig) -> dict[str, float]:
     """Of the newest checkpoint, by whole float64 logits."""
     corpora = open_data(config.data)
@@ -70,13 +91,15 @@ def dense(config: TrainConfig) -> dict[str, float]:
     body = config.model.body().double()
     body.load_state_dict({name: value for name, value in weights.items() if name in dict(body.named_parameters())})
     matrix = weights["embedding.weight"][:rows]
-    hidden = F.embedding(tokens, matrix) + body.positions[: tokens.shape[1]]
-    states = [hidden]
-    for block in body.blocks:
-        states.append(block(states[-1], None))
+    of_parts = []
+    for part in read_apart(batch):
+        states = [F.embedding(part[None], matrix) + body.positions[: len(part)]]
+        for block in body.blocks:
+            states.append(block(states[-1], None))
+        of_parts.append(torch.cat(states))
     with torch.no_grad():
-        logits = config.vocab.softcap * torch.tanh(body.norm(torch.stack(states)) @ matrix.T / config.vocab.softcap)
-    p = logits.flatten(1, 2).log_softmax(-1)
+        logits = config.vocab.softcap * torch.tanh(body.norm(torch.cat(of_parts, 1)) @ matrix.T / config.vocab.softcap)
+    p = logits.log_softmax(-1)
     tokens, targets = tokens.flatten(), targets.flatten()
     places = p.argsort(dim=-1, descending=True, stable=True).argsort(-1) + 1
 
@@ -118,12 +141,22 @@ def dense(config: TrainConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "world,engine,split",
-    [(1, "fsdp2", 1), (2, "fsdp2", 2), (4, "fsdp2", 2), (2, "checkpointed", 2), (2, "zero 1", 2), (2, "zero 3", 1)],
+    "world,run,split",
+    [
+        (1, "fsdp2", 1),
+        (2, "fsdp2", 2),
+        (4, "fsdp2", 2),
+        (2, "documents", 2),
+        (2, "checkpointed", 2),
+        (2, "zero 1", 2),
+        (2, "zero 3", 1),
+    ],
 )
-def test_it_is_the_dense_truth(data, tmp_path, world, engine, split):
-    """Every measure of every row and bin, for both engines; of ranks that share the matrix and of replicas."""
-    config = config_of(data, tmp_path / "a", vocab__parallel=str(split), **ENGINES[engine])
+def test_it_is_the_dense_truth(data, tmp_path, world, run, split):
+    """Every measure of every row and bin, for both engines; of ranks that share the matrix and of replicas; of whole
+    windows, and of documents that do not see each other.
+    """
+    config = config_of(data, tmp_path / "a", vocab__parallel=str(split), **RUNS[run])
     run_ranks(world, train_rank, config, timeout=120)
     lines = logged(tmp_path / "a")
     assert [step for step, line in lines.items() if lens_of(line)] == [EVERY, STEPS]

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from pretrain.lens import Look, Method, look
 from pretrain.lens.plot import draw, page, write_pictures
-from pretrain.lens.views import Sheet, sheet, visible
+from pretrain.lens.views import Sheet, View, sheet, visible
 from tests.browser import dumped, screenshot
 from tests.pretrain.lens.test_lens import VOCAB, owner, problem
 
@@ -35,6 +35,10 @@ def seen() -> tuple[Look, Sheet]:
     found = look(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
     columns = [n for n in range(tokens.shape[1]) if n != 5]
     return found, sheet(found, f"a model {NASTY}", columns, 0, named, VOCAB)
+
+
+def views_of(shown: Sheet) -> dict[str, View]:
+    return {view.key: view for view in shown.views}
 
 
 class Cells(HTMLParser):
@@ -92,7 +96,7 @@ def test_a_cell_of_a_view_can_be_linked_to(browser, seen, tmp_path, key):
     r, n = 1, 3
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + f"#view={key}&row={r}&column={n}", tmp_path).stdout
     tip = tip_of(dom)
-    view = shown.view(key)
+    view = views_of(shown)[key]
     assert f"{view.title} · logit lens" in re.search("<title>(.*?)</title>", dom)[1].replace("&amp;", "&")
     assert re.search(rf'data-view="{key}" aria-pressed="true"', dom) and dom.count('aria-pressed="true"') == 1
     assert f"{shown.rows[r]}, position {shown.positions[n]}" in tip and shown.guesses[r][n][2] in tip
@@ -159,7 +163,7 @@ def test_a_long_window_goes_on_below(seen):
     """Bands of even width."""
     found, _ = seen
     wide = sheet(found, "", [n % 11 for n in range(49)], 0, named, VOCAB)
-    figure = draw(wide, wide.view("kl_final"))
+    figure = draw(wide, views_of(wide)["kl_final"])
     assert [len(axes.get_xticks()) for axes in figure.axes[:3]] == [17, 17, 15]
 
 
@@ -197,10 +201,11 @@ def test_every_view_of_a_look(seen):
         "kl_input_reverse": reading.kl_to[..., 1],
         "entropy": reading.entropy,
     }
-    assert [view.key for view in shown.views] == list(truth) and shown.positions == columns
+    views = views_of(shown)
+    assert list(views) == list(truth) and shown.positions == columns
     for key, values in truth.items():
-        assert torch.equal(torch.from_numpy(shown.view(key).values), values[:, columns])
-    assert [(shown.view(key).high, shown.view(key).log) for key in ("rank_final", "rank_input", "kl_final")] == [
+        assert torch.equal(torch.from_numpy(views[key].values), values[:, columns])
+    assert [(views[key].high, views[key].log) for key in ("rank_final", "rank_input", "kl_final")] == [
         (100, True),
         (1000, True),
         (30.0, False),
