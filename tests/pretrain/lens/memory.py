@@ -3,7 +3,6 @@
 `python -m tests.pretrain.lens.memory [LAYERS POSITIONS]`; 48 layers × 1,024 positions would be 25 GB of logits.
 """
 
-import ctypes
 import resource
 import sys
 
@@ -12,9 +11,9 @@ import torch
 from pretrain.lens import Method, look
 from pretrain.model import GPT2Config
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from tests.benchmarks.measure import free_at_once
 
 VOCAB, WIDTH, BUDGET_MIB = 128_000, 32, 64
-M_MMAP_THRESHOLD = -3
 
 
 def peak_mib() -> float:
@@ -22,7 +21,7 @@ def peak_mib() -> float:
 
 
 def measure(layers: int, positions: int) -> float:
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)  # a chunk's logits are given back at once: no gaps
+    free_at_once()
     torch.manual_seed(0)
     body = GPT2Config(layers=layers, width=WIDTH, heads=2, context=positions).body()
     for parameter in body.parameters():
