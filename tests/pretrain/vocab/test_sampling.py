@@ -55,17 +55,17 @@ def test_the_same_ids_for_any_split():
 
 def test_the_same_ids_for_any_number_of_positions_at_once():
     (whole,) = run_ranks(1, rank_samples)
-    for world, score_bytes in ((1, 8 * 37 * 5), (2, 8 * 20 * 7), (4, 1)):  # 5 positions, 7 or 6, and 1
+    for world, score_bytes in ((1, 1), (2, 8 * 20 * 7)):  # one position; seven, or more of the small vocabulary
         for ids in run_ranks(world, rank_samples, score_bytes):
             assert all(map(torch.equal, ids, whole))
 
 
 def peak_of_a_long_text() -> float:
-    """MiB. Of 256 positions dense scores would be 200 MiB, and each number that is made of them as much again."""
+    """MiB. Of 128 positions dense scores would be 100 MiB, and each number that is made of them as much again."""
     free_at_once()
-    weight, hidden = torch.randn(100_000, 64).bfloat16(), torch.randn(256, 64)
+    weight, hidden = torch.randn(100_000, 64).bfloat16(), torch.randn(128, 64)
     shard = VocabShard.of(0, 1, len(weight), 1)
-    return extra_peak_mib(lambda: sample(hidden, weight, shard=shard, seed=0, draw=0, top_k=50, top_p=0.9))
+    return extra_peak_mib(lambda: sample(hidden, weight, shard=shard, seed=0, draw=0, top_k=50))
 
 
 def test_memory_stays_bounded():
