@@ -20,8 +20,13 @@ def run_hydra(composed: Callable[[], Any], sweeps: bool = False) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     if not sweeps and {"-m", "--multirun"} & set(sys.argv[1:]):
         sys.exit(fail("--multirun is not for this program: a command makes one folder"))
-    with one_line():
+    try:
         composed()
+    except (HydraException, OmegaConfBaseException) as error:  # no more: the traceback of a fault of ours is to be seen
+        sys.exit(fail(override_error(error)))
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def arguments_or(help_text: str) -> list[str]:
