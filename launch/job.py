@@ -114,9 +114,8 @@ class Attempt:
         told = {line["job"] for line in history.lines()}
         for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
             other = Attempt(self.run, path.parent.name)
-            if other.name not in told and other.name != self.name and other.records():
+            if other.name not in told and other.name != self.name and (records := other.records()):
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
-                records = other.records()
                 first = cause(records)
                 if first.last == SILENT and records[0].last == SILENT:
                     first = records[0]  # the first rank is on the batch script's node, which has left no word either
