@@ -18,8 +18,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep import terminal
 from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, find_duplicates, split_of
-from data_prep.command import EXIT_INTERRUPTED, fail, run_hydra
+from data_prep.command import fail, run_hydra
 from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.drop import DropCopies, digest_of_places
 from data_prep.encode import (
@@ -39,6 +40,7 @@ from data_prep.progress import Progress
 from data_prep.source import Document
 from data_prep.stats import write_statistics
 from data_prep.tally import Tally, save_quarantine, shown
+from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
 from data_prep.unit import Unit
@@ -321,6 +323,8 @@ def execute(config: TokenizeConfig) -> int:
     """Do what the settings say; the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+    if config.verify is not None or config.stats is not None:
+        terminal.product()  # else the token files are
     try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
@@ -332,6 +336,8 @@ def execute(config: TokenizeConfig) -> int:
         return 0
     except DataError as error:
         return fail(headline(error))
+    except BrokenPipeError:  # of the terminal's product
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         return fail(f"{error}{what_is_kept(config)}")
     except KeyboardInterrupt:

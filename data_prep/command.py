@@ -10,13 +10,16 @@ from typing import Any
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from data_prep import terminal
 from data_prep.errors import headline
+from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR = 2
 
 
 def run_hydra(composed: Callable[[], Any], sweeps: bool = False) -> None:
     """Run a function under `hydra.main`; what Hydra finds wrong is one line. sweeps: it is one for --multirun."""
+    terminal.loaded()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     if not sweeps and {"-m", "--multirun"} & set(sys.argv[1:]):
         sys.exit(fail("--multirun is not for this program: a command makes one folder"))
@@ -33,6 +36,7 @@ def arguments_or(help_text: str) -> list[str]:
     """The command line's. Where there are none, or --help is among them, prints the text and exits 0."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
+        terminal.product()
         print(help_text.rstrip())
         sys.exit(0)
     return arguments
@@ -41,12 +45,14 @@ def arguments_or(help_text: str) -> list[str]:
 @contextmanager
 def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
     """Exits 2 with one line on what Hydra finds wrong, on a ValueError, an OSError, or one of the `mistakes`; 130 on
-    Ctrl-C. remark: what became of files, told of an OSError and of Ctrl-C.
+    Ctrl-C, 141 in silence if a `terminal.product` has lost its reader. remark: what became of files, told of an OSError
+    and of Ctrl-C.
     """
+    terminal.loaded()
     try:
         yield
-    except BrokenPipeError:  # whoever read the output has gone
-        sys.exit(EXIT_ERROR)
+    except BrokenPipeError:
+        sys.exit(EXIT_BROKEN_PIPE)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(override_error(error)))
     except (ValueError, OSError, *mistakes) as error:  # type: ignore[misc]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, parent_process, resource_tracker
 from typing import Any
 
 from data_prep.drop import DropCopies
@@ -53,7 +53,12 @@ class WorkerProcess:
         self.numbers = context.RawArray("q", 4)
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.numbers, job), daemon=True)
-        self.process.start()
+        resource_tracker.ensure_running()  # else started by the worker's start, which lets the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the worker, too: for the parent alone
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.task: Task | None = None
         self._beats, self._since = 0, time.monotonic()
@@ -168,8 +173,7 @@ class Pool:
 
 
 def work(link: connection.Connection, numbers: Any, job: EncodeJob) -> None:
-    """A worker: loads the tokenizer, leaves Ctrl-C to the parent, and dies with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker: loads the tokenizer, and dies with its parent."""
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()

@@ -41,6 +41,9 @@ elif __name__ in ("__main__", "__mp_main__"):
     _mend_path()
 
 if __name__ == "__main__":
+    from data_prep import terminal
+
+    terminal.begin()  # before the imports that take seconds
     from data_prep.app import main
 
     main()

@@ -27,7 +27,7 @@ import submitit
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from data_prep import app
+from data_prep import app, terminal
 from data_prep.app import PREPARE, TokenizeConfig
 from data_prep.durable import durable
 from data_prep.encode import UNFINISHED_FOLDER
@@ -93,6 +93,8 @@ class CorpusTask:
     folder: str
 
     def __call__(self) -> None:
+        terminal.begin()
+        terminal.loaded()
         os.chdir(self.folder)
         signal.signal(signal.SIGTERM, lambda *_: time.sleep(LONGER_THAN_SLURM_WAITS))
         signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])  # in the processes that this one starts, too
@@ -153,6 +155,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
         return []
     steps, snapshot = steps_of(config, output.prepared), Snapshot.take()
     if config.dry_run:
+        terminal.product()
         names = {step.name: step.name.upper() for step in steps}  # in place of numbers that are not known
         print(*(slurm.script(*job_of(config, step, names, snapshot)) for step in steps), sep="\n")
         return []

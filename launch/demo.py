@@ -18,10 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from data_prep import terminal  # noqa: E402
+
+if __name__ == "__main__":
+    terminal.begin()  # before the imports that take seconds
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from data_prep.command import EXIT_INTERRUPTED  # noqa: E402
+from data_prep.command import one_line  # noqa: E402
+from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest, TokenFile  # noqa: E402
 from data_prep.tokenizer import Tokenizer  # noqa: E402
 
@@ -98,4 +104,5 @@ def compare() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        main()

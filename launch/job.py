@@ -21,6 +21,7 @@ from typing import Any
 
 import submitit
 
+from data_prep import terminal
 from data_prep.durable import durable
 from pretrain.exits import Exit
 from pretrain.stops import StopRequests
@@ -44,6 +45,7 @@ class SlurmRank:
     config_path: str
 
     def __call__(self) -> None:
+        terminal.begin()  # the job's log may be on a full disk
         run = Path(self.config_path).parent
         rank = int(os.environ["SLURM_PROCID"])
         attempt = Attempt.of_job(run)

@@ -10,6 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from data_prep import terminal  # noqa: E402
+
+if __name__ == "__main__":
+    terminal.begin()  # before the imports that take seconds
+
 import hydra  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
@@ -214,6 +219,8 @@ def _composed(composed: DictConfig) -> None:
         node, world = cluster.ranks_of_a_node, cluster.ranks
         planned = plan(config, rows, world, node, hardware)
         tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
+        if plot is None:
+            terminal.product()
         print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
         print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
         print(planned.table())

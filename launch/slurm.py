@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from data_prep import terminal  # noqa: E402
+
+if __name__ == "__main__":
+    terminal.begin()  # before the imports that take seconds
+
 import hydra  # noqa: E402
 import submitit  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
@@ -29,8 +34,9 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from data_prep.command import EXIT_INTERRUPTED, one_line, run_hydra  # noqa: E402
+from data_prep.command import one_line, run_hydra  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
+from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
@@ -125,6 +131,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         [SlurmRank(str(run.config.path)) for run in runs],
     )
     if ours.dry_run:
+        terminal.product()
         print(slurm.script(*job))
         for run in runs:
             print(f"# {run.config.path}\n{configuration.text(run.config)}")
@@ -254,6 +261,7 @@ def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submiti
 
 def follow(job: submitit.Job[object]) -> int:
     """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
+    terminal.product()
     said, seen, ended, due = "", 0, 0, 0.0
     try:
         while ended < 2:  # a job that is requeued may seem to have ended for a moment

@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -110,8 +111,8 @@ class _Rank:
             self._line = b"stacks of rank %d:\n" % self.rank + self._line
         self.said = (self.said + data)[-KEPT_BYTES:]
         lines, end, self._line = (self._line + data).rpartition(b"\n")
-        with suppress(OSError):
-            os.write(2, lines + end)
+        sys.stderr.buffer.write(lines + end)
+        sys.stderr.flush()
 
     def over(self) -> bool:
         """Whether it has ended; not yet reaped, its number still stands for it and its children."""

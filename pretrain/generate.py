@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from data_prep import terminal
 from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
@@ -66,6 +67,7 @@ def main() -> None:
     with one_line(CheckpointError):
         arguments = arguments_or(HELP + defaults(GenerateConfig))
         settings = settings_of(GenerateConfig, arguments)
+        terminal.product()
         with ranks_or_alone() as device:
             for text in generate(settings, device):
                 if os.environ.get("RANK", "0") == "0":

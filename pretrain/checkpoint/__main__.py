@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep import terminal
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import exclusive
 
@@ -57,6 +58,7 @@ def main() -> None:
 
 def show(settings: Settings) -> int:
     """A line for each checkpoint, oldest first."""
+    terminal.product()
     rows = [["step", "date", "MiB", "samples", "val loss", "ranks", "engine"]]
     for folder in _chosen(settings):
         try:
@@ -87,6 +89,7 @@ def _row(step: int, manifest: dict[str, Any]) -> list[str]:
 
 def verify(settings: Settings) -> int:
     """A line for each checkpoint, and one for each fault on stderr."""
+    terminal.product()
     damaged = 0
     for folder in _chosen(settings):
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from hydra import compose, initialize_config_dir
 
+from data_prep import terminal
 from data_prep.command import arguments_or, one_line
 from data_prep.tokenizer import Tokenizer
 
@@ -49,6 +50,7 @@ def main() -> None:
         arguments = arguments_or(HELP)
         if arguments[0] != "show":
             raise ValueError(f"{arguments[0]} must be show; see --help")
+        terminal.product()
         for line in show(_request(arguments[1:]), coloured=sys.stdout.isatty()):
             print(line)
 
