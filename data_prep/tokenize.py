@@ -16,10 +16,9 @@ _ROOT = os.path.dirname(_FOLDER)
 
 
 def _mend_path() -> None:
-    """Replace this folder on sys.path by the repository's root."""
-    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _FOLDER]
-    if _ROOT not in map(os.path.realpath, sys.path):
-        sys.path.insert(0, _ROOT)
+    """Replace this folder on sys.path by the repository's root, before other code with the same names."""
+    sys.path[:] = [_ROOT, *(entry for entry in sys.path if os.path.realpath(entry) not in (_FOLDER, _ROOT))]
+    os.environ["PYTHONSAFEPATH"] = "1"  # a worker starts without the current folder on its path, too
 
 
 def _step_aside() -> None:

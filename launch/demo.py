@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # this code comes before other code with the same names
+    sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry != str(ROOT / "launch"))]
 
 from data_prep import terminal  # noqa: E402
 
@@ -30,6 +30,7 @@ from data_prep.command import one_line  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest, TokenFile  # noqa: E402
 from data_prep.tokenizer import Tokenizer  # noqa: E402
+from launch.supervisor import own_code  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
 STEPS = 450
@@ -70,7 +71,7 @@ The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
 def step(title: str, command: str) -> None:
     """Shows a command and runs it. Ctrl-C reaches it too: wait until it has saved, and go no further."""
     print(f"\n{title}\n$ python {command}\n", flush=True)
-    process = subprocess.Popen([sys.executable, *shlex.split(command)])
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], env=os.environ | own_code(os.environ))
     interrupted = False
     while process.poll() is None:
         try:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # this code comes before other code with the same names
+    sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry != str(ROOT / "launch"))]
 
 from data_prep import terminal  # noqa: E402
 
@@ -97,7 +97,6 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
 def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
     """What `pretrain.train` reads, for each rank. The store at that port is the launcher's, and outlives the ranks."""
     given = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",

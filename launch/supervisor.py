@@ -15,9 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pretrain.exits import Exit
@@ -31,6 +32,7 @@ SILENT = "gone without a word"
 STACKS = b"(most recent call first):"  # faulthandler's, as is this
 INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 PR_SET_PDEATHSIG = 1
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Rank:
         self.rank, self.said, self._line, self._stopped = rank, b"", b"", -math.inf
         self.process = subprocess.Popen(
             command,
-            env=environment,
+            env=environment | own_code(environment),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -150,6 +152,12 @@ class _Rank:
             return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
+
+
+def own_code(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that make a Python process import this code, whatever the current folder or PYTHONPATH holds."""
+    path = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]  # "" is the current folder
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
 class Supervisor:
