@@ -179,7 +179,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> Report:
         """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
         targets = self._sum(batch.n_targets)
-        loss = torch.zeros((), device=self.mesh.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for i, micro in enumerate(batch.micro_batches):
             scale = 1 / max(1, targets)
             part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss

@@ -215,7 +215,7 @@ class DeepSpeedEngine:
         self.engine.backward(loss)
 
     def grad_norm(self) -> Tensor:
-        """All-reduces of a number: one, or one for each group of the optimizer."""
+        """One all-reduce of a number; all ranks get the same bits."""
         return self.weights.grad_norm()
 
     def step(self, lr: float, clip: float) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
-from ..optim import OptimConfig, apply_clip, set_moments, step_at, sum_of_squares
+from ..optim import OptimConfig, apply_clip, global_norm, set_moments, step_at
 from ..vocab import VocabShard
 from .activations import check_kind, checkpoint_activations
 from .base import FIRST_MOMENT, SECOND_MOMENT
@@ -97,9 +96,7 @@ class FSDP2Engine:
     def grad_norm(self) -> Tensor:
         """One all-reduce of a number over all ranks; replicas count once, and all ranks get the same bits."""
         counts = not self.config.hsdp or self.mesh.dp_rank == 0
-        square = sum_of_squares(self._local_gradients() if counts else [], self.mesh.device).to(self.mesh.device)
-        dist.all_reduce(square, group=self.mesh.flat.get_group())
-        return square.sqrt()
+        return global_norm(self._local_gradients() if counts else [], self.mesh)
 
     def step(self, lr: float, clip: float) -> None:
         apply_clip(self._local_gradients(), clip)

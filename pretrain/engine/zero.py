@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..mesh import Mesh
-from ..optim import apply_clip, sum_of_squares
+from ..optim import apply_clip, global_norm
 from .base import FIRST_MOMENT, SECOND_MOMENT
 
 MAIN, MOMENTS = "", {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
@@ -35,25 +34,30 @@ class Replicated:
         self.read(parameter, kind).copy_(whole)
 
     def grad_norm(self) -> Tensor:
-        return self._norm_of_replicas(self._gradients())
+        """Of the first rank's, which all have. One all-reduce of a number."""
+        return global_norm(self._gradients() if self.mesh.rank == 0 else [], self.mesh)
 
     def clip(self, factor: float) -> None:
         apply_clip(self._gradients(), factor)
 
     def _gradients(self) -> list[Tensor]:
+        """What AdamW will be handed here, to be changed in place."""
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
-
-    def _norm_of_replicas(self, gradients: list[Tensor]) -> Tensor:
-        """From the first rank, so that all get the same bits. One all-reduce of a number."""
-        square = sum_of_squares(gradients if self.mesh.rank == 0 else [], self.mesh.device)
-        dist.all_reduce(square, group=self.mesh.flat.get_group())
-        return square.sqrt()
 
 
 class Flat(Replicated):
-    """Stages 1 and 2: AdamW steps this rank's part of all weights, laid end to end, in fp32."""
+    """Stages 1 and 2: AdamW steps this rank's part of all weights, laid end to end, in fp32.
 
-    norm = 0.0
+    DeepSpeed's own norm is an fp32 sum that depends on how the weights are cut. From stage 1 on it takes that at each
+    step, and skips the step if it overflows; it is given 0 instead, for the norm was looked at and the clip is done.
+    """
+
+    def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, mesh: Mesh) -> None:
+        super().__init__(optimizer, adamw, mesh)
+        self._replace_norm(torch.zeros((), device=mesh.device))
+
+    def _replace_norm(self, norm: Tensor) -> None:
+        self.optimizer.scaled_global_norm = lambda: norm
 
     def link_moments(self) -> None:
         self.optimizer._lazy_init_hp_params_optimizer_state()  # else its first step does
@@ -75,24 +79,29 @@ class Flat(Replicated):
             parameter.detach().copy_(whole)
 
     def grad_norm(self) -> Tensor:
-        norm = self._norm()
-        self.norm = float(norm)
-        return norm
+        """Each rank brings its own part. One all-reduce of a number."""
+        return global_norm(self._gradients(), self.mesh)
 
-    def clip(self, factor: float) -> None:
-        """DeepSpeed clips by clip_grad / (norm + 1e-6), and by nothing where that is 0."""
-        self.optimizer.clip_grad = (self.norm + 1e-6) * factor if factor < 1 else 0.0
+    def _gradients(self) -> list[Tensor]:
+        if self._offloaded():
+            return super()._gradients()
+        return [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
 
-    def _norm(self) -> Tensor:
-        return self.optimizer.scaled_global_norm()
+    def _offloaded(self) -> bool:
+        """Whether gradients are in the host's memory; waits until they are."""
+        if self.optimizer.cpu_offload:
+            self.optimizer._wait_for_offload_copies()
+        return self.optimizer.cpu_offload
 
 
 class FlatBF16(Flat):
-    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own: every rank has the whole sum of gradients."""
+    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own."""
 
-    def _norm(self) -> Tensor:
-        gradients, _ = self.optimizer.get_grads_for_norm()
-        return self._norm_of_replicas(gradients)
+    def _replace_norm(self, norm: Tensor) -> None:
+        self.optimizer.get_grads_for_norm = lambda: ([norm], {})
+
+    def _gradients(self) -> list[Tensor]:
+        return self.optimizer.fp32_groups_gradient_flat_partition
 
 
 class Partitioned(Flat):
@@ -118,10 +127,11 @@ class Partitioned(Flat):
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.detach().copy_(whole)
 
-    def _norm(self) -> Tensor:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+    def _replace_norm(self, norm: Tensor) -> None:
+        self.optimizer._get_norm_groups = lambda: [norm]
 
-        return combine_grad_norm_groups(self.optimizer._get_norm_groups())
+    def _offloaded(self) -> bool:
+        return self.optimizer.offload_optimizer  # backward has waited
 
 
 def weights_at(stage: int, low_precision: bool) -> type[Replicated]:

@@ -1,0 +1,123 @@
+"""Loss and norm of a large matrix do not depend on the engine, nor on how many ranks hold it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.mesh import Mesh
+from pretrain.optim import MatrixOptimizer, OptimConfig, sum_of_squares
+from pretrain.settings import TrainConfig
+from pretrain.train import build_model
+from tests.pretrain.engine.test_engines import ENGINES
+from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
+
+VOCAB = 50257
+LAYOUTS = [("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2), ("fsdp2", 4, 2), ("fsdp2", 4, 4)] + [
+    (f"zero{stage}", 2, 2) for stage in (1, 2, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("norms") / "tokens", VOCAB)
+
+
+def config_of(tokens: Path, run: Path, engine: str, vocab_parallel: int, **changes: object) -> TrainConfig:
+    """A matrix of 3 million numbers, at the default learning rate and clip."""
+    settings: dict[str, object] = {
+        "vocab__size": VOCAB,
+        "vocab__parallel": vocab_parallel,
+        "model__layers": 1,
+        "model__width": 64,
+        "model__heads": 2,
+        "optim__lr": 6e-4,
+        "optim__clip": 1.0,
+        "train__steps": 10,
+        "train__global_batch": 8,
+        "train__micro_batch": 2,
+        "engine": ENGINES[engine],
+    }
+    return tiny_config(tokens, run, **settings | changes)
+
+
+def test_ten_steps_agree_for_every_layout_and_engine(tokens):
+    runs = {}
+    for engine, world, vocab_parallel in LAYOUTS:
+        config = config_of(tokens, tokens.parent / f"{engine}-{world}x{vocab_parallel}", engine, vocab_parallel)
+        run_ranks(world, train_rank, config)
+        lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        runs[config.run_dir.name] = [[line["loss"], line["grad_norm"]] for line in lines]
+    alone = runs.pop("fsdp2-1x1")
+    assert len(alone) == 10 and max(norm for _, norm in alone) > 1, "the clip must be at work"
+    for name, run in runs.items():
+        np.testing.assert_allclose(run, alone, rtol=2e-6, err_msg=name)
+
+
+def stepped_norms(rank: int, world: int, config: TrainConfig) -> tuple[float, float]:
+    """Norm of one backward's gradient, and of what AdamW is handed after a clip by 1/2."""
+    engine, model, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
+    hidden_BTD = torch.randn(2, 16, config.model.width, generator=torch.Generator().manual_seed(rank))
+    hidden_BTD = hidden_BTD.to(model.vocab.compute_dtype).requires_grad_()
+    engine.backward(model.body(hidden_BTD).square().sum(), last_micro_batch=True)
+    whole = float(engine.grad_norm())
+    handed = torch.zeros((), dtype=torch.float64)
+
+    def count(adamw, args, kwargs):
+        for group in adamw.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                handed.add_(gradient.double().square().sum())
+
+    engine.adamw.register_step_pre_hook(count)
+    engine.step(1e-3, clip=0.5)
+    if config.engine.title != "deepspeed ZeRO-0":  # else every rank is handed all
+        dist.all_reduce(handed)
+    return whole, float(handed.sqrt())
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_adamw_is_handed_the_clipped_gradient_of_that_norm(tokens, engine, precision):
+    """A block of 3 million numbers."""
+    name, *offload = engine.split()
+    config = config_of(tokens, tokens.parent / "clip", name, 1, model__width=512, train__precision=precision)
+    if offload:
+        config.engine.offload = "cpu"
+    results = run_ranks(2, stepped_norms, config)
+    assert results[0] == results[1]
+    whole, handed = results[0]
+    assert handed == pytest.approx(whole / 2, rel=1e-12)
+
+
+def matrix_norm(rank: int, world: int, vocab_parallel: int, whole_VD: torch.Tensor) -> float:
+    mesh = Mesh.of(vocab_parallel, torch.device("cpu"))
+    rows = torch.nn.Parameter(torch.zeros_like(whole_VD.chunk(vocab_parallel)[mesh.vocab_rank]))
+    rows.grad = whole_VD.chunk(vocab_parallel)[mesh.vocab_rank].clone()
+    return float(MatrixOptimizer([rows], OptimConfig(), mesh).grad_norm())
+
+
+def test_the_matrix_norm_is_exact_for_every_split():
+    whole_VD = torch.randn(2**16, 64, generator=torch.Generator().manual_seed(0))
+    truth = float(whole_VD.double().norm())
+    for world, vocab_parallel in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)):
+        norms = run_ranks(world, matrix_norm, vocab_parallel, whole_VD)
+        assert len(set(norms)) == 1
+        assert norms[0] == pytest.approx(truth, rel=1e-12)
+
+
+def test_squares_of_50_million_numbers_add_up_as_in_float64():
+    """Also of bf16, of tensors that are not contiguous, and of those that fill no block."""
+    numbers = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
+    truth = sum(float(part.double().square().sum()) for part in numbers.split(2**20))
+    cpu = torch.device("cpu")
+    assert float(sum_of_squares([numbers], cpu)) == pytest.approx(truth, rel=1e-12)
+    parts = [numbers[:1], numbers[1:1], numbers[1:70_000], numbers[70_000:].view(-1, 10).T]
+    assert float(sum_of_squares(parts, cpu)) == pytest.approx(truth, rel=1e-12)
+    low = numbers[: 2**20].bfloat16()
+    assert float(sum_of_squares([low], cpu)) == pytest.approx(float(low.double().square().sum()), rel=1e-12)
+    assert float(sum_of_squares([], cpu)) == 0
