@@ -5,8 +5,8 @@ trusted: the same text goes through both before a run, and one difference leaves
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from data_prep.tokenizer import Tokenizer, may_have_long_run
 from data_prep.tokenizer_spec import RANKS_FILE
 
 SAMPLE_BYTES = 1 << 21  # of text that both must encode alike
+UNSUPPORTED = "gigatoken does not support these ranks: tiktoken is used"
 CACHE_BYTES = 1 << 28  # gigatoken forgets no word, 100 bytes each: made anew when the process has grown by so much
 
 # Split patterns, ours and tiktoken's, by gigatoken's names.
@@ -65,7 +66,8 @@ class Encoder:
 
     def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
         """The ids of each document; poison where the tokenizer fails on it, or its ids have not all of its text."""
-        found = self._ids_of(documents)
+        with muted():
+            found = self._ids_of(documents)
         if self._size_of(found) == sum(len(document.data) for document in documents):
             return found
         return [
@@ -112,6 +114,24 @@ def is_panic(error: BaseException) -> bool:
     )
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Sends standard error nowhere: a panic of Rust is written there before it can be caught."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
 def resident_bytes() -> int:
     """Memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -140,15 +160,18 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
     scheme = SCHEMES.get(tokenizer.spec.pattern)
     if scheme is None:
         return None, "gigatoken is not used: it has no name for this tokenizer's pattern"
+    documents = sample_of(sample)
+    if not documents:
+        return None, "gigatoken is not used: there is no text to compare it on"
     try:
-        documents = sample_of(sample)
-        if not documents:
-            return None, "gigatoken is not used: there is no text to compare it on"
-        same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
-        for document, ids in zip(documents, same, strict=True):
-            if not np.array_equal(ids, tokenizer.encode(document.text)):
-                return None, f"gigatoken is not used: it encodes {document.id} otherwise than tiktoken"
+        with muted():
+            same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
+            for document, ids in zip(documents, same, strict=True):
+                if not np.array_equal(ids, tokenizer.encode(document.text)):
+                    return None, f"gigatoken is not used: it encodes {document.id} otherwise than tiktoken"
     except BaseException as error:
+        if type(error).__name__ == "PanicException" or isinstance(error, RuntimeError):  # what it says of odd ranks
+            return None, UNSUPPORTED
         if not is_panic(error):
             raise
         return None, f"gigatoken is not used: {type(error).__name__}: {headline(error)}"

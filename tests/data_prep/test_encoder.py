@@ -1,5 +1,6 @@
 """gigatoken beside tiktoken: the same ids, or it is left out and a line says so."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_prep.source import Document, Poison
 from data_prep.tokenizer import LONGEST_RUN, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from tests.benchmarks.measure import free_at_once, in_fresh_process
-from tests.data_prep.commands import small_spec, texts
+from tests.data_prep.commands import small_spec, texts, tokenize
 
 HARD = [
     "",
@@ -80,6 +81,55 @@ def test_gigatoken_is_left_out_where_it_differs(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.setitem(SCHEMES, PATTERNS["gpt2"], "nothing")
     assert scheme_for(tokenizer, tmp_path, documents())[1].startswith("gigatoken is not used: ")
+
+
+def ranks_that_gigatoken_refuses() -> dict[str, dict[bytes, int]]:
+    ranks = train_bpe(texts(20), 400, PATTERNS["cl100k"], 1 << 20, 1 << 20).ranks
+    size = len(ranks)
+    return {
+        "a token that no merge makes": {**ranks, b"zqxjkv": size},
+        "merges in another order": {token: id if id < 256 else 255 + size - id for token, id in ranks.items()},
+        "ids with a gap": {token: id if id < 300 else id + 5 for token, id in ranks.items()},
+    }
+
+
+@pytest.mark.parametrize("case", ranks_that_gigatoken_refuses())
+def test_ranks_that_gigatoken_refuses_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    """A panic of Rust writes to the terminal itself; the command and its workers keep it away."""
+    pytest.importorskip("gigatoken")
+    ranks = ranks_that_gigatoken_refuses()[case]
+    spec = TokenizerSpec("x", PATTERNS["cl100k"], {"<|endoftext|>": max(ranks.values()) + 1}, ranks)
+    spec.save(tmp_path / "tokenizer")
+    words = "gigatoken does not support these ranks: tiktoken is used"
+    assert scheme_for(Tokenizer(spec), tmp_path, documents()) == (None, words)
+    (tmp_path / "a.txt").write_text("one two three")
+    command = ["corpus=files", f"corpus.paths=[{tmp_path / 'a.txt'}]", "tokenizer=file", "val_fraction=0"]
+    done = tokenize(*command, f"tokenizer.path={tmp_path / 'tokenizer'}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0 and words in done.stdout.splitlines() and "panicked" not in done.stderr, done
+    assert capfd.readouterr().err == ""
+
+
+def test_panic_in_a_worker_is_kept_from_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gigatoken")
+    spec = small_spec()
+    ranks = {**spec.ranks, b"zqxjkv": max(spec.ranks.values()) + 2}
+    replace(spec, pattern=PATTERNS["cl100k"], ranks=ranks).save(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+
+    class Panics:
+        def encode_batch(self, texts: list[bytes], parallel: bool) -> None:
+            os.write(2, b"thread '<unnamed>' panicked")
+            raise type("PanicException", (BaseException,), {})("no")
+
+    one = Encoder.load(tmp_path, "gpt4")
+    one._fast, one._limit = Panics(), 1 << 60
+    given = documents()
+    found = one.encode_all(given)
+    assert all(np.array_equal(ids, tokenizer.encode(document.text)) for ids, document in zip(found, given, strict=True))
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
 
 
 def test_gigatoken_is_compared_on_what_there_is_of_a_long_document(tmp_path: Path) -> None:
