@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from data_prep.errors import DataError, headline
-from data_prep.long import LONG_BYTES, LongDocument, row_pieces, text_pieces
+from data_prep.long import LONG_BYTES, LongDocument, LongRow, half_of_a_pair, not_utf8, text_pieces
 from data_prep.parquet import row_groups, rows_of
 from data_prep.source import (
     Document,
@@ -191,7 +191,7 @@ class FilesCorpus(CorpusConfig):
             if size > largest:
                 yield too_large(name, largest)
             elif not isinstance(line, bytes):
-                yield LongDocument(name, partial(row_pieces, line, self.text_key, beat))
+                yield LongDocument(name, LongRow(line, self.text_key, beat).pieces)
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 
@@ -288,9 +288,9 @@ def row_of(name: str, line: bytes, text_key: str) -> Item | None:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return not_utf8(name, error)
+        return Poison(name, not_utf8(error))
     except json.JSONDecodeError as error:
-        return Poison(name, f"not JSON: {error.msg} at column {error.colno}")
+        return Poison(name, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (RecursionError, ValueError) as error:  # a hundred thousand brackets; an integer of ten thousand digits
         return Poison(name, f"not JSON: {headline(error)}")
     if not isinstance(row, dict):
@@ -307,18 +307,14 @@ def text_of(name: str, text: Any, text_key: str) -> Item | None:
     try:
         return Document(name, text, text.encode()) if text else None
     except UnicodeEncodeError:
-        return Poison(name, f"{text_key!r} is not UTF-8: half of a surrogate pair")
+        return Poison(name, half_of_a_pair(text_key))
 
 
 def decoded(name: str, data: bytes) -> Item:
     try:
         return Document(name, data.decode(), data)
     except UnicodeDecodeError as error:
-        return not_utf8(name, error)
-
-
-def not_utf8(name: str, error: UnicodeDecodeError) -> Poison:
-    return Poison(name, f"not UTF-8 (byte 0x{error.object[error.start]:02x} after {error.start} bytes)")
+        return Poison(name, not_utf8(error))
 
 
 def too_large(name: str, largest: int) -> Poison:

@@ -8,7 +8,9 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from typing import BinaryIO, NamedTuple
 
 from data_prep import source
@@ -25,6 +27,7 @@ HALF_OF_A_PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z"
 STRING = re.compile(rf'[^"\\]*+(?:\\(?!{HALF_OF_A_PAIR})(?:u[0-9a-fA-F]{{4}}|[^u])[^"\\]*+)*+', re.DOTALL)
 WORD = re.compile(r"true|false|null|NaN|-?Infinity|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 LONGEST_WORD = 4300  # Python's bound for the digits of an integer
+SURROGATE = re.compile("[\ud800-\udfff]")
 LONGEST_ESCAPE = 12  # a surrogate pair
 
 # What is passed over in one go, as far as it is plain and whole in the block; the scanner goes on where that ends.
@@ -82,41 +85,96 @@ def cut_of(text: str) -> int:
 
 
 def text_pieces(path: str) -> Iterator[str]:
-    """The file's text. UnicodeDecodeError where it is not UTF-8."""
+    """The file's text. ValueError if it is not UTF-8."""
     return decoded(source.blocks_of(path), "utf-8")
 
 
 def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    for block in blocks:
-        yield decoder.decode(block)
-    decoder.decode(b"", final=True)
+    """The text of the blocks. ValueError, in the words of a short document, if it is not UTF-8."""
+    decoder, size = codecs.getincrementaldecoder(encoding)(), 0
+    for block in chain(blocks, [b""]):
+        held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(not_utf8(error, size - held)) from None
+        size += len(block)
+        yield text
 
 
-def row_pieces(row: BinaryIO, text_key: str, beat: Callable[[], None]) -> Iterator[str]:
-    """The text of one row of JSON lines. ValueError where it has none, or is no JSON as far as it is read.
+def not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
+    """What is wrong, `before` bytes being ahead of those of the error."""
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} after {before + error.start} bytes)"
 
-    That is to the end of the text: what comes after it is not looked at, and of two keys of one name the first counts.
-    `beat` is called at each block: a long way to the text is no standstill.
+
+def half_of_a_pair(text_key: str) -> str:
+    return f"{text_key!r} is not UTF-8: half of a surrogate pair"
+
+
+class LongRow:
+    """One large row of JSON lines. Of two keys of one name the last counts, as in a short row.
+
+    So the row is gone through to its end once, and then again up to its text, as often as that is read. `beat` is
+    called at each block: a long way to the text is no standstill.
     """
-    scanner = Scanner(decoded(row_blocks(row, beat), "utf-8-sig"))
-    others = other_members(text_key)
+
+    def __init__(self, row: BinaryIO, text_key: str, beat: Callable[[], None]) -> None:
+        self._row, self._key, self._beat = row, text_key, beat
+
+    def pieces(self) -> Iterator[str]:
+        """Its text. ValueError if it has none, or is not JSON."""
+        last, scanner = self._last, self._scanner()
+        for number, first in enumerate(members(scanner, self._key), start=1):
+            if number < last:
+                scanner.skip(first)
+                continue
+            for piece in scanner.string():
+                if SURROGATE.search(piece):
+                    raise ValueError(half_of_a_pair(self._key))
+                yield piece
+            return
+
+    def _scanner(self) -> "Scanner":
+        return Scanner(decoded(row_blocks(self._row, self._beat), "utf-8-sig"))
+
+    @cached_property
+    def _last(self) -> int:
+        """How many members have the key: the last of them counts."""
+        scanner, count, first = self._scanner(), 0, ""
+        for first in members(scanner, self._key):
+            count += 1
+            scanner.skip(first)
+        if not count:
+            raise ValueError(f"no key {self._key!r} (corpus.text_key)")
+        if first != '"':
+            raise ValueError(f"{self._key!r} must be text")
+        return count
+
+
+def members(scanner: "Scanner", key: str) -> Iterator[str]:
+    """Goes to each member of that name and gives the first character of its value; the caller takes the rest."""
+    others = other_members(key)
     if scanner.next() != "{":
         raise ValueError("a row must be an object")
-    while scanner.past(others).next() == '"':
-        key = "".join(scanner.string())
+    first = scanner.next()
+    while first != "}":
+        if first != '"':
+            raise ValueError(f"not JSON: {first!r} instead of a key")
+        name = "".join(scanner.string())
         if scanner.next() != ":":
             raise ValueError("not JSON: no colon after a key")
         first = scanner.next()
-        if key == text_key and first == '"':
-            yield from scanner.string()
-            return
-        if key == text_key:
-            raise ValueError(f"{text_key!r} must be text")
-        scanner.skip(first)
-        if scanner.next() != ",":
-            break
-    raise ValueError(f"no key {text_key!r} (corpus.text_key)")
+        if name == key:
+            yield first
+        else:
+            scanner.skip(first)
+        end = scanner.next()
+        if end not in ",}":
+            raise ValueError("not JSON: no comma after a value")
+        first = scanner.past(others).next() if end == "," else end
+        if end == "," and first == "}":
+            raise ValueError("not JSON: a comma before the end of the object")
+    scanner.end()
 
 
 def other_members(text_key: str) -> re.Pattern[str]:
@@ -136,7 +194,7 @@ def loaded(escaped: str) -> str:
     try:
         return str(json.loads(f'"{escaped}"'))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}") from None
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')}") from None
 
 
 class Scanner:
@@ -170,6 +228,13 @@ class Scanner:
                 return character
             self._take(SPACES)
         raise ValueError("not JSON: it ends too early")
+
+    def end(self) -> None:
+        """ValueError unless nothing but space is left."""
+        while self._at < len(self._text) or self._more():
+            self._take(SPACES)
+            if self._at < len(self._text):
+                raise ValueError("not JSON: something follows the object")
 
     def string(self) -> Iterator[str]:
         """The rest of a string, its end taken."""

@@ -17,6 +17,10 @@ def row_groups(file: FileInfo, column: str) -> list[Piece]:
 
         opened_file = parquet.ParquetFile(raw)
         names = opened_file.schema_arrow.names
+        if names.count(column) > 1:
+            raise DataError(
+                f"{file.path}: {names.count(column)} columns are called {column!r} (corpus.text_key); leave one of them"
+            )
         if column not in names:
             raise DataError(f"{file.path}: no column {column!r} (corpus.text_key); it has {', '.join(names)}")
         kind = opened_file.schema_arrow.field(column).type
@@ -34,14 +38,23 @@ def is_text(kind: Any) -> bool:
 
     if types.is_dictionary(kind):
         return is_text(kind.value_type)
-    text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
-    return any(is_kind(kind) for is_kind in text)
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    binary = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*text, *binary, types.is_null))
+
+
+def bytes_of(values: Any) -> Any:
+    """Arrow's array of text as one of bytes, so that bad UTF-8 is one row's, not all's."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(values.type):  # dictionary_decode knows no dictionary of views
+        return bytes_of(values.dictionary).take(values.indices)
+    return values.cast(pyarrow.large_binary())
 
 
 def rows_of(piece: Piece, column: str) -> Iterator[tuple[int, bytes | None]]:
     """The column's values in the piece's row groups, and their rows in the file."""
     with reading(piece.path), open_raw(piece.path) as raw:
-        import pyarrow
         from pyarrow import parquet
 
         # Without both a column chunk is held whole, as it is in the file.
@@ -52,9 +65,6 @@ def rows_of(piece: Piece, column: str) -> Iterator[tuple[int, bytes | None]]:
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
         at_once = max(1, min(ROWS_AT_ONCE, rows * BATCH_BYTES // max(1, piece.size)))
         for batch in file.iter_batches(at_once, row_groups=groups, columns=[column]):
-            values = batch.column(0)
-            if pyarrow.types.is_dictionary(values.type):
-                values = values.dictionary_decode()
-            for value in values.cast(pyarrow.large_binary()).to_pylist():  # so that bad UTF-8 is one row's, not all's
+            for value in bytes_of(batch.column(0)).to_pylist():
                 yield number, value
                 number += 1

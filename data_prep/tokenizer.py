@@ -18,7 +18,7 @@ import tiktoken
 
 from data_prep.bpe import PATTERNS, SMALLEST_VOCAB, train_bpe
 from data_prep.errors import DataError, headline
-from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec, read_ranks
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, MOST_ROWS, TokenizerSpec, read_ranks
 
 LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
 _BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
@@ -230,6 +230,13 @@ class FileTokenizer(TokenizerConfig):
                 f"tokenizer.path={path} has ranks alone: give tokenizer.pattern={'|'.join(PATTERNS)} or a"
                 f" regular expression, and tokenizer.end_of_document=, the id of {END_OF_DOCUMENT}"
             )
+        key = f"tokenizer.end_of_document={self.end_of_document}"
+        if taken := [token for token, id in ranks.items() if id == self.end_of_document]:
+            raise DataError(
+                f"{key} must be a free id, but {path} has it for {taken[0]!r}; {max(ranks.values()) + 1} is free"
+            )
+        if not 0 <= self.end_of_document < MOST_ROWS:
+            raise DataError(f"{key} must be in [0, {MOST_ROWS})")
         pattern = PATTERNS.get(self.pattern, self.pattern)
         return Tokenizer(TokenizerSpec(path.stem, pattern, {END_OF_DOCUMENT: self.end_of_document}, ranks))
 

@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,14 @@ class TokenizerSpec:
         for byte in range(256):
             if bytes([byte]) not in self.ranks:
                 raise DataError(f"tokenizer {self.name}: byte 0x{byte:02x} has no rank; all 256 bytes need one")
-        ids = [*self.ranks.values(), *self.special_tokens.values()]
-        if len(set(ids)) != len(ids) or not 0 <= min(ids) <= max(ids) < MOST_ROWS:
-            raise DataError(f"tokenizer {self.name}: ids must be distinct, and in [0, {MOST_ROWS})")
+        rule = f"tokenizer {self.name}: ids must be distinct, and in [0, {MOST_ROWS})"
+        token_of: dict[int, object] = {}
+        for token, id in chain[tuple[object, int]](self.ranks.items(), self.special_tokens.items()):
+            if id in token_of:
+                raise DataError(f"{rule}: {token_of[id]!r} and {token!r} both have {id}")
+            if not 0 <= id < MOST_ROWS:
+                raise DataError(f"{rule}: {token!r} has {id}")
+            token_of[id] = token
         if END_OF_DOCUMENT not in self.special_tokens:
             raise DataError(f"tokenizer {self.name}: special token {END_OF_DOCUMENT} is missing; it ends each document")
 

@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, decode_source
 from data_prep.encoder import resident_bytes
-from data_prep.parquet import row_groups, rows_of
+from data_prep.errors import DataError
+from data_prep.parquet import bytes_of, is_text, row_groups, rows_of
 from data_prep.source import Document, Poison, compression_of, expand, kind_of, local_file
 from data_prep.unit import Item
 from tests.data_prep.commands import write_jsonl
@@ -87,6 +88,18 @@ BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
     "text": ("a.txt", b"fine\nna\xefve", "a.txt", r"not UTF-8 \(byte 0xef after 7 bytes\)"),
     "json bytes": ("a.jsonl", b'{"text":"ok"}\n\n{"text":"\xff"}\n', "a.jsonl:15", "not UTF-8"),
     "surrogate": ("a.jsonl", b'{"text":"ok"}\n{"text":"\\ud800"}\n', "a.jsonl:14", "'text' is not UTF-8: half of"),
+    "control": (
+        "a.jsonl",
+        b'{"text":"a\tb"}\n{"text":"ok"}\n',
+        "a.jsonl:0",
+        "not JSON: Invalid control character at column 11$",
+    ),
+    "cut": (
+        "a.jsonl",
+        b'{"text":"ok"}\n{"text":"a',
+        "a.jsonl:14",
+        "not JSON: Unterminated string starting at column 9$",
+    ),
     "json": ("a.jsonl", b'\n{"text":"ok"}\n{"text":\n', "a.jsonl:15", "not JSON: Expecting value at column"),
     "deep": ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl:0", "not JSON: "),
     "no key": ("a.jsonl", b'{"body":"ok"}\n', "a.jsonl:0", "no key 'text' .* it has body"),
@@ -138,6 +151,32 @@ def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
         Poison(f"{path}:1", "not UTF-8 (byte 0xff after 0 bytes)"),
         Poison(f"{path}:2", "'text' must be text, not null"),
     ]
+
+
+def test_views_of_text_and_dictionaries_are_read(tmp_path: Path) -> None:
+    pyarrow = importlib.import_module("pyarrow")
+    for kind in (pyarrow.string_view(), pyarrow.binary_view(), pyarrow.large_string(), pyarrow.large_binary()):
+        text = [b"one", "東京".encode()] if "binary" in str(kind) else ["one", "東京"]
+        values = pyarrow.array([*text, None], kind)
+        path = write_parquet(tmp_path / f"{kind}.parquet", text=values)
+        assert documents(path) == ["one", "東京"]
+        words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([1, None, 0, 1]), values)
+        assert is_text(words.type)
+        assert bytes_of(words).to_pylist() == ["東京".encode(), None, b"one", "東京".encode()]
+    words = pyarrow.array(["one", "東京"], pyarrow.large_string()).dictionary_encode()
+    assert documents(write_parquet(tmp_path / "dictionary.parquet", text=words)) == ["one", "東京"]
+    bad = write_parquet(tmp_path / "bad.parquet", text=pyarrow.array([b"ok", b"\xff"], pyarrow.binary_view()))
+    assert [type(item) for item in items(FilesCorpus([str(bad)]))] == [Document, Poison]
+    assert not is_text(pyarrow.list_(pyarrow.string_view())) and not is_text(pyarrow.list_view(pyarrow.string()))
+
+
+def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    pyarrow = importlib.import_module("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns are called 'text' \(corpus.text_key\)"):
+        documents(tmp_path / "a.parquet")
 
 
 def test_a_column_of_lists_of_text_is_none(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from data_prep.app import TokenizeConfig, training_texts
 from data_prep.clean import digest_of
 from data_prep.corpus import FilesCorpus, no_beat
 from data_prep.errors import DataError
-from data_prep.long import LongDocument, cut, digest_and_size, row_pieces
+from data_prep.long import LongDocument, LongRow, cut, digest_and_size
 from data_prep.source import Document, Poison
 from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import BpeTokenizer, Tokenizer
@@ -46,7 +46,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         "more": [1],
     }
     line = json.dumps(row, ensure_ascii=ascii_only).encode()
-    pieces = list(row_pieces(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_beat))
+    pieces = list(LongRow(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_beat).pieces())
     assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
     assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
 
@@ -67,21 +67,27 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         (b'{"a": tru e, "text": "x"}', "'tru' is no value"),
         (b'{"a": [01], "text": "x"}', "'01' is no value"),
         (b'{"a": [1[2]], "text": "x"}', "'1[2' is no value"),
-        (b'{"a": [1\xe6', "unexpected end of data"),
+        (b'{"a": [1\xe6', "not UTF-8 (byte 0xe6 after 8 bytes)"),
         (b'{"a": {"b": "\t"}, "text": "x"}', "Invalid control character"),
         (b'{"a": ["\\u12g4567890123"], "text": "x"}', "a wrong escape"),
-        (b'{"a": [[[[[[]]]]]]], "text": "x"}', "no key 'text'"),
-        (b'{"a": 1, b: 2, "text": "x"}', "no key 'text'"),
+        (b'{"a": [[[[[[]]]]]]], "text": "x"}', "no comma after a value"),
+        (b'{"a": 1, b: 2, "text": "x"}', "'b' instead of a key"),
+        (b'{"text": "x", b: 2}', "'b' instead of a key"),
+        (b'{"text": "x",}', "a comma before the end"),
+        (b'{"text": "x" "b": 2}', "no comma after a value"),
+        (b'{"text": "x"} {"text": "y"}', "something follows the object"),
+        (b'{"text": "x", "b": [1', "it ends too early"),
+        (b'{"text": "x", "text": null}', "'text' must be text"),
         (b'{"a": [' + b"1" * 5000 + b'], "text": "x"}', "is no value"),
         (b'{"a": , "text": "x"}', "',' is no value"),
         (b'{"a": ' + b"1" * 5000 + b', "text": "x"}', "is no value"),
-        (b'{"text": "\\ud800 alone"}', "surrogates not allowed"),
-        (b'{"text": "\xff"}', "invalid start byte"),
+        (b'{"text": "\\ud800 alone"}', "'text' is not UTF-8: half of a surrogate pair"),
+        (b'{"text": "\xff"}', "not UTF-8 (byte 0xff after 10 bytes)"),
     ],
 )
 def test_a_bad_row_in_pieces(block: int, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        digest_and_size(row_pieces(io.BytesIO(line), "text", no_beat), 1 << 20)
+        digest_and_size(LongRow(io.BytesIO(line), "text", no_beat).pieces(), 1 << 20)
 
 
 words = st.text(st.sampled_from('text"\\[]{},: \n\u2028é🙂1'), max_size=6)
@@ -112,13 +118,60 @@ def test_a_row_is_what_json_says(
     line = json.dumps({**members, "deep": nested, key: text}, ensure_ascii=ascii_only, separators=marks).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "BLOCK_BYTES", block)
-        assert "".join(row_pieces(io.BytesIO(line), key, no_beat)) == text
+        assert "".join(LongRow(io.BytesIO(line), key, no_beat).pieces()) == text
 
 
 def test_a_key_however_it_is_spelled(block: int) -> None:
     line = rb'{"te\u0078u": 1, "t\/ext": {"text": 2}, "\ud83d\ude43": 3, "te\u0078t": "x", "\ud83d\uDE42": "y"}'
     for key, text in (("text", "x"), ("🙂", "y")):
-        assert "".join(row_pieces(io.BytesIO(line), key, no_beat)) == text
+        assert "".join(LongRow(io.BytesIO(line), key, no_beat).pieces()) == text
+
+
+REPEATED_KEYS = [
+    rb'{"text": "first", "text": "last"}',
+    rb'{"text": null, "n": [1, {"text": "inner"}], "text": "last"}',
+    rb'{"text": "a", "t\u0065xt": "b\ud83d\ude42", "x": 1, "te\u0078t" : "last", "y": "\""}',
+    rb'{"te\u0078t": "first", "text": ""}',
+    rb'{"text": "first", "text": ["no text"]}',
+]
+
+
+@pytest.mark.parametrize("row", REPEATED_KEYS)
+def test_last_of_repeated_keys_counts_in_short_and_long_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(row + b"\n")
+    expected = json.loads(row)["text"]
+
+    def found() -> list[str]:
+        files = FilesCorpus([str(tmp_path / "a.jsonl")])
+        pieces = [
+            document.pieces() if isinstance(document, LongDocument) else [document.text]
+            for document in files.documents()
+        ]
+        try:
+            return [text for text in map("".join, pieces) if text]
+        except ValueError as error:
+            assert "must be text" in str(error)
+            return []
+
+    short = found()
+    monkeypatch.setattr(corpus, "LONG_BYTES", 10)
+    assert short == found() == ([expected] if isinstance(expected, str) and expected else [])
+
+
+def test_reasons_are_the_same_for_short_and_long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [rb'{"text": "half \ud83d"}', b'{"text": "\xe9"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    files = FilesCorpus([str(tmp_path / "a.jsonl")])
+    (unit,) = files.units(1 << 20)
+    short = [item.reason for item in files.items(unit, 1 << 20) if isinstance(item, Poison)]
+    monkeypatch.setattr(corpus, "LONG_BYTES", 4)
+    long_rows = [item for item in files.items(unit, 1 << 20) if isinstance(item, LongDocument)]
+    assert len(short) == len(long_rows) == 2
+    for reason, document in zip(short, long_rows, strict=True):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            digest_and_size(document.pieces(), 1 << 20)
 
 
 def test_a_long_way_to_the_text_is_no_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,20 @@ def test_the_patterns_match_all_text(pattern: str) -> None:
     Tokenizer(replace(SMALL.spec, pattern=PATTERNS[pattern])).check_pattern()
 
 
+@pytest.mark.parametrize(
+    ("id", "words"),
+    [
+        (257, r"must be a free id, but .*x\.tiktoken has it for b'the'; 259 is free"),
+        (-1, r"must be in \[0, 16777216\)"),
+        (1 << 24, r"must be in \[0, 16777216\)"),
+    ],
+)
+def test_end_of_document_without_a_free_id_is_named(tmp_path: Path, id: int, words: str) -> None:
+    (tmp_path / "x.tiktoken").write_bytes(format_ranks(small_spec().ranks))
+    with pytest.raises(DataError, match=rf"^tokenizer\.end_of_document={id} {words}"):
+        FileTokenizer(str(tmp_path / "x.tiktoken"), "gpt2", id).build(tuple)
+
+
 @pytest.mark.parametrize("id", [-1, 2**24, 3_000_000_000, 5_000_000_000])
 def test_an_id_out_of_bounds_is_refused(id: int) -> None:
     with pytest.raises(DataError, match=r"distinct, and in \[0, 16777216\)"):
