@@ -73,14 +73,19 @@ class Attempt:
     @classmethod
     def of_job(cls, run: Path) -> "Attempt":
         """Each requeue of a job is a start of its own."""
-        return cls(run, f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}")
+        return cls(run, f"{os.environ['SLURM_JOB_ID']}-{restarts_of_job()}")
 
     def begin(self) -> None:
-        """The first rank's part: what the run had when the attempt began."""
+        """The first rank's part: what the run had when the attempt began. If it cannot be written, the attempt counts
+        as one without progress.
+        """
         self._tell_of_lost_ones()
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"])}
-        _write(self.folder / "attempt.json", facts)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "attempt.json", facts)
+        except OSError as error:
+            print(f"warning: cannot tell where attempt {self.name} begins: {error}", file=sys.stderr, flush=True)
 
     def join(self, rank: int) -> None:
         """Until the rank has a record of its own, it has gone without a word."""
@@ -106,7 +111,7 @@ class Attempt:
         """The newest step at the beginning, and the number of ranks; of an attempt that never began, now and one."""
         try:
             facts = json.loads((self.folder / "attempt.json").read_text())
-        except FileNotFoundError:
+        except OSError:
             return newest_step(self.run), 1
         return facts["step"], facts["ranks"]
 
@@ -134,7 +139,7 @@ class Attempt:
 
 def rendezvous() -> dict[str, str]:
     """What `pretrain.train` reads from its environment, out of Slurm's."""
-    job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restarts = int(os.environ["SLURM_JOB_ID"]), restarts_of_job()
     found = {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
@@ -145,6 +150,11 @@ def rendezvous() -> dict[str, str]:
     }
     end = job_end()
     return found | ({"ROWSHARD_DEADLINE": str(end)} if end is not None else {})
+
+
+def restarts_of_job() -> int:
+    """How often Slurm has requeued it."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def _tasks_of_this_node() -> int:
@@ -195,10 +205,13 @@ def close(run: Path, config: RestartConfig) -> bool:
     if decision is Decision.RESTART and bad is not None:
         excluded, remark = _without(bad)
         why += f"; {remark}"
-    history.write(attempt.name, start_step, step, first, decision, why)
+    written = history.write(attempt.name, start_step, step, first, decision, why)
+    starts = restarts_of_job() + 1  # at least as many as have been fruitless in a row
+    if decision is Decision.RESTART and step <= start_step and not written and starts >= config.without_progress:
+        decision, why = Decision.GIVE_UP, f"start {starts} of this job, and {history.path} cannot be written"
     print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
     if decision is Decision.RESTART:
-        return _requeue(excluded, 0.0 if first.ending.good else config.delay)
+        return _requeue(excluded, 0.0 if first.ending.asked else config.delay)
     return decision is not Decision.GIVE_UP
 
 

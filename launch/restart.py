@@ -15,6 +15,7 @@ from pretrain.exits import RESTARTS_FILE, Exit
 
 from .supervisor import SILENT, Record
 
+NEEDED = {"job", "from", "step", "decision"}  # keys of a line that something here reads
 NEVER = {
     Exit.REFUSED: "the same settings would be refused again",
     Exit.DIVERGED: "the same steps would diverge again",
@@ -51,7 +52,7 @@ def cause(records: Iterable[Record]) -> Record:
     """
     records = list(records)
 
-    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER)
+    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER, Exit.UNSTARTED)
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
@@ -77,9 +78,10 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
     """
     if ending is Exit.FINISHED:
         return Decision.DONE, "where it was meant to get"
-    if ending is Exit.STOPPED and (progress or fruitless < max(1, config.without_progress)):
-        return Decision.RESTART, "stopped on request, and saved"
-    if ending is Exit.STOPPED:  # such as a job whose time limit is shorter than its start
+    if ending.asked and (progress or fruitless < max(1, config.without_progress)):
+        saved = "saved" if ending.good else "not started: there was nothing to save"
+        return Decision.RESTART, f"stopped on request, and {saved}"
+    if ending.asked:  # such as a job whose time limit is shorter than its start
         return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
     if ending in NEVER:
         return Decision.GIVE_UP, NEVER[ending]
@@ -93,22 +95,28 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
 
 
 class History:
-    """RUN/restarts.jsonl: an object for every start that has ended."""
+    """RUN/restarts.jsonl: an object for every start that has ended. What cannot be written is kept in memory, and tried
+    again with the next line.
+    """
 
     def __init__(self, run: Path) -> None:
         self.path = run / RESTARTS_FILE
+        self._unwritten: list[dict[str, Any]] = []
 
     def lines(self) -> list[dict[str, Any]]:
         """Oldest first. A line that a kill cut short is none."""
         try:
-            text = self.path.read_text()
+            text = self.path.read_text(errors="replace")
         except FileNotFoundError:
-            return []
+            text = ""
+        except OSError as error:
+            self._warn(error)
+            text = ""
         found = []
         for line in text.splitlines():
             with suppress(ValueError):
                 found.append(json.loads(line))
-        return found
+        return [line for line in found if isinstance(line, dict) and line.keys() >= NEEDED] + self._unwritten
 
     def fruitless(self) -> int:
         """Starts without a newer checkpoint, in a row and up to now."""
@@ -119,7 +127,8 @@ class History:
             count += line["decision"] == Decision.RESTART
         return count
 
-    def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> None:
+    def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> bool:
+        """Whether it is on the disk: only then does another process count this start."""
         line = {
             "time": time.time(),
             "attempt": len(self.lines()) + 1,
@@ -134,13 +143,21 @@ class History:
             "decision": decision,
             "why": why,
         }
+        self._unwritten.append(line)
         try:
             with open(self.path, "ab+") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
                 torn = file.read() not in (b"", b"\n")
-                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+                lines = b"".join(json.dumps(each).encode() + b"\n" for each in self._unwritten)
+                file.write(b"\n" * torn + lines)
         except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            self._warn(error)
+            return False
+        self._unwritten.clear()
+        return True
+
+    def _warn(self, error: OSError) -> None:
+        print(f"warning: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def newest_step(run: Path) -> int:

@@ -20,6 +20,7 @@ class Exit(IntEnum):
     LOST_PEER = 5  # a collective failed because another rank is gone
     DEVICE = 6  # an error of CUDA or NCCL
     STOPPED = 75  # saved, as a signal or ROWSHARD_DEADLINE asked: to be gone on with (EX_TEMPFAIL)
+    UNSTARTED = 77  # a signal asked it to stop before the ranks had met: there was nothing to save
     ENDED = 76  # given by the launcher, never by a rank: ended because another one had failed
     KILLED = -signal.SIGKILL  # or by any other signal
     HUNG = -signal.SIGALRM  # by its own watchdog
@@ -34,3 +35,8 @@ class Exit(IntEnum):
     @property
     def good(self) -> bool:
         return self in (Exit.FINISHED, Exit.STOPPED)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it has ended because it was asked to."""
+        return self in (Exit.STOPPED, Exit.UNSTARTED)

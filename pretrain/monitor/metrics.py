@@ -1,18 +1,22 @@
 """What a run tells: scalars in `RUN/metrics.jsonl`, in TensorBoard, and on the terminal; its restarts. Rank 0 only."""
 
 import json
+import os
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.durable import durable
 
 from ..exits import RESTARTS_FILE
+from .append import GrowingFile
+from .board import Board
 
 
 @dataclass
@@ -28,25 +32,29 @@ class LogConfig:
 
 
 class MetricsLog:
-    """One object a logged step, floats in full precision; a resumed run goes on after `step`, without overlap."""
+    """One object a logged step, floats in full precision; a resumed run goes on after `step`, without overlap. A file
+    that cannot be written is a warning, see `GrowingFile`.
+    """
 
     def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
         self.path, self.steps = run / "metrics.jsonl", steps
-        self._drop_after(step)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (held until close)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if config.tensorboard else None
+        with _no_more_than_a_warning():
+            self._drop_after(step)
+        self._file = GrowingFile(self.path)
+        self._board = Board(run / "tensorboard", step + 1) if config.tensorboard else None
         self._first_step, self._started = step, time.monotonic()
-        self._tell_restarts(run / RESTARTS_FILE, step)
+        with _no_more_than_a_warning():
+            self._tell_restarts(run / RESTARTS_FILE, step)
 
     def write(self, scalars: dict[str, float], rows: dict[str, list[int]] | None = None) -> None:
         """`scalars` has "step", and whatever else was measured there; `rows`: ids of rows of the matrix, by what they
         are, which go under "rows", and as text into TensorBoard.
         """
-        self._file.write(json.dumps(scalars | ({"rows": rows} if rows else {})) + "\n")
+        self._file.write(json.dumps(scalars | ({"rows": rows} if rows else {})).encode() + b"\n")
         self._show(scalars)
         for name, ids in (rows or {}).items():
             if self._board is not None:
-                self._board.add_text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
+                self._board.text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
 
     @property
     def has_board(self) -> bool:
@@ -56,17 +64,16 @@ class MetricsLog:
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Into TensorBoard, where there is one: [height, width, 3] bytes."""
         if self._board is not None:
-            self._board.add_image(tag, pixels, step, dataformats="HWC")
+            self._board.image(tag, pixels, step)
 
     def complete(self, step: int, scalars: dict[str, float]) -> None:
         """Adds to the last line, that of `step`, what a stop kept from it."""
-        *before, last = self.path.read_bytes().splitlines(keepends=True) or [b""]
-        if _step_of(last) != step:
-            before, last = [*before, last], json.dumps({"step": step}).encode()
-        self._file.close()
-        with durable(self.path) as file:
-            file.write(b"".join(before) + json.dumps(json.loads(last) | scalars).encode() + b"\n")
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        with _no_more_than_a_warning():
+            *before, last = self.path.read_bytes().splitlines(keepends=True) or [b""]
+            if _step_of(last) != step:
+                before, last = [*before, last], json.dumps({"step": step}).encode()
+            with durable(self.path) as file:
+                file.write(b"".join(before) + json.dumps(json.loads(last) | scalars).encode() + b"\n")
         self._show({"step": step, **scalars})
 
     def close(self) -> None:
@@ -77,9 +84,7 @@ class MetricsLog:
     def _show(self, scalars: dict[str, float]) -> None:
         step = int(scalars["step"])
         if self._board is not None:
-            for name, value in scalars.items():
-                if name != "step":
-                    self._board.add_scalar(_tag(name), value, step)
+            self._board.scalars({_tag(name): value for name, value in scalars.items() if name != "step"}, step)
         print(self._line(step, scalars), flush=True)
 
     def _tell_restarts(self, path: Path, step: int) -> None:
@@ -87,13 +92,13 @@ class MetricsLog:
         if self._board is None or not path.exists():
             return
         rows = ["| start | ended | at step | how | then |", "| --: | --- | --: | --- | --- |"]
-        for line in path.read_text().splitlines():
-            with suppress(ValueError, KeyError):  # cut short by a kill
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # cut short by a kill
                 end = json.loads(line)
                 when = datetime.fromtimestamp(end["time"]).isoformat(" ", "seconds")
                 how = f"{end['class']}, rank {end['rank']} on {end['host']}: {end['how']}"
                 rows.append(f"| {end['attempt']} | {when} | {end['step']} | {how} | {end['decision']}: {end['why']} |")
-        self._board.add_text("restarts", "\n".join(rows), step)
+        self._board.text("restarts", "\n".join(rows), step)
 
     def _line(self, step: int, scalars: dict[str, float]) -> str:
         seconds_a_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
@@ -110,9 +115,19 @@ class MetricsLog:
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= step]
-        if kept != lines:
+        if kept == lines[: len(kept)]:
+            os.truncate(self.path, sum(map(len, kept)))  # takes no room on the disk
+        else:
             with durable(self.path) as file:
                 file.write(b"".join(kept))
+
+
+@contextmanager
+def _no_more_than_a_warning() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _tag(name: str) -> str:

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from launch import local
 from launch.job import Attempt, _all_records, close, job_end, rendezvous
 from launch.restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
 from launch.supervisor import Record, Supervisor
@@ -362,6 +364,62 @@ def test_starts_without_progress_in_a_row_are_counted(tmp_path):
     assert [line["attempt"] for line in history.lines()] == list(range(1, 9))
     line = history.lines()[-1]
     assert (line["class"], line["rank"], line["host"], line["decision"]) == ("KILLED", 1, "a", "give up")
+
+
+def test_starts_are_counted_though_they_cannot_be_written_down(tmp_path, capsys):
+    """In the launcher's memory; they are written with the first line that can be."""
+    history = History(tmp_path)
+    history.path.mkdir()
+    for count in range(1, 3):
+        assert not history.write("local-1", -1, -1, record(1, Exit.KILLED), Decision.RESTART, "why")
+        assert history.fruitless() == count
+    assert f"warning: {history.path}: Is a directory" in capsys.readouterr().err
+    history.path.rmdir()
+    assert history.write("local-1", -1, -1, record(1, Exit.KILLED), Decision.RESTART, "why")
+    assert History(tmp_path).fruitless() == history.fruitless() == 3
+    assert [line["attempt"] for line in History(tmp_path).lines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "{}", '{"decision": "restart"}', "\x00\x00", "null"])
+def test_a_line_that_is_not_ours_counts_as_none(tmp_path, line):
+    history = History(tmp_path)
+    history.path.write_bytes(line.encode() + b"\xff\n" + line.encode() + b"\n")
+    history.write("local-1", -1, -1, record(1, Exit.KILLED), Decision.RESTART, "why")
+    assert history.fruitless() == 1
+
+
+def test_a_launcher_that_cannot_write_gives_up_all_the_same(tmp_path, monkeypatch, capsys):
+    """A full disk: every start ends without a checkpoint, and no line of it can be kept."""
+    History(tmp_path).path.mkdir()
+    starts = []
+
+    class Starts:
+        def __init__(self, *_: object) -> None:
+            starts.append(len(starts))
+
+        def run(self) -> list[Record]:
+            assert len(starts) < 9, "for ever"
+            return [record(0, Exit.UNSAVED)]
+
+    monkeypatch.setattr("launch.local.Supervisor", Starts)
+    config = SimpleNamespace(run_dir=tmp_path, path=tmp_path / "config.yaml", run=SimpleNamespace(dir=str(tmp_path)))
+    assert local.run_ranks(config, 1, RestartConfig(without_progress=3)) == 1
+    assert starts == [0, 1, 2]
+    assert "3 starts in a row without a newer checkpoint" in capsys.readouterr().err
+
+
+def test_a_job_that_cannot_write_is_not_requeued_for_ever(slurm, tmp_path, monkeypatch, capsys):
+    """It is known how often Slurm has requeued it: no fewer than the starts in a row without progress."""
+    run = tmp_path / "run"
+    History(run).path.mkdir(parents=True)
+    (run / "attempts").write_text("no folder")
+    Attempt.of_job(run).begin()
+    closed = []
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        closed.append(close(run, RestartConfig(without_progress=3)))
+    assert closed == [True, True, False]
+    assert f"give up: start 3 of this job, and {run}/restarts.jsonl cannot be written" in capsys.readouterr().out
 
 
 def test_progress_is_a_newer_finished_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -486,6 +487,43 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
         assert done.returncode == 0 and f"resumed: {good}" in done.stdout, done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_between_two_saves_costs_nothing(data, tmp_path):
+    """Log lines, curves and the launcher's own log lie on it. There is room again before the next save."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root: the full disk is not tried")
+    try:
+        with open(disk / "log", "w") as log:
+            arguments = f"nproc=1 data.path={data} run.dir={disk}/run log.every=1 train.precision=fp32 {SMALL}"
+            process = subprocess.Popen(
+                command(f"launch/local.py {arguments} train.steps=100000"),
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.PIPE,
+            )
+        metrics = disk / "run" / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_bytes():
+            assert process.poll() is None
+        with suppress(OSError), open(disk / "fill", "wb", buffering=0) as fill:
+            while True:
+                fill.write(bytes(4096))
+        assert process.stderr is not None
+        for _ in range(2):
+            assert b"No space left on device; training goes on" in process.stderr.readline()
+        (disk / "fill").unlink()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and not errors, errors
+        steps = [line["step"] for line in scalars(disk / "run")]
+        assert steps == list(range(1, step_of(checkpoints(disk / "run")[-1]) + 1))
+        events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == steps
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_help_names_the_keys():

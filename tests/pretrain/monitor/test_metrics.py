@@ -1,13 +1,18 @@
 """metrics.jsonl and TensorBoard tell each step once, in full precision."""
 
+import errno
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.monitor import LogConfig, MetricsLog
+from pretrain.monitor.append import GrowingFile
 
 
 def write(run: Path, start: int, steps: range, factor: float, tensorboard: bool = True) -> None:
@@ -104,3 +109,74 @@ def test_rows_are_listed_and_bins_are_grouped(tmp_path):
     assert set(events.Tags()["scalars"]) == {"grad/cosine/never", "embedding/spectrum/top1pct"}
     (event,) = events.Tensors("rows/head_damaged/text_summary")
     assert event.tensor_proto.string_val == [b"3, 5"]
+
+
+def steps_of_board(folder: Path) -> list[int]:
+    return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+def test_a_full_disk_costs_no_step(tmp_path, monkeypatch, capsys):
+    """A part of a record that still found room is taken back; all is written once there is room again."""
+    log, write = MetricsLog(tmp_path, LogConfig(), 0, 100), os.write
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if len(data) > 10:
+            return write(descriptor, data[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for step in range(1, 7):
+        with monkeypatch.context() as patch:
+            if 3 <= step <= 5:
+                patch.setattr("pretrain.monitor.append.os.write", full)
+            log.write({"step": step, "loss": 1.0 / step})
+        written = 2 if 3 <= step <= 5 else step
+        assert [line["step"] for line in objects(tmp_path)] == list(range(1, written + 1))
+    log.close()
+    assert [line["step"] for line in objects(tmp_path)] == steps_of_board(tmp_path / "tensorboard") == list(range(1, 7))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("No space left on device; training goes on" in line for line in warnings)
+
+
+def test_memory_for_what_cannot_be_written_is_bounded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pretrain.monitor.append.KEPT_BYTES", 100)
+    (tmp_path / "file").mkdir()
+    file = GrowingFile(tmp_path / "file")
+    for number in range(50):
+        file.write(b"%09d\n" % number)
+    (tmp_path / "file").rmdir()
+    file.write(b"last\n")
+    file.close()
+    assert (tmp_path / "file").read_text().splitlines() == [f"{number:09d}" for number in range(40, 50)] + ["last"]
+    assert capsys.readouterr().err.splitlines()[1:] == [f"warning: {tmp_path / 'file'}: 40 records are lost"]
+
+
+@pytest.mark.parametrize("what", ["tensorboard", "metrics.jsonl"])
+def test_what_is_removed_while_a_run_trains_begins_again(tmp_path, what):
+    log = MetricsLog(tmp_path, LogConfig(), 0, 100)
+    for step in range(1, 5):
+        if step == 3:
+            path = tmp_path / what
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        log.write({"step": step, "loss": 1.0 / step})
+    log.image("a picture", np.zeros((2, 2, 3), np.uint8), 4)
+    log.close()
+    found = {
+        "metrics.jsonl": [line["step"] for line in objects(tmp_path)],
+        "tensorboard": steps_of_board(tmp_path / "tensorboard"),
+    }
+    assert found.pop(what) == [3, 4] and list(found.values()) == [[1, 2, 3, 4]]
+
+
+def test_files_that_cannot_be_opened_are_a_warning_each(tmp_path, capsys):
+    """From the first step to the last, and after a resume."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("no folder")
+    (tmp_path / "restarts.jsonl").mkdir()
+    log = MetricsLog(tmp_path, LogConfig(), 2, 100)
+    log.complete(2, {"val_loss": 1.0})
+    for step in range(3, 9):
+        log.write({"step": step, "loss": 1.0}, {"head_damaged": [1]})
+    log.close()
+    said = capsys.readouterr()
+    assert said.out.count("step ") == 7
+    assert said.err.count("training goes on") == 2 and "Traceback" not in said.err
