@@ -27,6 +27,7 @@ from data_prep.errors import DataError
 Task = EncodeUnit | DropCopies
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
 TICK = 0.5  # seconds between looks
+LONGEST_TICK = 5.0  # seconds: between two looks of a process that runs
 READING_SECONDS = 600.0  # in which something must come from the corpus
 END_SECONDS = 10.0  # for a killed worker to be gone: while a file system does not answer, it cannot
 PLACE, BEATS, BYTES, TOKENS = range(4)
@@ -46,10 +47,23 @@ class SharedWatch:
         self._numbers[BYTES], self._numbers[TOKENS] = text_bytes, tokens
 
 
+class Clock:
+    """Seconds in which this process has looked at its workers. A longer pause (Ctrl-Z) counts as LONGEST_TICK."""
+
+    def __init__(self) -> None:
+        self.seconds, self._last = 0.0, time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += min(now - self._last, LONGEST_TICK)
+        self._last = now
+
+
 class WorkerProcess:
     """The parent's side of a worker, and its task."""
 
-    def __init__(self, context: Any, job: EncodeJob) -> None:
+    def __init__(self, context: Any, job: EncodeJob, clock: Clock) -> None:
+        self._clock = clock
         self.numbers = context.RawArray("q", 4)
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.numbers, job), daemon=True)
@@ -61,12 +75,12 @@ class WorkerProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.task: Task | None = None
-        self._beats, self._since = 0, time.monotonic()
+        self._beats, self._since = 0, clock.seconds
 
     def give(self, task: Task) -> None:
         self.task = task
         self.numbers[PLACE], self.numbers[BYTES], self.numbers[TOKENS] = READING, 0, 0
-        self._since = time.monotonic()
+        self._since = self._clock.seconds
         with suppress(BrokenPipeError):  # it has died: whoever waits for its answer sees that
             self.link.send(task)
 
@@ -77,9 +91,10 @@ class WorkerProcess:
     def stands_still(self, patience: float) -> str:
         """What to say of it where it has been at the same document for so long, or reading for too long."""
         if self.numbers[BEATS] != self._beats:
-            self._beats, self._since = self.numbers[BEATS], time.monotonic()
+            self._beats, self._since = self.numbers[BEATS], self._clock.seconds
         seconds = READING_SECONDS if self.reads else patience
-        still = self.task is not None and self._beats > 0 and time.monotonic() - self._since > seconds  # 0: it starts
+        waited = self._clock.seconds - self._since
+        still = self.task is not None and self._beats > 0 and waited > seconds  # 0 beats: it starts
         return f"{'nothing came for' if self.reads else 'no end after'} {seconds:g} s" if still else ""
 
     def end(self) -> None:
@@ -95,6 +110,7 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")  # threads of tokenizers and Arrow do not survive a fork
         self._most, self._job, self._patience = workers, job, patience
         self._workers: list[WorkerProcess] = []
+        self._clock = Clock()
 
     def __enter__(self) -> "Pool":
         return self
@@ -124,6 +140,7 @@ class Pool:
                 assert isinstance(link, connection.Connection)
                 if record := self._answer(links[link]):
                     yield record
+            self._clock.tick()
             for worker in list(self._workers):
                 if reason := worker.stands_still(self._patience):
                     self._put_aside(worker, reason)
@@ -134,7 +151,7 @@ class Pool:
             if worker.task is None:
                 return worker
         if len(self._workers) < self._most:
-            self._workers.append(WorkerProcess(self._context, self._job))
+            self._workers.append(WorkerProcess(self._context, self._job, self._clock))
             return self._workers[-1]
         return None
 
@@ -167,7 +184,7 @@ class Pool:
         assert task is not None
         if not isinstance(task, EncodeUnit) or place == READING or place in task.poison:
             raise DataError(f"{task.unit}: {reason}; finished units are kept, and the same command does the rest")
-        fresh = self._workers[self._workers.index(worker)] = WorkerProcess(self._context, self._job)
+        fresh = self._workers[self._workers.index(worker)] = WorkerProcess(self._context, self._job, self._clock)
         poison = {**task.poison, place: reason} if task.careful else task.poison
         fresh.give(replace(task, careful=True, poison=poison))
 

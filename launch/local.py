@@ -71,7 +71,7 @@ def ranks_here(nproc: object) -> int:
 def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
     """Runs the ranks to their end, and again where that is what the policy says; 0 if all went well in the end.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
     """
     history, command = History(config.run_dir), [sys.executable, "-m", "pretrain.train", str(config.path)]
     with StopRequests() as requests:
@@ -80,10 +80,10 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
             records = Supervisor(command, environments(nproc, store.port), requests).run()
             first, step = cause(records), newest_step(config.run_dir)
             decision, why = decide(first.ending, step > start_step, history.fruitless() + (step <= start_step), restart)
-            if decision is Decision.RESTART and (first.ending.good or requests.asked()):
+            if decision is Decision.RESTART and (first.ending.asked or requests.asked()):
                 decision, why = Decision.STOP, "stopped on request"
             history.write(f"local-{os.getpid()}", start_step, step, first, decision, why)
-            if first.ending.good:
+            if first.ending.good or first.ending.asked:
                 return 0
             what = f"error: rank {first.rank} failed ({first.how})"
             if decision is Decision.RESTART:

@@ -14,11 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pretrain.exits import Exit
@@ -26,6 +28,7 @@ from pretrain.stops import STOP_SIGNALS, StopRequests
 
 LOOK_SECONDS = 0.05
 ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
+NOTICE_SECONDS = 0.5  # for a thread of a rank to learn that it is about to be stopped
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
 SILENT = "gone without a word"
@@ -126,8 +129,12 @@ class _Rank:
         return state is not None and not stopped
 
     def kill(self) -> None:
+        self.signal_group(signal.SIGKILL)
+
+    def signal_group(self, number: int) -> None:
+        """To it and all that it has started."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, number)
 
     def reap(self) -> int:
         """Its return code. Whatever it has started ends too."""
@@ -160,6 +167,20 @@ def own_code(environment: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
+@contextmanager
+def _handled(number: int, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """With that handler, unless the signal is ignored. Python has handlers in the main thread alone."""
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 class Supervisor:
     """Runs `command` once for each rank, with the environment given for it.
 
@@ -182,7 +203,11 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> list[Record]:
-        """Until all have ended; their records, in the order of their ends."""
+        """Until all have ended; their records, in the order of their ends. Ctrl-Z stops the ranks, too."""
+        with _handled(signal.SIGTSTP, self._pause):
+            return self._run()
+
+    def _run(self) -> list[Record]:
         self._start()
         records: list[Record] = []
         handed_on, look_elsewhere = 0, 0.0
@@ -202,13 +227,25 @@ class Supervisor:
 
     def _start(self) -> None:
         """With the signals blocked, in the ranks too: what comes before a rank has its handlers waits for them."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        blocked = (*STOP_SIGNALS, signal.SIGTSTP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             for rank, environment in self.environments.items():
                 self._alive.append(_Rank(rank, self.command, environment))
                 self._selector.register(self._alive[-1].stderr, selectors.EVENT_READ, self._alive[-1])
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        """Stops the ranks, which are in sessions of their own, and this process, until SIGCONT, as of `fg`."""
+        with _handled(signal.SIGTSTP, signal.SIG_IGN):
+            self._send(signal.SIGTSTP)  # their watchdogs must not count the pause
+            time.sleep(NOTICE_SECONDS)
+            for rank in self._alive:
+                rank.signal_group(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            for rank in self._alive:
+                rank.signal_group(signal.SIGCONT)
 
     def _look(self) -> None:
         start = time.monotonic()

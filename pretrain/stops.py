@@ -1,12 +1,17 @@
 """Why a run stops before its end, and who says so. Imports no torch: the launcher has the same signals."""
 
+import os
+import select
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+MEETING_SECONDS = 30.0  # for a rank that was asked before it came to the meeting place: the others may be on the way
 
 
 class Reason(IntEnum):
@@ -23,7 +28,8 @@ Stop = tuple[Reason, Callable[[], bool]]  # asked by each rank at each step edge
 
 class StopRequests:
     """Counts the signals that ask to save and stop, while the context lasts. No more than that: a collective in a
-    handler deadlocks. A launcher may have blocked the signals: one that came before the context counts.
+    handler deadlocks. A launcher may have blocked the signals: one that came before the context counts. SIGHUP stays
+    ignored if it was, as under nohup.
 
     after: what the signals do once the context has ended; None: what they did before.
     """
@@ -40,8 +46,39 @@ class StopRequests:
         while not self.count and time.monotonic() < until:
             time.sleep(0.05)
 
+    @contextmanager
+    def ending(self, end: Callable[[], None]) -> Iterator[None]:
+        """Within it a request calls `end`, in a thread: the main one may wait in C++, where no handler runs. One from
+        before does so after MEETING_SECONDS.
+        """
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = signal.set_wakeup_fd(write)
+        seconds = MEETING_SECONDS if self.count else None
+
+        def wait() -> None:
+            while select.select([read], [], [], seconds)[0]:
+                numbers = os.read(read, 1)  # of a signal; none: the context has ended
+                if not numbers or numbers[0] in STOP_SIGNALS:
+                    break
+            else:
+                numbers = b"late"
+            if numbers:
+                end()
+
+        thread = threading.Thread(target=wait, name="requests", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(write)
+            thread.join()
+            os.close(read)
+
     def __enter__(self) -> "StopRequests":
-        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 

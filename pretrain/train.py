@@ -50,7 +50,9 @@ def main() -> None:
     try:
         with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm asks more than once: a rank that ends must not die
             config = configuration.load(Path(sys.argv[1]))
-            with ranks(_timeout(config)) as device:
+            with ExitStack() as group:
+                with requests.ending(partial(_end_unstarted, rank)):
+                    device = group.enter_context(ranks(_timeout(config)))
                 reason = train(config, device, requests)
         sys.exit(Exit.STOPPED if reason is Reason.REQUESTED else Exit.FINISHED)
     except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
@@ -73,6 +75,12 @@ def main() -> None:
             raise
         print(f"rank {rank} has lost another rank, and stops", file=sys.stderr)
         sys.exit(Exit.LOST_PEER)
+
+
+def _end_unstarted(rank: str) -> None:
+    """Ends this process, from any thread."""
+    print(f"rank {rank} was asked to stop before the ranks had met: nothing to save", file=sys.stderr, flush=True)
+    os._exit(Exit.UNSTARTED)
 
 
 def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> Reason:

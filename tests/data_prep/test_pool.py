@@ -22,7 +22,7 @@ from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
 from data_prep.output import Output
-from data_prep.pool import Pool, SharedWatch
+from data_prep.pool import LONGEST_TICK, Clock, Pool, SharedWatch
 from data_prep.source import Document, Piece, Poison
 from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import FileTokenizer
@@ -219,3 +219,14 @@ def test_memory_for_the_documents_of_a_unit(tmp_path: Path, monkeypatch: pytest.
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert len(killed_again_and_again(tmp_path, kills=3, seed=int(time.time()))) == 3
+
+
+def test_a_pause_of_the_whole_run_is_not_a_documents_fault(monkeypatch):
+    """Ctrl-Z: the clock of a process that was stopped for an hour has gone on by a few seconds."""
+    now = [100.0]
+    monkeypatch.setattr("data_prep.pool.time.monotonic", lambda: now[0])
+    clock = Clock()
+    for seconds in (0.5, 3600.0, 0.5):
+        now[0] += seconds
+        clock.tick()
+    assert clock.seconds == 1.0 + LONGEST_TICK

@@ -1,16 +1,26 @@
 """A training and its terminal, with real ranks: the window that is closed, the reader that goes away, Ctrl-C."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import socket
 import subprocess
 import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, step_of
-from tests.pretrain.tiny import write_tokens
+from pretrain.exits import Exit
+from tests.pretrain.tiny import tiny_config, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=1 model.width=32 model.heads=2 model.context=32 train.global_batch=4 train.micro_batch=2"
@@ -21,15 +31,27 @@ def data(tmp_path_factory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("tokens") / "tokens", vocab_size=97)
 
 
-def launch(data: Path, run: Path, settings: str, **streams: object) -> subprocess.Popen:
-    arguments = f"data.path={data} vocab.size=97 run.dir={run} log.every=1 train.precision=fp32 {SMALL} {settings}"
-    return subprocess.Popen(
-        [sys.executable, "launch/local.py", *arguments.split()],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        **streams,
-    )
+@pytest.fixture
+def launch(data, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts the launcher, run.dir=tmp_path/run. At the end of the test it is gone, and its ranks with it."""
+    started: list[subprocess.Popen] = []
+
+    def start(settings: str, **streams: object) -> subprocess.Popen:
+        own = f"data.path={data} vocab.size=97 run.dir={tmp_path}/run log.every=1 train.precision=fp32 {SMALL}"
+        process = subprocess.Popen(
+            [sys.executable, "launch/local.py", *own.split(), *settings.split()],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            **streams,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def until(process: subprocess.Popen, text: bytes) -> None:
@@ -45,14 +67,92 @@ def restarts(run: Path) -> list[tuple[str, str]]:
     return [(line["class"], line["decision"]) for line in lines]
 
 
-def test_a_training_outlives_the_reader_of_its_output_and_ctrl_c_saves_it(data, tmp_path):
+@contextmanager
+def terminal_window() -> Iterator[tuple[int, dict[str, object]]]:
+    """A terminal's side of its window, and how to start a process that has it as its own."""
+    window, terminal = pty.openpty()
+
+    def take() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    yield window, {"stdin": terminal, "stderr": terminal, "start_new_session": True, "preexec_fn": take}
+    os.close(terminal)
+
+
+def stopped(process: psutil.Process) -> bool:
+    return process.status() == psutil.STATUS_STOPPED
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    late = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < late
+        time.sleep(0.05)
+
+
+def test_closing_the_terminals_window_saves_the_training(launch, tmp_path):
+    """SIGHUP to the launcher, and nothing can be written from then on."""
+    with terminal_window() as (window, streams):
+        process = launch("nproc=2 train.steps=100000", **streams)
+        until(process, b"step      2/")
+        process.stdout.close()
+        os.close(window)
+        assert process.wait(timeout=60) == 0
+    assert restarts(tmp_path / "run") == [("STOPPED", "stop")]
+    assert step_of(checkpoints(tmp_path / "run")[-1]) >= 2
+
+
+def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
+    """For longer than train.hang_after."""
+    process = launch("nproc=2 train.steps=100000 train.hang_after=8")
+    until(process, b"step      2/")
+    process.stdout.close()
+    process.send_signal(signal.SIGTSTP)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    wait_until(lambda: len(family) == 3 and all(map(stopped, family)), process)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    time.sleep(9)
+    assert metrics.read_bytes() == before, "nobody trains"
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: metrics.read_bytes().count(b"\n") > before.count(b"\n") + 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert restarts(tmp_path / "run") == [("STOPPED", "stop")]
+
+
+def test_a_rank_that_waits_for_the_others_ends_when_it_is_asked_to(tmp_path):
+    """This test is the meeting place, and never answers."""
+    config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run")
+    configuration.write(config, None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain.train", str(config.path)],
+            cwd=ROOT,
+            env=os.environ | place | rank | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server.settimeout(60)
+        with server.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            try:
+                _, errors = process.communicate(timeout=30)
+            finally:
+                process.kill()
+    assert process.returncode == Exit.UNSTARTED
+    assert errors == "rank 1 was asked to stop before the ranks had met: nothing to save\n"
+
+
+def test_a_training_outlives_the_reader_of_its_output_and_ctrl_c_saves_it(launch, tmp_path):
     """As `2>&1 | tee log`, where Ctrl-C ends tee first."""
-    process = launch(data, tmp_path / "run", "nproc=2 train.steps=100000", stderr=subprocess.STDOUT)
+    process = launch("nproc=2 train.steps=100000", stderr=subprocess.STDOUT)
     until(process, b"step      2/")
     process.stdout.close()
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while metrics.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None
+    wait_until(lambda: metrics.read_bytes().count(b"\n") >= 5, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
     assert restarts(tmp_path / "run") == [("STOPPED", "stop")]

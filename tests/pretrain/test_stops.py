@@ -105,6 +105,41 @@ def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
             signal.signal(number, handler)
 
 
+def test_a_hang_up_is_a_request_unless_it_was_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.asked()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequests() as requests:
+            assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.asked()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_before_the_meeting_ends_the_wait_only_when_it_lasts(monkeypatch):
+    ended = threading.Event()
+    with StopRequests() as requests:
+        with requests.ending(ended.set):
+            pass
+        assert not ended.is_set()
+        with requests.ending(ended.set):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended.wait(10)
+        ended.clear()
+        with requests.ending(ended.set):
+            pass  # the others are there
+        assert not ended.is_set()
+        monkeypatch.setattr("pretrain.stops.MEETING_SECONDS", 0.1)
+        with requests.ending(ended.set):
+            assert ended.wait(10)
+
+
 def test_a_lock_that_a_lost_node_still_holds_is_waited_for(tmp_path, monkeypatch):
     """For a while: then it is an error of a kind that another start may mend."""
     config = tiny_config(tmp_path, tmp_path / "run")
