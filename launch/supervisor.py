@@ -33,7 +33,10 @@ DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
 SILENT = "gone without a word"
 STACKS = b"(most recent call first):"  # faulthandler's, as is this
-INNERMOST = re.compile(r'^Current thread .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+INNERMOST = re.compile(r'^(Current thread|Thread) .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host: this does, soon after
+OTHER_HOST_READS = re.compile(r"\.wait\(|\.item\(\)|\bsynchronize\(|\b(bool|float)\(.*norm\b")  # DeepSpeed's, too
+OF_ANOTHER_THREAD = ("/threading.py", "/torch/autograd/graph.py")  # here a thread waits for another one of its process
 PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,10 +155,12 @@ class _Rank:
             if time.monotonic() < self._stopped + DUMP_SECONDS:  # Slurm continues whom it ends
                 return Record(self.rank, ending, code, "a stop, by SIGSTOP or a like signal")
             stacks = INNERMOST.findall(said)
-            if not stacks:
+            current = [frame for thread, *frame in stacks if thread.startswith("Current")]
+            if not current:
                 return Record(self.rank, ending, code, "a state in which it cannot tell its stack")
-            path, line, function = stacks[-1]
-            waits = "/torch/distributed/" in path or ".wait(" in linecache.getline(path, int(line))
+            path, line, function = current[-1]
+            deciding = [frame for thread, *frame in stacks] if path.endswith(OF_ANOTHER_THREAD) else [current[-1]]
+            waits = any(_waits_for_a_peer(*frame) for frame in deciding)
             return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
@@ -179,6 +184,15 @@ def _handled(number: int, handler: Callable[[int, FrameType | None], None] | sig
         yield
     finally:
         signal.signal(number, before)
+
+
+def _waits_for_a_peer(path: str, line: str, function: str) -> bool:
+    """Whether a thread that hangs in this frame waits for another rank: in a collective, or for a GPU that does."""
+    if "/torch/distributed/" in path or (path.endswith(HOST_READ[0]) and function == HOST_READ[1]):
+        return True
+    return (
+        not path.endswith(OF_ANOTHER_THREAD) and OTHER_HOST_READS.search(linecache.getline(path, int(line))) is not None
+    )
 
 
 class Supervisor:

@@ -15,7 +15,7 @@ from .data import IGNORED, MicroBatch
 from .monitor import MetricsLog
 from .stops import Reason
 from .trainer import Report, Trainer
-from .vocab import LookupTraffic
+from .vocab import LookupTraffic, on_host
 
 
 @dataclass
@@ -71,13 +71,14 @@ class Evaluate:
                 if trainer.must_stop():
                     return {}
                 out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
-                text_bytes = self.bytes_of_ids_V[micro.targets_BT[micro.targets_BT != IGNORED]].sum()
+                counted_BT = micro.targets_BT != IGNORED  # as an index, this mask would wait for the device
+                text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
                 corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)
         measured = {"": sums.sum(0)} | {f"/{title}": of for title, of in zip(self.batches, sums, strict=True)}
         scalars = {}
         for title, of in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
-            loss, tokens, text_bytes = of.tolist()
+            loss, tokens, text_bytes = on_host(of).tolist()
             scalars[f"val_loss{title}"] = loss / tokens
             scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
         return scalars
@@ -102,7 +103,7 @@ class Log:
         dist.all_reduce(report.loss)
         scalars = {
             "step": report.step,
-            "loss": float(report.loss),
+            "loss": float(on_host(report.loss)),
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "tokens": trainer.state.tokens,

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from .vocab import on_host
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -103,9 +105,9 @@ def ranks_or_alone() -> Iterator[torch.device]:
 
 def ranks_of_a_node(device: torch.device) -> int:
     """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
-    here = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
+    here = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
     dist.all_reduce(here, dist.ReduceOp.MIN)
-    return int(here)
+    return int(on_host(here))
 
 
 def name_rank(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .mesh import Mesh
+from .vocab import on_host
 
 BLOCK = 2**16  # numbers that a CPU converts to float64 at once: they stay in its cache
 
@@ -123,7 +124,7 @@ def clip_factor(body_norm: Tensor, matrix_norm: Tensor, clip: float) -> tuple[fl
 
     `torch.nn.utils.clip_grad_norm_` cannot do this: it refuses DTensors of different meshes.
     """
-    norm = math.hypot(float(body_norm), float(matrix_norm))
+    norm = math.hypot(float(on_host(body_norm)), float(on_host(matrix_norm)))
     return norm, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
 
 

@@ -17,7 +17,7 @@ from .mesh import Mesh
 from .model import LanguageModel
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
 from .stops import Reason, Stop
-from .vocab import LookupTraffic
+from .vocab import LookupTraffic, on_host
 from .watchdog import Watchdog
 
 
@@ -171,9 +171,9 @@ class Trainer:
         self.watchdog.alive()
         if not self.reason:
             mine = max([reason for reason, stop in self.stops if stop()], default=Reason.NONE)
-            agreed = torch.tensor(int(mine), device=self.mesh.device)
+            agreed = torch.full((), int(mine), device=self.mesh.device)  # torch.tensor would wait for the device
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            self.reason = Reason(int(agreed))
+            self.reason = Reason(int(on_host(agreed)))
         return self.reason is not Reason.NONE
 
     def train_step(self, batch: Batch) -> Report:
@@ -203,6 +203,6 @@ class Trainer:
         return Report(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
 
     def _sum(self, number: int) -> int:
-        total = torch.tensor(number, device=self.mesh.device)
+        total = torch.full((), number, device=self.mesh.device)
         dist.all_reduce(total)
-        return int(total)
+        return int(on_host(total))

@@ -14,7 +14,7 @@ from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
 from ..monitor import SEEN, Seen
 from ..optim import MatrixOptimizer, set_moments
-from ..vocab import VocabParallelEmbedding, VocabShard, stable_seed
+from ..vocab import VocabParallelEmbedding, VocabShard, on_host, stable_seed
 from .folder import CheckpointError
 from .tensor_file import Slice
 
@@ -107,7 +107,9 @@ def digest(rows_vD: Tensor) -> tuple[int, int]:
     """Two sums over the bits, one of them by row: exact, so that their order does not matter. One pass, v numbers."""
     words = rows_vD.view(torch.int64) if rows_vD.shape[1] % 2 == 0 else rows_vD.view(torch.int32)
     sums_v = words.sum(dim=1, dtype=torch.int64)  # of int32, torch would first make a copy of twice the size
-    return int(sums_v.sum()), int((sums_v * torch.arange(1, len(sums_v) + 1, device=sums_v.device)).sum())
+    by_row_v = sums_v * torch.arange(1, len(sums_v) + 1, device=sums_v.device)
+    plain, by_row = on_host(torch.stack([sums_v.sum(), by_row_v.sum()])).tolist()
+    return plain, by_row
 
 
 def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:

@@ -132,7 +132,12 @@ class BatchLoader:
 
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
         assert micro.plan is not None
-        return micro.moved(lambda tensor: tensor.to(self.device, non_blocking=True), micro.plan.to(self.device))
+        return micro.moved(lambda tensor: _sent(tensor, self.device), micro.plan.to(self.device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. From pinned memory the host does not wait for it."""
+    return tensor.to(device, non_blocking=True)
 
 
 def read(places: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
@@ -164,4 +169,4 @@ def validation_batches(
         mine = range(start + rank * batch, start + (rank + 1) * batch)
         micro = read([(windows, min(i, n - 1)) for i in mine], vocab_size)
         micro.targets_BT[max(0, n - mine.start) :] = IGNORED
-        yield micro.moved(lambda tensor: tensor.to(device))
+        yield micro.moved(lambda tensor: _sent(tensor.pin_memory() if device.type == "cuda" else tensor, device))

@@ -20,6 +20,7 @@ from ..mesh import Mesh
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog, MonitorConfig
 from ..trainer import Report, Trainer
+from ..vocab import on_host
 from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look, Method, look
 
 ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row
@@ -132,6 +133,7 @@ class LensMonitor:
         parts = [torch.stack(of_all).sum(0) for of_all in zip(*of_windows, strict=True)]
         packed = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(packed)
+        packed = on_host(packed)
         sums_Rmb, sums_wb, (count_b, known_b) = (
             flat.view_as(part) for flat, part in zip(packed.split([p.numel() for p in parts]), parts, strict=True)
         )

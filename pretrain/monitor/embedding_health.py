@@ -7,11 +7,12 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..mesh import Mesh
 from ..optim import MatrixOptimizer
-from ..vocab import VocabParallelEmbedding, VocabShard
+from ..vocab import VocabParallelEmbedding, VocabShard, on_host
 from .hook import Report, blocks
 from .seen import Seen
 from .spectrum import isotropy
@@ -110,7 +111,7 @@ class Rows:
         """grad_input, grad_output: norms; grad_input_share: the input's part of their sum; grad_cosine: between the
         two, all numbers of the rows as one vector. Of all rows, and of each bin with the rows there are.
         """
-        bins_b3 = self._sum(self._by_bin(uses_v3[: self.valid]))
+        bins_b3 = self._host_sum(self._by_bin(uses_v3[: self.valid]))
         scalars: dict[str, float] = {}
         for suffix, (enter, leave, product) in self._named(bins_b3):
             norms = math.sqrt(enter), math.sqrt(leave)
@@ -123,8 +124,8 @@ class Rows:
 
     def unseen(self) -> dict[str, float]:
         """How many rows were never an input, never a target; and how many are in each bin."""
-        never = self._sum((self.counts_v2 == 0).sum(0).double()).tolist()
-        bins = self._sum(self._by_bin(torch.ones_like(self.counts_v2[:, :1]))).squeeze(1).tolist()
+        never = self._host_sum((self.counts_v2 == 0).sum(0).double()).tolist()
+        bins = self._host_sum(self._by_bin(torch.ones_like(self.counts_v2[:, :1]))).squeeze(1).tolist()
         scalars = dict(zip(("rows_never_input", "rows_never_target"), never, strict=True))
         return scalars | {f"rows_of_bin/{name}": count for name, count in zip(BINS, bins, strict=True)}
 
@@ -155,7 +156,7 @@ class Rows:
         good_v = norm_v.isfinite() & (norm_v > 0)
         norm_v = torch.where(good_v, norm_v, 0.0)
         gram_DD, sums_3D = self._sum(gram_DD), self._sum(sums_3D)
-        bins_b2 = self._sum(self._by_bin(torch.stack([good_v.double(), norm_v], dim=1)))
+        bins_b2 = self._host_sum(self._by_bin(torch.stack([good_v.double(), norm_v], dim=1)))
         n, total = bins_b2.sum(0).tolist()
 
         scalars = {f"norm{suffix}": total / n for suffix, (n, total) in self._named(bins_b2) if n}
@@ -183,24 +184,23 @@ class Rows:
         """Pearson's, of norm and log count."""
         x_v = torch.where(counted_v, self.uses_v, 1.0).log()
         y_v = torch.where(counted_v, norm_v, 0.0)
-        n, x, y = self._sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
+        n, x, y = self._host_sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
         if n < 2:
             return {}
         x_v, y_v = (torch.where(counted_v, one - mean / n, 0.0) for one, mean in ((x_v, x), (y_v, y)))
-        xx, yy, xy = self._sum(torch.stack([(x_v * x_v).sum(), (y_v * y_v).sum(), (x_v * y_v).sum()])).tolist()
+        xx, yy, xy = self._host_sum(torch.stack([(x_v * x_v).sum(), (y_v * y_v).sum(), (x_v * y_v).sum()])).tolist()
         return {"norm_by_count": xy / math.sqrt(xx * yy)} if xx > 0 and yy > 0 else {}
 
     def _listed(self, marked_v: Tensor) -> tuple[float, list[int]]:
         """How many rows are marked, and the lowest ids of them, -1 for none."""
-        mine = marked_v.nonzero().squeeze(1)[:LISTED] + self.shard.start
-        padded = torch.full((LISTED,), -1, dtype=torch.int64, device=mine.device)
-        padded[: len(mine)] = mine
+        mine = on_host(marked_v).nonzero().squeeze(1)[:LISTED] + self.shard.start
+        padded = F.pad(mine, (0, LISTED - len(mine)), value=-1).to(marked_v.device)
         found = [padded]
         if self.group is not None:
             found = [torch.empty_like(padded) for _ in range(self.shard.world)]
             dist.all_gather(found, padded, group=self.group)
-        ids = torch.cat(found)
-        return float(self._sum(marked_v.sum().double())), ids[ids >= 0][:LISTED].tolist()
+        ids = on_host(torch.cat(found))
+        return float(self._host_sum(marked_v.sum().double())), ids[ids >= 0][:LISTED].tolist()
 
     def _by_bin(self, values_vk: Tensor) -> Tensor:
         """[bins, k]: this rank's sums."""
@@ -215,3 +215,6 @@ class Rows:
         if self.group is not None:
             dist.all_reduce(mine, group=self.group)
         return mine
+
+    def _host_sum(self, mine: Tensor) -> Tensor:
+        return on_host(self._sum(mine))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..vocab import on_host
+
 TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # parts of the directions
 
 
@@ -18,17 +20,17 @@ def isotropy(gram_DD: Tensor, sum_D: Tensor, unit_sum_D: Tensor, n: float) -> di
         return {}
     D = len(sum_D)
     mean_D = sum_D / n
-    whole = float(gram_DD.trace())
+    whole = float(on_host(gram_DD.trace()))
     eigenvalues_D = torch.linalg.eigvalsh(gram_DD / n - torch.outer(mean_D, mean_D)).flip(0).clamp_min(0)
-    variance = float(eigenvalues_D.sum())
+    variance = float(on_host(eigenvalues_D.sum()))
     shape = {
-        "mean_share": float(n * mean_D.square().sum()) / whole,
-        "mean_cosine": (float(unit_sum_D.square().sum()) - n) / (n * (n - 1)),
+        "mean_share": float(on_host(n * mean_D.square().sum())) / whole,
+        "mean_cosine": (float(on_host(unit_sum_D.square().sum())) - n) / (n * (n - 1)),
     }
     if variance <= 0:
         return shape
     shares_D = eigenvalues_D / variance
-    shape["effective_rank"] = float(torch.special.entr(shares_D).sum().exp())
-    shape["isotropy"] = 1 / (D * float(shares_D.square().sum()))
-    sums_D = shares_D.cumsum(0)
+    shape["effective_rank"] = float(on_host(torch.special.entr(shares_D).sum().exp()))
+    shape["isotropy"] = 1 / (D * float(on_host(shares_D.square().sum())))
+    sums_D = on_host(shares_D.cumsum(0))
     return shape | {f"spectrum/top{100 * top:g}pct": float(sums_D[max(1, round(top * D)) - 1]) for top in TOP}

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..vocab import VocabParallelEmbedding
+from ..vocab import VocabParallelEmbedding, on_host
 from .hook import Report, blocks
 
 
@@ -31,7 +31,7 @@ class TieDrift:
             sums += torch.stack([(head - embedding).square().sum(), embedding.square().sum(), cosines.sum()])
         if self.vocab.group is not None:
             dist.all_reduce(sums, group=self.vocab.group)
-        apart, whole, cosine = sums.tolist()
+        apart, whole, cosine = on_host(sums).tolist()
         return {
             "tie_distance": (apart / whole) ** 0.5 if whole else 0.0,
             "tie_cosine": cosine / self.vocab.shard.vocab_size,

@@ -1,5 +1,6 @@
 """The vocabulary-parallel matrix: its owners, lookup, loss, readout and sampling. Imports torch alone."""
 
+from .collectives import on_host
 from .embedding import VocabConfig, VocabParallelEmbedding
 from .lookup import LookupPlan, LookupTraffic, plan_lookup, vocab_parallel_lookup
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "Workload",
     "check_sampling",
     "choose_parallel",
+    "on_host",
     "plan_lookup",
     "sample",
     "seeded_normal",

@@ -12,6 +12,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory. On a GPU this waits for the device, and so for every collective before it.
+
+    Every host read of a device tensor on the training path goes through this frame: the launcher's supervisor knows
+    it, and does not blame a rank that hangs here.
+    """
+    return tensor.cpu()
+
+
 def check_group(shard: VocabShard, group: dist.ProcessGroup | None) -> None:
     """ValueError unless the shard is this rank's of the group; no group is a world of one."""
     if group is None:
@@ -123,9 +132,9 @@ class Distinct(Replicated):
         self.rank = dist.get_rank(group)
 
     def longest(self, N: int, device: torch.device) -> int:
-        longest = torch.tensor(N, device=device)
+        longest = torch.full((), N, device=device)  # torch.tensor would wait for the device
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
-        return int(longest)
+        return int(on_host(longest))
 
     def gather(self, mine_c: Tensor) -> Pending:
         return self._all_gather(mine_c)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather, all_to_all, check_group, reduce_scatter
+from .collectives import all_gather, all_to_all, check_group, on_host, reduce_scatter
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
@@ -202,7 +202,7 @@ def vocab_parallel_lookup(
     check_group(shard, group)
     dtype = dtype or weight_vD.dtype
     if plan is None:
-        plan = plan_lookup(list(all_gather(ids_N, group).cpu()), shard, dtype).to(ids_N.device)
+        plan = plan_lookup(list(on_host(all_gather(ids_N, group))), shard, dtype).to(ids_N.device)
     hidden_ND: Tensor = _Lookup.apply(weight_vD, plan, group, dtype, main_grad)
     return hidden_ND
 

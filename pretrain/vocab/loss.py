@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunks, chunk_budget
-from .collectives import traffic_of
+from .collectives import on_host, traffic_of
 from .head import Gradients, Head, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
@@ -264,7 +264,7 @@ class _LossSum(torch.autograd.Function):
         made, ctx.made = ctx.made, None  # handed on, not copied: a second backward has to make its own
         # dW sums over the tokens of every rank, each of which may scale its loss in its own way.
         g_p = ctx.call.head.traffic.gather(g.reshape(1)).wait()
-        if made is not None and bool((g_p == g_p[0]).all()):
+        if made is not None and bool(on_host((g_p == g_p[0]).all())):
             dhidden_ND, dweight_vD = made[0].mul_(g), made[1].mul_(g)
         else:
             del made

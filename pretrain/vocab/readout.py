@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunk, Chunks
-from .collectives import Traffic, traffic_of
+from .collectives import Traffic, on_host, traffic_of
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 from .softmax import Softmax, Whole, dot
@@ -256,6 +256,7 @@ class Readout:
             above_mv, equal_mv = logits_mv > edge_m1, logits_mv == edge_m1
             missing_m1 = n - above_mv.sum(1, keepdim=True)
             kept_mv = above_mv | (equal_mv & (equal_mv.cumsum(1, dtype=torch.int32) <= missing_m1))
+            on_host(missing_m1)  # nonzero waits for the device, too: here that is seen as such
             local_mn = kept_mv.nonzero()[:, 1].view(m, n)
             kept_mn, order_mn = logits_mv.gather(1, local_mn).sort(dim=1, descending=True, stable=True)
             values_mk[:, :n], ids_mk[:, :n] = kept_mn, local_mn.gather(1, order_mn) + self.shard.start

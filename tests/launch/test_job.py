@@ -203,6 +203,38 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
 
 
+def lost_in_thought(waits: str) -> str:
+    """Code of a rank 0 that waits for rank 1 in this way, and of a rank 1 that is elsewhere."""
+    return (
+        WATCHED
+        + "from functools import partial\nfrom threading import Event, Thread\nfrom types import SimpleNamespace\n"
+        "from pretrain.vocab import on_host\n"
+        "device = SimpleNamespace(cpu=partial(time.sleep, 60))\n"  # as a number that depends on a collective of NCCL's
+        "def lost_in_thought():\n    time.sleep(60)\n"
+        "with watchdog:\n    watchdog.alive()\n"
+        f"    if rank == 0:\n        {waits}\n    else:\n        lost_in_thought()\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "waits",
+    ["on_host(device)", "Thread(target=on_host, args=[device], daemon=True).start(); Event().wait()"],
+    ids=["training", "the checkpoint's thread"],
+)
+def test_a_host_that_reads_from_the_gpu_waits_for_the_rank_elsewhere(tmp_path, waits):
+    """With NCCL no collective blocks the host: the next read does."""
+    records = ranks(tmp_path, lost_in_thought(waits), SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    assert {record.rank: record.waits for record in records} == {0: True, 1: False}
+    assert cause(records).rank == 1 and cause(records).how.startswith("hung in lost_in_thought, <string>")
+
+
+def test_a_rank_whose_own_thread_hangs_is_not_excused(tmp_path):
+    """Its main thread waits for a thread that reads a file, say."""
+    waits = "Thread(target=time.sleep, args=[60], daemon=True).start(); Event().wait()"
+    records = ranks(tmp_path, lost_in_thought(waits), world=1, SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    assert [(record.ending, record.waits) for record in records] == [(Exit.HUNG, False)]
+
+
 def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_path):
     """Within a collective; who ends the job continues it, as Slurm does, and it tells its stack."""
     waits = "watchdog.__enter__()\nwatchdog.alive()\ncollectives.all_reduce(stops=rank == 1)\n"

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from ..collectives import on_host
 from .base import accurate_dtype, aligned_empty, floor_statistics
 
 SLAB_BYTES = 2**20  # of accurate logits; a few passes over them should not leave the cache
@@ -143,7 +144,7 @@ class TorchKernels:
 
 def _owned(rows_m: Tensor) -> tuple[Tensor, Tensor]:
     """The positions of the targets that are mine, and their rows."""
-    owned = (rows_m >= 0).nonzero().squeeze(1)
+    owned = on_host(rows_m >= 0).nonzero().squeeze(1).to(rows_m.device)
     return owned, rows_m[owned]
 
 
