@@ -14,6 +14,7 @@ from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .collectives import all_gather, all_to_all, check_group, on_host, reduce_scatter
@@ -74,11 +75,16 @@ class LookupPlan(Protocol):
 
 
 class _Tensors:
-    """Moves the tensors of a dataclass."""
+    """Moves the tensors of a dataclass, and of those in it."""
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Self:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, object] = {}
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                moved[item.name] = move(value)
+            elif isinstance(value, _Tensors):
+                moved[item.name] = value.each(move)
         return replace(self, **moved)  # type: ignore[type-var]
 
     def to(self, device: torch.device) -> Self:
@@ -89,26 +95,51 @@ class _Tensors:
 
 
 @dataclass(frozen=True)
+class Segments(_Tensors):
+    """Which of N values belong to the same of U rows. places_N: the row of each; order_N: the values sorted by row,
+    in their own order within one; starts_U: where each row's begin there.
+    """
+
+    places_N: Tensor
+    order_N: Tensor
+    starts_U: Tensor
+
+    @classmethod
+    def of(cls, places_N: Tensor, rows: int) -> "Segments":
+        """Every row has at least one value."""
+        sorted_N, order_N = places_N.sort(stable=True)
+        return cls(places_N, order_N, torch.searchsorted(sorted_N, torch.arange(rows, device=places_N.device)))
+
+    def sum(self, values_ND: Tensor) -> Tensor:
+        """Sums of each row's values, [U, D], one after the other in their own order, on any device.
+
+        A bag's forward does this, one thread a column. `embedding_dense_backward` has a race on CUDA, from 1,025 to
+        3,072 values (pytorch PR #187687), and `index_add_` has no fixed order there.
+        """
+        return F.embedding_bag(self.order_N, values_ND, self.starts_U, mode="sum")
+
+
+@dataclass(frozen=True)
 class DistinctRows(_Tensors):
     """All-to-all of the distinct rows, and back of their summed gradients in fp32.
 
     send_rows: my local rows that others need, [S], grouped by receiver; send_counts: how many for each, p numbers.
-    receive_counts: distinct rows that I get from each, U in all, in the order of their ids. places_N: where each of
-    my N ids stands among those U.
+    receive_counts: distinct rows that I get from each, U in all, in the order of their ids. mine: of my N ids, which
+    of those U each is.
     """
 
     traffic: LookupTraffic
     send_rows: Tensor
     send_counts: list[int]
     receive_counts: list[int]
-    places_N: Tensor
+    mine: Segments
 
     def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
         sent_SD = weight_vD[self.send_rows].to(dtype)
-        return all_to_all(sent_SD, self.send_counts, self.receive_counts, group)[self.places_N]
+        return all_to_all(sent_SD, self.send_counts, self.receive_counts, group)[self.mine.places_N]
 
     def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-        dreceived_UD = _segment_sum(dhidden_ND.to(into[0].dtype), self.places_N, sum(self.receive_counts))
+        dreceived_UD = self.mine.sum(dhidden_ND.to(into[0].dtype))
         dsent_SD = all_to_all(dreceived_UD, self.receive_counts, self.send_counts, group)
         # one rank at a time: its rows are distinct, so the order of the sum is fixed
         for rows, drows in zip(self.send_rows.split(self.send_counts), dsent_SD.split(self.send_counts), strict=True):
@@ -121,23 +152,23 @@ class GatheredTokens(_Tensors):
     """Reduce-scatter of every token's hidden state, and back an all-gather of their gradients.
 
     tokens: N of each rank. owned_K: those of the group's p·N ids that are mine, rank by rank; rows_U: my local rows
-    that they name, distinct; places_K: which of them each does.
+    that they name, distinct; named: which of them each does.
     """
 
     traffic: LookupTraffic
     tokens: int
     owned_K: Tensor
     rows_U: Tensor
-    places_K: Tensor
+    named: Segments
 
     def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
         parts_pND = weight_vD.new_zeros(len(self.traffic.sent_p), self.tokens, weight_vD.shape[1], dtype=dtype)
-        parts_pND.flatten(0, 1)[self.owned_K] = weight_vD[self.rows_U].to(dtype)[self.places_K]
+        parts_pND.flatten(0, 1)[self.owned_K] = weight_vD[self.rows_U].to(dtype)[self.named.places_N]
         return reduce_scatter(parts_pND, group)  # one of the p is not zero: exact in any dtype
 
     def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         downed_KD = all_gather(dhidden_ND.contiguous(), group).flatten(0, 1)[self.owned_K]
-        drows_UD = _segment_sum(downed_KD.to(into[0].dtype), self.places_K, len(self.rows_U))
+        drows_UD = self.named.sum(downed_KD.to(into[0].dtype))
         for dweight_vD in into:
             dweight_vD.index_add_(0, self.rows_U, drows_UD)
 
@@ -162,10 +193,10 @@ def plan_lookup(ids_pN: list[Tensor], shard: VocabShard, dtype: torch.dtype) -> 
         ids_M = torch.cat(ids_pN)
         owned_K = shard.holds(ids_M).nonzero().squeeze(1)
         rows_U, places_K = shard.local(ids_M[owned_K]).unique(return_inverse=True)
-        return GatheredTokens(traffic, len(ids_pN[me]), owned_K, rows_U, places_K)
+        return GatheredTokens(traffic, len(ids_pN[me]), owned_K, rows_U, Segments.of(places_K, len(rows_U)))
     sends = [ids_U[row[me] : row[me + 1]] for ids_U, row in zip(distinct_pU, edges_pq, strict=True)]
-    places_N = torch.searchsorted(distinct_pU[me], ids_pN[me])
-    return DistinctRows(traffic, shard.local(torch.cat(sends)), [len(ids) for ids in sends], wanted_pp[me], places_N)
+    mine = Segments.of(torch.searchsorted(distinct_pU[me], ids_pN[me]), len(distinct_pU[me]))
+    return DistinctRows(traffic, shard.local(torch.cat(sends)), [len(ids) for ids in sends], wanted_pp[me], mine)
 
 
 def _weigh(wanted_pp: list[list[int]], tokens_p: list[int], dtype: torch.dtype) -> tuple[LookupTraffic, bool]:
@@ -221,8 +252,3 @@ class _Lookup(torch.autograd.Function):
         dweight_vD = torch.zeros_like(ctx.like, dtype=accurate_dtype(ctx.like.dtype))
         ctx.plan.add_gradient(dhidden_ND, [dweight_vD], ctx.group)
         return dweight_vD.to(ctx.like.dtype), None, None, None, None
-
-
-def _segment_sum(values_ND: Tensor, places_N: Tensor, segments: int) -> Tensor:
-    """[segments, D]: the sums of the values that go to each place, in a fixed order also on a GPU."""
-    return torch.ops.aten.embedding_dense_backward(values_ND, places_N, segments, -1, False)
