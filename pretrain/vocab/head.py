@@ -174,7 +174,7 @@ class Gradients:
         if self.smooths:
             share_m = g_m * self.head.share
             part_mD.addr_(share_m, self.weight_sum_D, alpha=-1)
-            self.hidden_sum_D += torch.mv(part.hidden_mD.T.to(share_m.dtype), share_m)
+            self.hidden_sum_D += (part.hidden_mD * share_m.unsqueeze(1)).sum(0)
         self._store()
         self.reducing = part.mine, self.head.traffic.sum(part_mD)
         kernels.add_weight_gradient(self.dweight_vD, part.factors_mv, scaled_mD, *place)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pretrain.vocab import Readout, VocabShard
+from pretrain.vocab.softmax import Softmax, dot
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
@@ -246,3 +247,11 @@ def test_memory_stays_within_the_budget():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2**13, 512_000])
+def test_entropy_of_many_rows_adds_up_as_in_float64(rows):
+    logits_mv = 5 * torch.randn(3, rows, generator=torch.Generator().manual_seed(rows))
+    own = Softmax.of(logits_mv)
+    truth_m = (own.exp_mv.double() * own.shifted_mv.double()).sum(1)
+    assert_close(dot(own.exp_mv, own.shifted_mv).double(), truth_m, rtol=1e-6, atol=0)
