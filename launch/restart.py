@@ -19,6 +19,7 @@ NEEDED = {"job", "from", "step", "decision"}  # keys of a line that something he
 NEVER = {
     Exit.REFUSED: "the same settings would be refused again",
     Exit.DIVERGED: "the same steps would diverge again",
+    Exit.CANNOT_MEET: "the ranks cannot meet with the same settings",
 }
 
 
@@ -52,7 +53,7 @@ def cause(records: Iterable[Record]) -> Record:
     """
     records = list(records)
 
-    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER, Exit.UNSTARTED)
+    innocent = (Exit.FINISHED, Exit.STOPPED, Exit.ENDED, Exit.LOST_PEER, Exit.NOT_MET, Exit.UNSTARTED)
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)

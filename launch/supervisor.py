@@ -37,6 +37,7 @@ INNERMOST = re.compile(r'^(Current thread|Thread) .*\n  File "(.+)", line (\d+) 
 HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host: this does, soon after
 OTHER_HOST_READS = re.compile(r"\.wait\(|\.item\(\)|\bsynchronize\(|\b(bool|float)\(.*norm\b")  # DeepSpeed's, too
 OF_ANOTHER_THREAD = ("/threading.py", "/torch/autograd/graph.py")  # here a thread waits for another one of its process
+NCCL_ERROR = re.compile(r"NCCL error.*|Watchdog caught collective.*")
 PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,6 +164,8 @@ class _Rank:
             waits = any(_waits_for_a_peer(*frame) for frame in deciding)
             return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
+        if ending is Exit.LOST_PEER and code == -signal.SIGABRT:
+            lines = NCCL_ERROR.findall(said) or lines  # behind it there are stacks
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
 
 

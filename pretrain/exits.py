@@ -19,6 +19,8 @@ class Exit(IntEnum):
     UNSAVED = 4  # a checkpoint could not be written
     LOST_PEER = 5  # a collective failed because another rank is gone
     DEVICE = 6  # an error of CUDA or NCCL
+    NOT_MET = 8  # the ranks did not find each other; they may at the next start
+    CANNOT_MEET = 9  # nor will they with the same settings: an interface or a host that does not exist
     STOPPED = 75  # saved, as a signal or ROWSHARD_DEADLINE asked: to be gone on with (EX_TEMPFAIL)
     UNSTARTED = 77  # a signal asked it to stop before the ranks had met: there was nothing to save
     ENDED = 76  # given by the launcher, never by a rank: ended because another one had failed

@@ -5,12 +5,12 @@ on the shards; the text is the same.
 """
 
 import codecs
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_prep import terminal
@@ -24,6 +24,7 @@ from .arguments import defaults, settings_of
 from .checkpoint import CheckpointError, check_files, checkpoint_of, read_manifest, read_tensors, unread_model
 from .mesh import ranks_or_alone
 from .model import LanguageModel
+from .rendezvous import NotMet
 from .vocab import check_sampling, sample
 
 HELP = """Continue a prompt with a trained model.
@@ -64,13 +65,13 @@ class GenerateConfig:
 
 def main() -> None:
     """Prints the prompt and its continuation as it comes. Exits 2 with one line on a wrong setting."""
-    with one_line(CheckpointError):
+    with one_line(CheckpointError, NotMet):
         arguments = arguments_or(HELP + defaults(GenerateConfig))
         settings = settings_of(GenerateConfig, arguments)
         terminal.product()
         with ranks_or_alone() as device:
             for text in generate(settings, device):
-                if os.environ.get("RANK", "0") == "0":
+                if not dist.is_initialized() or dist.get_rank() == 0:
                     print(text, end="", flush=True)
 
 

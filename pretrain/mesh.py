@@ -11,9 +11,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from .rendezvous import has_peers, in_its_words, meet
 from .vocab import on_host
 
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=1)  # for ranks that may be none: RANK can be left over, as in a pod of a training
+ALONE = " (RANK and WORLD_SIZE are set in the environment: unset them to run alone)"
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,12 @@ class Mesh:
 
 
 @contextmanager
-def ranks(timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+def ranks(timeout: timedelta = TIMEOUT, patience: timedelta | None = None, remark: str = "") -> Iterator[torch.device]:
     """Starts the process group of this rank (nccl where there are GPUs, else gloo) and stops it at the end.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without them this
-    process is a world of one. Yields the rank's device.
+    process is a world of one. Yields the rank's device. timeout: of a collective; patience: for all ranks to come, the
+    same if None. Raises NotMet if a rank does not come, or until the first collective has succeeded.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -88,7 +92,17 @@ def ranks(timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    with in_its_words():
+        store, rank, world = meet(patience or timeout, remark)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
+        dist.barrier()
     yield device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
@@ -96,8 +110,8 @@ def ranks(timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
 @contextmanager
 def ranks_or_alone() -> Iterator[torch.device]:
     """For what needs no ranks: those that torchrun has started, see `ranks`, or this process without a group."""
-    if "RANK" in os.environ:
-        with ranks() as device:
+    if has_peers():
+        with ranks(patience=PATIENCE, remark=ALONE) as device:
             yield device
     else:
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,6 +34,7 @@ from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
 from .optim import MatrixOptimizer
+from .rendezvous import NotMet, hopeless, words
 from .settings import TrainConfig
 from .stops import Deadline, Reason, Stop, StopRequests
 from .trainer import Hook, Trainer
@@ -71,9 +72,13 @@ def main() -> None:
         if device_error(error):
             traceback.print_exc()
             sys.exit(Exit.DEVICE)
+        if isinstance(error, NotMet) or hopeless(error):
+            print(f"error on rank {rank}: the ranks did not meet: {words(error)}", file=sys.stderr)
+            never = hopeless(error) or getattr(error, "hopeless", False)
+            sys.exit(Exit.CANNOT_MEET if never else Exit.NOT_MET)
         if not lost_peer(error):
             raise
-        print(f"rank {rank} has lost another rank, and stops", file=sys.stderr)
+        print(f"rank {rank} has lost another rank, and stops: {words(error)}", file=sys.stderr)
         sys.exit(Exit.LOST_PEER)
 
 

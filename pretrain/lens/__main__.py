@@ -23,6 +23,7 @@ from ..data import IGNORED
 from ..generate import load_model
 from ..mesh import ranks_or_alone
 from ..model import LanguageModel
+from ..rendezvous import NotMet
 from .examples import EXAMPLES
 from .lens import DECODERS, FINAL, FROM_INPUT, FROM_OUTPUT, INPUTS, NORMS, POINTS, Look, Method, look
 from .plot import MOST_COLUMNS, write_pictures
@@ -109,7 +110,7 @@ def main() -> None:
     examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
     choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
     listed = {name: " | ".join(known) for name, known in choices.items()}
-    with one_line(CheckpointError):
+    with one_line(CheckpointError, NotMet):
         arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
         settings = settings_of(LensConfig, arguments)
         with ranks_or_alone() as device:

@@ -89,6 +89,10 @@ def test_a_rank_that_nccl_aborts_has_lost_another_one(tmp_path):
     aborts = "sys.stderr.write('[rank0]: ProcessGroupNCCL.cpp:670 ...\\n'); sys.stderr.flush(); os.abort()\n"
     (record,) = ranks(tmp_path, aborts, world=1).run()
     assert (record.ending, record.code) == (Exit.LOST_PEER, -signal.SIGABRT)
+    assert record.last == "[rank0]: ProcessGroupNCCL.cpp:670 ..."
+    said = "ProcessGroupNCCL.cpp:670 terminated: NCCL error: remote process exited, NCCL version 2.27\\nframe #0: a\\n"
+    (record,) = ranks(tmp_path, aborts.replace("ProcessGroupNCCL.cpp:670 ...\\n", said), world=1).run()
+    assert record.last == "NCCL error: remote process exited, NCCL version 2.27"
     (record,) = ranks(tmp_path, "os.abort()\n", world=1).run()
     assert record.ending is Exit.KILLED
 
@@ -310,12 +314,13 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
     (Exit.FINISHED, False, 1, THREE, Decision.DONE),
     (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
+    (Exit.CANNOT_MEET, False, 1, THREE, Decision.GIVE_UP),
     (Exit.STOPPED, True, 0, RestartConfig(without_progress=0), Decision.RESTART),
     (Exit.STOPPED, False, 2, THREE, Decision.RESTART),
     (Exit.STOPPED, False, 3, THREE, Decision.GIVE_UP),
     *[
         (ending, *case)
-        for ending in (Exit.CRASHED, Exit.UNSAVED, Exit.LOST_PEER, Exit.DEVICE, Exit.KILLED, Exit.HUNG)
+        for ending in (Exit.CRASHED, Exit.UNSAVED, Exit.LOST_PEER, Exit.NOT_MET, Exit.DEVICE, Exit.KILLED, Exit.HUNG)
         for case in (
             (True, 0, THREE, Decision.RESTART),
             (False, 1, THREE, Decision.RESTART),
@@ -350,6 +355,8 @@ def test_who_began_it():
     ended, stopped = record(3, Exit.ENDED, at=0), record(4, Exit.STOPPED, at=0)
     assert cause([lost, killed, late, ended, stopped]) is killed
     assert cause([lost, ended, stopped]) is lost
+    unmet, cannot = record(0, Exit.NOT_MET, at=1), record(1, Exit.CANNOT_MEET, at=2)
+    assert cause([unmet, cannot, ended]) is cannot and bad_node(unmet, [unmet]) is None
     assert cause([stopped, record(5, Exit.FINISHED)]) is stopped
     silent = Record.silent(6, "b")
     assert cause([silent, late, lost]) is late, "Slurm ends the others, too"
