@@ -140,3 +140,14 @@ def test_ctrl_c_stays_ignored_if_it_was():
     finally:
         signal.signal(signal.SIGINT, before)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["reader gone", "full"])
+def test_tokenising_goes_on_without_a_reader(tmp_path, command, kind):
+    """The token files are its product, not what it prints."""
+    with output(kind) as descriptor:
+        done = run(["data_prep/tokenize.py", *command, f"out={tmp_path / 'out'}"], descriptor)
+    assert done.returncode == 0 and (tmp_path / "out" / "manifest.json").is_file()
+    with output(kind) as descriptor:
+        done = run(["data_prep/tokenize.py", f"verify={tmp_path / 'out'}"], descriptor)
+    assert done.returncode == (141 if kind == "reader gone" else 2)
