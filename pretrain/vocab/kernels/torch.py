@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import on_host
-from .base import accurate_dtype, aligned, aligned_empty, floor_statistics
+from .base import accurate_dtype, aligned_empty, floor_statistics
 
 SLAB_BYTES = 2**20  # of accurate logits; a few passes over them should not leave the cache
 TILE_BYTES = 2 * 2**20  # of the rounded product that is added to dW
@@ -26,9 +26,7 @@ class TorchKernels:
         self.slab_bytes, self.memory_mib = slab_bytes, memory_mib
 
     def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
-        whole = aligned_empty(like, m, aligned(v))
-        whole[:, v:] = 0  # oneDNN's bf16 matmul on AMX reads them, and multiplies a NaN that may stand there by 0
-        return whole[:, :v]
+        return aligned_empty(like, m, v)
 
     def target_logits(self, hidden_mD: Tensor, weight_vD: Tensor, rows_m: Tensor) -> Tensor:
         accurate = accurate_dtype(hidden_mD.dtype)
