@@ -23,6 +23,7 @@ from data_prep.clean import DIGESTS_FILE, CleanConfig, digest_of, digests_of, fi
 from data_prep.command import fail, run_hydra
 from data_prep.corpus import LARGEST_DOCUMENT, CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus
 from data_prep.drop import DropCopies, digest_of_places
+from data_prep.durable import check_folder
 from data_prep.encode import (
     UNFINISHED_FOLDER,
     EncodeJob,
@@ -118,6 +119,7 @@ class TokenizeConfig:
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
     """Tokenise the corpus, or one part of it, into `out`; prints what it does. Raises DataError or OSError."""
+    check_folder(f"out={out}", out)
     output = output_of(config, out)
     if manifest := output.finished():
         print(f"already done, nothing changed: {manifest.summary(out)}")

@@ -1,10 +1,12 @@
 """Files that are on the disk whole, or not at all; and locks between processes, also of several machines."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -92,6 +94,29 @@ def durable_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             lock.unlink()
+
+
+def check_folder(key: str, path: Path) -> None:
+    """DataError unless `path` is a folder to write in, or one can be made there. Leaves nothing behind."""
+    place = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not place.exists():
+        raise DataError(f"{key}: {place} is a link to {os.readlink(place)}, which does not exist: remove or mend it")
+    if not place.is_dir():
+        raise DataError(f"{key}: {place} must be a folder, and is a file")
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # permission bits alone mean nothing to root
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # room may come before it is needed
+            raise DataError(f"{key}: {place} cannot be written in: {error.strerror}") from error
+
+
+def check_file(key: str, path: Path) -> None:
+    """DataError unless `path` is a file to write, or one can be made in its folder, which is not looked at."""
+    target = Path(os.path.realpath(path))
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise DataError(f"{key}: {path} must be a file that can be written")
+    if path.is_symlink() and not target.parent.is_dir():
+        raise DataError(f"{key}: {path} is a link into {target.parent}, which does not exist: remove or mend it")
 
 
 def sync_folder(folder: Path) -> None:

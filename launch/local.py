@@ -6,6 +6,7 @@ after a failure that another start may mend.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import one_line, run_hydra  # noqa: E402
+from launch.alone import alone  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
@@ -36,6 +38,7 @@ from pretrain.stops import StopRequests  # noqa: E402
 
 def main() -> None:
     """Exits 0 when the run has got where it should, or was stopped and saved; 2 on a wrong setting; else 1."""
+    alone()
     configuration.register()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     run_hydra(_composed)
@@ -49,6 +52,7 @@ def _composed(composed: DictConfig) -> None:
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         config = configuration.build(composed)
         data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
+        configuration.check_logs(config)
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
                 configuration.freeze(config, data)
@@ -109,10 +113,11 @@ def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
 
 def farewell(config: TrainConfig) -> str:
     run = config.run.dir
+    own = "" if Path.cwd() == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
     return (
         f"run: {run}\n"
         f"curves: tensorboard --logdir {config.run_dir.parent}\n"
-        f"sample: python -m pretrain.generate run={run} prompt='def '"
+        f"sample: {own}python -m pretrain.generate run={run} prompt='def '"
     )
 
 

@@ -39,6 +39,7 @@ from data_prep.durable import durable  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
+from launch.alone import alone  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import GIB, HARDWARE  # noqa: E402
 from launch.job import SlurmRank  # noqa: E402
@@ -81,6 +82,7 @@ class Run:
 
 def main() -> None:
     """Exits 0 once submitted, with `tail` as the job does, 2 on a wrong setting."""
+    alone()
     configuration.register()
     slurm.register()
     corpus.register()
@@ -208,6 +210,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    configuration.check_logs(config)
     rows = configuration.vocab_rows(config, data)
     planned = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
     needed, room = planned.peak_bytes, hardware.memory - hardware.reserved

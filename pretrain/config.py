@@ -13,19 +13,22 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from data_prep.durable import durable, exclusive
+from data_prep.durable import check_file, check_folder, durable, exclusive
+from data_prep.errors import headline
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from .checkpoint import CheckpointError, newest_manifest
+from .checkpoint import RANKS_LOCK, CheckpointError, newest_manifest
 from .data import Data, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
+from .exits import RESTARTS_FILE
 from .interop import check_initial, folder_of
 from .llama import LlamaConfig
 from .model import GPT2Config
-from .settings import TrainConfig
+from .settings import CONFIG_FILE, TrainConfig
 from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
@@ -115,11 +118,16 @@ def hold(run: Path, lock: str) -> Iterator[None]:
 
 def load(path: Path) -> TrainConfig:
     """Reads a frozen configuration."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a run's configuration, such as {path / CONFIG_FILE}")
     try:
         frozen = OmegaConf.load(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: is {path.parent} a run?") from None
-    assert isinstance(frozen, DictConfig)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not YAML: {headline(error)}") from error
+    if not isinstance(frozen, DictConfig):
+        raise ValueError(f"{path} must hold a run's settings")
     return build(frozen)
 
 
@@ -129,6 +137,7 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
     the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
     """
+    check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     config.train.check_world(world)
     config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
@@ -146,6 +155,15 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
     elif config.init_from is not None:
         check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
     return data
+
+
+def check_logs(config: TrainConfig) -> None:
+    """DataError if what a run writes besides checkpoints could not be. For the launcher: a run goes on without it."""
+    key, run = f"run.dir={config.run.dir}", config.run_dir
+    for folder in (TOKENIZER_FOLDER, *(["tensorboard"] if config.log.tensorboard else [])):
+        check_folder(key, run / folder)
+    for file in (CONFIG_FILE, "metrics.jsonl", RESTARTS_FILE, LAUNCH_LOCK, RANKS_LOCK):
+        check_file(key, run / file)
 
 
 def vocab_rows(config: TrainConfig, data: Data) -> int:

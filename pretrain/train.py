@@ -44,13 +44,24 @@ from .watchdog import Watchdog
 LOCK_SECONDS = 180  # to wait for a lock of a start before this one
 
 
+HELP = """One rank of a training, as a launcher starts it. To train: python launch/local.py --help
+
+  python -m pretrain.train RUN/config.yaml                                      a single rank
+  torchrun --nproc-per-node 2 -m pretrain.train RUN/config.yaml                 on several nodes with torchrun's flags
+
+RUN/config.yaml is what a launcher has frozen. Each rank reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT, as torchrun sets them. Ends with the codes of pretrain/exits.py: 0 finished, 75 stopped and
+saved, others failed.
+"""
+
+
 def main() -> None:
     """Exits with an `Exit`; where that is neither FINISHED nor STOPPED, with a line on stderr, or a traceback."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = os.environ.get("RANK", "0")
     try:
         with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm asks more than once: a rank that ends must not die
-            config = configuration.load(Path(sys.argv[1]))
+            config = configuration.load(_config_path(sys.argv[1:]))
             with ExitStack() as group:
                 with requests.ending(partial(_end_unstarted, rank)):
                     device = group.enter_context(ranks(_timeout(config)))
@@ -86,6 +97,17 @@ def _end_unstarted(rank: str) -> None:
     """Ends this process, from any thread."""
     print(f"rank {rank} was asked to stop before the ranks had met: nothing to save", file=sys.stderr, flush=True)
     os._exit(Exit.UNSTARTED)
+
+
+def _config_path(arguments: list[str]) -> Path:
+    """The one argument. Prints help and exits 0 if there is none."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP.rstrip())
+        sys.exit(0)
+    if len(arguments) > 1 or ("=" in arguments[0] and not Path(arguments[0]).exists()):
+        said = " ".join(arguments)
+        raise ValueError(f"{said} must be the path of a run's config.yaml: settings go to launch/local.py; see --help")
+    return Path(arguments[0])
 
 
 def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> Reason:

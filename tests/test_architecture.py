@@ -35,8 +35,8 @@ def test_packages_only_hand_names_on():
             assert isinstance(node, ast.Import | ast.ImportFrom | ast.Expr | ast.Assign), path
 
 
-def test_the_environment_is_read_in_the_mesh_and_the_entries_alone():
-    readers = {"mesh.py", "train.py", "generate.py"}
+def test_the_environment_is_read_where_ranks_start_and_meet_alone():
+    readers = {"mesh.py", "rendezvous.py", "train.py"}
     for path in (ROOT / "pretrain").rglob("*.py"):
         assert path.name in readers or "os.environ" not in path.read_text(), path
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.command import arguments_or, one_line
+from data_prep.durable import check_folder
 from data_prep.errors import DataError
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
@@ -113,6 +114,7 @@ def main() -> None:
     with one_line(CheckpointError, NotMet):
         arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
         settings = settings_of(LensConfig, arguments)
+        check_folder(f"out={settings.out}", Path(settings.out))
         with ranks_or_alone() as device:
             shown, found = see(settings, device)
             if not dist.is_initialized() or dist.get_rank() == 0:
