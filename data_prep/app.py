@@ -164,6 +164,8 @@ def tokenize_part(config: TokenizeConfig, output: Output) -> None:
 def prepared(config: TokenizeConfig, output: Output) -> Iterator[Tokenizer]:
     """Hold the folder for this run alone, with its settings and its tokenizer in it."""
     config.corpus.ensure_documents()
+    for remark in config.corpus.remarks():
+        print(remark)
     tokenizer = tokenizer_for(config, output)
     with output.started():
         if not output.has_tokenizer:

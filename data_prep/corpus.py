@@ -22,24 +22,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+from data_prep.contents import look
 from data_prep.errors import DataError, headline
 from data_prep.long import LONG_BYTES, LongDocument, LongRow, half_of_a_pair, not_utf8, text_pieces
 from data_prep.parquet import row_groups, rows_of
+from data_prep.sidecars import sifted
 from data_prep.source import (
+    LINES,
+    PARQUET,
+    TEXT,
     Document,
     FileInfo,
+    Form,
     Piece,
     Poison,
     bytes_of,
     expand,
-    kind_of,
     lines_of,
     local_file,
 )
 from data_prep.unit import Item, Unit, grouped
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-PARQUET = ".parquet"
 ROWS_AT_ONCE = 256
 LOOKS_AT_ONCE = 16  # files whose rows are counted: footers of parquet, mostly waited for
 HELD_BYTES = 256  # that a row of the hub counts for beside its text: poison has none, and is held too
@@ -101,6 +104,10 @@ class CorpusConfig(ABC):
             )
         raise DataError(f"the corpus ({self.kind}) is empty: it has no document with text")
 
+    def remarks(self) -> list[str]:
+        """Lines on what is left out, and on what may not be meant."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """What the documents depend on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
@@ -151,7 +158,7 @@ class StdlibCorpus(CorpusConfig):
 
 @dataclass
 class FilesCorpus(CorpusConfig):
-    """Files: a document a row of .jsonl and .parquet, a document a file for all others; .gz and .zst around them.
+    """Files: a document a row of JSON and parquet, a document a file for all others; compression around them.
 
     `paths`: files, globs, folders (all files below, hidden ones left out) and URLs. `text_key`: the column of the
     text.
@@ -167,23 +174,43 @@ class FilesCorpus(CorpusConfig):
     @cached_property
     def _files(self) -> list[FileInfo]:
         """Listed once: a run is of the files as they are at its start, and far away each look takes its time."""
-        return expand(self.paths)
+        return expand(self.paths, self._chosen)
+
+    def _chosen(self, name: str, files: list[FileInfo]) -> list[FileInfo]:
+        chosen, remark = sifted(name, files)
+        self._remarks.update({remark: None} if remark else {})
+        return chosen
+
+    @cached_property
+    def _remarks(self) -> dict[str, None]:
+        return {}
+
+    def remarks(self) -> list[str]:
+        return list(self._remarks) if self._files else []
 
     @cached_property
     def _pieces(self) -> list[Piece]:
         with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-            return list(chain.from_iterable(pool.map(self._pieces_of, self._files)))
+            forms = list(pool.map(look, self._files))
+            refused = [
+                f"{file.path}: cannot be read: {form}"
+                for file, form in zip(self._files, forms, strict=True)
+                if isinstance(form, str)
+            ]
+            if refused:
+                more = f" (and {len(refused) - 1:,} more files: {refused[1]} ...)" if len(refused) > 1 else ""
+                raise DataError(refused[0] + more)
+            return list(chain.from_iterable(pool.map(self._pieces_of, self._files, forms)))
 
-    def _pieces_of(self, file: FileInfo) -> list[Piece]:
-        if kind_of(file.path) == PARQUET:
+    def _pieces_of(self, file: FileInfo, form: Form) -> list[Piece]:
+        if form.kind == PARQUET:
             return row_groups(file, self.text_key)
-        return [file.lines() if kind_of(file.path) in JSON_LINES else file.whole()]
+        return [file.lines(form) if form.kind == LINES else file.whole(form)]
 
     def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
-        kind = kind_of(piece.path)
-        if kind == PARQUET:
+        if piece.form.kind == PARQUET:
             return self._rows(piece, largest)
-        return self._lines(piece, largest, beat) if kind in JSON_LINES else self._text(piece, largest)
+        return self._text(piece, largest) if piece.form.kind == TEXT else self._lines(piece, largest, beat)
 
     def _lines(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
         for offset, size, line in lines_of(piece, min(largest, LONG_BYTES), largest, beat):
@@ -206,9 +233,9 @@ class FilesCorpus(CorpusConfig):
                 yield decoded(name, data)
 
     def _text(self, piece: Piece, largest: int) -> Iterator[Item]:
-        data = bytes_of(piece.path, min(largest, LONG_BYTES))
+        data = bytes_of(piece.path, min(largest, LONG_BYTES), piece.form.compression)
         if data is None:
-            yield LongDocument(piece.path, partial(text_pieces, piece.path))
+            yield LongDocument(piece.path, partial(text_pieces, piece.path, piece.form.compression))
         elif data:
             yield decoded(piece.path, data)
 

@@ -160,10 +160,10 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
     scheme = SCHEMES.get(tokenizer.spec.pattern)
     if scheme is None:
         return None, "gigatoken is not used: it has no name for this tokenizer's pattern"
-    documents = sample_of(sample)
-    if not documents:
-        return None, "gigatoken is not used: there is no text to compare it on"
     try:
+        documents = sample_of(sample)
+        if not documents:
+            return None, "gigatoken is not used: there is no text to compare it on"
         with muted():
             same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
             for document, ids in zip(documents, same, strict=True):

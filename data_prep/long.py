@@ -84,9 +84,9 @@ def cut_of(text: str) -> int:
     return len(text)
 
 
-def text_pieces(path: str) -> Iterator[str]:
+def text_pieces(path: str, compression: str | None) -> Iterator[str]:
     """The file's text. ValueError if it is not UTF-8."""
-    return decoded(source.blocks_of(path), "utf-8")
+    return decoded(source.blocks_of(path, compression), "utf-8")
 
 
 def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.source import BLOCK_BYTES, FileInfo, Piece, open_raw, reading
+from data_prep.source import BLOCK_BYTES, PARQUET, FileInfo, Form, Piece, open_raw, reading
 
 ROWS_AT_ONCE = 256
 BATCH_BYTES = 2 << 20  # of rows at once, where they are about the same size
@@ -29,7 +29,9 @@ def row_groups(file: FileInfo, column: str) -> list[Piece]:
         metadata = opened_file.metadata
         place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
         sizes = [metadata.row_group(i).column(place).total_uncompressed_size for i in range(metadata.num_row_groups)]
-    return [Piece(file.path, file.stamp, size, number, number + 1) for number, size in enumerate(sizes)]
+    return [
+        Piece(file.path, file.stamp, size, number, number + 1, form=Form(PARQUET)) for number, size in enumerate(sizes)
+    ]
 
 
 def is_text(kind: Any) -> bool:

@@ -18,9 +18,11 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
+from data_prep.decompress import BY_SUFFIX, decompressed
 from data_prep.errors import DataError, headline
+from data_prep.json_values import values_of
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT, LINES, VALUES, PARQUET = "text", "lines", "values", "parquet"  # the forms of a file
 EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
@@ -43,6 +45,16 @@ class Poison(NamedTuple):
     reason: str
 
 
+class Form(NamedTuple):
+    """How a file is read. `kind`: one document (TEXT), rows of JSON (LINES, VALUES: see json_values), or PARQUET."""
+
+    kind: str = TEXT
+    compression: str | None = None
+
+
+PLAIN = Form()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A range of a file. `stop`: None to the end; `size`: bytes of text, about; `stamp` changes with the file."""
@@ -53,6 +65,7 @@ class Piece:
     start: int = 0
     stop: int | None = None
     splittable: bool = False  # at any byte: its reader aligns to lines
+    form: Form = PLAIN
 
     def cut(self, size: int) -> tuple["Piece", "Piece"]:
         middle = self.start + size
@@ -74,12 +87,12 @@ class FileInfo(NamedTuple):
     stamp: str
     ranged: bool = True
 
-    def whole(self) -> Piece:
-        return Piece(self.path, self.stamp, self.size * EXPANSION if compression_of(self.path) else self.size)
+    def whole(self, form: Form = PLAIN) -> Piece:
+        return Piece(self.path, self.stamp, self.size * (EXPANSION if form.compression else 1), form=form)
 
-    def lines(self) -> Piece:
+    def lines(self, form: Form) -> Piece:
         """The whole file, to be cut anywhere if it can be read from anywhere."""
-        return replace(self.whole(), splittable=self.ranged and not compression_of(self.path))
+        return replace(self.whole(form), splittable=self.ranged and not form.compression)
 
 
 def name_of(path: str) -> PurePosixPath:
@@ -88,7 +101,8 @@ def name_of(path: str) -> PurePosixPath:
 
 
 def compression_of(path: str) -> str | None:
-    return COMPRESSIONS.get(name_of(path).suffix.lower())
+    """What its name says."""
+    return BY_SUFFIX.get(name_of(path).suffix.lower())
 
 
 def kind_of(path: str) -> str:
@@ -97,17 +111,25 @@ def kind_of(path: str) -> str:
     return (PurePosixPath(name.stem) if compression_of(path) else name).suffix.lower()
 
 
-def expand(paths: list[str]) -> list[FileInfo]:
+Choose = Callable[[str, list[FileInfo]], list[FileInfo]]
+
+
+def everything(name: str, files: list[FileInfo]) -> list[FileInfo]:
+    return files
+
+
+def expand(paths: list[str], choose: Choose = everything) -> list[FileInfo]:
     """The files that paths, globs, folders and URLs name, in the order given, sorted within one name.
 
-    Each once: a local one by its real path. DataError for what they name and cannot be opened.
+    `choose` has the last word on those of one name. Each once: a local one by its real path. DataError for what they
+    name and cannot be opened.
     """
     found: dict[str, FileInfo] = {}
     for name in paths:
         matches = remote_files(name) if is_remote(name) else local_files(name)
         if not matches:
             raise DataError(f"corpus.paths: {name!r} matches no file")
-        for match in matches:
+        for match in choose(name, matches):
             found.setdefault(match.path if is_remote(name) else os.path.realpath(match.path), match)
     if not found:
         raise DataError("corpus.paths=[] must name at least one file, glob, folder or URL")
@@ -242,26 +264,24 @@ def web_client() -> dict[str, Any]:
     return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)}}
 
 
-def open_raw(path: str) -> BinaryIO:
+def open_raw(path: str, block: int | None = None) -> BinaryIO:
+    """`block`: bytes that are fetched at once from far away."""
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     system, inner = filesystem(path)
-    block = REMOTE_BLOCK_BYTES if takes_ranges(path) else 0  # 0: a stream
+    block = (block or REMOTE_BLOCK_BYTES) if takes_ranges(path) else 0  # 0: a stream
     return cast(BinaryIO, system.open(inner, "rb", block_size=block))
 
 
 @contextmanager
-def opened(path: str) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed where its name says so."""
-    with open_raw(path) as raw:
-        compression = compression_of(path)
+def opened(path: str, compression: str | None = None, block: int | None = None) -> Iterator[io.BufferedReader]:
+    """The file's bytes, decompressed."""
+    with open_raw(path, block) as raw:
         if compression is None:
-            yield io.BufferedReader(cast(io.RawIOBase, raw), BLOCK_BYTES)
+            yield io.BufferedReader(cast(io.RawIOBase, raw), block or BLOCK_BYTES)
         else:
-            import pyarrow
-
-            with pyarrow.CompressedInputStream(raw, compression) as stream:
-                yield io.BufferedReader(stream, BLOCK_BYTES)
+            with decompressed(raw, compression) as stream:
+                yield io.BufferedReader(stream, block or BLOCK_BYTES)
 
 
 @contextmanager
@@ -278,12 +298,15 @@ def reading(path: str) -> Iterator[None]:
 def lines_of(
     piece: Piece, limit: int, largest: int, beat: Callable[[], None]
 ) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
-    """Each line that begins in the piece: its offset in the text, its size, its bytes.
+    """Each line that begins in the piece, or each value of VALUES: its offset in the text, its size, its bytes.
 
     A line of more than `limit` bytes is a temporary file, for a compressed one could only be found again from the
     start; one of more than `largest` is not whole in it. `beat` is called now and then within a long line.
     """
-    with reading(piece.path), opened(piece.path) as stream:
+    with reading(piece.path), opened(piece.path, piece.form.compression) as stream:
+        if piece.form.kind == VALUES:
+            yield from values_of(watched_blocks(stream, beat), limit, largest)
+            return
         offset = piece.start
         if piece.start:
             assert piece.stop is None or piece.stop > piece.start
@@ -319,15 +342,21 @@ def rest_of_line(stream: io.BufferedReader, most: int | None, beat: Callable[[],
             return
 
 
-def bytes_of(path: str, limit: int) -> bytes | None:
+def watched_blocks(stream: io.BufferedReader, beat: Callable[[], None]) -> Iterator[bytes]:
+    while block := stream.read(BLOCK_BYTES):
+        beat()
+        yield block
+
+
+def bytes_of(path: str, limit: int, compression: str | None = None) -> bytes | None:
     """The whole file; None if more than `limit`, which is not read to its end."""
-    with reading(path), opened(path) as stream:
+    with reading(path), opened(path, compression) as stream:
         data = stream.read(limit + 1)
     return data if len(data) <= limit else None
 
 
-def blocks_of(path: str) -> Iterator[bytes]:
+def blocks_of(path: str, compression: str | None = None) -> Iterator[bytes]:
     """The file's bytes, decompressed."""
-    with reading(path), opened(path) as stream:
+    with reading(path), opened(path, compression) as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block

@@ -1,9 +1,15 @@
 """The three sources: what a document is, in what order, and which errors name which place."""
 
+import bz2
 import gzip
 import importlib
+import io
+import json
+import lzma
 import pickle
 import re
+import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +19,11 @@ import pytest
 from data_prep.corpus import CorpusConfig, FilesCorpus, HubCorpus, StdlibCorpus, decode_source
 from data_prep.encoder import resident_bytes
 from data_prep.errors import DataError
+from data_prep.long import LongDocument
 from data_prep.parquet import bytes_of, is_text, row_groups, rows_of
 from data_prep.source import Document, Poison, compression_of, expand, kind_of, local_file
 from data_prep.unit import Item
-from tests.data_prep.commands import write_jsonl
+from tests.data_prep.commands import assert_one_error, tokenize, write_jsonl
 
 
 def documents(*paths: Path | str, text_key: str = "text") -> list[str]:
@@ -104,7 +111,7 @@ BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
     "deep": ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl:0", "not JSON: "),
     "no key": ("a.jsonl", b'{"body":"ok"}\n', "a.jsonl:0", "no key 'text' .* it has body"),
     "no text": ("a.jsonl", b'{"text":null}\n', "a.jsonl:0", "'text' must be text, not NoneType"),
-    "array": ("a.json", b'[{"text":"a"}]', "a.json:0", "a row must be an object, not list"),
+    "array in lines": ("a.jsonl", b'["a"]\n{"text":"ok"}', "a.jsonl:0", "a row must be an object, not list"),
     "large row": ("a.jsonl", b'{"text":"' + b"x" * (1 << 20) + b'"}\n', "a.jsonl:0", r"more than 1,048,576 bytes"),
 }
 
@@ -208,7 +215,7 @@ def test_a_row_group_of_parquet_is_not_held(tmp_path: Path) -> None:
 
 def test_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus_module, times = importlib.import_module("data_prep.corpus"), list[list[str]]()
-    monkeypatch.setattr(corpus_module, "expand", lambda paths: times.append(paths) or expand(paths))
+    monkeypatch.setattr(corpus_module, "expand", lambda paths, *more: times.append(paths) or expand(paths, *more))
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     corpus = FilesCorpus([str(path)])
     corpus.describe()
@@ -251,9 +258,25 @@ def test_the_units_of_parquet_are_row_groups(tmp_path: Path) -> None:
     assert [item.id for item in items(corpus, 1)] == [f"{path}:{number}" for number in range(11)]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def packed(suffix: str, data: bytes) -> bytes:
+    pyarrow = importlib.import_module("pyarrow")
+    if suffix in (".br", ".lz4"):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, {".br": "brotli", ".lz4": "lz4"}[suffix]) as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    packers = {".gz": gzip.compress, ".gzip": gzip.compress, ".bz2": bz2.compress, ".zst": zstd, ".zstd": zstd}
+    return {**packers, ".xz": lzma.compress, ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE)}[suffix](data)
+
+
+COMPRESSED = [".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lzma", ".lz4", ".br"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_compressed_files(tmp_path: Path, suffix: str) -> None:
-    pack = gzip.compress if suffix == ".gz" else zstd
+    def pack(data: bytes) -> bytes:
+        return packed(suffix, data)
+
     rows = write_jsonl(tmp_path / "a.jsonl", ["one", "東京", "three"]).read_bytes()
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(rows) + pack(rows))  # two frames, as parallel compressors write
     (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"whole\nfile"))
@@ -263,6 +286,186 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     ]
     corpus = FilesCorpus([str(tmp_path / f"a.jsonl{suffix}")])
     assert len(corpus.units(1)) == 1  # cannot be split
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_cut_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
+    lines = np.random.default_rng(0).bytes(300_000).hex().encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed(suffix, b'{"text": "' + lines + b'"}')[:-20])
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: cannot be read"):
+        documents(tmp_path / f"a.jsonl{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_bytes_behind_a_compressed_file(tmp_path: Path, suffix: str) -> None:
+    """Zeros are padding, between streams too; anything else is an error, not an end."""
+    one = packed(suffix, b'{"text": "one"}\n')
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(one + bytes(512) + one + bytes(512))
+    assert documents(path) == ["one", "one"]
+    path.write_bytes(one + b"junk")
+    with pytest.raises(DataError, match="cannot be read"):
+        documents(path)
+
+
+ROWS = [{"text": f'a "row" {number} [1] }}{{ \\ 東京', "meta": [{"text": "no"}, {}, []]} for number in range(99)]
+LAYOUTS = {
+    "array": json.dumps(ROWS),
+    "pretty array": json.dumps(ROWS, indent=2, ensure_ascii=False),
+    "array over lines": "[" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+    "pretty objects": "\n".join(json.dumps(row, indent="\t") for row in ROWS),
+    "objects in one line": "".join(map(json.dumps, ROWS)),
+    "objects and commas": ",\r\n".join(map(json.dumps, ROWS)),
+    "two arrays": json.dumps(ROWS[:7]) + "\n" + json.dumps(ROWS[7:]),
+    "empty array first": "[]\n" + json.dumps(ROWS),
+}
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_json_in_any_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, block: int) -> None:
+    monkeypatch.setattr(importlib.import_module("data_prep.source"), "BLOCK_BYTES", block)
+    data = (b"\xef\xbb\xbf" if block > 3 else b"") + LAYOUTS[layout].encode()
+    (tmp_path / "a.json").write_bytes(data)
+    expected = [row["text"] for row in ROWS]
+    corpus = FilesCorpus([str(tmp_path / "a.json")])
+    found = items(corpus, 100)
+    assert [item[1] for item in found] == expected and len(corpus.units(100)) == 1
+    starts = [data[int(item.id.rpartition(":")[2]) :][:1] for item in found]
+    assert set(starts) == {b"{"}
+
+
+def test_large_and_bad_elements_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(
+        json.dumps([{"text": "x" * 500}, None, 1.5, "words", {"body": 1}, {"text": "y" * 5000}, {"text": "z"}])
+    )
+    monkeypatch.setattr(importlib.import_module("data_prep.corpus"), "LONG_BYTES", 100)
+    first, *bad, large, last = items(FilesCorpus([str(path)]), largest=1000)
+    assert isinstance(first, LongDocument) and "".join(first.pieces()) == "x" * 500
+    assert [type(item) for item in bad] == [Poison] * 4 and isinstance(last, Document)
+    assert isinstance(large, Poison) and large.reason.startswith("more than 1,000 bytes")
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"text": "a"}, {"te', '[{"text": "a"},', '[{"text": "a"}', '[{"text": "a"}, oops]', "[{}]}"]
+)
+def test_broken_array_ends_the_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    write_jsonl(tmp_path / "b.jsonl", ["fine"])
+    with pytest.raises(DataError, match=r"a\.json: cannot be read: .*not JSON"):
+        documents(tmp_path)
+
+
+def archive(name: str) -> bytes:
+    sink = io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(sink, "w") as file:
+            file.writestr("a.jsonl", '{"text": "one"}')
+        return sink.getvalue()
+    kind = tarfile.USTAR_FORMAT if "old" not in name else tarfile.GNU_FORMAT
+    with tarfile.open(fileobj=sink, mode="w", format=kind) as tar:
+        info = tarfile.TarInfo("a.jsonl")
+        info.size = 15
+        tar.addfile(info, io.BytesIO(b'{"text": "one"}'))
+    return sink.getvalue()
+
+
+TAR, ZIP = archive("a.tar"), archive("a.zip")
+BINARY = np.random.default_rng(1).bytes(3000)
+REFUSED = {
+    "a.tar": (TAR, "a tar archive: unpack it"),
+    "renamed.jsonl": (TAR, "a tar archive"),
+    "a.tar.gz": (gzip.compress(TAR), "gzip, and in it a tar archive"),
+    "a.tgz": (gzip.compress(TAR), "gzip, and in it a tar archive"),
+    "a.tar.xz": (lzma.compress(TAR), "xz, and in it a tar archive"),
+    "no_suffix": (zstd(TAR), "zstd, and in it a tar archive"),
+    "a.zip": (ZIP, "a zip archive"),
+    "b.txt": (ZIP, "a zip archive"),
+    "a.7z": (b"7z\xbc\xaf\x27\x1c" + BINARY, "a 7z archive"),
+    "a.txt.gz.gz": (gzip.compress(gzip.compress(b"text")), "compressed twice"),
+    "a.json.gz": (b'{"text": "plain"}', "its name says gzip, and it is not"),
+    "a.arrow": (b"ARROW1\0\0" + BINARY, "an Arrow"),
+    "a.orc": (b"ORC" + BINARY, "an ORC file: convert it"),
+    "a.pkl": (pickle.dumps(["text"]), "a pickle"),
+    "a.npy": (b"\x93NUMPY\x01\0" + BINARY, "a NumPy array"),
+    "a.pdf": (b"%PDF-1.7\n" + BINARY, "a PDF"),
+    "a.msgpack": (BINARY, "binary data, not text"),
+    "a.txt": ("UTF-16 text".encode("utf-16"), "UTF-16 text: convert it with `iconv"),
+    "without_mark.jsonl": ('{"text": "one"}'.encode("utf-16-le"), "binary data, not text"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    "page.jsonl": (b"<html>\n<body>\nnot found\n", "named .jsonl, but none of its first 3 lines is a JSON object"),
+    "words.json": (b'["one", "two"]', "an array of what are no objects"),
+    "b.parquet.gz": (gzip.compress(b"PAR1" + BINARY), "Parquet within gzip"),
+}
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_not_read_are_refused_before_any_work(tmp_path: Path, name: str, far: bool) -> None:
+    """By their content, alone and beside others."""
+    content, words = REFUSED[name]
+    write_jsonl(tmp_path / "0.jsonl", ["fine"])
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=re.escape(f"{name}: cannot be read: {words}")):
+            FilesCorpus([f"file://{path}" if far else str(path)]).units(1 << 20)
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows", ["one", "two"]).read_bytes()
+    for name, content in (("gz.jsonl", gzip.compress(rows)), ("xz.jsonl.gz", lzma.compress(rows))):
+        (tmp_path / name).write_bytes(content)
+        assert documents(tmp_path / name) == ["one", "two"]
+    (tmp_path / "text").write_bytes(bz2.compress(b"BZh and more"))
+    (tmp_path / "BZh.txt").write_bytes(b"BZh and more")
+    assert documents(tmp_path / "text", tmp_path / "BZh.txt") == ["BZh and more"] * 2
+    for name in ("p.json", "p", "p.txt"):
+        write_parquet(tmp_path / name, text=["row"])
+        assert documents(tmp_path / name) == ["row"]
+
+
+def test_refused_command_writes_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "a.jsonl", ["one", "two"])
+    for name in ("b.tar", "c.zip"):
+        (data / name).write_bytes(archive(name))
+    done = tokenize("corpus=files", f"corpus.paths=[{data}]", "tokenizer.vocab_size=257", f"out={tmp_path / 'out'}")
+    assert_one_error(done, "b.tar: cannot be read: a tar archive", "and 1 more file", "c.zip")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_sidecars_of_a_snapshot_are_left_out_with_a_line(tmp_path: Path, far: bool) -> None:
+    snapshot = tmp_path / "test_snapshot"
+    sidecars = ("README.md", "LICENSE", "dataset_infos.json", ".gitattributes", "data/_SUCCESS", "data/.a.crc")
+    sidecars += ("data/train-0.jsonl.md5", "SHA256SUMS", "data/_metadata")
+    for name in ("data/train-0.jsonl", "data/test-0.jsonl", "data/latest.jsonl", "validation/x.jsonl", *sidecars):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(snapshot / name, [name])
+    corpus = FilesCorpus([f"file://{snapshot}" if far else str(snapshot)])
+    texts = [item[1] for item in items(corpus)]
+    assert texts == ["data/latest.jsonl", "data/test-0.jsonl", "data/train-0.jsonl", "validation/x.jsonl"]
+    (line,) = corpus.remarks()
+    assert line.startswith(corpus.paths[0])
+    for part in ("2 checksums", "2 markers", "2 dot files", "1 data set description", "2 cards or licences"):
+        assert part in line
+    assert "read too: data/test-0.jsonl, validation/x.jsonl (" in line
+    assert documents(snapshot / "README.md", snapshot / "data" / "train-0.jsonl") == [
+        '{"id": 0, "text": "README.md"}\n',
+        "data/train-0.jsonl",
+    ]
+
+
+def test_texts_named_as_sidecars_are_read_where_there_are_no_rows(tmp_path: Path) -> None:
+    for name in ("README.md", "LICENSE", "sub/README.md", "a.txt", "a.txt.md5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = FilesCorpus([str(tmp_path)])
+    assert [item[1] for item in items(corpus)] == ["LICENSE", "README.md", "a.txt", "sub/README.md"]
+    assert corpus.remarks() == [f"{tmp_path}: left out: 1 checksum"]
+    assert documents(tmp_path / "*.md5") == ["a.txt.md5"]
 
 
 def test_a_file_far_away(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     monkeypatch.setattr(corpus, "LONG_BYTES", 100)
     opened, times = source.opened, list[str]()
-    monkeypatch.setattr(source, "opened", lambda path: times.append(path) or opened(path))
+    monkeypatch.setattr(source, "opened", lambda path, *more: times.append(path) or opened(path, *more))
     found = list(FilesCorpus([str(tmp_path / "a.jsonl.gz")]).documents())
     for _ in range(2):
         assert ["".join(document.pieces()) for document in found if isinstance(document, LongDocument)] == rows

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -284,7 +285,8 @@ def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> 
     folder.mkdir()
     for number in range(10):
         write_jsonl(folder / f"{number}.jsonl", texts(10, seed=number))
-    (folder / "9.jsonl.gz").write_bytes(b"none")
+    whole = gzip.compress(json.dumps({"text": random.Random(0).randbytes(100_000).hex()}).encode())
+    (folder / "9.jsonl.gz").write_bytes(whole[:-100])  # its beginning, which is looked at before the run, is right
     command = ["corpus=files", f"corpus.paths=['{folder}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
     command += ["unit_mib=0.002", "workers=1", f"out={tmp_path / 'out'}"]
     assert_one_error(tokenize(*command), "9.jsonl.gz: cannot be read")

@@ -1,0 +1,105 @@
+"""Compressed streams, read to their last byte: what is cut off, or not of the format, is an error and never an end.
+
+Not the standard library's own files: BZ2File and LZMAFile end without a word at what they do not know.
+"""
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, cast
+
+BY_SUFFIX = {".gz": "gzip", ".gzip": "gzip", ".bgz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
+BY_SUFFIX |= {".xz": "xz", ".lzma": "xz", ".lz4": "lz4", ".br": "brotli"}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x5d\0\0": "xz"}
+MAGIC |= {b"\x04\x22\x4d\x18": "lz4"}
+SKIPPABLE = b"\x2a\x4d\x18"  # the last three bytes of a skippable frame's magic, of zstd and lz4
+READ_BYTES = 1 << 18
+
+
+def compression_by_content(head: bytes) -> str | None:
+    """By the first bytes. Brotli has no mark of its own."""
+    for magic, name in MAGIC.items():
+        if head.startswith(magic) and (magic != b"BZh" or head[4:10] in (b"1AY&SY", b"\x17rE8P\x90")):
+            return name
+    return "zstd" if head[1:4] == SKIPPABLE and head[0] >> 4 == 5 else None
+
+
+def decompressed(raw: BinaryIO, compression: str) -> io.RawIOBase:
+    """The content of `raw` as a stream, which is not closed with it."""
+    if compression in STREAMS:
+        return Streams(raw, STREAMS[compression])
+    import pyarrow
+
+    return cast(io.RawIOBase, pyarrow.CompressedInputStream(raw, compression))
+
+
+class Gzip:
+    """zlib's decompressor with the interface of bz2's and lzma's."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "gzip": Gzip,
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
+
+
+class Streams(io.RawIOBase):
+    """One or more compressed streams, one behind the other, zero bytes after each left out."""
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new
+        self._current: Any = None
+        self._input = b""
+        self._ended = 0  # streams
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._current is not None or self._begins():
+            data, self._input = self._input, b""
+            if not data and self._current.needs_input:
+                data = self._raw.read(READ_BYTES)
+            out = self._current.decompress(data, len(buffer))
+            if self._current.eof:
+                self._input, self._current = self._current.unused_data, None
+                self._ended += 1
+            elif not data and not out:
+                raise EOFError("it is cut off: Truncated compressed stream")
+            if out:
+                buffer[: len(out)] = out
+                return len(out)
+        return 0
+
+    def _begins(self) -> bool:
+        """Whether there is one more stream."""
+        while True:
+            self._input = self._input or self._raw.read(READ_BYTES)
+            if not self._input:
+                return False
+            if self._ended:  # tapes and block devices pad with zeros
+                self._input = self._input.lstrip(b"\0")
+            if self._input:
+                self._current = self._new()
+                return True
