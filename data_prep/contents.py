@@ -90,12 +90,13 @@ def form_of(path: str, head: bytes, compression: str | None) -> Form | str:
         return f"Parquet within {compression}: {UNPACK}" if compression else Form(PARQUET)
     if kind not in JSON_SUFFIXES:
         return Form(TEXT, compression)
-    if is_values(head):
+    whole = len(head) < HEAD_BYTES
+    if is_values(head, whole):
         return Form(VALUES, compression)
     start = head.removeprefix(BOM).lstrip(SPACE)
     if kind == ".json" and start.startswith(b"["):
         return f"an array of what are no objects: {CONVERT}"
-    lines = head.split(b"\n") if len(head) < HEAD_BYTES else head.split(b"\n")[:-1]
+    lines = head.split(b"\n") if whole else head.split(b"\n")[:-1]
     lines = [line for line in lines if line.strip(SPACE)]
     if len(lines) > 1 and not any(is_object(line.removeprefix(BOM)) for line in lines):
         return f"named {kind}, but none of its first {len(lines):,} lines is a JSON object: {CONVERT}"

@@ -100,8 +100,11 @@ def values_of(blocks: Iterable[bytes], limit: int, largest: int) -> Iterator[tup
             held, file, size = bytearray(), None, 0
 
 
-def is_values(head: bytes) -> bool:
-    """Whether JSON that begins so has its rows in an array, over several lines, or several in a line."""
+def is_values(head: bytes, whole: bool) -> bool:
+    """Whether JSON that begins so has its rows in an array, over several lines, or several in a line.
+
+    `whole`: the head is all there is, so that a first value without an end is a row that is cut off.
+    """
     text = head.removeprefix(BOM).lstrip(SPACE)
     if text[:1] == b"[":
         return text[1:].lstrip(SPACE)[:1] in (b"{", b"]", b"")
@@ -112,7 +115,12 @@ def is_values(head: bytes) -> bool:
         follows = text[len(value.data) :].lstrip(b" \t\r")[:1]
         return (b"\n" in value.data or follows in (b"{", b",")) and is_object(value.data)
     line, newline, _ = text.partition(b"\n")
-    return bool(newline) and line.rstrip()[-1:] in (b"{", b"[", b",", b":") and bool(WHOLE_STRINGS.fullmatch(line))
+    return (
+        not whole
+        and bool(newline)
+        and line.rstrip()[-1:] in (b"{", b"[", b",", b":")
+        and bool(WHOLE_STRINGS.fullmatch(line))
+    )
 
 
 def is_object(data: bytes) -> bool:

@@ -357,6 +357,22 @@ def test_broken_array_ends_the_run(tmp_path: Path, text: str) -> None:
         documents(tmp_path)
 
 
+@pytest.mark.parametrize("first", [b'{"text": "cut, ', b'{"text": "a", ', b"# a comment", b'{"text": ["a",'])
+def test_bad_first_row_is_put_aside_and_the_others_are_read(tmp_path: Path, first: bytes) -> None:
+    """It is not taken for a row over several lines."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / "a.jsonl").write_bytes(first + b"\n" + (tmp_path / "a.jsonl").read_bytes())
+    bad, *good = items(FilesCorpus([str(tmp_path / "a.jsonl")]))
+    assert isinstance(bad, Poison) and [item[1] for item in good] == ["one", "two"]
+
+
+def test_large_rows_over_several_lines(tmp_path: Path) -> None:
+    """The first row ends behind what is looked at."""
+    rows = [{"text": letter * 100_000, "n": [1]} for letter in "ab"]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert documents(tmp_path / "a.json") == [row["text"] for row in rows]
+
+
 def archive(name: str) -> bytes:
     sink = io.BytesIO()
     if name.endswith(".zip"):
