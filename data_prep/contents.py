@@ -95,7 +95,7 @@ def form_of(path: str, head: bytes, compression: str | None) -> Form | str:
         return Form(VALUES, compression)
     start = head.removeprefix(BOM).lstrip(SPACE)
     if kind == ".json" and start.startswith(b"["):
-        return f"an array of what are no objects: {CONVERT}"
+        return f"an array whose elements are not objects: {CONVERT}"
     lines = head.split(b"\n") if whole else head.split(b"\n")[:-1]
     lines = [line for line in lines if line.strip(SPACE)]
     if len(lines) > 1 and not any(is_object(line.removeprefix(BOM)) for line in lines):
@@ -122,7 +122,7 @@ def refused(head: bytes) -> str | None:
 
 
 def is_tar(head: bytes) -> bool:
-    """By the checksum of the first member: the oldest format has no mark."""
+    """Checks the first member's checksum: the oldest format has no mark."""
     if b"\0" not in head[:512]:
         return False
     try:
@@ -133,7 +133,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """Zero bytes all over, as of UTF-16; or neither UTF-8 nor, being without control characters, another text."""
+    """True for many zero bytes, as in UTF-16, and for control characters in what is not UTF-8."""
     start = head[:64]
     if start.count(0) * 4 > len(start):
         return True

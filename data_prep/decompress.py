@@ -1,6 +1,6 @@
 """Compressed streams, read to their last byte: what is cut off, or not of the format, is an error and never an end.
 
-Not the standard library's own files: BZ2File and LZMAFile end without a word at what they do not know.
+The standard library's BZ2File and LZMAFile are not used: they take bytes that they do not know for the end.
 """
 
 import bz2
@@ -19,7 +19,7 @@ READ_BYTES = 1 << 18
 
 
 def compression_by_content(head: bytes) -> str | None:
-    """By the first bytes. Brotli has no mark of its own."""
+    """The compression that the first bytes show. Brotli has no mark of its own."""
     for magic, name in MAGIC.items():
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] in (b"1AY&SY", b"\x17rE8P\x90")):
             return name
@@ -93,7 +93,7 @@ class Streams(io.RawIOBase):
         return 0
 
     def _begins(self) -> bool:
-        """Whether there is one more stream."""
+        """Looks for one more stream."""
         while True:
             self._input = self._input or self._raw.read(READ_BYTES)
             if not self._input:

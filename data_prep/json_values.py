@@ -101,7 +101,7 @@ def values_of(blocks: Iterable[bytes], limit: int, largest: int) -> Iterator[tup
 
 
 def is_values(head: bytes, whole: bool) -> bool:
-    """Whether JSON that begins so has its rows in an array, over several lines, or several in a line.
+    """True for JSON that begins with rows in an array, a row over several lines, or several rows in a line.
 
     `whole`: the head is all there is, so that a first value without an end is a row that is cut off.
     """

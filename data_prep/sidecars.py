@@ -1,4 +1,4 @@
-"""What lies beside the data in a folder and is none: checksums, markers, and beside rows also cards and licences.
+"""Files beside the data of a folder: checksums, markers, and beside rows also cards and licences.
 
 Not part of source.py: that lists all that a name stands for, and this chooses by the names of the whole list.
 """
@@ -43,7 +43,7 @@ def sifted(name: str, files: list[FileInfo]) -> tuple[list[FileInfo], str]:
 
 
 def unlisted(folder: str) -> int:
-    """How many names with a dot are not among the files of a folder here."""
+    """Number of dot files and dot folders in a folder here, which are not listed."""
     if is_remote(folder) or not os.path.isdir(folder):
         return 0
     return sum(entry.startswith(".") for below in folders(folder) for entry in os.listdir(below))
@@ -55,7 +55,7 @@ def counted(number: int, kind: str) -> str:
 
 
 def hidden(path: str, folder: str) -> bool:
-    """Whether it, or a folder on the way to it, begins with a dot: far away they are listed, too."""
+    """True if it, or a folder on the way to it, begins with a dot: far away they are listed, too."""
     return "/." in "/" + path.removeprefix(folder).lstrip("/")
 
 

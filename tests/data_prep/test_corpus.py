@@ -411,7 +411,7 @@ REFUSED = {
     "without_mark.jsonl": ('{"text": "one"}'.encode("utf-16-le"), "binary data, not text"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "page.jsonl": (b"<html>\n<body>\nnot found\n", "named .jsonl, but none of its first 3 lines is a JSON object"),
-    "words.json": (b'["one", "two"]', "an array of what are no objects"),
+    "words.json": (b'["one", "two"]', "an array whose elements are not objects"),
     "b.parquet.gz": (gzip.compress(b"PAR1" + BINARY), "Parquet within gzip"),
 }
 
