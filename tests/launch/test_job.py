@@ -500,6 +500,8 @@ def test_a_rank_finds_the_others(monkeypatch, node, tasks):
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("9", "11", "1", "gpu07")
     assert found["LOCAL_WORLD_SIZE"] == str(tasks) and float(found["ROWSHARD_DEADLINE"]) == 1.8e9
     assert 10_000 <= int(found["MASTER_PORT"]) < 30_000
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert rendezvous()["MASTER_PORT"] != found["MASTER_PORT"], "it may be taken"
 
 
 def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):

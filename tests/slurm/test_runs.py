@@ -175,3 +175,10 @@ def test_a_sweep_is_one_array(submit):
     array.slurm.wait_until(lambda: array.state.split() == ["COMPLETED"] * 2, PATIENCE)
     losses = [[line["loss"] for line in metrics(run)] for run in runs]
     assert losses[0] != losses[1] and [len(loss) for loss in losses] == [3, 3]
+
+
+def test_ranks_that_do_not_meet_say_why(submit):
+    """An interface that does not exist is named, and the job is not requeued for it."""
+    job = submit("cluster.environment.GLOO_SOCKET_IFNAME=ib0")
+    assert job.end() == "FAILED" and told(job) == [("CANNOT_MEET", "give up")]
+    assert job.restarts[0]["last"].endswith("the ranks did not meet: Unable to find address for: ib0")
