@@ -105,8 +105,13 @@ def aligned(v: int) -> int:
 
 
 def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None) -> Tensor:
-    """[m, v] whose rows start on multiples of `ALIGNMENT` elements: odd shard sizes keep the fast matmuls."""
-    return like.new_empty(m, aligned(v), dtype=dtype)[:, :v]
+    """[m, v] whose rows start on multiples of `ALIGNMENT` elements: odd shard sizes keep the fast matmuls.
+
+    What lies between the rows is 0: a bf16 matmul of a CPU with AMX multiplies it with 0, and NaN would stay.
+    """
+    whole = like.new_empty(m, aligned(v), dtype=dtype)
+    whole[:, v:] = 0
+    return whole[:, :v]
 
 
 def floor_statistics(hidden_mD: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:

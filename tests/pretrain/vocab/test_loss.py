@@ -317,3 +317,17 @@ def test_a_weight_of_another_shard_is_named():
     hidden, weight, targets = problem([9], 37, "none")
     with pytest.raises(ValueError, match=r"weight has shape \(37, 6\).*\(40, 6\)"):
         vocab_parallel_linear_cross_entropy(hidden, weight, targets, shard=VocabShard.of(0, 1, 37, 8))
+
+
+@pytest.mark.parametrize("rows", [50, 312])
+def test_uninitialised_memory_does_not_reach_bf16_gradients(rows):
+    """On a CPU with AMX, a matmul reads what lies between the rows of the factors."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 21, generator=generator).bfloat16() for n in (64, rows))
+    targets = torch.randint(rows, (64,), generator=generator)
+    torch.use_deterministic_algorithms(True)  # fills with NaN what torch leaves uninitialised
+    try:
+        out, dhidden, dweight = alone(hidden, weight, targets, reduction="none")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.loss.isfinite().all() and dhidden.isfinite().all() and dweight.isfinite().all()
