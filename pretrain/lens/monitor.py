@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -196,10 +197,11 @@ class HeatMaps:
     def __init__(self, log: MetricsLog) -> None:
         self.log = log
         self.measured: dict[int, dict[str, float]] = {}
-        for line in log.path.read_bytes().splitlines():
-            if b'"lens_kl_final/' in line:
-                scalars = json.loads(line)
-                self.measured[scalars["step"]] = scalars
+        with suppress(OSError, ValueError):  # a log that cannot be read costs columns of the picture, no more
+            for line in log.path.read_bytes().splitlines():
+                if b'"lens_kl_final/' in line:
+                    scalars = json.loads(line)
+                    self.measured[scalars["step"]] = scalars
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         self.measured[step] = scalars

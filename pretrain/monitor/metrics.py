@@ -41,6 +41,7 @@ class MetricsLog:
         with _no_more_than_a_warning():
             self._drop_after(step)
         self._file = GrowingFile(self.path)
+        self._file.write(b"")  # it is there from the start
         self._board = Board(run / "tensorboard", step + 1) if config.tensorboard else None
         self._first_step, self._started = step, time.monotonic()
         with _no_more_than_a_warning():

@@ -17,7 +17,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
 from pretrain.lens import look, monitor
-from pretrain.lens.monitor import BINS, ROWS, LensMonitor, fixed_windows, frequency_bins, heat_map
+from pretrain.lens.monitor import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.monitor import LogConfig, MetricsLog
 from pretrain.settings import TrainConfig
 from tests.pretrain.helpers import make_corpus, write_tokens
@@ -277,6 +277,12 @@ def test_no_heat_maps_without_a_board(tmp_path):
         of_board = LensMonitor(1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), log)
         assert (of_board.maps is not None) == board
         log.close()
+
+
+def test_a_log_that_cannot_be_read_costs_columns_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    log = MetricsLog(tmp_path, LogConfig(), 0, 1)
+    assert HeatMaps(log).measured == {}
 
 
 def test_what_cannot_be_is_named(data, tmp_path):
