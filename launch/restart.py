@@ -86,6 +86,8 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
         return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
     if ending in NEVER:
         return Decision.GIVE_UP, NEVER[ending]
+    if ending is Exit.OUT_OF_MEMORY and not progress:  # with progress it is rare, or others used the memory
+        return Decision.GIVE_UP, "the same settings would run out of memory again"
     if config.without_progress == 0:
         return Decision.GIVE_UP, "restart.without_progress=0"
     if progress:

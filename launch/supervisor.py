@@ -95,7 +95,7 @@ class _Rank:
         self.rank, self.said, self._line, self._stopped = rank, b"", b"", -math.inf
         self.process = subprocess.Popen(
             command,
-            env=environment | own_code(environment),
+            env=environment | own_code(environment) | allocator(environment),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -187,6 +187,12 @@ def _handled(number: int, handler: Callable[[int, FrameType | None], None] | sig
         yield
     finally:
         signal.signal(number, before)
+
+
+def allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """The GPU allocator's setting: large blocks of many sizes would break its memory up. What the user set stays."""
+    given = any(key in environment for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _waits_for_a_peer(path: str, line: str, function: str) -> bool:

@@ -19,6 +19,7 @@ class Exit(IntEnum):
     UNSAVED = 4  # a checkpoint could not be written
     LOST_PEER = 5  # a collective failed because another rank is gone
     DEVICE = 6  # an error of CUDA or NCCL
+    OUT_OF_MEMORY = 7  # of the GPU or the host, as this rank was told; the kernel says it by KILLED
     NOT_MET = 8  # the ranks did not find each other; they may at the next start
     CANNOT_MEET = 9  # nor will they with the same settings: an interface or a host that does not exist
     STOPPED = 75  # saved, as a signal or ROWSHARD_DEADLINE asked: to be gone on with (EX_TEMPFAIL)

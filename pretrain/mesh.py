@@ -89,7 +89,7 @@ def ranks(timeout: timedelta = TIMEOUT, patience: timedelta | None = None, remar
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", _gpu_of(int(os.environ["LOCAL_RANK"])))
         torch.cuda.set_device(device)
     on_gpu = device.type == "cuda"
     with in_its_words():
@@ -105,6 +105,19 @@ def ranks(timeout: timedelta = TIMEOUT, patience: timedelta | None = None, remar
         dist.barrier()
     yield device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
+
+
+def _gpu_of(local_rank: int) -> int:
+    """Index of this rank's GPU among those it sees. ValueError if there are several, but fewer than ranks."""
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return 0  # Slurm's --gpus-per-task and --gpu-bind show each task its own GPU alone
+    if local_rank >= gpus:
+        raise ValueError(
+            f"LOCAL_RANK={local_rank} must be below {gpus}, the GPUs that this rank sees: start one rank per GPU, and"
+            " let each rank see either all GPUs of its node or its own alone (CUDA_VISIBLE_DEVICES, --gpu-bind)"
+        )
+    return local_rank
 
 
 @contextmanager
@@ -125,8 +138,10 @@ def ranks_of_a_node(device: torch.device) -> int:
 
 
 def name_rank(device: torch.device) -> None:
-    """For DeepSpeed, which learns a rank's device from the environment alone; what is set there stays."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    """For DeepSpeed, which learns a rank's device from the environment alone."""
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # which differs if this rank sees its own GPU alone
+    os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
 
 

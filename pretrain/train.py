@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from .exits import Exit
 from .hooks import Evaluate, Log, Save
 from .interop import initialise
 from .lens.monitor import LensMonitor
+from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
@@ -73,6 +74,9 @@ def main() -> None:
         if isinstance(error, DamagedCheckpoint):
             sys.exit(Exit.REFUSED)
         sys.exit(Exit.UNSAVED if isinstance(error, CheckpointError) else Exit.DIVERGED)
+    except OutOfMemory as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(Exit.OUT_OF_MEMORY)
     except ValueError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr)
         sys.exit(Exit.REFUSED)
@@ -118,7 +122,7 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
     rows = configuration.vocab_rows(config, data)
     parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
-    with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog:
+    with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog, shortage_named(config, mesh):
         engine, model, matrix = build_model(config, mesh, rows)
         seen = Seen(model.vocab.shard, mesh.device) if config.monitor.embedding else None
         tensors = ModelState(engine, model.vocab, matrix, mesh, seen)
@@ -292,5 +296,22 @@ def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) 
     return [(reason, Deadline(limit, reserve, lambda: manager.longest)) for reason, limit in limits]
 
 
+def _leave_at_once() -> None:
+    """`main`; a failing rank ends without Python's shutdown, which may wait for a collective that never ends."""
+    try:
+        main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int) or Exit.of(ended.code).good:
+            raise
+        code = int(ended.code)
+    except Exception:
+        traceback.print_exc()
+        code = int(Exit.CRASHED)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    _leave_at_once()

@@ -1,0 +1,82 @@
+"""What a rank says when memory runs out: what was asked for, what was free, and which settings need less.
+
+Not part of train.py, which knows no setting of an engine.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .engine.fsdp2 import FSDP2Config
+from .mesh import Mesh
+from .settings import TrainConfig
+
+GIB = 2**30
+HOST = "DefaultCPUAllocator"  # torch's own: a RuntimeError that only its text tells from others
+ASKED = re.compile(r"tried to allocate (\d+) bytes")
+
+
+class OutOfMemory(Exception):
+    """A rank asked for more memory than its GPU or its host has. The text is the whole line for the user."""
+
+
+@contextmanager
+def shortage_named(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+    """Raises OutOfMemory in place of what torch, CUDA or Python raise when memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_shortage(error):
+            raise
+        on_host = isinstance(error, MemoryError) or HOST in str(error)
+        less = _need_less(config, mesh, of_host=on_host)[:3] or ["a smaller train.seq_len", "more ranks"]
+        what = _host_shortage(error) if on_host else str(error).partition(" If reserved")[0].splitlines()[0]
+        raise OutOfMemory(f"{what.rstrip('.')}. To need less: {', or '.join(less)}") from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    text = str(error)
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or HOST in text or ("CUDA" in text and "out of memory" in text)
+
+
+def _host_shortage(error: Exception) -> str:
+    asked = ASKED.search(str(error))
+    what = f"tried to allocate {int(asked[1]) / GIB:.2f} GiB" if asked else "an allocation failed"
+    free = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    rest = f"; {int(free[1]) * 1024 / GIB:.2f} GiB are free" if free else ""
+    return f"the host is out of memory: {what}{rest}"
+
+
+def _need_less(config: TrainConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
+    """Settings that need less memory than those of the run, the cheapest in time first."""
+    engine, on_gpu = config.engine, mesh.device.type == "cuda"
+    less = []
+    if of_host and on_gpu:
+        if engine.offload != "none":
+            less.append("engine.offload=none")
+        if config.checkpoint.asynchronous:
+            less.append("checkpoint.asynchronous=false")
+        if config.data.prefetch > 1:
+            less.append("data.prefetch=1")
+        return less
+    if (batch := config.train.micro_batch) > 1:
+        less.append(f"train.micro_batch={max(part for part in range(1, batch) if batch % part == 0)}")
+    if engine.activation_checkpointing != "block":
+        less.append("engine.activation_checkpointing=block")
+    if isinstance(engine, FSDP2Config):
+        less += ["engine.hsdp=false"] * (engine.hsdp and mesh.dp_size > 1)
+        less += ["engine.reshard_after_forward=true"] * (not engine.reshard_after_forward and mesh.world > 1)
+    elif engine.zero_stage < 3 and mesh.world > 1:
+        less.append("engine.zero_stage=3")
+    if mesh.vocab_size < mesh.world:
+        less.append(f"vocab.parallel={mesh.world}")
+    if of_host and config.checkpoint.asynchronous:
+        less.append("checkpoint.asynchronous=false")
+    if on_gpu and engine.offload == "none":
+        stage = "engine.zero_stage=3 " * (not isinstance(engine, FSDP2Config) and engine.zero_stage < 2)
+        less.append(f"{stage}engine.offload=cpu")
+    return less
