@@ -18,6 +18,8 @@ def device_of(local_rank: int, gpus: int, monkeypatch: pytest.MonkeyPatch) -> to
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *args, device_id, **kwargs: taken.append(device_id)
     )
+    monkeypatch.setattr("pretrain.mesh.meet", lambda *args: (None, 3, 8))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     with ranks() as device:
         assert taken == [device, device]
