@@ -62,6 +62,10 @@ def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return EXIT_ERROR

@@ -18,6 +18,7 @@ import tiktoken
 
 from data_prep.bpe import PATTERNS, SMALLEST_VOCAB, train_bpe
 from data_prep.errors import DataError, headline
+from data_prep.tokenizer_kind import is_hf, other_tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, MOST_ROWS, TokenizerSpec, read_ranks
 
 LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
@@ -211,19 +212,29 @@ class NamedTokenizer(TokenizerConfig):
 
 @dataclass
 class FileTokenizer(TokenizerConfig):
-    """A tokenizer on disk: a folder written by this program, or a bare `.tiktoken` file and the keys."""
+    """A tokenizer on disk: a folder written by this program, a tokenizer.json of Hugging Face or its folder, or a bare
+    `.tiktoken` file and the keys.
+    """
 
     kind: ClassVar[str] = "file"
     path: str
     pattern: str = ""  # for a bare file: a name in bpe.PATTERNS, or a regular expression
-    end_of_document: int | None = None  # for a bare file: the id of <|endoftext|>
+    end_of_document: int | None = None  # the id of <|endoftext|>, for a bare file or where no config.json tells it
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         path = Path(self.path)
+        if is_hf(path):
+            from data_prep.hf_tokenizer import from_hf  # which needs this module
+
+            if self.pattern:
+                raise DataError(f"tokenizer.pattern={self.pattern} must be left out: {path} has its own")
+            return Tokenizer(from_hf(path, self.end_of_document))
         if path.is_dir():
             if self.pattern or self.end_of_document is not None:
                 raise DataError(f"tokenizer.path={path} is a folder: pattern and end_of_document are in its spec.json")
             return Tokenizer.load(path)
+        if why := other_tokenizer(path):
+            raise DataError(f"tokenizer.path={path} {why}")
         ranks = read_ranks(path)
         if not self.pattern or self.end_of_document is None:
             raise DataError(

@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
-from data_prep.command import one_line, run_hydra  # noqa: E402
+from data_prep.command import one_line, run_hydra, warn  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
@@ -51,7 +51,7 @@ def _composed(composed: DictConfig) -> None:
         nproc = ranks_here(composed.pop("nproc"))
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         config = configuration.build(composed)
-        data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu")
+        data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu", warn=warn)
         configuration.check_logs(config)
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work

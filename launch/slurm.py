@@ -34,7 +34,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import MISSING, DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from data_prep.command import one_line, run_hydra  # noqa: E402
+from data_prep.command import one_line, run_hydra, warn  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
@@ -209,7 +209,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config = configuration.build(composed)
     config.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
-    data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16)
+    data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16, warn)
     configuration.check_logs(config)
     rows = configuration.vocab_rows(config, data)
     planned = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)

@@ -4,7 +4,7 @@ Hydra composes it once, in the launching process, which freezes it to RUN/config
 settings the only module that names concrete engines and model families, and, with the entries, to know omegaconf.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from data_prep.durable import check_file, check_folder, durable, exclusive
 from data_prep.errors import headline
+from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -25,7 +26,7 @@ from .data import Data, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .exits import RESTARTS_FILE
-from .interop import check_initial, folder_of
+from .interop import check_initial, folder_of, special_tokens
 from .llama import LlamaConfig
 from .model import GPT2Config
 from .settings import CONFIG_FILE, TrainConfig
@@ -36,6 +37,7 @@ MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}
 LAUNCH_LOCK = ".launch.lock"  # held by the launcher, as RANKS_LOCK is by rank 0
 
 
+Warn = Callable[[str], None]
 ALONE = ("seed", "init_from")  # of no group
 LATER = {"monitor"}  # groups that frozen configurations may lack: they came later
 PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name not in ALONE}  # type: ignore[misc]
@@ -91,14 +93,20 @@ def _group(composed: DictConfig, name: str) -> Any:
 
 def freeze(config: TrainConfig, data: Data) -> None:
     """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself."""
-    write(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer))
+    special = None
+    if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
+        (config.run_dir / KEPT_AS).unlink(missing_ok=True)
+        special = None if config.init_from is None else special_tokens(config.init_from)
+    write(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer), special)
 
 
-def write(config: TrainConfig, tokenizer: TokenizerSpec | None) -> None:
-    """As `freeze`, of a tokenizer at hand."""
+def write(config: TrainConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
+    """As `freeze`, of a tokenizer and special tokens at hand."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(config.run_dir / TOKENIZER_FOLDER)
+    if special is not None:
+        special.save(config.run_dir)
     with durable(config.path) as file:
         file.write(text(config).encode())
 
@@ -131,11 +139,14 @@ def load(path: Path) -> TrainConfig:
     return build(frozen)
 
 
-def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None = None) -> Data:
+def check(
+    config: TrainConfig, world: int, device_type: str, bf16: bool | None = None, warn: Warn = lambda _: None
+) -> Data:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
     the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
+    warn: takes a line on what could not be checked.
     """
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     config.train.check_world(world)
@@ -152,8 +163,12 @@ def check(config: TrainConfig, world: int, device_type: str, bf16: bool | None =
         raise ValueError(str(error)) from error
     if saved is not None:
         _check_resumable(config, data, rows, saved)
+        if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
+            warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
     elif config.init_from is not None:
-        check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
+        doubt = check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
+        if doubt:
+            warn(doubt)
     return data
 
 

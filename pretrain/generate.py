@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from data_prep import terminal
 from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
+from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
@@ -80,8 +81,10 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
+    special = SpecialTokens.of_run(run)
+    stops = special.stops(tokenizer.spec)
     model, context = load_model(folder, device)
-    ids = [tokenizer.end_of_document, *tokenizer.encode(settings.prompt).tolist()]
+    ids = [special.begin(tokenizer.spec), *tokenizer.encode(settings.prompt).tolist()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     yield settings.prompt
     for draw in range(settings.tokens):
@@ -99,7 +102,7 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
                 top_p=settings.top_p,
                 softcap=model.vocab.config.softcap,
             ).tolist()
-        if drawn == tokenizer.end_of_document:
+        if drawn in stops:
             break
         ids.append(drawn)
         try:

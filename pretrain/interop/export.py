@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from data_prep.durable import durable, durable_folder
+from data_prep.special_tokens import CONFIG, GENERATION, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import CheckpointRows, Streamed, write_streamed
-from .folder import CONFIG, EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces
+from .folder import EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .places import HEAD, Family, Model, Place
@@ -22,7 +23,6 @@ from .tokenizer import to_hf
 FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}  # by our names
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_BYTES = 5_000_000_000
-GENERATION = "generation_config.json"
 
 
 def export(
@@ -33,12 +33,14 @@ def export(
     dtype: torch.dtype,
     materialize_head: bool,
     embed_scale: float = 1.0,
+    source: SpecialTokens | None = None,
 ) -> int:
     """Writes OUT, whole or not at all; the number of its parameters. The matrix has V rows there, none of padding.
 
     embed_scale: of what the lookup hands out. The embedding is multiplied by it, so that a tied model has two there.
-    materialize_head: a tied model, too, has its head in the files, for readers that look for it. ValueError where OUT
-    is not free, or transformers has no such model; OSError on a full disk.
+    source: the special tokens of the model that the run began with, which stay as they were; null: a text begins and
+    ends with the end of a document. materialize_head: a tied model, too, has its head in the files, for readers that
+    look for it. ValueError where OUT is not free, or transformers has no such model; OSError on a full disk.
     """
     family = FAMILIES[model.family]
     one = OUTPUT not in checkpoint.shapes
@@ -46,18 +48,17 @@ def export(
     output = None if tied and not materialize_head else EMBEDDING if one else OUTPUT
     tensors = streams(checkpoint, model, family, dtype, output, embed_scale)
     end = None if spec is None else spec.end_of_document
+    own, kept = {"bos_token_id": end, "eos_token_id": end}, None if source == SpecialTokens() else source
     config = family.settings(model) | {
         "vocab_size": checkpoint.manifest["vocab_size"],
         "tie_word_embeddings": tied,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": None,
+        **(own | {"pad_token_id": None} if kept is None else kept.config),
         "use_cache": True,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    texts = {CONFIG: config, GENERATION: {"bos_token_id": end, "eos_token_id": end}}
+    texts = {CONFIG: config, GENERATION: own if kept is None else kept.generation or kept.config}
     if spec is not None:
-        texts |= to_hf(spec, model.context)
+        texts |= to_hf(spec, model.context, kept)
     with durable_folder(out) as unfinished:
         _write_weights(unfinished, tensors)
         for name, content in texts.items():

@@ -3,7 +3,6 @@
 Nothing is read that is not asked for: of the matrix, a rank reads the rows that it owns.
 """
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data_prep.lfs import refuse_pointer
+from data_prep.special_tokens import CONFIG, read_json
+
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .places import HEAD, Family, Model, Place
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
 PIECE_BYTES = 64 << 20
 DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in a file
@@ -33,7 +35,9 @@ class HFModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _json(folder / CONFIG)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: give the folder of the model, {folder.parent}")
+        self.config = read_json(folder / CONFIG)
         kind = self.config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"{folder / CONFIG}: model_type={kind} must be one of {', '.join(FAMILIES)}")
@@ -44,7 +48,7 @@ class HFModel:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._opened: dict[Path, Any] = {}
         self.files = self._find()
-        prefixed = f"{self.family.prefix}{self.family.embedding}" in self.files
+        prefixed = any(name.startswith(self.family.prefix) for name in self.files)
         self.prefix = self.family.prefix if prefixed else ""
         self.places = {place.ours: place for place in self.family.places(self.model)}
         self.places[EMBEDDING] = Place(EMBEDDING, {self.family.embedding: self.vocab_size})
@@ -54,9 +58,10 @@ class HFModel:
 
     @cached_property
     def vocab_size(self) -> int:
-        embedding = self.prefix + self.family.embedding
+        embedding = self._named(self.family.embedding)
         if embedding not in self.files:
-            raise ValueError(f"{self.folder} has no tensor {self.family.prefix}{self.family.embedding}")
+            only = f", only {HEAD}, but {CONFIG} does not say tie_word_embeddings=true" if HEAD in self.files else ""
+            raise ValueError(f"{self.folder} has no tensor {self.family.prefix}{self.family.embedding}{only}")
         rows = next(iter(self._slice(embedding).get_shape()), 0)
         said = self.config.get("vocab_size", rows)
         if said != rows:
@@ -66,12 +71,6 @@ class HFModel:
     @property
     def tie(self) -> str:
         return "tied" if self.config.get("tie_word_embeddings", self.family.tied) else "untied"
-
-    @property
-    def end_of_text(self) -> int | None:
-        """The id that ends a text; of several, the first."""
-        eos = self.config.get("eos_token_id")
-        return next(iter(eos), None) if isinstance(eos, list) else eos
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
@@ -116,7 +115,7 @@ class HFModel:
                 shape: tuple[int, ...] = (rows, *shapes[name][1:])
                 self._check_shape(self._named(theirs), shape[::-1] if place.transposed else shape)
                 known.add(self._named(theirs))
-        if self.tie == "tied" and HEAD in self.files:
+        if self.tie == "tied" and HEAD in self.files and HEAD not in known:
             self._check_head(shapes[EMBEDDING])
             known.add(HEAD)
         for theirs in sorted(self.files.keys() - known):
@@ -145,7 +144,10 @@ class HFModel:
                 )
 
     def _named(self, theirs: str) -> str:
-        return theirs if theirs == HEAD else self.prefix + theirs
+        """The name in the files. Of a tied model they may have the one matrix under the head's name alone."""
+        name = theirs if theirs == HEAD else self.prefix + theirs
+        alone = theirs == self.family.embedding and self.tie == "tied" and name not in self.files
+        return HEAD if alone and HEAD in self.files else name
 
     def _slice(self, name: str) -> Any:
         try:
@@ -157,6 +159,7 @@ class HFModel:
         """A safetensors file, mapped. ValueError where it is not one."""
         if path not in self._opened:
             try:
+                refuse_pointer(path)
                 self._opened[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from error
@@ -168,7 +171,7 @@ class HFModel:
         if path.is_file():  # before an index, which may be another model's: `transformers` leaves what it finds
             return dict.fromkeys(self._open(path).keys(), path)
         if (folder / INDEX).is_file():
-            weight_map = _json(folder / INDEX).get("weight_map")
+            weight_map = read_json(folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{folder / INDEX}: weight_map is missing")
             return {name: folder / str(file) for name, file in weight_map.items()}
@@ -182,15 +185,3 @@ def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for low in range(start, stop, step):
         yield low, min(low + step, stop)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object")
-    return content

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data_prep.command import arguments_or, one_line
+from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -59,7 +60,7 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     given, settings = _given(arguments, ("hf", "run"), others=True)
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
     found = HFModel(source)
-    spec, why = tokenizer_of(found)
+    spec, special, remark = tokenizer_of(found)
     config = training(found, run, settings)
     about = {
         "config": asdict(config),
@@ -70,14 +71,18 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     with configuration.hold(run, configuration.LAUNCH_LOCK):
         _refuse_run(run, config.path)
         try:
-            folder = save_weights(run, tensors, about, partial(configuration.write, config, spec))
+            folder = save_weights(run, tensors, about, partial(configuration.write, config, spec, special))
         except BaseException:
+            (run / KEPT_AS).unlink(missing_ok=True)
             config.path.unlink(missing_ok=True)  # there was none before
             raise
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
-    yield f"tokenizer: none; {why}" if spec is None else f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids"
+    if spec is None:
+        yield f"tokenizer: none; {remark}"
+    else:
+        yield f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids{remark and f'; {remark}'}"
 
 
 def _refuse_run(run: Path, config: Path) -> None:
@@ -140,7 +145,8 @@ def export_model(arguments: list[str]) -> Iterator[str]:
         raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers would not cap logits")
     tokenizer = run / TOKENIZER_FOLDER
     spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
-    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true", config.vocab.embed_scale)
+    scale, special = config.vocab.embed_scale, SpecialTokens.of_run(run)
+    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true", scale, special)
     yield f"{out}: {checkpoint.folder}, {count / 1e6:,.1f}M parameters in {dtype}"
     if spec is None:
         yield f"no tokenizer: {run} has none"

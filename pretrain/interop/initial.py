@@ -1,11 +1,13 @@
 """A run that begins with the weights of a Hugging Face model: `init_from=hf:DIR`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from data_prep.hf_tokenizer import from_hf
+from data_prep.special_tokens import SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import ModelState, unread_model
@@ -14,7 +16,6 @@ from ..model import LanguageModel
 from ..vocab import VocabConfig
 from .folder import HFModel
 from .places import Model
-from .tokenizer import from_hf
 
 SCHEME = "hf:"
 
@@ -26,8 +27,9 @@ def folder_of(init_from: str) -> Path:
     return Path(init_from.removeprefix(SCHEME))
 
 
-def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> None:
-    """ValueError where a run of that model, `rows` and data's tokenizer cannot begin with these weights.
+def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:
+    """A warning, or nothing. ValueError where a run of that model, `rows` and data's tokenizer cannot begin with these
+    weights.
 
     A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
     """
@@ -47,9 +49,22 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
         other.append("vocab.softcap=null")
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
-    spec, _ = tokenizer_of(found)
-    if tokenizer is not None and spec is not None and not spec.has_rows_of(TokenizerSpec.load(tokenizer)):
+    spec, _, why = tokenizer_of(found)
+    if spec is None or tokenizer is None:
+        why = "the data brings none" if tokenizer is None else why
+        return f"init_from={init_from}: its tokenizer is not compared with the data's: {why}"
+    if not spec.has_rows_of(TokenizerSpec.load(tokenizer)):
         raise ValueError(f"init_from={init_from} has another tokenizer than {tokenizer}: its rows mean other tokens")
+    return ""
+
+
+def special_tokens(init_from: str) -> SpecialTokens:
+    """Of the model that a run begins with."""
+    return tokens_with_rows(HFModel(folder_of(init_from)))
+
+
+def tokens_with_rows(found: HFModel) -> SpecialTokens:
+    return SpecialTokens.read(found.folder).below(found.vocab_size)
 
 
 def initialise(init_from: str, state: ModelState) -> None:
@@ -71,15 +86,34 @@ def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.
     return model
 
 
-def tokenizer_of(found: HFModel) -> tuple[TokenizerSpec | None, str]:
-    """Or why there is none. ValueError where it has more ids than the matrix has rows."""
+class FoundTokenizer(NamedTuple):
+    spec: TokenizerSpec | None
+    special: SpecialTokens  # the ones that have a row
+    remark: str  # why there is no spec, or what it lacks
+
+
+def tokenizer_of(found: HFModel) -> FoundTokenizer:
+    """The folder's tokenizer. One unused token beyond the matrix is left out; ValueError if it has more of them."""
+    special, rows = tokens_with_rows(found), found.vocab_size
     try:
-        spec = from_hf(found.folder, found.end_of_text)
+        spec = from_hf(found.folder)
     except ValueError as error:
-        return None, str(error)
-    if spec.vocab_size > found.vocab_size:
-        raise ValueError(f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {found.vocab_size:,}")
-    return spec, ""
+        return FoundTokenizer(None, special, str(error))
+    if spec.vocab_size <= rows:
+        return FoundTokenizer(spec, special, "")
+    beyond = {name: id for name, id in spec.special_tokens.items() if id >= rows}
+    said = SpecialTokens.read(found.folder)
+    used = {spec.end_of_document, said.bos, *said.ends}
+    if len(beyond) > 1 or used & set(beyond.values()) or max(spec.ranks.values()) >= rows:
+        named = f": {', '.join(beyond)}" if beyond else ""
+        raise ValueError(
+            f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {rows:,}{named}: give the"
+            " matrix their rows (transformers: model.resize_token_embeddings(len(tokenizer))), or take them out of the"
+            " tokenizer"
+        )
+    (name,) = beyond
+    kept = replace(spec, special_tokens={name: id for name, id in spec.special_tokens.items() if id < rows})
+    return FoundTokenizer(kept, special, f"without {name}, id {beyond[name]:,}: the matrix has no row for it")
 
 
 def _settings(model: Model) -> dict[str, Any]:

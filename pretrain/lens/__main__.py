@@ -14,6 +14,7 @@ from torch import nn
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import check_folder
 from data_prep.errors import DataError
+from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
@@ -50,8 +51,8 @@ Settings, and their defaults:
 @dataclass
 class LensConfig:
     """run: its folder; step: of the checkpoint, the newest if null; or hf: a Hugging Face model's folder. text, file or
-    example: what to read, after an <|endoftext|>. window: positions to show, START:STOP. only: of these, those of
-    tokens with this text.
+    example: what to read, after an <|endoftext|>, or bos of a model of Hugging Face. window: positions to show,
+    START:STOP. only: of these, those of tokens with this text.
 
     points, input, norm, decoder, stride: see `Method`. guesses: kept of each cell. memory_mib: of logits at a time.
     """
@@ -163,21 +164,22 @@ def open_source(settings: LensConfig, device: torch.device) -> Source:
     """Where the model comes from: the one place that knows."""
     if settings.hf:
         found = interop.HFModel(Path(settings.hf))
-        spec, why = interop.tokenizer_of(found)
+        spec, special, why = interop.tokenizer_of(found)
         if spec is None:
             raise ValueError(f"hf={settings.hf}: the text cannot be encoded: {why}")
-        return _source(found.folder.name, interop.load_model(found, device), found.model.context, Tokenizer(spec))
+        model, context = interop.load_model(found, device), found.model.context
+        return _source(found.folder.name, model, context, Tokenizer(spec), special)
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
-    return _source(f"{run.name} {folder.name}", *load_model(folder, device), tokenizer)
+    return _source(f"{run.name} {folder.name}", *load_model(folder, device), tokenizer, SpecialTokens.of_run(run))
 
 
-def _source(title: str, model: LanguageModel, context: int, tokenizer: Tokenizer) -> Source:
+def _source(title: str, model: LanguageModel, context: int, tokenizer: Tokenizer, special: SpecialTokens) -> Source:
     assert isinstance(model.body, nn.Module)
 
     def encode(text: str) -> list[int]:
-        return [tokenizer.end_of_document, *tokenizer.encode(text).tolist()]
+        return [special.begin(tokenizer.spec), *tokenizer.encode(text).tolist()]
 
     def name(id: int) -> str:
         try:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data_prep.durable import exclusive
+from data_prep.special_tokens import SpecialTokens
 from pretrain import config as configuration
 from pretrain.checkpoint import RANKS_LOCK, CheckpointRows, checkpoints
 from pretrain.generate import GenerateConfig, generate
@@ -241,7 +242,9 @@ def change(source: Path, to: Path, **settings: object) -> Path:
 
 def test_a_window_that_is_never_full_and_no_end_of_a_text(hf, tmp_path):
     source = change(hf("mistral untied"), tmp_path / "changed", sliding_window=48, eos_token_id=[])
-    assert HFModel(source).model == HFModel(hf("mistral untied")).model and HFModel(source).end_of_text is None
+    assert (
+        HFModel(source).model == HFModel(hf("mistral untied")).model and SpecialTokens({"eos_token_id": []}).ends == []
+    )
 
 
 def test_the_settings_of_transformers_4(hf, tmp_path):

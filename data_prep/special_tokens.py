@@ -1,0 +1,167 @@
+"""bos, eos and pad of a Hugging Face folder, and of a run that began with its weights.
+
+A module of its own: these belong to a model, and a tokenizer's files and fingerprint do not change with them.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import durable
+from data_prep.errors import DataError, headline
+from data_prep.lfs import refuse_pointer
+from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER, TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"
+KEPT_AS = "special_tokens.json"  # in a run
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NAMES = ("bos_token", "eos_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What each file of the source says. They may differ: an instruct model's tokenizer ends a turn, its config a text.
+
+    Without a source all is empty, and a text begins and ends with the end of a document.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)  # IDS of config.json; eos may be a list
+    generation: dict[str, Any] = field(default_factory=dict)  # IDS of generation_config.json
+    tokenizer: dict[str, str | None] = field(default_factory=dict)  # NAMES of tokenizer_config.json
+    names: dict[str, int] = field(default_factory=dict)  # ids of all special tokens, by the source's names
+    adds_bos: bool = False  # the source's tokenizer puts bos before a text
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: Path | None = None) -> "SpecialTokens":
+        """From the files that are there. tokenizer: its tokenizer.json, if named otherwise. DataError on a bad one."""
+        content = read_json(tokenizer or folder / TOKENIZER, missing_ok=True)
+        said = read_json(folder / TOKENS_MAP, missing_ok=True) | read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
+        by_name = {key: _content(said[key]) for key in NAMES if key in said}
+        names = {str(token["content"]): int(token["id"]) for token in _objects(content.get("added_tokens"))}
+        if not content and (folder / VOCAB).is_file():
+            vocab = read_json(folder / VOCAB)
+            names = {END_OF_DOCUMENT: vocab[END_OF_DOCUMENT]} if END_OF_DOCUMENT in vocab else {}
+        config, generation = (read_json(folder / name, missing_ok=True) for name in (CONFIG, GENERATION))
+        found = cls(_some(config, IDS), _some(generation, IDS), by_name, names)
+        return cls(**asdict(found) | {"adds_bos": found._begins(content.get("post_processor"))})
+
+    @classmethod
+    def of_run(cls, run: Path) -> "SpecialTokens":
+        """Of the model that the run began with; empty if it began with none."""
+        content = read_json(run / KEPT_AS, missing_ok=True)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise DataError(f"{run / KEPT_AS} cannot be read: {headline(error)}") from error
+
+    def save(self, run: Path) -> None:
+        with durable(run / KEPT_AS) as file:
+            file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False).encode() + b"\n")
+
+    @property
+    def ends(self) -> list[int]:
+        """Special tokens that end a text, of config.json first."""
+        said = [*_ids(self.config.get(IDS[1])), *_ids(self.generation.get(IDS[1]))]
+        return self._known([*said, self._named(NAMES[1])])
+
+    @property
+    def bos(self) -> int | None:
+        """What a text begins with. The tokenizer knows best: a config.json may have kept its class's default."""
+        said = [*_ids(self.generation.get(IDS[0])), *_ids(self.config.get(IDS[0]))]
+        return next(iter(self._known([self._named(NAMES[0]), *said])), None)
+
+    @property
+    def end_of_document(self) -> int | None:
+        """<|endoftext|>, or the first of `ends`."""
+        return self.names.get(END_OF_DOCUMENT, next(iter(self.ends), None))
+
+    def begin(self, spec: TokenizerSpec) -> int:
+        """The id before a text: bos, or the end of a document, as in training."""
+        return spec.end_of_document if self.bos is None else self.bos
+
+    def stops(self, spec: TokenizerSpec) -> set[int]:
+        """The ids after which a text has ended."""
+        return {spec.end_of_document, *self.ends}
+
+    def below(self, rows: int) -> "SpecialTokens":
+        """Without the tokens that have no row in a matrix."""
+        gone = {name for name, id in self.names.items() if id >= rows}
+        config, generation = ({k: v for k, v in of.items() if max(_ids(v), default=0) < rows} for of in self._by_id)
+        tokenizer = {key: name for key, name in self.tokenizer.items() if name not in gone}
+        names = {name: id for name, id in self.names.items() if name not in gone}
+        return SpecialTokens(config, generation, tokenizer, names, self.adds_bos)
+
+    def for_tokenizer(self) -> dict[str, str | None]:
+        """NAMES of a tokenizer_config.json: the source's, or from the ids of the other files if it has none."""
+        if self.tokenizer:
+            return self.tokenizer
+        of_id, said = {id: name for name, id in self.names.items()}, self.generation | self.config
+        ids = {name: next(iter(self._known(_ids(said.get(key)))), None) for key, name in zip(IDS, NAMES, strict=True)}
+        return {name: of_id[id] for name, id in ids.items() if id is not None}
+
+    @property
+    def _by_id(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.config, self.generation
+
+    def _named(self, key: str) -> int | None:
+        return self.names.get(self.tokenizer.get(key) or "")
+
+    def _known(self, ids: Iterable[int | None]) -> list[int]:
+        """Those of special tokens. Others are defaults of a class that were never meant for this tokenizer."""
+        special = set(self.names.values())
+        return [id for id in dict.fromkeys(ids) if id is not None and id in special]
+
+    def _begins(self, processor: Any) -> bool:
+        """Whether a post_processor puts bos before a text."""
+        for part in _parts(processor):
+            first = next(iter(_objects(part.get("single"))), {}).get("SpecialToken", {}).get("id")
+            if first is not None and self.names.get(first) == self.bos is not None:
+                return True
+        return False
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """An object. DataError, naming the file, if it is not one, or is missing and must not be."""
+    try:
+        refuse_pointer(path)
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise DataError(f"{path} is missing") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {headline(error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold an object")
+    return content
+
+
+def _some(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: content[key] for key in keys if key in content}
+
+
+def _ids(value: Any) -> list[int]:
+    """Of a number, a list or nothing."""
+    return [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token that is a text, an object or nothing."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _parts(processor: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(processor, dict):
+        yield processor
+        yield from _objects(processor.get("processors"))

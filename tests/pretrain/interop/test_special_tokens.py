@@ -1,0 +1,208 @@
+"""bos, eos and pad of a source go through import, generate, lens and export; tokens and weights in unusual places."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+
+from data_prep.special_tokens import KEPT_AS, SpecialTokens
+from data_prep.tokenizer_spec import TokenizerSpec
+from pretrain import config as configuration
+from pretrain.data import DataConfig, open_data
+from pretrain.generate import GenerateConfig, generate
+from pretrain.interop import HFModel
+from pretrain.interop.hf import export_model, import_model
+from pretrain.lens.__main__ import LensConfig, open_source
+from pretrain.vocab import VocabParallelEmbedding
+from tests.data_prep.commands import small_spec
+from tests.pretrain.interop import models
+from tests.pretrain.tiny import tiny_config, write_tokens
+
+CPU = torch.device("cpu")
+BOS, TURN, END = 260, 261, 259
+NAMES = {"<|begin_of_text|>": BOS, "<|eot_id|>": TURN, "<|end_of_text|>": END}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes keys of a JSON file; null takes one out."""
+    content = (json.loads(path.read_text()) if path.exists() else {}) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def add_tokens(folder: Path, names: dict[str, int]) -> None:
+    by_id = sorted(names.items(), key=lambda item: item[1])
+    rewrite(folder / "tokenizer.json", added_tokens=[{"id": id, "content": n, **FLAGS} for n, id in by_id])
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory) -> Path:
+    """A Llama whose tokenizer begins texts, ends turns and ends texts with three tokens, as Llama 3's does."""
+    spec = small_spec()
+    wide = TokenizerSpec(spec.name, spec.pattern, spec.special_tokens | {"<|a|>": BOS, "<|b|>": TURN}, spec.ranks)
+    folder = models.save(tmp_path_factory.mktemp("llama3") / "source", "llama tied", spec=wide)
+    add_tokens(folder, NAMES)
+    bos = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    known = {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [BOS], "tokens": ["<|begin_of_text|>"]}}
+    template = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, text], "special_tokens": known}
+    rewrite(folder / "tokenizer.json", post_processor={"type": "Sequence", "processors": [template]})
+    ids = {"bos_token_id": BOS, "eos_token_id": [END, TURN], "pad_token_id": TURN}
+    for name in ("config.json", "generation_config.json"):
+        rewrite(folder / name, **ids)
+    rewrite(folder / "tokenizer_config.json", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    return folder
+
+
+def test_bos_eos_and_pad_go_in_and_out(llama3, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    list(import_model([f"hf={llama3}", f"run={run}"]))
+    list(export_model([f"run={run}", f"out={out}"]))
+    for auto in ("AutoConfig", "GenerationConfig"):
+        before, after = (getattr(models.transformers, auto).from_pretrained(path) for path in (llama3, out))
+        assert (after.bos_token_id, after.eos_token_id, after.pad_token_id) == (BOS, [END, TURN], TURN)
+        assert (before.bos_token_id, before.eos_token_id, before.pad_token_id) == (BOS, [END, TURN], TURN)
+    before, after = (models.transformers.AutoTokenizer.from_pretrained(path) for path in (llama3, out))
+    names = ("<|begin_of_text|>", "<|eot_id|>")
+    assert (after.bos_token, after.eos_token) == (before.bos_token, before.eos_token) == names
+    assert after.pad_token is before.pad_token is None
+    text = "the lost theory<|end_of_text|>x"
+    assert after(text).input_ids == before(text).input_ids and after(text).input_ids[0] == BOS
+    again = tmp_path / "again"
+    list(import_model([f"hf={out}", f"run={again}"]))
+    assert SpecialTokens.of_run(again) == SpecialTokens.of_run(run)
+
+
+def test_a_source_without_tokenizer_config_has_its_ids_from_config(llama3, tmp_path):
+    folder = copied(llama3, tmp_path / "bare")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    list(import_model([f"hf={folder}", f"run={tmp_path / 'run'}"]))
+    list(export_model([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}"]))
+    tokenizer = models.transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, END, TURN)
+
+
+def test_lens_and_generate_begin_with_bos_and_stop_at_any_eos(llama3, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    list(import_model([f"hf={llama3}", f"run={run}"]))
+    for given in ({"hf": str(llama3)}, {"run": str(run)}):
+        source = open_source(LensConfig(text="the", **given), CPU)
+        assert source.encode("the")[0] == BOS
+    real = VocabParallelEmbedding.lookup
+    for end in (END, TURN):
+        seen = []
+        drawn = iter([5, end, 7])
+
+        def sample(*args: object, drawn=drawn, **kwargs: object) -> torch.Tensor:
+            return torch.tensor([next(drawn)])
+
+        def recorded(self, ids, seen=seen):
+            seen.append(ids.flatten().tolist())
+            return real(self, ids)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pretrain.generate.sample", sample)
+            patch.setattr(VocabParallelEmbedding, "lookup", recorded)
+            list(generate(GenerateConfig(run=str(run), prompt="the", tokens=3), CPU))
+        assert [ids[0] for ids in seen] == [BOS, BOS]
+
+
+def test_a_default_of_a_class_that_is_an_ordinary_token_is_not_bos(llama3, tmp_path):
+    """config.json may have kept Llama's own 1 and 2, which are bytes of this tokenizer."""
+    folder = copied(llama3, tmp_path / "stale")
+    for name in ("config.json", "generation_config.json"):
+        rewrite(folder / name, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    found = SpecialTokens.read(folder)
+    assert found.bos == BOS and found.ends == [TURN]
+    assert SpecialTokens().begin(small_spec()) == END and SpecialTokens().stops(small_spec()) == {END}
+
+
+def copied(source: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in source.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def config_of(folder: Path, run: Path, tokens: Path):
+    found = HFModel(folder)
+    config = tiny_config(tokens, run, model=asdict(found.model), vocab__size=found.vocab_size, vocab__tie=found.tie)
+    config.init_from = f"hf:{folder}"
+    return config
+
+
+def test_a_run_that_began_with_a_source_keeps_its_special_tokens(llama3, tmp_path):
+    write_tokens(tmp_path / "tokens", 262)
+    config = config_of(llama3, tmp_path / "run", tmp_path / "tokens")
+    data = open_data(DataConfig(path=str(tmp_path / "tokens")))
+    configuration.freeze(config, data)
+    assert SpecialTokens.of_run(tmp_path / "run").bos == BOS
+    config.init_from = None
+    configuration.freeze(config, data)  # nothing was trained yet: now it begins from scratch
+    assert not (tmp_path / "run" / KEPT_AS).exists() and SpecialTokens.of_run(tmp_path / "run") == SpecialTokens()
+
+
+def test_a_tokenizer_that_cannot_be_compared_is_told(llama3, tmp_path):
+    folder, told = copied(llama3, tmp_path / "sentencepiece"), []
+    rewrite(folder / "tokenizer.json", pre_tokenizer={"type": "Metaspace"})
+    write_tokens(tmp_path / "tokens", 262)
+    config = config_of(folder, tmp_path / "run", tmp_path / "tokens")
+    configuration.check(config, 1, "cpu", warn=told.append)
+    assert len(told) == 1 and f"init_from=hf:{folder}: its tokenizer is not compared with the data's" in told[0]
+    list(import_model([f"hf={folder}", f"run={tmp_path / 'imported'}", "vocab.multiple=8"]))
+    config.run.dir, config.init_from, told[:] = str(tmp_path / "imported"), None, []
+    configuration.check(config, 1, "cpu", warn=told.append)
+    assert len(told) == 1 and "was imported without a tokenizer" in told[0]
+
+
+def test_one_unused_token_beyond_the_matrix_is_left_out(llama3, tmp_path):
+    folder = copied(llama3, tmp_path / "padded")
+    add_tokens(folder, NAMES | {"[PAD]": 262})
+    rewrite(folder / "tokenizer_config.json", pad_token="[PAD]")
+    lines = list(import_model([f"hf={folder}", f"run={tmp_path / 'run'}"]))
+    assert "without [PAD], id 262" in lines[-1] and "262 ids" in lines[-1]
+    list(export_model([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}"]))
+    assert len(models.transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 262
+    add_tokens(folder, NAMES | {"[PAD]": 262, "[MASK]": 263})
+    with pytest.raises(ValueError, match=r"its matrix 262: \[PAD\], \[MASK\]: give the matrix their rows"):
+        list(import_model([f"hf={folder}", f"run={tmp_path / 'run2'}"]))
+    add_tokens(folder, NAMES | {"<|im_end|>": 262})
+    rewrite(folder / "tokenizer_config.json", eos_token="<|im_end|>", pad_token=None)
+    with pytest.raises(ValueError, match=r"its matrix 262: <\|im_end\|>: give the matrix"):
+        list(import_model([f"hf={folder}", f"run={tmp_path / 'run2'}"]))
+
+
+@pytest.mark.parametrize("kind", ["gpt2 tied", "llama tied"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tied_matrix_under_the_heads_name_alone(tmp_path, kind, sharded):
+    folder = models.save(tmp_path / "source", kind)
+    expected = HFModel(folder).rows("embedding.weight", 0, 260)
+    save_model(models.load(folder), str(folder / "model.safetensors"))
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" in tensors and not any(name.endswith(("wte.weight", "tokens.weight")) for name in tensors)
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        save_file(tensors, folder / "a.safetensors")
+        rewrite(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(tensors, "a.safetensors"))
+    found = HFModel(folder)
+    assert found.tie == "tied" and torch.equal(found.rows("embedding.weight", 0, 260), expected)
+    rewrite(folder / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"has no tensor .*, only lm_head.weight, but config.json does not say"):
+        HFModel(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_named(llama3, tmp_path, name):
+    folder = copied(llama3, tmp_path / "cloned")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        list(import_model([f"hf={folder}", f"run={tmp_path / 'run'}"]))
+
+
+def test_a_file_in_place_of_the_folder_is_named(llama3):
+    with pytest.raises(ValueError, match=r"model.safetensors is a file: give the folder of the model, .*source"):
+        HFModel(llama3 / "model.safetensors")
