@@ -16,10 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..engine import FIRST_MOMENT, SECOND_MOMENT
@@ -42,6 +40,7 @@ from .folder import (
     superfluous,
     write_manifest,
 )
+from .host_copies import HostCopies
 from .state import ModelState, TrainState, check_split, restore_rng, rng_state, shapes, slices
 from .tensor_file import Slice, file_name, write_slices
 
@@ -89,7 +88,7 @@ class CheckpointManager:
         self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
         self._pending: Future[None] | None = None
-        self._copies: dict[str, Tensor] = {}
+        self._copies = HostCopies(mesh.device)
         self._taken = threading.Event()  # what is being saved may change
         self._taken.set()
         self._val_losses: dict[Path, float | None] = {}
@@ -116,6 +115,7 @@ class CheckpointManager:
             "tensors": shapes(tensors),
         }
         self._taken.clear()
+        self._copies.mark()
         self._pending = self._writer.submit(self._write, final, manifest, list(slices(tensors)), rng_state(), start)
         if not self.config.asynchronous:
             self.wait()
@@ -198,11 +198,10 @@ class CheckpointManager:
     def _take(self, mine: list[Slice]) -> dict[str, tuple[int, int] | None]:
         """Puts copies into `mine`, where the save is asynchronous; what the rows to be saved look like."""
         try:
-            digests = self.model.digests()
-            for i, part in enumerate(mine if self.config.asynchronous else []):
-                if part.name not in self._copies:
-                    self._copies[part.name] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
-                mine[i] = Slice(part.name, self._copies[part.name].copy_(part.tensor), part.offsets)
+            with self._copies.reading():
+                digests = self.model.digests()
+                taken = self._copies.take(mine) if self.config.asynchronous else mine
+            mine[:] = taken  # not before: the copies read from what `mine` holds
             return digests
         finally:
             self._taken.set()
