@@ -2,8 +2,11 @@
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+
+SLURM = Path(__file__).parent / "slurm"
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -14,6 +17,18 @@ def not_skipped(report: Report) -> Report:
         if "GPU" not in reason:
             report.outcome, report.longrepr = "failed", f"in CI nothing is skipped but what needs a GPU: {reason}"
     return report
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist appends the group to each test's name
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, with the fixtures that they share, and the real Slurm's tests together.
+
+    Slurm first: it is the longest of what cannot be split, and must not be what is left over.
+    """
+    items.sort(key=lambda item: SLURM not in item.path.parents)
+    for item in items:
+        name = "slurm" if SLURM in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.hookimpl(wrapper=True)
