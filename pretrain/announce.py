@@ -24,19 +24,24 @@ def announce(
 ) -> None:
     """Prints it."""
     vocab = model.vocab
-    with torch.device("meta"):
-        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
-    matrix = vocab.shard.vocab_size * config.model.width
     print(
-        f"model: {parameters(config, body, matrix, vocab.shard.vocab_size)}\n"
+        f"model: {parameters(config, *counts(config, vocab.shard.vocab_size), vocab.shard.vocab_size)}\n"
         f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
         + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
+        + "".join(f"validation: {line}\n" for line in not_validated(config, data))
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
         + (f", with the weights of {config.init_from}" if config.init_from and not resumed else ""),
         flush=True,
     )
+
+
+def counts(config: TrainConfig, rows: int) -> tuple[int, int]:
+    """Parameters of the body, and of one matrix of that many rows. Allocates nothing."""
+    with torch.device("meta"):
+        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
+    return body, rows * config.model.width
 
 
 def parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
@@ -48,6 +53,16 @@ def parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
     if config.vocab.untie_at is not None:
         return f"{tied} (tied) up to step {config.vocab.untie_at:,}, then {untied}"
     return f"{tied} (tied; untied: {(body + 2 * matrix) / 1e6:.1f}M, {2 * matrix / 1e6:.1f}M in 2)"
+
+
+def not_validated(config: TrainConfig, data: Data) -> list[str]:
+    """One line if evaluations are asked for and a corpus has no validation split."""
+    without = [title for title, corpus in data.corpora.items() if sum(file.size for file in corpus.val) < 2]
+    if not config.eval.every or not without:
+        return []
+    if len(without) == len(data.corpora):
+        return [f"the data has no validation split, so eval.every={config.eval.every} has no effect"]
+    return [f"no validation split in {', '.join(without)}: eval.every={config.eval.every} evaluates the other corpora"]
 
 
 def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:

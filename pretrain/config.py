@@ -150,6 +150,7 @@ def check(
     """
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     config.train.check_world(world)
+    config.optim.check_steps(config.train.steps)
     config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
     data = open_data(config.data)

@@ -13,19 +13,22 @@ from .vocab import on_host
 
 BLOCK = 2**15  # numbers that a CPU converts to float64 at once, in its cache; more would start threads
 
+LONGEST_WARMUP = 100  # steps, unless optim.warmup_steps is given
+
 
 @dataclass
 class OptimConfig:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) and its learning rate over the steps of the run.
 
     schedule: "cosine" falls to min_lr_ratio·lr at the last step; "wsd" (warm-up, stable, decay; Hu et al.,
-    arXiv:2404.06395) holds lr and falls linearly over the last decay_fraction of the steps. clip: the largest
-    norm of the whole gradient, 0 for none. Weight decay reaches tensors of two dims only.
+    arXiv:2404.06395) holds lr and falls linearly over the last decay_fraction of the steps. warmup_steps: the first
+    steps, in which lr rises linearly; null: a tenth of the steps, at most 100. clip: the largest norm of the whole
+    gradient, 0 for none. Weight decay reaches tensors of two dims only.
     """
 
     lr: float = 6e-4
     schedule: str = "cosine"
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
     clip: float = 1.0
@@ -41,7 +44,7 @@ class OptimConfig:
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"optim.{key}={getattr(self, key)} must be positive")
         for key in ("warmup_steps", "clip", "weight_decay"):
-            if not 0 <= getattr(self, key) < math.inf:
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"optim.{key}={getattr(self, key)} must be a number of at least 0")
         for key in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, key) <= 1:
@@ -67,17 +70,42 @@ class OptimConfig:
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of the step, counted from 0, in a schedule of that many steps."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+        warmup = self.warmup(steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
         floor = self.lr * self.min_lr_ratio
         if self.schedule == "cosine":
-            done = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
+            done = (step - warmup) / max(1, steps - 1 - warmup)
             return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        if self.decay_fraction == 0:
+        decay = self.decay(steps)
+        if decay == 0:
             return self.lr
-        decay_steps = max(1, round(self.decay_fraction * steps))
-        left = (steps - 1 - step) / decay_steps
+        left = (steps - 1 - step) / decay
         return floor + (self.lr - floor) * min(1.0, max(0.0, left))
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warm-up in a schedule of that many."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return max(0, min(LONGEST_WARMUP, steps // 10, steps - self.decay(steps)))
+
+    def decay(self, steps: int) -> int:
+        """Steps of the final decay of a "wsd" schedule; 0 for "cosine", which has no separate decay."""
+        if self.schedule != "wsd" or self.decay_fraction == 0:
+            return 0
+        return max(1, round(self.decay_fraction * steps))
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError if the warm-up, or warm-up and decay together, do not fit into that many steps."""
+        warmup, decay = self.warmup(steps), self.decay(steps)
+        advice = "give fewer warm-up steps, or null: a tenth of the steps, at most 100"
+        if warmup >= steps:
+            raise ValueError(f"optim.warmup_steps={warmup} must be below train.steps={steps}: {advice}")
+        if warmup + decay > steps:
+            raise ValueError(
+                f"optim.warmup_steps={warmup} and the {decay} steps of optim.decay_fraction={self.decay_fraction} must"
+                f" not overlap in train.steps={steps}: {advice}"
+            )
 
 
 class MatrixOptimizer:

@@ -17,6 +17,7 @@ from .trainer import LoopConfig
 from .vocab import VocabConfig
 
 CONFIG_FILE = "config.yaml"
+LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
 
 
 @dataclass
@@ -52,7 +53,8 @@ class TrainConfig:
         if self.init_from is not None:
             folder_of(self.init_from)
         if self.train.seq_len is None:
-            self.train.seq_len = self.model.context
+            self.train.seq_len = min(self.model.context, LONGEST_SEQUENCE)
+        self.optim.warmup_steps = self.optim.warmup(self.train.steps)
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
         if self.vocab.untie_at is not None and self.vocab.untie_at >= self.train.steps:

@@ -29,7 +29,7 @@ class LoopConfig:
     hang_after: seconds without a finished step, evaluation batch or save after which a rank ends itself, its stacks on
     stderr (0: never).
 
-    seq_len: tokens a sequence; null: the model's context. global_batch: sequences a step, over all ranks;
+    seq_len: tokens a sequence; null: the model's context, at most 8192. global_batch: sequences a step, over all ranks;
     micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
     it natively.
     """

@@ -22,6 +22,47 @@ def test_wsd_is_stable_then_falls_in_a_line_to_its_floor():
     assert OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_fraction=0.0).lr_at(9, 10) == 1.0  # no fall at all
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 19, 60, 999, 1000, 100_000])
+@pytest.mark.parametrize("decay_fraction", [0.0, 0.2, 0.95, 1.0])
+def test_default_warmup_fits_every_run(schedule, steps, decay_fraction):
+    config = OptimConfig(lr=1.0, schedule=schedule, decay_fraction=decay_fraction)
+    config.check_steps(steps)
+    rates = [config.lr_at(step, steps) for step in range(min(steps, 200))]
+    warmup = config.warmup(steps)
+    assert warmup <= min(100, steps // 10)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    if steps >= 10:
+        assert max(rates) == pytest.approx(1.0, rel=1 / steps), "the rate comes to its peak, and leaves it"
+
+
+def test_default_warmup_of_a_long_run_is_100_steps():
+    assert OptimConfig().warmup(1000) == OptimConfig().warmup(50_000) == 100
+
+
+@pytest.mark.parametrize(
+    "setting,steps,message",
+    [
+        ({"warmup_steps": 100}, 60, "optim.warmup_steps=100 must be below train.steps=60"),
+        ({"warmup_steps": 60}, 60, "optim.warmup_steps=60 must be below train.steps=60"),
+        (
+            {"schedule": "wsd", "warmup_steps": 90, "decay_fraction": 0.5},
+            100,
+            "optim.warmup_steps=90 and the 50 steps of optim.decay_fraction=0.5 must not overlap in train.steps=100",
+        ),
+    ],
+)
+def test_schedule_that_does_not_fit_is_named(setting, steps, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**setting).check_steps(steps)
+
+
+def test_schedule_that_just_fits_is_accepted():
+    OptimConfig(warmup_steps=59).check_steps(60)
+    OptimConfig(schedule="wsd", warmup_steps=50, decay_fraction=0.5).check_steps(100)
+    OptimConfig(warmup_steps=90, decay_fraction=0.5).check_steps(100)  # a cosine has no separate decay
+
+
 def test_only_matrices_decay():
     matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     adamw = OptimConfig(weight_decay=0.5).adamw([matrix, bias])

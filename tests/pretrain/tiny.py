@@ -37,7 +37,7 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
         "model": {"family": "gpt2", "layers": 2, "width": 24, "heads": 3, "context": 16},
         "vocab": {"size": VOCAB, "multiple": 8},
         "data": {"path": str(data)},
-        "optim": {"lr": 1e-2, "warmup_steps": 5, "clip": 0.5},
+        "optim": {"lr": 1e-2, "warmup_steps": min(5, int(str(changes.get("train__steps", 20))) - 1), "clip": 0.5},
         "engine": {"name": "fsdp2"},
         "train": {"steps": 20, "global_batch": 12, "micro_batch": 3, "precision": "fp32"},
         "eval": {},

@@ -1,0 +1,58 @@
+"""conf/model/*.yaml against what was published of each model."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.announce import counts, parameters
+from tests.benchmarks.plan import CONF, configured
+
+# rows of its own vocabulary, matrices, and all parameters: the published checkpoint's
+PUBLISHED = {
+    "gpt2": (50_257, 1, 124_439_808),
+    "gpt2_medium": (50_257, 1, 354_823_168),
+    "gpt2_large": (50_257, 1, 774_030_080),
+    "gpt2_xl": (50_257, 1, 1_557_611_200),
+    "llama_1b": (128_256, 1, 1_235_814_400),
+    "llama_8b": (128_256, 2, 8_030_261_248),
+    "qwen3_600m": (151_936, 1, 596_049_920),
+}
+OURS = {"nano", "llama_tiny"}  # of no publication
+
+
+def test_every_preset_has_a_published_count():
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == PUBLISHED.keys() | OURS
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name):
+    rows, matrices, published = PUBLISHED[name]
+    config = configured(f"model={name}")
+    body, matrix = counts(config, rows)
+    assert config.vocab.matrices == matrices
+    assert body + matrix * config.vocab.matrices == published
+    assert parameters(config, body, matrix, rows).startswith(f"{published / 1e6:.1f}M parameters")
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OURS])
+def test_default_sequence_is_sane_to_train_at(name):
+    config = configured(f"model={name}")
+    assert config.seq_len == min(config.model.context, 8192)
+
+
+def test_sequence_length_of_the_command_line_wins():
+    assert configured("model=llama_1b", "train.seq_len=131072").seq_len == 131_072
+    assert configured("model=llama_1b", "model.context=4096").seq_len == 4096
+
+
+def test_tie_of_the_command_line_wins():
+    assert configured("model=llama_8b", "vocab.tie=tied").vocab.tie == "tied"
+    assert configured("model=gpt2", "vocab.tie=untied").vocab.tie == "untied"
+
+
+@pytest.mark.parametrize("base,tie", [("family/llama", "tied"), ("llama_8b", "untied")])
+def test_model_of_ones_own_inherits_the_tie(tmp_path: Path, base, tie):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own.yaml").write_text(f"defaults: [{base}@_here_, _self_]\nlayers: 3\ncontext: 131072\n")
+    config = configured(f"hydra.searchpath=[file://{tmp_path}]", "model=own")
+    assert config.vocab.tie == tie and config.model.layers == 3 and config.seq_len == 8192
