@@ -251,8 +251,12 @@ def test_a_state_gathers_one_parameter_at_a_time(folder, engine):
     ],
 )
 def test_masked_documents_train_as_each_alone(folder, engine, kind, packing):
-    """The truth runs the documents of each window one by one."""
-    settings = {"data__documents": "masked", "data__packing": packing, "train__steps": 4}
+    """The truth runs the documents of each window one by one.
+
+    Adam's first steps divide a gradient by its own size, so they turn the rounding of one near 0 into an error of the
+    weight, which depends on the processor; a larger eps bounds it.
+    """
+    settings = {"data__documents": "masked", "data__packing": packing, "train__steps": 4, "optim__eps": 1e-4}
     run = folder / f"masked-{engine}-{kind}"
     config = config_of(run, 2, 2, engine, {"activation_checkpointing": kind}, **settings)
     run_ranks(2, train_rank, config, timeout=120)
