@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -47,7 +46,6 @@ from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tok
 from data_prep.unit import Unit
 from data_prep.verify import verify
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_FAULTS = 1
 PREPARE = "prepare"
 
@@ -370,7 +368,6 @@ def refuse_unknown_keys(config: TokenizeConfig) -> None:
             )
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="tokenize")
 def _composed(config: DictConfig) -> None:
     sys.exit(run(config))
 
@@ -378,4 +375,4 @@ def _composed(config: DictConfig) -> None:
 def main() -> None:
     """Parse the command line and run; exits 0, 1 (verify found faults), or 2 (an error, in one line)."""
     register()
-    run_hydra(_composed)
+    run_hydra(_composed, "tokenize")

@@ -4,37 +4,85 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser  # its only list of the flags that it takes
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from data_prep import terminal
 from data_prep.errors import headline
+from data_prep.mistakes import CONF, check_bases, mistake
+from data_prep.overrides import expand_home, in_full, readable
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 EXIT_ERROR = 2
 
 
-def run_hydra(composed: Callable[[], Any], sweeps: bool = False) -> None:
-    """Run a function under `hydra.main`; what Hydra finds wrong is one line. sweeps: it is one for --multirun."""
+def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: bool = False) -> None:
+    """Calls the function with what Hydra composes from conf/CONFIG_NAME.yaml and the command line, `~` in full.
+
+    What is wrong with those is one line. sweeps: --multirun calls it once a job.
+    """
     terminal.loaded()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
-    if not sweeps and {"-m", "--multirun"} & set(sys.argv[1:]):
-        sys.exit(fail("--multirun is not for this program: a command makes one folder"))
+    composing = True
+
+    def composed(config: DictConfig) -> Any:
+        nonlocal composing
+        composing = False
+        with one_line():
+            check_bases(config, HydraConfig.get().runtime.choices)
+            expand_home(config)
+        return function(config)
+
     try:
-        composed()
+        sys.argv[1:] = _checked(sys.argv[1:], sweeps)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
     except (HydraException, OmegaConfBaseException) as error:  # no more: the traceback of a fault of ours is to be seen
-        sys.exit(fail(override_error(error)))
+        sys.exit(fail(mistake(error)))
+    except (yaml.YAMLError, ValueError) as error:
+        if not composing:
+            raise
+        sys.exit(fail(mistake(error)))
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(EXIT_INTERRUPTED)
 
 
+def _checked(arguments: list[str], sweeps: bool) -> list[str]:
+    """The command line as Hydra will read it as it was meant. ValueError where it is not one."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own is the usage in eight lines
+    parsed = parser.parse_args(arguments)
+    if parsed.multirun and not sweeps:
+        raise ValueError("--multirun is not for this program: a command makes one folder")
+    for override in parsed.overrides:
+        if not override.startswith("~") and "=" not in override[1:]:
+            raise ValueError(f"{override!r} must be key=value; see --help")
+    given = dict(zip(parsed.overrides, readable(parsed.overrides, parsed.multirun), strict=True))
+    return [given.get(argument, argument) for argument in arguments]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message}; settings are key=value, see --help")
+
+
+def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
+    """What `run_hydra` would compose, for a command that has settings of its own besides. Raises as Hydra does."""
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        config = hydra.compose(config_name, readable(overrides, sweeps=False))
+    expand_home(config)
+    return config
+
+
 def arguments_or(help_text: str) -> list[str]:
     """The command line's. Where there are none, or --help is among them, prints the text and exits 0."""
-    arguments = sys.argv[1:]
+    arguments = [in_full(argument) for argument in sys.argv[1:]]
     if not arguments or {"-h", "--help"} & set(arguments):
         terminal.product()
         print(help_text.rstrip())
@@ -54,7 +102,7 @@ def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
     except BrokenPipeError:
         sys.exit(EXIT_BROKEN_PIPE)
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(fail(override_error(error)))
+        sys.exit(fail(mistake(error)))
     except (ValueError, OSError, *mistakes) as error:  # type: ignore[misc]
         sys.exit(fail(f"{headline(error)}{remark if isinstance(error, OSError) else ''}"))
     except KeyboardInterrupt:
@@ -69,19 +117,3 @@ def warn(message: str) -> None:
 def fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return EXIT_ERROR
-
-
-def override_error(error: Exception) -> str:
-    """One line from Hydra's several: its own headline, that of the cause, and what would have been right."""
-    message, cause = headline(error), error.__cause__
-    if isinstance(error, OverrideParseException):
-        message = f"cannot read {error.override}: {message}"
-    append = [line for line in str(error).splitlines() if line.startswith("To append to your default list")]
-    message = " ".join([message, *append])
-    if cause is not None and headline(cause) not in message:
-        message = f"{message.rstrip('.')}: {headline(cause)}"
-    if isinstance(error, MissingConfigException) and error.options:
-        message += f"; there are {', '.join(error.options)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
-        message += f"; there are {', '.join(item.name for item in fields(cause.object_type))}"
-    return message

@@ -19,13 +19,13 @@ from data_prep import terminal  # noqa: E402
 if __name__ == "__main__":
     terminal.begin()  # before the imports that take seconds
 
-import hydra  # noqa: E402
 import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import one_line, run_hydra, warn  # noqa: E402
+from data_prep.overrides import shown  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
@@ -41,10 +41,9 @@ def main() -> None:
     alone()
     configuration.register()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
-    run_hydra(_composed)
+    run_hydra(_composed, "local")
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="local")
 def _composed(composed: DictConfig) -> None:
     with one_line():
         OmegaConf.set_struct(composed, False)
@@ -114,11 +113,9 @@ def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
 def farewell(config: TrainConfig) -> str:
     run = config.run.dir
     own = "" if Path.cwd() == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
-    return (
-        f"run: {run}\n"
-        f"curves: tensorboard --logdir {config.run_dir.parent}\n"
-        f"sample: {own}python -m pretrain.generate run={run} prompt='def '"
-    )
+    sample = shown("python", "-m", "pretrain.generate", f"run={run}", "prompt=def ")
+    curves = shown("tensorboard", "--logdir", str(config.run_dir.parent))
+    return f"run: {run}\ncurves: {curves}\nsample: {own}{sample}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from data_prep import terminal  # noqa: E402
 if __name__ == "__main__":
     terminal.begin()  # before the imports that take seconds
 
-import hydra  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
@@ -203,10 +202,9 @@ def main() -> None:
     """Prints the plan. Exits 2 on a wrong setting."""
     configuration.register()
     slurm.register()
-    run_hydra(_composed)
+    run_hydra(_composed, "plan")
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="plan")
 def _composed(composed: DictConfig) -> None:
     with one_line():
         OmegaConf.set_struct(composed, False)

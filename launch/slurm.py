@@ -27,7 +27,6 @@ from data_prep import terminal  # noqa: E402
 if __name__ == "__main__":
     terminal.begin()  # before the imports that take seconds
 
-import hydra  # noqa: E402
 import submitit  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
@@ -36,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from data_prep.command import one_line, run_hydra, warn  # noqa: E402
 from data_prep.durable import durable  # noqa: E402
+from data_prep.overrides import shown  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch import corpus  # noqa: E402
@@ -101,14 +101,13 @@ def compose() -> list[tuple[DictConfig, list[str]]]:
     """What Hydra makes of the command line, and the overrides of each: of a sweep there are several."""
     composed: list[tuple[DictConfig, list[str]]] = []
 
-    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="slurm")
     def keep(one: DictConfig) -> None:
         composed.append((one, list(HydraConfig.get().overrides.task)))
 
     first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
     with TemporaryDirectory() as scratch:  # for a file of Hydra's
         sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # the overrides must stand together
-        run_hydra(keep, sweeps=True)
+        run_hydra(keep, "slurm", sweeps=True)
     return composed
 
 
@@ -258,7 +257,7 @@ def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submiti
     lines = [f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()})"]
     for run, submitted in zip(runs, jobs, strict=True):
         lines += [f"run: {run.dir}", f"log: {submitted.paths.stdout}"]
-    lines.append(f"curves: tensorboard --logdir {base if several else base.parent}")
+    lines.append(f"curves: {shown('tensorboard', '--logdir', str(base if several else base.parent))}")
     return "\n".join([*lines, f"state: squeue -j {job}", f"cancel: scancel {job}"])
 
 

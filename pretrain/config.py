@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from data_prep.durable import check_file, check_folder, durable, exclusive
 from data_prep.errors import headline
+from data_prep.mistakes import said, unknown
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -64,24 +65,31 @@ def build(composed: DictConfig) -> TrainConfig:
     """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
     for key in map(str, composed):
         if key not in {*ALONE, *PARTS}:
-            raise ValueError(f"unknown key {key}; there are {', '.join([*ALONE, *PARTS])}")
+            raise ValueError(unknown(key, [*ALONE, *PARTS]))
     engine, model = composed.engine.name, composed.model.family
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
     if model not in MODELS:
         raise ValueError(f"model.family={model} must be one of {', '.join(MODELS)}")
-    try:
-        chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
-        parts = {
-            name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), _group(composed, name)))
-            for name, part in chosen.items()
-        }
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+    chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
+    parts = {name: _part(name, part, _group(composed, name)) for name, part in chosen.items()}
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
     init_from = composed.get("init_from")
-    return TrainConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)  # type: ignore[arg-type]
+    return TrainConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)
+
+
+def _part(name: str, kind: type, given: Any) -> Any:
+    """The dataclass of a group. ValueError: key, value, rule."""
+    known = [item.name for item in fields(kind)]
+    for key in map(str, given):
+        if key not in known:
+            raise ValueError(unknown(f"{name}.{key}", known))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key)
+        raise ValueError(said(key if key.startswith(f"{name}.") else f"{name}.{key}", error)) from error
 
 
 def _group(composed: DictConfig, name: str) -> Any:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 
 from data_prep import terminal
-from data_prep.command import arguments_or, one_line
+from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.tokenizer import Tokenizer
 
 from .. import config as configuration
@@ -29,7 +28,6 @@ HELP = """What did the model see?
 Steps are numbered as in metrics.jsonl. From the newest checkpoint before it on, the run's present settings are taken to
 hold. On a terminal each token has a shade of its own, each document a colour; a line tells where it lies in its file.
 """
-CONF = Path(__file__).resolve().parents[2] / "conf"
 COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of a document: two shades for its tokens, of 256
 
 
@@ -82,8 +80,7 @@ def _request(arguments: list[str]) -> Request:
         config = configuration.load(Path(given["run"]) / CONFIG_FILE)
     else:
         configuration.register()
-        with initialize_config_dir(str(CONF), version_base=None):
-            config = configuration.build(compose("train", ["run.dir=unused", *settings]))
+        config = configuration.build(compose_settings("train", ["run.dir=unused", *settings]))
     config.train.check_world(world)
     run = Path(given["run"]) if "run" in given else None
     return Request(config, run, step, None if rank is None else int(rank), world)

@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data_prep.command import arguments_or, one_line
+from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -41,7 +40,6 @@ HELP = """Models of Hugging Face, in and out: GPT-2, Llama, Mistral, Qwen2, Qwen
 dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
 for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
 """
-CONF = Path(__file__).resolve().parents[2] / "conf"
 TOLD = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
 
@@ -99,8 +97,7 @@ def training(found: HFModel, run: Path, settings: list[str]) -> TrainConfig:
         if any(key == told or key.startswith(f"{told}.") for told in TOLD):
             raise ValueError(f"{key} is told by hf= and run=, and not to be given")
     configuration.register()
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("train", [*settings])
+    composed = compose_settings("train", settings)
     OmegaConf.set_struct(composed, False)
     composed.model = OmegaConf.create(asdict(found.model))
     composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)

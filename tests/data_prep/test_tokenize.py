@@ -303,7 +303,7 @@ ERRORS = {
     "wrong key": (["tokenizer.vocabsize=300"], ["vocabsize", "vocab_size"]),
     "wrong key, added": (["+corpus.foo=1"], ["unknown key corpus.foo"]),
     "wrong key, added to clean": (["+clean.foo=1"], ["unknown key clean.foo", "clean.min_bytes"]),
-    "wrong key at the top": (["batch=1"], ["'batch'", "val_fraction"]),
+    "wrong key at the top": (["batch=1"], ["unknown key batch;", "val_fraction"]),
     "wrong type": (["tokenizer.vocab_size=many"], ["tokenizer.vocab_size=many", "Integer"]),
     "wrong value": (["tokenizer.vocab_size=256"], ["tokenizer.vocab_size=256 must be at least 257"]),
     "wrong fraction": (["val_fraction=1"], ["val_fraction=1.0 must be in [0, 1)"]),
