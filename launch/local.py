@@ -50,7 +50,8 @@ def _composed(composed: DictConfig) -> None:
         nproc = ranks_here(composed.pop("nproc"))
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         config = configuration.build(composed)
-        data = configuration.check(config, nproc, "cuda" if torch.cuda.is_available() else "cpu", warn=warn)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        data = configuration.check(config, nproc, device, warn=warn, environment=os.environ)
         configuration.check_logs(config)
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work

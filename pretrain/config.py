@@ -4,7 +4,7 @@ Hydra composes it once, in the launching process, which freezes it to RUN/config
 settings the only module that names concrete engines and model families, and, with the entries, to know omegaconf.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .checkpoint import RANKS_LOCK, CheckpointError, newest_manifest
+from .compilers import check_compilers
 from .data import Data, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
@@ -148,19 +149,27 @@ def load(path: Path) -> TrainConfig:
 
 
 def check(
-    config: TrainConfig, world: int, device_type: str, bf16: bool | None = None, warn: Warn = lambda _: None
+    config: TrainConfig,
+    world: int,
+    device_type: str,
+    bf16: bool | None = None,
+    warn: Warn = lambda _: None,
+    environment: Mapping[str, str] | None = None,
 ) -> Data:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
     the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
-    warn: takes a line on what could not be checked.
+    warn: takes a line on what could not be checked. environment: the ranks', if they run here.
     """
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     config.train.check_world(world)
     config.optim.check_steps(config.train.steps)
     config.train.compute_dtype(device_type, bf16)
     config.engine.check_device(device_type)
+    if environment is not None:
+        compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
+        check_compilers(device_type, compiles, config.data.masked, environment)
     data = open_data(config.data)
     if config.monitor.lens and not held_out(config, data):
         raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")

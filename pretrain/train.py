@@ -118,7 +118,7 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
-    data = configuration.check(config, world, device.type)
+    data = configuration.check(config, world, device.type, environment=os.environ)
     rows = configuration.vocab_rows(config, data)
     parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
