@@ -23,10 +23,11 @@ import submitit
 
 from data_prep import terminal
 from data_prep.durable import durable
+from pretrain.changes import Change
 from pretrain.exits import Exit
 from pretrain.stops import StopRequests
 
-from .restart import Decision, History, RestartConfig, bad_node, cause, decide, newest_step
+from .restart import Decision, History, RestartConfig, bad_node, cause, changes_at_start, decide, newest_step
 from .supervisor import SILENT, Record, Supervisor
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
@@ -80,7 +81,11 @@ class Attempt:
         as one without progress.
         """
         self._tell_of_lost_ones()
-        facts = {"step": newest_step(self.run), "ranks": int(os.environ["SLURM_NTASKS"])}
+        facts = {
+            "step": newest_step(self.run),
+            "ranks": int(os.environ["SLURM_NTASKS"]),
+            "changes": changes_at_start(self.run),
+        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "attempt.json", facts)
@@ -114,6 +119,13 @@ class Attempt:
         except OSError:
             return newest_step(self.run), 1
         return facts["step"], facts["ranks"]
+
+    def changes(self) -> list[Change]:
+        """Settings that had changed when the attempt began; none if that is not known."""
+        try:
+            return json.loads((self.folder / "attempt.json").read_text()).get("changes", [])
+        except OSError:
+            return []
 
     def _tell_of_lost_ones(self) -> None:
         """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
@@ -205,7 +217,7 @@ def close(run: Path, config: RestartConfig) -> bool:
     if decision is Decision.RESTART and bad is not None:
         excluded, remark = _without(bad)
         why += f"; {remark}"
-    written = history.write(attempt.name, start_step, step, first, decision, why)
+    written = history.write(attempt.name, start_step, step, first, decision, why, attempt.changes())
     starts = restarts_of_job() + 1  # at least as many as have been fruitless in a row
     if decision is Decision.RESTART and step <= start_step and not written and starts >= config.without_progress:
         decision, why = Decision.GIVE_UP, f"start {starts} of this job, and {history.path} cannot be written"

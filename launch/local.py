@@ -21,13 +21,15 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import one_line, run_hydra, warn  # noqa: E402
 from data_prep.overrides import shown  # noqa: E402
+from launch import resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
-from launch.restart import Decision, History, RestartConfig, cause, decide, newest_step  # noqa: E402
+from launch.restart import Decision, History, RestartConfig, cause, changes_at_start, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
@@ -41,6 +43,8 @@ def main() -> None:
     alone()
     configuration.register()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
+    with one_line():
+        sys.argv[1:] = resume.in_full(sys.argv[1:])
     run_hydra(_composed, "local")
 
 
@@ -49,14 +53,19 @@ def _composed(composed: DictConfig) -> None:
         OmegaConf.set_struct(composed, False)
         nproc = ranks_here(composed.pop("nproc"))
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
+        resume.apply(composed, list(HydraConfig.get().overrides.task))
         config = configuration.build(composed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         data = configuration.check(config, nproc, device, warn=warn, environment=os.environ)
         configuration.check_logs(config)
         with hold(config.run_dir, LAUNCH_LOCK):
             with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
-                configuration.freeze(config, data)
-            code = run_ranks(config, nproc, restart)
+                done = configuration.finished(config, data)
+                if done is None:
+                    configuration.freeze(config, data)
+            code = run_ranks(config, nproc, restart) if done is None else 0
+    if done is not None:
+        print(done)
     if code == 0:
         print(farewell(config))
     sys.exit(code)
@@ -80,13 +89,14 @@ def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
     history, command = History(config.run_dir), [sys.executable, "-m", "pretrain.train", str(config.path)]
     with StopRequests() as requests:
         while True:
-            start_step, store = newest_step(config.run_dir), TCPStore("127.0.0.1", 0, is_master=True)
+            start_step, changes = newest_step(config.run_dir), changes_at_start(config.run_dir)
+            store = TCPStore("127.0.0.1", 0, is_master=True)
             records = Supervisor(command, environments(nproc, store.port), requests).run()
             first, step = cause(records), newest_step(config.run_dir)
             decision, why = decide(first.ending, step > start_step, history.fruitless() + (step <= start_step), restart)
             if decision is Decision.RESTART and (first.ending.asked or requests.asked()):
                 decision, why = Decision.STOP, "stopped on request"
-            history.write(f"local-{os.getpid()}", start_step, step, first, decision, why)
+            history.write(f"local-{os.getpid()}", start_step, step, first, decision, why, changes)
             if first.ending.good or first.ending.asked:
                 return 0
             what = f"error: rank {first.rank} failed ({first.how})"

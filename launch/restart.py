@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pretrain.changes import Change, settings_changed
 from pretrain.exits import RESTARTS_FILE, Exit
 
 from .supervisor import SILENT, Record
@@ -130,8 +131,19 @@ class History:
             count += line["decision"] == Decision.RESTART
         return count
 
-    def write(self, job: str, start_step: int, step: int, cause: Record, decision: Decision, why: str) -> bool:
-        """Whether it is on the disk: only then does another process count this start."""
+    def write(
+        self,
+        job: str,
+        start_step: int,
+        step: int,
+        cause: Record,
+        decision: Decision,
+        why: str,
+        changes: Sequence[Change] = (),
+    ) -> bool:
+        """Whether it is on the disk: only then does another process count this start. changes: of the settings, since
+        the checkpoint that this start resumed.
+        """
         line = {
             "time": time.time(),
             "attempt": len(self.lines()) + 1,
@@ -145,7 +157,7 @@ class History:
             "last": cause.last,
             "decision": decision,
             "why": why,
-        }
+        } | ({"changes": list(changes)} if changes else {})
         self._unwritten.append(line)
         try:
             with open(self.path, "ab+") as file:
@@ -163,7 +175,18 @@ class History:
         print(f"warning: {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest finished one. Reads nothing in it: that is the ranks' part."""
+    found = [path.parent for path in (run / "checkpoints").glob("step-*/manifest.json")]
+    return max((path for path in found if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]), default=None)
+
+
 def newest_step(run: Path) -> int:
-    """Of the newest finished checkpoint, -1 where there is none. Reads no checkpoint: that is the ranks' part."""
-    steps = [path.parent.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+    """Step of the newest finished checkpoint, -1 if there is none."""
+    newest = newest_checkpoint(run)
+    return -1 if newest is None else int(newest.name[5:])
+
+
+def changes_at_start(run: Path) -> list[Change]:
+    """Settings that have changed since the checkpoint that a start now resumes."""
+    return settings_changed(run, newest_checkpoint(run))

@@ -38,7 +38,7 @@ from data_prep.durable import durable  # noqa: E402
 from data_prep.overrides import shown  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
-from launch import corpus  # noqa: E402
+from launch import corpus, resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.hardware import GIB, HARDWARE  # noqa: E402
@@ -87,6 +87,8 @@ def main() -> None:
     slurm.register()
     corpus.register()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
+    with one_line():
+        sys.argv[1:] = resume.in_full(sys.argv[1:])
     composed = compose()
     if not composed:  # --help and the like
         return
@@ -119,10 +121,16 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
             f"cluster.tasks={ours.cluster.tasks} is for tokenising; ranks: cluster.nodes and cluster.tasks_per_node"
         )
     slurm.need_slurm(ours.dry_run)
+    if len(composed) > 1 and any(one.resume for one, _ in composed):
+        raise ValueError("resume is for one run: in a sweep each job has a folder of its own")
+    for one, overrides in composed:
+        resume.apply(one, overrides)
     base = run_dir([one for one, _ in composed])
     for (one, _), name in zip(composed, names([overrides for _, overrides in composed]), strict=True):
         one.run.dir = str(base / name)
     runs = [checked(one, ours.cluster) for one, _ in composed]
+    if not ours.dry_run and (runs := unfinished(runs)) == []:
+        return 0
     snapshot = Snapshot.take()
     mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
     job = (
@@ -221,6 +229,18 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
         )
     rehearse(config, rows, planned.chosen.ranks, cluster.ranks)
     return Run(config, data)
+
+
+def unfinished(runs: list[Run]) -> list[Run]:
+    """The runs that have something left to do; says so of the others."""
+    left = []
+    for run in runs:
+        done = configuration.finished(run.config, run.data)
+        if done is None:
+            left.append(run)
+        else:
+            print(done, flush=True)
+    return left
 
 
 def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:

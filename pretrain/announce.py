@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from .changes import Change, table
 from .checkpoint import TrainState
 from .data import Data, PackedWindows, Samples
 from .mesh import Mesh
@@ -21,8 +22,9 @@ def announce(
     parallel: Parallel,
     state: TrainState,
     resumed: Path | None,
+    changes: list[Change],
 ) -> None:
-    """Prints it."""
+    """Prints it. changes: of the settings, since the checkpoint that is resumed."""
     vocab = model.vocab
     print(
         f"model: {parameters(config, *counts(config, vocab.shard.vocab_size), vocab.shard.vocab_size)}\n"
@@ -32,7 +34,9 @@ def announce(
         + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
         + "".join(f"validation: {line}\n" for line in not_validated(config, data))
         + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
-        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else ""),
+        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else "")
+        + (f"\nsettings changed since step {state.step}:" if changes else "")
+        + "".join(f"\n  {line}" for line in (table(changes) if changes else [])),
         flush=True,
     )
 

@@ -22,6 +22,7 @@ from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
+from .changes import keep_older
 from .checkpoint import RANKS_LOCK, CheckpointError, newest_manifest
 from .compilers import check_compilers
 from .data import Data, Order, PackedWindows, Samples, Windows, open_data
@@ -55,6 +56,7 @@ def register() -> None:
         store.store(group="engine", name=name, node=node)
     for name, model in MODELS.items():
         store.store(group="model/family", name=name, node=model)
+        store.store(group="model", name=f"{name}_family", node=model)  # its keys alone, for a run that is resumed
     for group in PARTS.keys() - {"engine", "model"}:
         node = OmegaConf.structured(PARTS[group])
         for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
@@ -101,7 +103,10 @@ def _group(composed: DictConfig, name: str) -> Any:
 
 
 def freeze(config: TrainConfig, data: Data) -> None:
-    """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself."""
+    """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself.
+
+    If the settings have changed, the file of the start before is kept as config-0001.yaml, config-0002.yaml, ...
+    """
     special = None
     if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
         (config.run_dir / KEPT_AS).unlink(missing_ok=True)
@@ -116,6 +121,7 @@ def write(config: TrainConfig, tokenizer: TokenizerSpec | None, special: Special
         tokenizer.save(config.run_dir / TOKENIZER_FOLDER)
     if special is not None:
         special.save(config.run_dir)
+    keep_older(config.path, text(config))
     with durable(config.path) as file:
         file.write(text(config).encode())
 
@@ -197,6 +203,24 @@ def check_logs(config: TrainConfig) -> None:
         check_folder(key, run / folder)
     for file in (CONFIG_FILE, "metrics.jsonl", RESTARTS_FILE, LAUNCH_LOCK, RANKS_LOCK):
         check_file(key, run / file)
+
+
+def finished(config: TrainConfig, data: Data) -> str | None:
+    """One line if there is nothing left to train, save or evaluate; else None."""
+    saved = newest_manifest(config.run_dir)
+    if saved is None or saved.get("weights_only") or saved["step"] < config.train.last_step:
+        return None
+    step, steps, every = saved["step"], config.train.steps, config.eval.every
+    measures = data.bytes_of_ids is not None and held_out(config, data)
+    due = step == steps or (every and step % every == 0)
+    if measures and due and saved.get("val_loss") is None:
+        return None  # a stop has cut the evaluation short
+    if step >= steps:
+        return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps goes further"
+    return (
+        f"{config.run.dir} has reached train.stop_after={config.train.stop_after} (step {step} of {steps});"
+        " train.stop_after=null goes further"
+    )
 
 
 def vocab_rows(config: TrainConfig, data: Data) -> int:

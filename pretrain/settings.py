@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .changes import CONFIG_FILE
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .engine.deepspeed import DeepSpeedConfig
@@ -16,7 +17,6 @@ from .optim import OptimConfig
 from .trainer import LoopConfig
 from .vocab import VocabConfig
 
-CONFIG_FILE = "config.yaml"
 LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
 
 

@@ -22,6 +22,7 @@ from data_prep.errors import DataError
 
 from . import config as configuration
 from .announce import announce
+from .changes import markdown, settings_changed
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
 from .config import hold
 from .data import BatchLoader, Data, MicroBatch, validation_batches
@@ -142,8 +143,11 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
         loader.load_state_dict(state.samples)
         log = None
         if mesh.rank == 0:
-            announce(config, data, loader.samples, model, mesh, parallel, state, found)
+            changes = settings_changed(config.run_dir, found)
+            announce(config, data, loader.samples, model, mesh, parallel, state, found, changes)
             log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
+            if changes:
+                log.text("settings changed", markdown(changes), state.step)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
         monitors = _monitors(config, data, model.vocab, matrix, seen, mesh, state.step, log)
         hooks: list[Hook] = [*evaluations, *monitors, Log(config.log.every, log)]

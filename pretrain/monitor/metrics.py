@@ -62,6 +62,11 @@ class MetricsLog:
         """Whether there is a TensorBoard, for pictures."""
         return self._board is not None
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Into TensorBoard, if there is one."""
+        if self._board is not None:
+            self._board.text(tag, markdown, step)
+
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Into TensorBoard, where there is one: [height, width, 3] bytes."""
         if self._board is not None:

@@ -1,0 +1,88 @@
+"""What differs between the settings of a checkpoint and those of the run that resumes it.
+
+Apart from config.py because launchers read it without torch, also while a job ends.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.durable import durable
+
+CONFIG_FILE = "config.yaml"  # of a run: the settings of its latest start
+MANIFEST = "manifest.json"
+Change = dict[str, Any]  # key, was, is
+PATHS = ("data.", "init_from")  # a launcher may have made these whole
+
+
+def keep_older(path: Path, text: str) -> None:
+    """Copies a run's config.yaml to config-0001.yaml, or the next free number, if `text` is about to change it."""
+    try:
+        older = path.read_bytes()
+    except FileNotFoundError:
+        return
+    if older == text.encode():
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}-{number:04d}{path.suffix}")).exists():
+        number += 1
+    with durable(kept) as file:
+        file.write(older)
+
+
+def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
+    """The settings of RUN/config.yaml that differ from the checkpoint's. Empty if there is no checkpoint, or it holds
+    imported weights: no step was trained with its settings.
+    """
+    if checkpoint is None:
+        return []
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        now = yaml.safe_load((run / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return []  # whoever resumes says what is wrong with them
+    return [] if manifest.get("weights_only") else list(_changes(dict(_flat(manifest["config"])), dict(_flat(now))))
+
+
+def table(changes: list[Change]) -> list[str]:
+    """Lines of text in three columns."""
+    rows = [("setting", "was", "is"), *((one["key"], _text(one["was"]), _text(one["is"])) for one in changes)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return ["  ".join([f"{key:<{widths[0]}}", f"{was:<{widths[1]}}", now]).rstrip() for key, was, now in rows]
+
+
+def markdown(changes: list[Change]) -> str:
+    """A table for TensorBoard."""
+    rows = ["| setting | was | is |", "| --- | --- | --- |"]
+    rows += [f"| {one['key']} | {_text(one['was'])} | {_text(one['is'])} |" for one in changes]
+    return "\n".join(rows)
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:
+    """Only keys that both have: one that came later was at its default, and each engine has keys of its own."""
+    for key in sorted((was.keys() & now.keys()) - {"run.dir"}):
+        if was[key] != now[key] and not (key.startswith(PATHS) and _whole(was[key]) == _whole(now[key])):
+            yield {"key": key, "was": was[key], "is": now[key]}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _whole(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    scheme = "hf:" if value.startswith("hf:") else ""
+    return scheme + os.path.abspath(value.removeprefix(scheme))
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,143 @@
+"""A run that goes on with other settings, with its own, or that has nothing left to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.command import compose_settings
+from launch import resume
+from launch.restart import History, RestartConfig, cause, changes_at_start, decide
+from launch.supervisor import Record
+from pretrain import config as configuration
+from pretrain.changes import keep_older, settings_changed, table
+from pretrain.exits import Exit
+from tests.launch.test_local import run
+from tests.pretrain.tiny import write_tokens
+
+SMALL = "model.layers=1 model.width=16 model.heads=2 model.context=16 train.global_batch=4 train.micro_batch=2"
+SMALL += " train.precision=fp32 log.every=1 eval.every=0 vocab.size=307"
+
+
+@pytest.fixture
+def frozen(tmp_path) -> Path:
+    """A run of another family and engine than the defaults, as a launcher has frozen it."""
+    configuration.register()
+    ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
+    tokens, folder = write_tokens(tmp_path / "tokens"), tmp_path / "run"
+    typed = [f"data.path={tokens}", f"run.dir={folder}", "model=llama_tiny", "engine=deepspeed", "engine.zero_stage=2"]
+    config = configuration.build(_train(typed))
+    configuration.write(config, None)
+    return folder
+
+
+def _train(typed: list[str]) -> DictConfig:
+    composed = compose_settings("train", typed)
+    OmegaConf.set_struct(composed, False)
+    return composed
+
+
+def resumed(arguments: list[str]):
+    """As a launcher does it."""
+    typed = resume.in_full(arguments)
+    composed = compose_settings("local", typed)
+    OmegaConf.set_struct(composed, False)
+    del composed["nproc"], composed["restart"]
+    resume.apply(composed, typed)
+    return configuration.build(composed)
+
+
+@pytest.mark.parametrize("way", ["resume={}", "run.dir={}"])
+def test_resume_takes_the_frozen_settings_and_the_typed_ones_on_top(frozen, way):
+    old = configuration.load(frozen / "config.yaml")
+    config = resumed([way.format(frozen), "optim.lr=5e-3", "engine.zero_stage=1", "train.stop_after=7"])
+    assert config.optim.lr == 5e-3 and config.engine.zero_stage == 1 and config.train.stop_after == 7
+    old.optim.lr, old.engine.zero_stage, old.train.stop_after = 5e-3, 1, 7
+    assert config == old
+
+
+def test_another_engine_may_be_typed(frozen):
+    config = resumed([f"resume={frozen}", "engine=fsdp2", "engine.hsdp=true"])
+    assert config.engine.name == "fsdp2" and config.engine.hsdp
+    assert config.model == configuration.load(frozen / "config.yaml").model
+
+
+def test_the_full_command_takes_no_frozen_settings(frozen, tmp_path):
+    typed = [f"run.dir={frozen}", f"data.path={tmp_path}/tokens"]
+    assert resume.in_full(typed) == typed
+
+
+def test_resume_of_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"resume={tmp_path} must be the folder of a run"):
+        resume.in_full([f"resume={tmp_path}"])
+
+
+def test_resume_and_another_folder_are_refused(frozen, tmp_path):
+    with pytest.raises(ValueError, match="a run is resumed where it is"):
+        resumed([f"resume={frozen}", f"run.dir={tmp_path}/other"])
+
+
+def test_older_settings_are_kept(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text in ("a", "a", "b", "c"):
+        keep_older(path, text)
+        path.write_text(text)
+    kept = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert kept == {"config.yaml": "c", "config-0001.yaml": "a", "config-0002.yaml": "b"}
+
+
+def test_changes_are_those_since_the_checkpoint(frozen, tmp_path):
+    was = OmegaConf.to_container(OmegaConf.load(frozen / "config.yaml"))
+    was["data"]["path"] = str(Path(was["data"]["path"]).parent / "." / "tokens")
+    was["optim"]["lr"], was["engine"] = 1.0, {"name": "fsdp2", "hsdp": False}
+    was["run"]["dir"] = "elsewhere"
+    checkpoint = frozen / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"config": was}))
+    changes = [
+        {"key": "engine.name", "was": "fsdp2", "is": "deepspeed"},
+        {"key": "optim.lr", "was": 1.0, "is": 6e-4},
+    ]
+    assert settings_changed(frozen, checkpoint) == changes_at_start(frozen) == changes
+    assert table(changes) == [
+        "setting      was    is",
+        "engine.name  fsdp2  deepspeed",
+        "optim.lr     1.0    0.0006",
+    ]
+    record = cause([Record(0, Exit.FINISHED, 0)])
+    history = History(frozen)
+    history.write("a", 0, 2, record, *decide(Exit.FINISHED, True, 0, RestartConfig()), changes)
+    assert history.lines()[-1]["changes"] == changes
+    (checkpoint / "manifest.json").write_text(json.dumps({"config": was, "weights_only": True}))
+    assert changes_at_start(frozen) == []
+
+
+def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path):
+    folder = tmp_path / "run"
+    begin = f"data.path={write_tokens(tmp_path / 'tokens')} run.dir={folder} train.steps=6 {SMALL}"
+    done = run(f"launch/local.py nproc=1 {begin} train.stop_after=2")
+    assert done.returncode == 0, done.stderr
+    done = run(f"launch/local.py nproc=1 run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert f"{folder} has reached train.stop_after=2 (step 2 of 6); train.stop_after=null goes further" in done.stdout
+    done = run(f"launch/local.py nproc=1 resume={folder} train.stop_after=null optim.lr=5e-3 train.global_batch=8")
+    assert done.returncode == 0, done.stderr
+    rows = ["setting", "optim.lr", "train.global_batch", "train.stop_after"]
+    said = done.stdout.split("settings changed since step 2:\n")[1].splitlines()
+    assert [line.split()[0] for line in said[:4]] == rows and said[2].split()[1:] == ["4", "8"]
+    changes = [{"key": "optim.lr", "was": 6e-4, "is": 5e-3}, {"key": "train.global_batch", "was": 4, "is": 8}]
+    changes.append({"key": "train.stop_after", "was": 2, "is": None})
+    lines = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
+    assert [line.get("changes") for line in lines] == [None, changes]
+    board = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
+    assert b"settings changed" in board and b"| train.global_batch | 4 | 8 |" in board
+    old = configuration.load(folder / "config-0001.yaml")
+    assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (6e-4, 4, 2)
+    for again in (f"resume={folder}", f"resume={folder} train.steps=5"):
+        done = run(f"launch/local.py nproc=1 {again}")
+        assert done.returncode == 0, done.stderr
+        assert f"{folder} is finished (6 of" in done.stdout and "a larger train.steps goes further" in done.stdout
+        assert len((folder / "restarts.jsonl").read_text().splitlines()) == 2, "no rank was started"
+    assert not (folder / "config-0002.yaml").exists()
