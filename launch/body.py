@@ -17,7 +17,7 @@ from pretrain.settings import TrainConfig
 from pretrain.vocab import Transfer, VocabShard, Workload
 
 FP32 = 4  # bytes: main weights, gradients, moments and sums
-COUNT, NORM = 8, 4  # bytes: what all ranks agree on in a step
+COUNT, NORM = 8, 8  # bytes: what all ranks agree on in a step
 PERSISTENT = 100_000  # numbers: ZeRO-3 keeps smaller parameters whole
 REUSED = 500_000_000  # numbers: ZeRO-3 keeps what forward has gathered for backward where a body has no more
 
@@ -176,7 +176,7 @@ class OfFSDP2:
         moved = [
             Transfer("weights", "all-gather", axis, self.ranks, gathers * parts, weights, "body / ranks · i, twice"),
             Transfer("gradients", "reduce-scatter", axis, self.ranks, repeats * parts, gradients, "body · 4"),
-            _agreed(self.world, 2, 2 * NORM),
+            _agreed(self.world),
         ]
         if self.engine.hsdp:
             sums, others = self.stepped * FP32, self.world // self.p
@@ -251,19 +251,18 @@ class OfDeepSpeed:
             return [
                 moved("weights", "all-gather", gathers + len(small), given * item, "body / ranks · i"),
                 moved("gradients", "reduce-scatter", repeats * buckets, summed, "body · 4"),
-                _agreed(self.world, 5, 4 * COUNT + NORM),
+                _agreed(self.world),
             ]
         reductions = repeats if stage == 2 else 1
         padded = self.world * sum(self.parts) if stage == 1 and self.low else self.all
         summed = reductions * padded * FP32
         gradients = moved("gradients", "all-reduce", reductions * buckets, summed, "body · 4")
         if stage == 0:
-            return [gradients, _agreed(self.world, 2, 2 * NORM)]
+            return [gradients, _agreed(self.world)]
         weights = moved("weights", "all-gather", len(self.parts), sum(self.parts) * item, "body / ranks · i")
-        norms = 2 if stage == 1 and self.low else 5
-        return [gradients, weights, _agreed(self.world, norms, norms * NORM)]
+        return [gradients, weights, _agreed(self.world)]
 
 
-def _agreed(world: int, norms: int, given: int) -> Transfer:
-    """The count of targets, and norms."""
-    return Transfer("count and norms", "all-reduce", "world", world, 1 + norms, COUNT + given, "8 + norms · 4")
+def _agreed(world: int) -> Transfer:
+    """The count of targets, and the norms of body and matrix."""
+    return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "8 + 2 · 8")

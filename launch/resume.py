@@ -14,7 +14,7 @@ from pretrain import config as configuration
 from pretrain.changes import CONFIG_FILE
 from pretrain.config import ALONE, PARTS
 
-FAMILY = "_family"  # ends the name of the option that has a family's keys alone
+FAMILY = "family/"  # begins the name of the option that has a family's keys alone
 
 
 def in_full(arguments: list[str]) -> list[str]:
@@ -23,7 +23,7 @@ def in_full(arguments: list[str]) -> list[str]:
     `run.dir=RUN` of an existing run means the same if no data is named: a command that begins a run names some.
     Raises ValueError if there is no such run.
     """
-    typed = {_key(argument): argument.partition("=")[2].strip("'\"") for argument in arguments if "=" in argument}
+    typed = {_key(argument): _value(argument) for argument in arguments if "=" in argument}
     run = typed.get("resume")
     names_data = any(key.partition(".")[0] == "data" for key in typed)
     if run is None and "run.dir" in typed and not names_data and (_config_of(typed["run.dir"])).is_file():
@@ -32,7 +32,7 @@ def in_full(arguments: list[str]) -> list[str]:
         return arguments
     frozen = _frozen(run)
     first = next(i for i, argument in enumerate(arguments) if _key(argument) in typed and "=" in argument)
-    needed = {"resume": run, "engine": frozen.engine.name, "model": f"{frozen.model.family}{FAMILY}"}
+    needed = {"resume": run, "engine": frozen.engine.name, "model": f"{FAMILY}{frozen.model.family}"}
     return arguments[:first] + [f"{k}={v}" for k, v in needed.items() if k not in typed] + arguments[first:]
 
 
@@ -42,12 +42,13 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
     if run is None:
         return
     frozen = _frozen(run)
-    for key, _, value in (override.lstrip("+~").partition("=") for override in overrides):
+    for override in overrides:
+        key, value = _key(override), _value(override)
         part = key.partition(".")[0]
         if part not in PARTS and part not in ALONE:
             continue
         if key in PARTS:  # a choice; that of the same engine changes nothing
-            if not value.endswith(FAMILY) and not (key == "engine" and value == frozen.engine.name):
+            if not value.startswith(FAMILY) and not (key == "engine" and value == frozen.engine.name):
                 frozen[key] = composed[key]
         else:
             OmegaConf.update(frozen, key, OmegaConf.select(composed, key), force_add=True)
@@ -60,6 +61,11 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
 
 def _key(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
+
+
+def _value(argument: str) -> str:
+    """Without Hydra's quotes."""
+    return argument.partition("=")[2].strip("'\"")
 
 
 def _names_folder(override: str) -> bool:

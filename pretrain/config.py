@@ -56,7 +56,6 @@ def register() -> None:
         store.store(group="engine", name=name, node=node)
     for name, model in MODELS.items():
         store.store(group="model/family", name=name, node=model)
-        store.store(group="model", name=f"{name}_family", node=model)  # its keys alone, for a run that is resumed
     for group in PARTS.keys() - {"engine", "model"}:
         node = OmegaConf.structured(PARTS[group])
         for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
