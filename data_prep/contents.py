@@ -7,6 +7,7 @@ brotli, which have no mark of their own.
 import codecs
 import tarfile
 
+from data_prep import lfs
 from data_prep.decompress import compression_by_content
 from data_prep.json_values import BOM, SPACE, is_object, is_values
 from data_prep.source import LINES, PARQUET, TEXT, VALUES, FileInfo, Form, compression_of, kind_of, opened, reading
@@ -55,7 +56,6 @@ FORMATS = {
     b"WARC/": "a WARC archive",
 }
 BINARY_FORMATS = {b"ORC": "an ORC file", b"RIFF": "a RIFF file (WebP, WAV, AVI)", b"MZ": "a Windows program"}
-LFS = b"version https://git-lfs.github.com/spec/"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b"))
 
@@ -109,7 +109,7 @@ def refused(head: bytes) -> str | None:
         for magic, name in known.items():
             if head.startswith(magic):
                 return f"{name}: {advice}"
-    if head.startswith(LFS):
+    if head.startswith(lfs.MARK):
         return "a Git LFS pointer, not the data: fetch the data with `git lfs pull`"
     if head.startswith(UTF_16):
         return "UTF-16 text: convert it with `iconv -f UTF-16 -t UTF-8`"

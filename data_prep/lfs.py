@@ -8,10 +8,18 @@ from pathlib import Path
 from data_prep.errors import DataError
 
 MARK = b"version https://git-lfs.github.com/spec/"
+LONGEST = 1024  # bytes of a pointer, by its specification
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises DataError if the file is a pointer. OSError if it cannot be read."""
+    """Raises DataError if the file is a pointer; a missing file is none. OSError if it cannot be read."""
+    if not path.is_file() or path.stat().st_size > LONGEST:
+        return
     with open(path, "rb") as file:
-        if file.read(len(MARK)) == MARK:
-            raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+        refuse_pointer_text(path, file.read(len(MARK)))
+
+
+def refuse_pointer_text(path: Path, content: bytes) -> None:
+    """As `refuse_pointer`, for a file whose content has been read."""
+    if content.startswith(MARK):
+        raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")

@@ -27,6 +27,7 @@ import numpy as np
 
 from data_prep.durable import DurableFile, durable
 from data_prep.errors import DataError, headline
+from data_prep.lfs import refuse_pointer, refuse_pointer_text
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -174,6 +175,7 @@ class TokenFile:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing")
+            refuse_pointer(path)
         self.dtype, self.sequences, self.documents = read_header(idx_path)
         if self.dtype.kind == "f":
             raise DataError(f"{idx_path}: numbers of {self.dtype} are no ids")
@@ -344,7 +346,9 @@ class Manifest:
         """DataError, one message, where it is missing, unreadable or of another version."""
         path = Path(folder) / MANIFEST_FILE
         try:
-            content = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            refuse_pointer_text(path, text)
+            content = json.loads(text)
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.durable import durable
 from data_prep.errors import DataError, headline
+from data_prep.lfs import refuse_pointer
 
 RANKS_FILE = "ranks.tiktoken"
 SPEC_FILE = "spec.json"
@@ -90,6 +91,7 @@ class TokenizerSpec:
     def load(cls, folder: Path) -> "TokenizerSpec":
         """Read both files. DataError names the file that is missing or wrong."""
         path = folder / SPEC_FILE
+        refuse_pointer(path)
         try:
             spec = json.loads(path.read_bytes())
             name, pattern = str(spec["name"]), str(spec["pattern"])
@@ -111,6 +113,7 @@ def format_ranks(ranks: dict[bytes, int]) -> bytes:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Parse a `.tiktoken` file. (tiktoken's own reader caches by path: a changed file would go unseen.)"""
+    refuse_pointer(path)
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:

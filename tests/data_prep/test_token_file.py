@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.errors import DataError
 from data_prep.faults import check
 from data_prep.token_file import DTYPES, HEADER, MAGIC, Manifest, TokenFile, TokenFileWriter, index_bytes, token_dtype
+from data_prep.tokenizer_spec import TokenizerSpec
 from data_prep.verify import verify
 from tests.data_prep.commands import small_spec
 from tests.data_prep.folders import make_folder, write
@@ -209,3 +211,17 @@ def test_check_finds_another_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "spec.json").unlink()
     with pytest.raises(ValueError, match=r"spec\.json is missing"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.idx", "manifest.json", "tokenizer/spec.json", "tokenizer/ranks.tiktoken"])
+def test_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a", [[1, 2, 3]])
+    small_spec().save(tmp_path / "tokenizer")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(DataError, match=f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        if name.startswith("a."):
+            TokenFile(tmp_path / "a")
+        elif name == "manifest.json":
+            Manifest.load(tmp_path)
+        else:
+            TokenizerSpec.load(tmp_path / "tokenizer")
