@@ -55,7 +55,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
 
 
 def _checked(arguments: list[str], sweeps: bool) -> list[str]:
-    """The command line as Hydra will read it as it was meant. ValueError where it is not one."""
+    """Returns the command line such that Hydra reads it as it was meant. Raises ValueError if it is not one."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # argparse's own is the usage in eight lines
     parsed = parser.parse_args(arguments)

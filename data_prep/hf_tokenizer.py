@@ -1,6 +1,6 @@
 """A tokenizer.json of Hugging Face as ranks and a pattern.
 
-A module of its own: both the tokenizing and the models of Hugging Face read it, and nobody else pays for `tokenizers`.
+A module of its own: tokenizing and the models of Hugging Face both read it, and others do not import `tokenizers`.
 """
 
 import re
@@ -98,7 +98,7 @@ def _with_end(folder: Path, special: dict[str, int], found: int | None, given: i
 
 
 def _check_alike(spec: TokenizerSpec, path: Path) -> None:
-    """ValueError where `tokenizers` does not make a token of its text, or other ids of the probe.
+    """Raises ValueError if `tokenizers` does not make a token of its text, or makes other ids of the probe.
 
     It proves nothing of other texts.
     """

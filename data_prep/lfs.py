@@ -20,6 +20,6 @@ def refuse_pointer(path: Path) -> None:
 
 
 def refuse_pointer_text(path: Path, content: bytes) -> None:
-    """As `refuse_pointer`, for a file whose content has been read."""
+    """Does the same for a file whose content has been read."""
     if content.startswith(MARK):
         raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")

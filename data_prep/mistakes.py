@@ -185,7 +185,7 @@ def check_bases(composed: DictConfig, choices: dict[str, str]) -> None:
 
 
 def folders() -> list[Path]:
-    """Where configurations are looked for: the folder of --config-dir, then ours."""
+    """The folders in which configurations are looked for: that of --config-dir, then ours."""
     given = [
         argument.partition("=")[2] or following
         for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=False)

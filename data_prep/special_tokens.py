@@ -51,7 +51,7 @@ class SpecialTokens:
 
     @classmethod
     def of_run(cls, run: Path) -> "SpecialTokens":
-        """Of the model that the run began with; empty if it began with none."""
+        """The tokens of the model that the run began with; empty if it began with none."""
         content = read_json(run / KEPT_AS, missing_ok=True)
         try:
             return cls(**content)
@@ -116,7 +116,7 @@ class SpecialTokens:
         return [id for id in dict.fromkeys(ids) if id is not None and id in special]
 
     def _begins(self, processor: Any) -> bool:
-        """Whether a post_processor puts bos before a text."""
+        """True if a post_processor puts bos before a text."""
         for part in _parts(processor):
             first = next(iter(_objects(part.get("single"))), {}).get("SpecialToken", {}).get("id")
             if first is not None and self.names.get(first) == self.bos is not None:
@@ -147,7 +147,7 @@ def _some(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _ids(value: Any) -> list[int]:
-    """Of a number, a list or nothing."""
+    """The ids in a number, a list or nothing."""
     return [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
 
 

@@ -18,7 +18,7 @@ INSTEAD = "give a byte-level BPE as tokenizer.json, or train one with tokenizer=
 
 
 def is_hf(path: Path) -> bool:
-    """Whether it is a tokenizer.json, whatever its name, or a folder with one and without a tokenizer of ours.
+    """True if it is a tokenizer.json, whatever its name, or a folder with one and without a tokenizer of ours.
 
     DataError on a folder without any tokenizer, on an LFS pointer, and on a file that is part of another kind.
     """

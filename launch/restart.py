@@ -141,8 +141,9 @@ class History:
         why: str,
         changes: Sequence[Change] = (),
     ) -> bool:
-        """Whether it is on the disk: only then does another process count this start. changes: of the settings, since
-        the checkpoint that this start resumed.
+        """Returns True if it is on the disk: only then does another process count this start.
+
+        changes: settings that have changed since the checkpoint that this start resumed.
         """
         line = {
             "time": time.time(),

@@ -196,7 +196,7 @@ def allocator(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _waits_for_a_peer(path: str, line: str, function: str) -> bool:
-    """Whether a thread that hangs in this frame waits for another rank: in a collective, or for a GPU that does."""
+    """True if a thread that hangs in this frame waits for another rank: in a collective, or for a GPU that does."""
     if "/torch/distributed/" in path or (path.endswith(HOST_READ[0]) and function == HOST_READ[1]):
         return True
     return (

@@ -44,7 +44,7 @@ def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         now = yaml.safe_load((run / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
-        return []  # whoever resumes says what is wrong with them
+        return []  # the ranks say what is wrong with them
     return [] if manifest.get("weights_only") else list(_changes(dict(_flat(manifest["config"])), dict(_flat(now))))
 
 

@@ -114,7 +114,7 @@ def freeze(config: TrainConfig, data: Data) -> None:
 
 
 def write(config: TrainConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
-    """As `freeze`, of a tokenizer and special tokens at hand."""
+    """Does what `freeze` does, with a tokenizer and special tokens at hand."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(config.run_dir / TOKENIZER_FOLDER)

@@ -41,5 +41,5 @@ class Exit(IntEnum):
 
     @property
     def asked(self) -> bool:
-        """Whether it has ended because it was asked to."""
+        """True if it has ended because it was asked to."""
         return self in (Exit.STOPPED, Exit.UNSTARTED)

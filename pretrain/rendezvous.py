@@ -44,7 +44,7 @@ def words(error: BaseException) -> str:
 
 
 def hopeless(error: BaseException) -> bool:
-    """Whether the settings name an interface or a device with which no group of ranks can be made."""
+    """True if the settings name an interface or a device with which no group of ranks can be made."""
     return any(text in str(error) for text in HOPELESS)
 
 
@@ -60,7 +60,7 @@ def in_its_words() -> Iterator[None]:
 
 
 def has_peers() -> bool:
-    """Whether this process was started as one of several ranks, as far as the environment says."""
+    """True if this process was started as one of several ranks, as far as the environment says."""
     return all(os.environ.get(name) for name in PLACE) and os.environ["WORLD_SIZE"] != "1"
 
 

@@ -44,7 +44,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, self.seconds if running else 0)
 
     def _watch_pauses(self) -> None:
-        """In a thread, since the main one may wait in a collective, where no handler of Python's runs."""
+        """Runs in a thread: the main one may wait in a collective, where Python runs no handler."""
         while True:
             signal.sigwait([signal.SIGTSTP])
             if self._over:

@@ -34,7 +34,7 @@ class Replicated:
         self.read(parameter, kind).copy_(whole)
 
     def grad_norm(self) -> Tensor:
-        """Of the first rank's, which all have. One all-reduce of a number."""
+        """The norm of the first rank's gradients, which all ranks have. One all-reduce of a number."""
         return global_norm(self._gradients() if self.mesh.rank == 0 else [], self.mesh)
 
     def clip(self, factor: float) -> None:
@@ -88,7 +88,7 @@ class Flat(Replicated):
         return [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
 
     def _offloaded(self) -> bool:
-        """Whether gradients are in the host's memory; waits until they are."""
+        """Returns True if gradients are in the host's memory, and waits until they are."""
         if self.optimizer.cpu_offload:
             self.optimizer._wait_for_offload_copies()
         return self.optimizer.cpu_offload

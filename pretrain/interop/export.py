@@ -40,7 +40,7 @@ def export(
     embed_scale: of what the lookup hands out. The embedding is multiplied by it, so that a tied model has two there.
     source: the special tokens of the model that the run began with, which stay as they were; null: a text begins and
     ends with the end of a document. materialize_head: a tied model, too, has its head in the files, for readers that
-    look for it. ValueError where OUT is not free, or transformers has no such model; OSError on a full disk.
+    look for it. Raises ValueError if OUT is not free or transformers has no such model, OSError on a full disk.
     """
     family = FAMILIES[model.family]
     one = OUTPUT not in checkpoint.shapes

@@ -28,8 +28,9 @@ def folder_of(init_from: str) -> Path:
 
 
 def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:
-    """A warning, or nothing. ValueError where a run of that model, `rows` and data's tokenizer cannot begin with these
-    weights.
+    """A warning, or nothing.
+
+    Raises ValueError if a run of that model, `rows` and data's tokenizer cannot begin with these weights.
 
     A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
     """
@@ -59,7 +60,7 @@ def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, t
 
 
 def special_tokens(init_from: str) -> SpecialTokens:
-    """Of the model that a run begins with."""
+    """The special tokens of the model that a run begins with."""
     return tokens_with_rows(HFModel(folder_of(init_from)))
 
 

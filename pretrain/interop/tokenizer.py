@@ -16,7 +16,7 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 def to_hf(spec: TokenizerSpec, context: int, source: SpecialTokens | None = None) -> dict[str, dict[str, Any]]:
     """The files, by name. source: special tokens of the model that a run began with; they keep names and
     meaning. Their ids for a text are those of the spec, except that they take special tokens' names in a text for the
-    tokens. ValueError where its pattern cannot be written for `tokenizers`.
+    tokens. Raises ValueError if its pattern cannot be written for `tokenizers`.
     """
     of_byte = characters()
     written = {token: "".join(of_byte[byte] for byte in token) for token in spec.ranks}

@@ -419,7 +419,7 @@ REFUSED = {
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
 def test_files_that_are_not_read_are_refused_before_any_work(tmp_path: Path, name: str, far: bool) -> None:
-    """By their content, alone and beside others."""
+    """Their content decides, alone and beside others."""
     content, words = REFUSED[name]
     write_jsonl(tmp_path / "0.jsonl", ["fine"])
     (tmp_path / name).write_bytes(content)

@@ -120,7 +120,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_while_a_command_loads_is_one_line(tmp_path, command):
-    """In the middle of the first heavy import, by a stand-in for it."""
+    """Interrupts the first heavy import, by a stand-in for it."""
     for name in ("numpy", "torch", "hydra", "submitit"):
         (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -131,7 +131,7 @@ def test_ctrl_c_while_a_command_loads_is_one_line(tmp_path, command):
 
 
 def test_ctrl_c_stays_ignored_if_it_was():
-    """As in the background of a script."""
+    """A script starts its background jobs this way."""
     code = "import os, signal; from data_prep import terminal; terminal.begin(); terminal.loaded()"
     code += "; os.kill(os.getpid(), signal.SIGINT)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

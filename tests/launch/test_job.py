@@ -406,7 +406,7 @@ def test_starts_without_progress_in_a_row_are_counted(tmp_path):
 
 
 def test_starts_are_counted_though_they_cannot_be_written_down(tmp_path, capsys):
-    """In the launcher's memory; they are written with the first line that can be."""
+    """They are kept in memory, and written with the first line that can be."""
     history = History(tmp_path)
     history.path.mkdir()
     for count in range(1, 3):
@@ -437,7 +437,7 @@ def test_a_launcher_that_cannot_write_gives_up_all_the_same(tmp_path, monkeypatc
             starts.append(len(starts))
 
         def run(self) -> list[Record]:
-            assert len(starts) < 9, "for ever"
+            assert len(starts) < 9, "it never stops"
             return [record(0, Exit.UNSAVED)]
 
     monkeypatch.setattr("launch.local.Supervisor", Starts)

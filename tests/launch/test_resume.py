@@ -40,7 +40,7 @@ def _train(typed: list[str]) -> DictConfig:
 
 
 def resumed(arguments: list[str]):
-    """As a launcher does it."""
+    """Composes as a launcher does."""
     typed = resume.in_full(arguments)
     composed = compose_settings("local", typed)
     OmegaConf.set_struct(composed, False)

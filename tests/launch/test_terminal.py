@@ -113,7 +113,7 @@ def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     before = metrics.read_bytes()
     time.sleep(9)
-    assert metrics.read_bytes() == before, "nobody trains"
+    assert metrics.read_bytes() == before, "no rank trains"
     process.send_signal(signal.SIGCONT)
     wait_until(lambda: metrics.read_bytes().count(b"\n") > before.count(b"\n") + 1, process)
     process.send_signal(signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_a_rank_that_waits_for_the_others_ends_when_it_is_asked_to(tmp_path):
 
 
 def test_a_training_outlives_the_reader_of_its_output_and_ctrl_c_saves_it(launch, tmp_path):
-    """As `2>&1 | tee log`, where Ctrl-C ends tee first."""
+    """Stands for `2>&1 | tee log`, where Ctrl-C ends tee first."""
     process = launch("nproc=2 train.steps=100000", stderr=subprocess.STDOUT)
     until(process, b"step      2/")
     process.stdout.close()

@@ -106,7 +106,7 @@ def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
 
 
 def test_a_hang_up_is_a_request_unless_it_was_ignored():
-    """As under nohup."""
+    """nohup starts a process this way."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequests() as requests:

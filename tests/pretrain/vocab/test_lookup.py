@@ -233,7 +233,7 @@ RACY = {"embedding_dense_backward", "scatter_add", "scatter_add_", "index_put", 
 
 
 def planned_gradient(ids_N: torch.Tensor, upstream_ND: torch.Tensor, kind: type[LookupPlan]) -> torch.Tensor:
-    """Of 50 rows in one process, by a plan of that kind; checks what it runs."""
+    """The gradient of 50 rows in one process, by a plan of that kind; checks what it runs."""
     plan = plan_lookup([ids_N], VocabShard.of(0, 1, 50, 1), upstream_ND.dtype)
     if kind is GatheredTokens:
         rows_U, places_N = ids_N.unique(return_inverse=True)
