@@ -21,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
+from launch.fit import larger, refusal  # noqa: E402
 from launch.hardware import HARDWARE, Hardware  # noqa: E402
 from launch.step import Item, Step, total  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
+from pretrain.announce import counts, parameters  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
 from pretrain.settings import TrainConfig  # noqa: E402
 from pretrain.vocab import Transfer  # noqa: E402
@@ -34,6 +36,7 @@ MIB = 2**20
 AXES = ("vocab", "dp", "world")
 ROWS = (32_768, 65_536, 131_072, 262_144, 524_288)  # of the picture
 MOST_RANKS = 1024
+EXIT_TOO_LARGE = 1
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def draw(config: TrainConfig, world: int, node: int, hardware: Hardware, path: P
 
 
 def main() -> None:
-    """Prints the plan. Exits 2 on a wrong setting."""
+    """Prints the plan. Exits 1 if the GPU cannot hold it, 2 on a wrong setting."""
     configuration.register()
     slurm.register()
     run_hydra(_composed, "plan")
@@ -215,16 +218,27 @@ def _composed(composed: DictConfig) -> None:
         config, rows = _training(composed)
         hardware = HARDWARE[cluster.gpu or "cpu"]
         node, world = cluster.ranks_of_a_node, cluster.ranks
-        planned = plan(config, rows, world, node, hardware)
+
+        def planner(changed: TrainConfig) -> Plan:
+            return plan(changed, rows, world, node, hardware)
+
+        planned = planner(config)
+        refused = refusal(config, world, planner, cluster.gpu, hardware) if cluster.gpu else ""
         tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
         if plot is None:
             terminal.product()
         print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
+        print(f"model: {parameters(config, *counts(config, rows), rows)}")
         print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
         print(planned.table())
         if plot is not None:
             draw(config, world, node, hardware, Path(plot))
             print(f"\npicture: {plot}")
+        if refused:
+            print(f"\ndoes not fit: {refused}")
+            sys.exit(EXIT_TOO_LARGE)
+        if cluster.gpu and (room := larger(config, world, planner, hardware.memory - hardware.reserved)):
+            print(f"\nfits: {room}")
 
 
 def _training(composed: DictConfig) -> tuple[TrainConfig, int]:

@@ -41,13 +41,15 @@ from launch import cluster as slurm  # noqa: E402
 from launch import corpus, resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
-from launch.hardware import GIB, HARDWARE  # noqa: E402
+from launch.fit import refusal  # noqa: E402
+from launch.hardware import HARDWARE  # noqa: E402
 from launch.job import SlurmRank  # noqa: E402
-from launch.plan import plan  # noqa: E402
+from launch.plan import Plan, plan  # noqa: E402
 from launch.rehearsal import rehearse  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
+from pretrain.announce import counts, parameters  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
 from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
 from pretrain.data import Data  # noqa: E402
@@ -70,10 +72,11 @@ class LaunchConfig:
 
 @dataclass
 class Run:
-    """One training of the command."""
+    """One training of the command. model: its parameter counts, in words."""
 
     config: TrainConfig
     data: Data
+    model: str
 
     @property
     def dir(self) -> Path:
@@ -143,7 +146,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         terminal.product()
         print(slurm.script(*job))
         for run in runs:
-            print(f"# {run.config.path}\n{configuration.text(run.config)}")
+            print(f"# {run.config.path}\n# model: {run.model}\n{configuration.text(run.config)}")
         return 0
     for run in runs:
         refuse_if_held(run.dir)
@@ -219,16 +222,14 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16, warn)
     configuration.check_logs(config)
     rows = configuration.vocab_rows(config, data)
-    planned = plan(config, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
-    needed, room = planned.peak_bytes, hardware.memory - hardware.reserved
-    if cluster.gpu and needed > room:
-        raise ValueError(
-            f"a rank would hold {needed / GIB:.1f} GiB, cluster.gpu={cluster.gpu} has room for {room / GIB:.1f}: lower"
-            f" train.micro_batch={config.train.micro_batch}, set engine.activation_checkpointing=block, or give more"
-            " ranks; launch/plan.py shows what it is"
-        )
-    rehearse(config, rows, planned.chosen.ranks, cluster.ranks)
-    return Run(config, data)
+
+    def planned(changed: TrainConfig) -> Plan:
+        return plan(changed, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
+
+    if cluster.gpu and (refused := refusal(config, cluster.ranks, planned, cluster.gpu, hardware)):
+        raise ValueError(f"{refused}; launch/plan.py shows what it is")
+    rehearse(config, rows, planned(config).chosen.ranks, cluster.ranks)
+    return Run(config, data, parameters(config, *counts(config, rows), rows))
 
 
 def unfinished(runs: list[Run]) -> list[Run]:
@@ -276,7 +277,7 @@ def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submiti
     several, job = len(runs) > 1, jobs[0].job_id.split("_")[0]
     lines = [f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()})"]
     for run, submitted in zip(runs, jobs, strict=True):
-        lines += [f"run: {run.dir}", f"log: {submitted.paths.stdout}"]
+        lines += [f"run: {run.dir}", f"model: {run.model}", f"log: {submitted.paths.stdout}"]
     lines.append(f"curves: {shown('tensorboard', '--logdir', str(base if several else base.parent))}")
     return "\n".join([*lines, f"state: squeue -j {job}", f"cancel: scancel {job}"])
 

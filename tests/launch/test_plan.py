@@ -1,14 +1,19 @@
 """launch/plan.py: its bytes against the counted ones, its memory against the measured, and the command."""
 
+import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from launch.hardware import HARDWARE
-from launch.plan import plan
+from launch.fit import fitting, larger, refusal
+from launch.hardware import GIB, HARDWARE
+from launch.plan import main, plan
 from launch.step import total
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.benchmarks.plan import CASES, configured, planned_and_measured, step_of
@@ -108,7 +113,9 @@ def test_the_command_prints_the_plan_and_draws_it(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("1 node × 8 ranks on a100-80gb")
-    assert lines[1] == "vocab.parallel=auto: 8 to a copy of the matrix"
+    assert lines[1].startswith("model: 124.4M parameters, 38.6M of them in 1 matrix of 50,257 rows (tied; untied: 163")
+    assert lines[2] == "vocab.parallel=auto: 8 to a copy of the matrix"
+    assert lines[-1].startswith("fits: ") and "GiB stay empty; no larger train.micro_batch" in lines[-1], lines
     for name in ("weights", "moments", "gradients", "gathered", "activations", "head", "lookup", "all"):
         assert any(line.startswith(name) for line in lines)
     assert [line.split()[0] for line in lines if line.endswith("<")] == ["8"]
@@ -151,6 +158,85 @@ def test_what_leaves_a_node():
         assert size.near["world"] == pytest.approx(7 * size.far["world"])
     assert sizes[8].far["vocab"] == 0 and sizes[16].far["vocab"] > 0
     assert sizes[8].near["dp"] == 0  # one rank of each node
+
+
+LLAMA = ["+cluster=h100x64", "model=llama_8b", "vocab.size=128256", "train.global_batch=512", "train.micro_batch=4"]
+
+
+def test_what_does_not_fit_is_refused_and_the_proposal_fits(capsys, monkeypatch):
+    code, printed = in_process(capsys, monkeypatch, *LLAMA)
+    assert code == 1
+    line = next(line for line in printed.splitlines() if line.startswith("does not fit: a rank would hold "))
+    assert "GiB, cluster.gpu=h100 has room for 76.0; this fits: " in line
+    settings, told = line.split("this fits: ")[1].split(" (", 1)
+    code, printed = in_process(capsys, monkeypatch, *LLAMA, *shlex.split(settings))
+    assert code == 0 and "does not fit" not in printed
+    chosen = next(line for line in printed.splitlines() if line.endswith("<")).split()
+    assert f"{int(chosen[-2].replace(',', '')) / 1024:.1f} GiB, {chosen[-3]} tokens/s per rank)" == told
+
+
+ROOM = {
+    "a smaller micro-batch": ([], 60, {"train.micro_batch"}),
+    "blocks computed again": (["train.micro_batch=1"], 30, {"engine.activation_checkpointing"}),
+    "two changes": ([], 20, {"train.micro_batch", "engine.activation_checkpointing"}),
+    "a higher stage": (
+        ["engine=deepspeed", "train.micro_batch=1", "engine.activation_checkpointing=block"],
+        40,
+        {"engine.zero_stage"},
+    ),
+    "the body over all ranks": (
+        ["engine.hsdp=true", "train.micro_batch=1", "engine.activation_checkpointing=block"],
+        15,
+        {"engine.hsdp"},
+    ),
+    "the optimizer on the host": (
+        ["train.micro_batch=1", "engine.activation_checkpointing=block"],
+        7,
+        {"engine.offload", "vocab.parallel"},
+    ),
+    "a copy over more ranks": (
+        ["train.micro_batch=1", "engine.activation_checkpointing=block", "vocab.parallel=1"],
+        14,
+        {"vocab.parallel"},
+    ),
+}
+
+
+@pytest.mark.parametrize("settings,room,keys", ROOM.values(), ids=ROOM.keys())
+def test_the_fewest_changes_that_fit_are_proposed(settings, room, keys):
+    config = configured("model=llama_8b", "train.global_batch=512", "train.micro_batch=4", *settings)
+    planned = partial(plan, rows=128_256, world=64, node=8, hardware=HARDWARE["h100"])
+    assert planned(config).peak_bytes > room * GIB
+    fit = fitting(config, 64, planned, room * GIB)
+    assert {setting.split("=")[0] for setting in fit.settings} == keys and fit.bytes <= room * GIB, fit
+
+
+def test_where_nothing_fits_it_says_so():
+    config = configured("model=llama_8b", "train.global_batch=8", "train.micro_batch=1", "train.seq_len=8192")
+    planned = partial(plan, rows=2**24, world=1, node=1, hardware=HARDWARE["h100"])
+    told = refusal(config, 1, planned, "h100", HARDWARE["h100"])
+    assert "no other train.micro_batch, engine or vocab.parallel fits: give more ranks" in told
+
+
+def test_an_empty_gpu_is_offered_a_larger_micro_batch_of_the_same_batch():
+    config = configured("model=gpt2_xl", "train.global_batch=96", "train.micro_batch=2")
+    planned = partial(plan, rows=50_257, world=8, node=8, hardware=HARDWARE["a100-80gb"])
+    told = larger(config, 8, planned, 76 * GIB)
+    micro = int(re.search(r"train.micro_batch=(\d+) ", told)[1])
+    assert micro in (3, 4, 6, 12) and re.search(r"per rank\): \d+\.\d% more, and \d+% less traffic$", told), told
+    full = replace(config, train=replace(config.train, micro_batch=12))
+    assert larger(full, 8, planned, 2 * planned(full).peak_bytes - 1) == ""
+    assert "no larger train.micro_batch" in larger(full, 8, planned, 76 * GIB)
+
+
+def in_process(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, capsys.readouterr().out
 
 
 def command(*arguments):

@@ -96,6 +96,7 @@ def test_the_script_of_each_cluster(command, code, name, tmp_path, monkeypatch):
     plain = script.replace(sys.executable, "PYTHON").replace(code.name, "CODE")
     assert plain == (SCRIPTS / f"{name}.sh").read_text(), "where the change is meant, keep what is printed here"
     assert configuration.build(OmegaConf.create(settings)).run.dir == "/shared/runs/a"
+    assert settings.startswith("# model: 0.") and "in 1 matrix" in settings
     assert not list(tmp_path.iterdir()) and not Path("/shared").exists()
 
 
@@ -247,7 +248,11 @@ WRONG = {
     "a batch that the ranks cannot share": ("+cluster=h100x64 cluster.nodes=9", "× 72 ranks = 72 must divide"),
     "more than the GPU holds": (
         "+cluster=a100x8 model.width=32768 model.layers=4",
-        "GiB, cluster.gpu=a100-80gb has room for 76.0: lower train.micro_batch=1",
+        "GiB, cluster.gpu=a100-80gb has room for 76.0; ",
+    ),
+    "what would fit the GPU": (
+        "+cluster=a100x8 model.width=8192 model.heads=64 model.layers=48 train.micro_batch=8",
+        "has room for 76.0; this fits: train.micro_batch=4 (",
     ),
     "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
     "a setting of the restarts": ("+cluster=cpu restart.without_progress=-1", "restart.without_progress=-1"),

@@ -1,0 +1,184 @@
+"""What to change so that a training fits its GPUs, or fills them. Apart from plan.py: it tells of one configuration.
+
+The search is arithmetic. It tries a smaller train.micro_batch, more of engine.activation_checkpointing, an engine that
+shards more, engine.offload, and every vocab.parallel, alone and together.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+from data_prep.overrides import shown
+from launch.hardware import GIB, Hardware
+from launch.step import Item, total
+from pretrain.engine.deepspeed import DeepSpeedConfig
+from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.settings import TrainConfig
+from pretrain.vocab import Transfer
+
+CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the least
+
+
+class Size(Protocol):
+    """A step with one value of vocab.parallel; see launch/plan.py."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def seconds(self) -> tuple[float, float]: ...
+
+    @property
+    def memory(self) -> list[Item]: ...
+
+    @property
+    def links(self) -> list[Transfer]: ...
+
+
+class Plan(Protocol):
+    """A step with each of them; see launch/plan.py."""
+
+    @property
+    def sizes(self) -> Sequence[Size]: ...
+
+    @property
+    def chosen(self) -> Size: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """settings: as on the command line. config: the training with them."""
+
+    settings: tuple[str, ...]
+    config: TrainConfig
+
+    @property
+    def cost(self) -> tuple[bool, int]:
+        """Whether it offloads, whose traffic to the host tokens/s do not show; how many settings change. Another engine
+        counts twice: `engine=` must replace the one on the command line.
+        """
+        offloads = any(setting.startswith("engine.offload=") for setting in self.settings)
+        return offloads, len(self.settings) + any(setting.startswith("engine=") for setting in self.settings)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a rank holds at most, and its speed, with these settings."""
+
+    settings: tuple[str, ...]
+    bytes: int
+    tokens_per_second: float
+
+    def __str__(self) -> str:
+        figures = f"{self.bytes / GIB:.1f} GiB, {self.tokens_per_second:,.0f} tokens/s per rank"
+        return f"{shown(*self.settings)} ({figures})"
+
+
+def refusal(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], gpu: str, card: Hardware) -> str:
+    """Says why the GPU cannot hold the training, and which settings it can; "" if it can."""
+    needs, room = total(planned(config).chosen.memory), card.memory - card.reserved
+    if needs <= room:
+        return ""
+    cannot = f"a rank would hold {needs / GIB:.1f} GiB, cluster.gpu={gpu} has room for {room / GIB:.1f}"
+    found = fitting(config, world, planned, room)
+    if found is None:
+        return (
+            f"{cannot}; no other train.micro_batch, engine or vocab.parallel fits: give more ranks or a smaller model"
+        )
+    return f"{cannot}; this fits: {found}"
+
+
+def fitting(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], room: int) -> Fit | None:
+    """The fewest changes that fit into `room` bytes; among these the fastest. Offloads only if nothing else fits."""
+    changes = sorted(_changes(config, world), key=lambda change: change.cost)
+    fits: defaultdict[tuple[bool, int], list[Fit]] = defaultdict(list)
+    costs = {change.cost for change in changes}
+    for offloads, count in sorted(costs | {(offloads, count + 1) for offloads, count in costs}):
+        for change in (one for one in changes if one.cost == (offloads, count)):
+            plan = planned(change.config)
+            for size in plan.sizes:
+                own = size.ranks == plan.chosen.ranks
+                settings = change.settings if own else (*change.settings, f"vocab.parallel={size.ranks}")
+                fit = Fit(settings, total(size.memory), plan.tokens / sum(size.seconds))
+                if fit.bytes <= room:
+                    fits[offloads, count + (not own)].append(fit)
+        if found := fits[offloads, count]:
+            return max(found, key=lambda fit: fit.tokens_per_second)
+    return None
+
+
+def _changes(config: TrainConfig, world: int) -> Iterator[Change]:
+    """All of them together, and every part of them; the first is none."""
+    smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
+    kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
+    offloads = ["cpu"] if config.engine.offload == "none" else []
+    for micro, kind, (settings, engine), offload in product(
+        [None, *smaller], [None, *kinds], _engines(config.engine), [None, *offloads]
+    ):
+        if offload and isinstance(engine, DeepSpeedConfig) and engine.zero_stage < 2:
+            continue
+        given = [("train.micro_batch", micro), ("engine.activation_checkpointing", kind), ("engine.offload", offload)]
+        engine = replace(
+            engine,
+            activation_checkpointing=kind or engine.activation_checkpointing,
+            offload=offload or engine.offload,
+        )
+        train = replace(config.train, micro_batch=micro or config.train.micro_batch)
+        chosen = tuple(f"{key}={value}" for key, value in given if value is not None)
+        yield Change((*settings, *chosen), replace(config, engine=engine, train=train))
+
+
+def _engines(engine: FSDP2Config | DeepSpeedConfig) -> list[tuple[tuple[str, ...], Any]]:
+    """This one, and those that shard more. No engine is proposed that lacks a setting in use."""
+    found: list[tuple[tuple[str, ...], Any]] = [((), engine)]
+    if isinstance(engine, DeepSpeedConfig):
+        for stage in range(engine.zero_stage + 1, 4):
+            found.append(((f"engine.zero_stage={stage}",), replace(engine, zero_stage=stage)))
+        if not engine.extra:
+            fsdp2 = FSDP2Config(offload=engine.offload, activation_checkpointing=engine.activation_checkpointing)
+            found.append((("engine=fsdp2",), fsdp2))
+        return found
+    if engine.hsdp:
+        found.append((("engine.hsdp=false",), replace(engine, hsdp=False)))
+    if not engine.reshard_after_forward:
+        found.append((("engine.reshard_after_forward=true",), replace(engine, reshard_after_forward=True)))
+    return found
+
+
+def larger(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], room: int) -> str:
+    """Says which larger train.micro_batch is the fastest, and what it gains; "" unless half of the room is empty."""
+    plan = planned(config)
+    needs, speed = total(plan.chosen.memory), plan.tokens / sum(plan.chosen.seconds)
+    if needs > room / 2:
+        return ""
+    empty = f"{(room - needs) / GIB:.1f} of {room / GIB:.1f} GiB stay empty"
+    found = []
+    for micro in _micro_batches(config, world):
+        if micro <= config.train.micro_batch:
+            continue
+        wider = planned(replace(config, train=replace(config.train, micro_batch=micro))).chosen
+        fit = Fit((f"train.micro_batch={micro}",), total(wider.memory), plan.tokens / sum(wider.seconds))
+        if fit.bytes <= room and fit.tokens_per_second >= speed:
+            found.append((fit, _sent(wider)))
+    if not found:
+        return f"{empty}; no larger train.micro_batch is predicted to fit this train.global_batch and to be faster"
+    best, sent = max(found, key=lambda one: one[0].tokens_per_second)
+    gain = f"{best.tokens_per_second / speed - 1:.1%} more"
+    if sent < _sent(plan.chosen):
+        gain += f", and {1 - sent / _sent(plan.chosen):.0%} less traffic"
+    return f"{empty}; this fits too: {best}: {gain}"
+
+
+def _sent(size: Size) -> float:
+    return sum(one.sent for one in size.links)
+
+
+def _micro_batches(config: TrainConfig, world: int) -> list[int]:
+    """Those by which the ranks can share the batch."""
+    samples = config.train.global_batch // world
+    return [n for n in range(1, samples + 1) if samples % n == 0]
