@@ -34,6 +34,7 @@ from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.tokenizer import BpeTokenizer
 from launch import cluster as slurm
+from launch import site
 from launch.cluster import ClusterConfig
 from launch.snapshot import Snapshot, import_from
 
@@ -149,6 +150,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     config = app.config_of(composed[0])
     assert isinstance(config, CorpusConfig)
     slurm.need_slurm(config.dry_run)
+    site.check(config.cluster, config.dry_run)
     output = app.output_of(config, config.here)
     if output.finished():
         app.tokenize(config, config.here)  # says so

@@ -38,7 +38,7 @@ from data_prep.durable import durable  # noqa: E402
 from data_prep.overrides import shown  # noqa: E402
 from data_prep.terminal import EXIT_INTERRUPTED  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
-from launch import corpus, resume  # noqa: E402
+from launch import corpus, resume, site  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.fit import refusal  # noqa: E402
@@ -128,6 +128,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         raise ValueError("resume is for one run: in a sweep each job has a folder of its own")
     for one, overrides in composed:
         resume.apply(one, overrides)
+    site.check(ours.cluster, ours.dry_run)
     base = run_dir([one for one, _ in composed])
     for (one, _), name in zip(composed, names([overrides for _, overrides in composed]), strict=True):
         one.run.dir = str(base / name)

@@ -149,6 +149,17 @@ def test_a_job_that_has_not_ended_holds_the_run(command, fake_slurm, tmp_path):
     assert command(arguments).code == 0 and fake_slurm.submissions == 3
 
 
+def test_what_setup_and_partition_cannot_do_is_said_before_the_submit(command, fake_slurm, tmp_path, monkeypatch):
+    fake_slurm.command("scontrol", 'echo "PartitionName=debug Default=YES MaxNodes=UNLIMITED TotalNodes=2"')
+    refused = command(f"+cluster=cpu cluster.nodes=4 run.dir={tmp_path}/a")
+    assert "cluster.nodes=4 must be at most 2: partition debug has no more nodes" in refused.error
+    assert not list(tmp_path.iterdir()) and fake_slurm.submissions == 0
+    monkeypatch.setenv("ACTIVATE", "source /env/bin/activate")
+    said = command(f"+cluster=cpu cluster.nodes=2 run.dir={tmp_path}/a cluster.setup=[${{oc.env:ACTIVATE}}]")
+    assert said.code == 0 and fake_slurm.submissions == 1, said
+    assert "does not change the Python of the job" in said.err and len(said.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("lock", [".launch.lock", ".ranks.lock"])
 def test_a_run_in_use_is_refused(command, fake_slurm, tmp_path, lock):
     (tmp_path / "a").mkdir()
@@ -252,7 +263,7 @@ WRONG = {
     ),
     "what would fit the GPU": (
         "+cluster=a100x8 model.width=8192 model.heads=64 model.layers=48 train.micro_batch=8",
-        "has room for 76.0; this fits: train.micro_batch=4 (",
+        "has room for 76.0; this fits: engine.offload=cpu (",
     ),
     "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
     "a setting of the restarts": ("+cluster=cpu restart.without_progress=-1", "restart.without_progress=-1"),

@@ -1,0 +1,126 @@
+"""What the site makes of a job before it is submitted: the Python that its setup chooses, and whether its partition can
+ever start it. Apart from cluster.py, which describes a job and knows no site.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from data_prep.command import warn
+from launch.cluster import ClusterConfig
+
+ANSWER_SECONDS = 10  # sbatch decides if Slurm takes longer
+ACTIVATES = re.compile(
+    r"(?:^|[;&|]\s*)\s*(?:(?:source|\.)\s+(?P<script>\S*activate)\b|(?:conda|mamba|micromamba|pyenv)\s+activate\b"
+    r"|(?:module\s+(?:load|add)|ml|spack\s+load)\s[^;&|]*(?:python|conda|mamba|miniforge))",
+    re.IGNORECASE,
+)
+
+
+def check(cluster: ClusterConfig, dry_run: bool) -> None:
+    """Warns of a setup that does not choose the Python. ValueError if the partition can never start the job."""
+    for line in cluster.setup:
+        if unused := unused_activation(line, cluster):
+            warn(unused)
+    if not dry_run:
+        check_partition(cluster)
+
+
+def unused_activation(line: str, cluster: ClusterConfig) -> str:
+    """Says that a line of cluster.setup activates a Python that the tasks do not run; "" otherwise."""
+    found = ACTIVATES.search(line)
+    if found is None or cluster.python is not None:
+        return ""
+    where = " of the container" if cluster.container else ""
+    if not where and found["script"] and Path(found["script"].strip("'\"")).parent == Path(sys.executable).parent:
+        return ""
+    instead = f"a command{where}" if where else "python, to take the one that setup activates"
+    return (
+        f"cluster.setup: `{line}` does not change the Python of the job: it runs {cluster.task_python}{where};"
+        f" set cluster.python={instead}"
+    )
+
+
+def check_partition(cluster: ClusterConfig) -> None:
+    """ValueError if no partition of cluster.partition can ever start the job; a limit that a QOS may lift is a warning.
+
+    Says nothing if Slurm gives no answer that can be read.
+    """
+    known = partitions(_answer("scontrol", "--oneliner", "--all", "show", "partition"))
+    if not known or "clusters" in cluster.sbatch:
+        return
+    asked = os.environ.get("SBATCH_PARTITION") or cluster.partition
+    names = asked.split(",") if asked else [name for name, of in known.items() if of.get("Default") == "YES"]
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"cluster.partition={asked}: {missing[0]} must be one of {', '.join(known)}")
+    for rule in (_too_few_nodes, _too_large):
+        wrong = [rule(cluster, name, known[name]) for name in names]
+        if not names or not all(wrong):
+            continue
+        if rule is _too_large and cluster.qos:
+            warn(f"{wrong[0]}, unless cluster.qos={cluster.qos} lifts that")
+        else:
+            raise ValueError(wrong[0])
+
+
+def partitions(said: str) -> dict[str, dict[str, str]]:
+    """What scontrol says of each partition, by name."""
+    lines = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines()]
+    return {line["PartitionName"]: line for line in lines if "PartitionName" in line}
+
+
+def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
+    """The partition has too few nodes, or too few with that many GPUs."""
+    there = known.get("TotalNodes", "")
+    if there.isdigit() and cluster.nodes > int(there):
+        return f"cluster.nodes={cluster.nodes} must be at most {there}: partition {name} has no more nodes"
+    said = (
+        _answer("sinfo", "--noheader", "--all", f"--partition={name}", "--format=%D|%G")
+        if cluster.gpus_per_node
+        else ""
+    )
+    nodes = re.findall(r"^(\d+)\|(.+)$", said, re.MULTILINE)
+    if not nodes or "gpu" not in said:  # a Slurm that names no GPUs there
+        return ""
+    gpus = [(int(count), sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))) for count, gres in nodes]
+    most, enough = max(each for _, each in gpus), sum(count for count, each in gpus if each >= cluster.gpus_per_node)
+    if cluster.gpus_per_node > most:
+        asked = f"cluster.gpus_per_node={cluster.gpus_per_node}"
+        return f"{asked} must be at most {most}: no node of partition {name} has more"
+    if cluster.nodes > enough:
+        return (
+            f"cluster.nodes={cluster.nodes} must be at most {enough}: partition {name} has no more nodes with"
+            f" {cluster.gpus_per_node} GPUs"
+        )
+    return ""
+
+
+def _too_large(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
+    """The partition's MaxNodes or MaxTime is lower."""
+    most, longest = known.get("MaxNodes", ""), known.get("MaxTime", "")
+    if most.isdigit() and cluster.nodes > int(most):
+        return f"cluster.nodes={cluster.nodes} must be at most {most}: MaxNodes of partition {name}"
+    if cluster.minutes > _minutes(longest):
+        return f"cluster.time={cluster.time} must be at most {longest}: MaxTime of partition {name}"
+    return ""
+
+
+def _minutes(time: str) -> float:
+    """Reads scontrol's form, 1-12:00:00; infinite for UNLIMITED."""
+    form = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", time)
+    if form is None:
+        return math.inf
+    days, hours, minutes, seconds = (int(number or 0) for number in form.groups())
+    return 1440 * days + 60 * hours + minutes + seconds / 60
+
+
+def _answer(*command: str) -> str:
+    """What a command of Slurm prints; "" if it is absent, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
