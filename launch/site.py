@@ -77,11 +77,7 @@ def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> 
     there = known.get("TotalNodes", "")
     if there.isdigit() and cluster.nodes > int(there):
         return f"cluster.nodes={cluster.nodes} must be at most {there}: partition {name} has no more nodes"
-    said = (
-        _answer("sinfo", "--noheader", "--all", f"--partition={name}", "--format=%D|%G")
-        if cluster.gpus_per_node
-        else ""
-    )
+    said = _answer("sinfo", "--noheader", f"--partition={name}", "--format=%D|%G") if cluster.gpus_per_node else ""
     nodes = re.findall(r"^(\d+)\|(.+)$", said, re.MULTILINE)
     if not nodes or "gpu" not in said:  # a Slurm that names no GPUs there
         return ""

@@ -12,7 +12,8 @@ PARTITIONS = """
     echo "PartitionName=debug AllowQos=ALL Default=YES MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP TotalNodes=2"
     echo "PartitionName=gpu AllowQos=ALL Default=NO MaxNodes=8 MaxTime=1-00:00:00 State=UP TotalNodes=20"
 """
-GRES = 'echo "16|gpu:h100:4(S:0-1),nvme:1"; echo "4|gpu:h100:8"'
+# Like the real one, sinfo refuses --all beside --partition.
+GRES = 'case "$*" in *--all*) exit 1; esac; echo "16|gpu:h100:4(S:0-1),nvme:1"; echo "4|gpu:h100:8"'
 
 
 def cluster(**changes):
