@@ -1,6 +1,7 @@
 """CI installs all that a test needs but a GPU: there, a test that is skipped for anything else has failed."""
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -17,6 +18,12 @@ def not_skipped(report: Report) -> Report:
         if "GPU" not in reason:
             report.outcome, report.longrepr = "failed", f"in CI nothing is skipped but what needs a GPU: {reason}"
     return report
+
+
+def pytest_configure() -> None:
+    """Give signals their usual meaning: nohup and a shell's background jobs ignore some, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist appends the group to each test's name

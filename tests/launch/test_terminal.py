@@ -73,7 +73,6 @@ def terminal_window() -> Iterator[tuple[int, dict[str, object]]]:
     window, terminal = pty.openpty()
 
     def take() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     yield window, {"stdin": terminal, "stderr": terminal, "start_new_session": True, "preexec_fn": take}
