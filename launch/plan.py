@@ -249,6 +249,7 @@ def _training(composed: DictConfig) -> tuple[TrainConfig, int]:
         raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer tells it")
     composed.data.path = composed.data.path if known else "no data"
     config = configuration.build(composed)
+    config.optim.check_steps(config.train.steps)
     if known:
         return config, configuration.vocab_rows(config, open_data(config.data))
     assert config.vocab.size is not None

@@ -79,7 +79,10 @@ def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> 
         return f"cluster.nodes={cluster.nodes} must be at most {there}: partition {name} has no more nodes"
     said = _answer("sinfo", "--noheader", f"--partition={name}", "--format=%D|%G") if cluster.gpus_per_node else ""
     nodes = re.findall(r"^(\d+)\|(.+)$", said, re.MULTILINE)
-    if not nodes or "gpu" not in said:  # a Slurm that names no GPUs there
+    shown = sum(int(count) for count, _ in nodes)
+    if (
+        "gpu" not in said or not there.isdigit() or shown < int(there)
+    ):  # no GPUs named, or nodes of a cloud that are off
         return ""
     gpus = [(int(count), sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))) for count, gres in nodes]
     most, enough = max(each for _, each in gpus), sum(count for count, each in gpus if each >= cluster.gpus_per_node)

@@ -242,3 +242,8 @@ def in_process(capsys, monkeypatch, *arguments):
 def command(*arguments):
     line = [sys.executable, "launch/plan.py", *arguments]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_schedule_that_cannot_be_is_refused():
+    done = command("+cluster=cpu", "model=nano", "vocab.size=257", "optim.warmup_steps=60", "train.steps=50")
+    assert done.returncode == 2 and "optim.warmup_steps=60 must be below train.steps=50" in done.stderr

@@ -68,6 +68,13 @@ def test_a_job_that_can_start_is_left_alone(fake_slurm, capsys, asked):
     assert capsys.readouterr().err == ""
 
 
+def test_nodes_that_sinfo_hides_may_have_the_gpus(fake_slurm):
+    """A cloud's nodes are not shown while they are off."""
+    fake_slurm.command("scontrol", PARTITIONS)
+    fake_slurm.command("sinfo", 'echo "4|gpu:h100:8"')
+    site.check(gpus(8, nodes=5), dry_run=False)
+
+
 def test_a_limit_that_a_qos_may_lift_is_a_warning(fake_slurm, capsys):
     fake_slurm.command("scontrol", PARTITIONS)
     site.check(cluster(nodes=9, partition="gpu", qos="long"), dry_run=False)
