@@ -9,7 +9,7 @@ demo: setup
 	@$(BIN)/python launch/demo.py
 
 test: setup-dev system lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(PYTEST)
 
 lint: setup-dev
 	$(BIN)/ruff check .

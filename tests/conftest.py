@@ -3,11 +3,12 @@
 import os
 import signal
 from collections.abc import Generator
-from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
-SLURM = Path(__file__).parent / "slurm"
+SLURM = "tests/slurm/"
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -26,16 +27,20 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist appends the group to each test's name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, with the fixtures that they share, and the real Slurm's tests together.
+    """The real Slurm's tests come first: they take longest of what stays in one process."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
 
-    Slurm first: it is the longest of what cannot be split, and must not be what is left over.
-    """
-    items.sort(key=lambda item: SLURM not in item.path.parents)
-    for item in items:
-        name = "slurm" if SLURM in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
+
+class ByFile(LoadFileScheduling):
+    """A file's tests run in one process, with the fixtures that they share; so do those on the real Slurm."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return SLURM if nodeid.startswith(SLURM) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
