@@ -23,7 +23,16 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from .changes import keep_older
-from .checkpoint import RANKS_LOCK, CheckpointError, newest_manifest
+from .checkpoint import (
+    RANKS_LOCK,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_files,
+    checkpoints,
+    newest_manifest,
+    read_manifest,
+    step_of,
+)
 from .compilers import check_compilers
 from .data import Data, Order, PackedWindows, Samples, Windows, open_data
 from .engine.deepspeed import DeepSpeedConfig
@@ -205,15 +214,23 @@ def check_logs(config: TrainConfig) -> None:
 
 
 def finished(config: TrainConfig, data: Data) -> str | None:
-    """One line if there is nothing left to train, save or evaluate; else None."""
-    saved = newest_manifest(config.run_dir)
-    if saved is None or saved.get("weights_only") or saved["step"] < config.train.last_step:
+    """One line if there is nothing left to train, evaluate or repair; else None.
+
+    Reads the newest checkpoint against its hashes: if it is damaged, the ranks fall back to the one before.
+    """
+    newest = next(reversed(checkpoints(config.run_dir)), None)
+    if newest is None or step_of(newest) < config.train.last_step:
         return None
-    step, steps, every = saved["step"], config.train.steps, config.eval.every
-    measures = data.bytes_of_ids is not None and held_out(config, data)
+    step, steps, every = step_of(newest), config.train.steps, config.eval.every
+    evaluates = data.bytes_of_ids is not None and held_out(config, data)
     due = step == steps or (every and step % every == 0)
-    if measures and due and saved.get("val_loss") is None:
-        return None  # a stop has cut the evaluation short
+    try:
+        saved = read_manifest(newest)
+        if saved.get("weights_only") or (evaluates and due and saved.get("val_loss") is None):
+            return None  # imported, or a stop has cut the evaluation short
+        check_files(newest, saved)
+    except DamagedCheckpoint:
+        return None
     if step >= steps:
         return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps goes further"
     return (
