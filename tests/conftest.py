@@ -21,8 +21,11 @@ def not_skipped(report: Report) -> Report:
     return report
 
 
-def pytest_configure() -> None:
-    """Give signals their usual meaning: nohup and a shell's background jobs ignore some, and processes inherit that."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give signals their usual meaning: nohup, a shell's background jobs and a test of a rank's end leave some ignored,
+    and the processes that a test starts inherit that.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
