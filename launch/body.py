@@ -14,7 +14,8 @@ from torch import nn
 from pretrain.engine.deepspeed import LARGEST_BUCKET, DeepSpeedConfig
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.settings import TrainConfig
-from pretrain.vocab import Transfer, VocabShard, Workload
+from pretrain.vocab import VocabShard
+from pretrain.vocab.parallel import Transfer, Workload
 
 FP32 = 4  # bytes: main weights, gradients, moments and sums
 COUNT, NORM = 8, 8  # bytes: what all ranks agree on in a step

@@ -16,7 +16,7 @@ from launch.step import Item, total
 from pretrain.engine.deepspeed import DeepSpeedConfig
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.settings import TrainConfig
-from pretrain.vocab import Transfer
+from pretrain.vocab.parallel import Transfer
 
 CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the least
 

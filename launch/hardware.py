@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pretrain.vocab import Machine
+from pretrain.vocab.parallel import Machine
 
 GB = 10**9
 GIB = 2**30

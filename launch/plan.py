@@ -28,9 +28,8 @@ from pretrain import config as configuration  # noqa: E402
 from pretrain.announce import counts, parameters  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
 from pretrain.settings import TrainConfig  # noqa: E402
-from pretrain.vocab import Transfer  # noqa: E402
 from pretrain.vocab.kernels import choose_kernels  # noqa: E402
-from pretrain.vocab.parallel import UPDATE, estimate  # noqa: E402
+from pretrain.vocab.parallel import UPDATE, Transfer, estimate  # noqa: E402
 
 MIB = 2**20
 AXES = ("vocab", "dp", "world")

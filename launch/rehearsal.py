@@ -28,9 +28,10 @@ from pretrain.optim import MatrixOptimizer, OptimConfig
 from pretrain.settings import TrainConfig
 from pretrain.train import build_model
 from pretrain.trainer import LoopConfig, Trainer
-from pretrain.vocab import LookupPlan, VocabShard, plan_lookup
+from pretrain.vocab import VocabShard
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.kernels.torch import TorchKernels
+from pretrain.vocab.lookup import LookupPlan, plan_lookup
 from pretrain.watchdog import Watchdog
 
 aten = torch.ops.aten

@@ -13,10 +13,10 @@ from launch.body import FP32, Activations, Body, Shapes, body_of
 from pretrain.lens import Method
 from pretrain.lens.monitor import MEMORY_MIB
 from pretrain.settings import TrainConfig
-from pretrain.vocab import Transfer, VocabShard, Workload
+from pretrain.vocab import VocabShard
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
-from pretrain.vocab.parallel import DISTINCT, transfers
+from pretrain.vocab.parallel import DISTINCT, Transfer, Workload, transfers
 
 
 @dataclass(frozen=True)

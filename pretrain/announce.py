@@ -10,7 +10,7 @@ from .data import Data, PackedWindows, Samples
 from .mesh import Mesh
 from .model import LanguageModel
 from .settings import TrainConfig
-from .vocab import Parallel
+from .vocab.parallel import Parallel
 
 
 def announce(

@@ -42,7 +42,8 @@ from .interop import check_initial, folder_of, special_tokens
 from .llama import LlamaConfig
 from .model import GPT2Config
 from .settings import CONFIG_FILE, TrainConfig
-from .vocab import Machine, Parallel, VocabConfig, VocabShard, Workload, choose_parallel
+from .vocab import VocabConfig, VocabShard
+from .vocab.parallel import Machine, Parallel, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}

@@ -26,7 +26,7 @@ from .checkpoint import CheckpointError, check_files, checkpoint_of, read_manife
 from .mesh import ranks_or_alone
 from .model import LanguageModel
 from .rendezvous import NotMet
-from .vocab import check_sampling, sample
+from .vocab.sampling import check_sampling, sample
 
 HELP = """Continue a prompt with a trained model.
 

@@ -15,7 +15,8 @@ from .data import IGNORED, MicroBatch
 from .monitor import MetricsLog
 from .stops import Reason
 from .trainer import Report, Trainer
-from .vocab import LookupTraffic, on_host
+from .vocab.collectives import on_host
+from .vocab.lookup import LookupTraffic
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Mask, attention, within_documents
-from .vocab import seeded_normal
+from .vocab.shard import seeded_normal
 
 
 @dataclass

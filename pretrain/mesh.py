@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .rendezvous import has_peers, in_its_words, meet
-from .vocab import on_host
+from .vocab.collectives import on_host
 
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(minutes=1)  # for ranks that may be none: RANK can be left over, as in a pod of a training

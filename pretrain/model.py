@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Mask, attention, within_documents
-from .vocab import LookupPlan, VocabLoss, VocabParallelEmbedding, seeded_normal
+from .vocab import VocabLoss, VocabParallelEmbedding
+from .vocab.lookup import LookupPlan
+from .vocab.shard import seeded_normal
 
 GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
 

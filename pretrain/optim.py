@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .mesh import Mesh
-from .vocab import on_host
+from .vocab.collectives import on_host
 
 BLOCK = 2**15  # numbers that a CPU converts to float64 at once, in its cache; more would start threads
 

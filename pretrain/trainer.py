@@ -17,7 +17,8 @@ from .mesh import Mesh
 from .model import LanguageModel
 from .optim import MatrixOptimizer, OptimConfig, clip_factor
 from .stops import Reason, Stop
-from .vocab import LookupTraffic, on_host
+from .vocab.collectives import on_host
+from .vocab.lookup import LookupTraffic
 from .watchdog import Watchdog
 
 

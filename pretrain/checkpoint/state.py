@@ -14,7 +14,9 @@ from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
 from ..monitor import SEEN, Seen
 from ..optim import MatrixOptimizer, set_moments
-from ..vocab import VocabParallelEmbedding, VocabShard, on_host, stable_seed
+from ..vocab import VocabParallelEmbedding, VocabShard
+from ..vocab.collectives import on_host
+from ..vocab.shard import stable_seed
 from .folder import CheckpointError
 from .tensor_file import Slice
 

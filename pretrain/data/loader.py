@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..vocab import LookupPlan, VocabShard, plan_lookup
+from ..vocab import VocabShard
+from ..vocab.lookup import LookupPlan, plan_lookup
 from .dataset import IGNORED, Window, Windows
 from .samples import Samples
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..vocab import Reading, Readout, VocabParallelEmbedding
+from ..vocab import VocabParallelEmbedding
+from ..vocab.readout import Reading, Readout
 
 POINTS = ("attention", "mlp", "block")
 INPUTS = ("positions", "embedding")

@@ -21,7 +21,7 @@ from ..mesh import Mesh
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog, MonitorConfig
 from ..trainer import Report, Trainer
-from ..vocab import on_host
+from ..vocab.collectives import on_host
 from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look, Method, look
 
 ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row

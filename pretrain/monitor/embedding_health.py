@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..mesh import Mesh
 from ..optim import MatrixOptimizer
-from ..vocab import VocabParallelEmbedding, VocabShard, on_host
+from ..vocab import VocabParallelEmbedding, VocabShard
+from ..vocab.collectives import on_host
 from .hook import Report, blocks
 from .seen import Seen
 from .spectrum import isotropy

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..vocab import on_host
+from ..vocab.collectives import on_host
 
 TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # parts of the directions
 

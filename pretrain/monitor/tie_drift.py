@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..vocab import VocabParallelEmbedding, on_host
+from ..vocab import VocabParallelEmbedding
+from ..vocab.collectives import on_host
 from .hook import Report, blocks
 
 

@@ -34,7 +34,7 @@ from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.vocab import plan_lookup
+from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text
 from tests.pretrain.tiny import tiny_config

@@ -30,7 +30,8 @@ from pretrain.mesh import Mesh
 from pretrain.model import GPT2Config, LanguageModel
 from pretrain.optim import MatrixOptimizer, OptimConfig
 from pretrain.trainer import LoopConfig
-from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, plan_lookup
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ from launch.rehearsal import text_like, trainer_of
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.vocab import plan_lookup
+from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import free_at_once, holding_peak_mib
 
 

@@ -212,7 +212,7 @@ def lost_in_thought(waits: str) -> str:
     return (
         WATCHED
         + "from functools import partial\nfrom threading import Event, Thread\nfrom types import SimpleNamespace\n"
-        "from pretrain.vocab import on_host\n"
+        "from pretrain.vocab.collectives import on_host\n"
         "device = SimpleNamespace(cpu=partial(time.sleep, 60))\n"  # as a number that depends on a collective of NCCL's
         "def lost_in_thought():\n    time.sleep(60)\n"
         "with watchdog:\n    watchdog.alive()\n"

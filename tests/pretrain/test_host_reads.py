@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from launch.supervisor import _waits_for_a_peer as waits_for_a_peer
 from pretrain.settings import TrainConfig
-from pretrain.vocab import on_host
+from pretrain.vocab.collectives import on_host
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import tiny_config, train_rank
 from tests.ranks import run_ranks

@@ -30,7 +30,7 @@ from pretrain.checkpoint import manager as manager_module
 from pretrain.checkpoint.folder import write_manifest
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
-from pretrain.vocab import stable_seed
+from pretrain.vocab.shard import stable_seed
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 

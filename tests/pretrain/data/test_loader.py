@@ -10,7 +10,8 @@ from data_prep.token_file import TokenFile
 from pretrain.data import IGNORED, BatchLoader, Order, Samples, Windows, validation_batches
 from pretrain.data import loader as loading
 from pretrain.data.blend import Blend
-from pretrain.vocab import VocabShard, plan_lookup
+from pretrain.vocab import VocabShard
+from pretrain.vocab.lookup import plan_lookup
 from tests.pretrain.helpers import write_tokens
 
 SEQ_LEN, WINDOWS = 8, 40

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from pretrain.lens import Look, Method, look
 from pretrain.llama import LlamaConfig
 from pretrain.model import GPT2Config
-from pretrain.vocab import Readout, VocabConfig, VocabParallelEmbedding, VocabShard
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from pretrain.vocab.readout import Readout
 from tests.pretrain.helpers import padded_rows
 from tests.pretrain.lens.memory import BUDGET_MIB
 from tests.ranks import run_ranks

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.vocab import VocabShard, plan_lookup, vocab_parallel_lookup
-from pretrain.vocab.lookup import DistinctRows, GatheredTokens, LookupPlan
+from pretrain.vocab import VocabShard
+from pretrain.vocab.lookup import DistinctRows, GatheredTokens, LookupPlan, plan_lookup, vocab_parallel_lookup
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 

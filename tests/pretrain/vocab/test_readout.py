@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from pretrain.vocab import Readout, VocabShard
+from pretrain.vocab import VocabShard
+from pretrain.vocab.readout import Readout
 from pretrain.vocab.softmax import Softmax, dot
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.vocab import VocabShard, check_sampling, sample, sampling
-from pretrain.vocab.sampling import _keep_top_k, _keep_top_p
+from pretrain.vocab import VocabShard, sampling
+from pretrain.vocab.sampling import _keep_top_k, _keep_top_p, check_sampling, sample
 from tests.benchmarks.measure import extra_peak_mib, free_at_once, in_fresh_process
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
-from pretrain.vocab import VocabShard, seeded_normal, stable_seed
+from pretrain.vocab import VocabShard
+from pretrain.vocab.shard import seeded_normal, stable_seed
 
 SPLITS = {
     "vocab_size": st.integers(1, 2000),
