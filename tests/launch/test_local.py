@@ -19,10 +19,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep import app
 from data_prep.token_file import Manifest
+from launch import local
+from pretrain import generate
 from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.data import Windows, open_corpus
 from pretrain.generate import load_model
+from tests.in_process import in_process
 from tests.pretrain.helpers import TIMES
 from tests.pretrain.tiny import write_tokens
 
@@ -42,6 +46,14 @@ def run(
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def refused(arguments: str) -> str:
+    """Returns the one line of an error that the launcher says to these settings. They must start nothing."""
+    done = in_process(local.main, *arguments.split())
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    return done.stderr
 
 
 def scalars(folder: Path) -> list[dict]:
@@ -154,7 +166,7 @@ def test_generating_alone_and_on_two_ranks_gives_the_same_text(trained, data, tm
     alone = run(*arguments)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.startswith("document") and len(alone.stdout) > 20
-    assert run(*arguments).stdout == alone.stdout
+    assert in_process(generate.main, *arguments[1].split()).stdout == alone.stdout
     split = run("-m torch.distributed.run --standalone --nproc-per-node 2", *arguments)
     assert split.stdout == alone.stdout, split.stderr
 
@@ -316,7 +328,8 @@ def test_the_best_by_validation_loss_stays(data, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, data, tmp_path, fault):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    again = f"launch/local.py nproc=2 data.path={data} run.dir={folder} log.every=4 train.precision=fp32 {SMALL}"
+    settings = f"nproc=2 data.path={data} run.dir={folder} log.every=4 train.precision=fp32 {SMALL}"
+    again = f"launch/local.py {settings}"
     assert run(f"{again} train.steps=16").returncode == 0
     before = scalars(folder)
     older, newest = checkpoints(folder)
@@ -340,9 +353,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, data
     for path in checkpoints(folder):
         (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:-9])
     frozen = (folder / "config.yaml").read_bytes()
-    done = run(f"{again} train.steps=20")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "is whole, and it does not start over by itself" in done.stderr and str(newest) in done.stderr
+    error = refused(f"{settings} train.steps=20")
+    assert "is whole, and it does not start over by itself" in error and str(newest) in error
     assert (folder / "config.yaml").read_bytes() == frozen and scalars(folder)[-1]["step"] == 16
 
 
@@ -405,11 +417,15 @@ BAD = {
 @pytest.mark.parametrize("bad,message", BAD.values(), ids=BAD.keys())
 def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(data, tmp_path, bad, message):
     folder = tmp_path / "run"
-    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} {SMALL} {bad}")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
-    assert message in done.stderr
+    assert message in refused(f"nproc=2 data.path={data} run.dir={folder} {SMALL} {bad}")
     assert not folder.exists()
+
+
+def test_a_process_with_a_wrong_setting_says_one_line_and_exits_with_2(tmp_path):
+    """All that a shell sees: no warning of a library beside it."""
+    done = run(f"launch/local.py data.path=/nowhere run.dir={tmp_path}/run {SMALL}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: data.path=/nowhere is neither") and not (tmp_path / "run").exists()
 
 
 def test_broken_data_is_named(data, tmp_path):
@@ -417,8 +433,7 @@ def test_broken_data_is_named(data, tmp_path):
         copy = tmp_path / spoil.__name__
         shutil.copytree(data, copy)
         spoil(copy)
-        done = run(f"launch/local.py data.path={copy} run.dir={tmp_path}/run {SMALL}")
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert message in refused(f"data.path={copy} run.dir={tmp_path}/run {SMALL}")
         assert not (tmp_path / "run").exists()
 
 
@@ -446,8 +461,8 @@ def test_ids_beyond_the_vocabulary_stop_the_run(tmp_path):
 )
 def test_a_run_is_not_continued_as_another_model(trained, data, change, message):
     before = (trained / "config.yaml").read_bytes()
-    done = run(f"launch/local.py nproc=2 data.path={data} run.dir={trained} train.steps=20 {SMALL} {change}")
-    assert done.returncode == 2 and message in done.stderr and "choose another run.dir" in done.stderr
+    error = refused(f"nproc=2 data.path={data} run.dir={trained} train.steps=20 {SMALL} {change}")
+    assert message in error and "choose another run.dir" in error
     assert (trained / "config.yaml").read_bytes() == before
 
 
@@ -455,17 +470,17 @@ def test_a_run_is_not_continued_with_another_tokenizer(trained, data, tmp_path):
     """As many rows, but another split pattern: other tokens."""
     settings = "tokenizer=bpe tokenizer.vocab_size=400 tokenizer.pattern=gpt2 val_fraction=0.1"
     texts = data.parent / "texts.jsonl"
-    done = run(f"data_prep/tokenize.py corpus=files corpus.paths=[{texts}] {settings} out={tmp_path}/other")
+    arguments = f"corpus=files corpus.paths=[{texts}] {settings} workers=1 out={tmp_path}/other"
+    done = in_process(app.main, *arguments.split())
     assert done.returncode == 0, done.stderr
-    done = run(f"launch/local.py nproc=2 data.path={tmp_path}/other run.dir={trained} train.steps=20 {SMALL}")
-    assert done.returncode == 2 and "holds a run with tokenizer" in done.stderr, done.stdout + done.stderr
+    error = refused(f"nproc=2 data.path={tmp_path}/other run.dir={trained} train.steps=20 {SMALL}")
+    assert "holds a run with tokenizer" in error
 
 
 def test_a_run_in_use_is_refused(trained, data):
     with open(trained / ".ranks.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run(f"launch/local.py nproc=1 data.path={data} run.dir={trained} train.steps=20 {SMALL}")
-    assert done.returncode == 2 and "is in use by" in done.stderr
+        assert "is in use by" in refused(f"nproc=1 data.path={data} run.dir={trained} train.steps=20 {SMALL}")
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
@@ -531,4 +546,4 @@ def test_help_names_the_keys():
     assert done.returncode == 0
     for key in ("nproc", "global_batch", "vocab", "data.path=", "gpt2_xl", "resumes"):
         assert key in done.stdout
-    assert "temperature" in run("-m pretrain.generate --help").stdout
+    assert "temperature" in in_process(generate.main, "--help").stdout
