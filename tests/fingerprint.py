@@ -16,8 +16,9 @@ A case has
 - of a corpus, the sha256 of its token files and of its tokenizer.
 
 Left out, because two runs of the same code differ in it: `tokens_per_s`, `data_wait` and `lens_seconds` of the metrics;
-times, job and host of `restarts.jsonl`; TensorBoard's files. Left out of the manifest besides its date: `config`, which
-has the paths of the temporary folder and may get keys, and the manifest's own hash, which covers both.
+times, job and host of `restarts.jsonl`; TensorBoard's files; of the manifest its date, `rng` (torch seeds each process
+by chance, and a run draws nothing from that), `config`, which has the paths of the temporary folder and may get keys,
+and the manifest's own hash, which covers them.
 
 The bits belong to a machine and its packages: make both files on the same one. `engine.offload=cpu` is tried with
 DeepSpeed only (FSDP2 refuses it on a CPU), bf16 only if the processor computes it natively.
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300  # seconds, for a command that should take ten
 SHOWN = 5  # differences of a case
 METRICS_LEFT_OUT = {"tokens_per_s", "data_wait", "lens_seconds"}
-MANIFEST_LEFT_OUT = {"date", "config", "sha256"}
+MANIFEST_LEFT_OUT = {"date", "rng", "config", "sha256"}
 
 LOOP = (
     "seed=7 train.steps=6 train.global_batch=12 train.micro_batch=3 train.precision=fp32 optim.lr=1e-2"
