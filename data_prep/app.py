@@ -27,7 +27,7 @@ from data_prep.encode import (
     UNFINISHED_FOLDER,
     EncodeJob,
     EncodeUnit,
-    Part,
+    UnitStride,
     digests_path,
     finished_unit,
 )
@@ -43,7 +43,7 @@ from data_prep.tally import Tally, save_quarantine, shown
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from data_prep.token_file import TOKENIZER_FOLDER, Manifest
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, NamedTokenizer, Tokenizer, TokenizerConfig
-from data_prep.unit import Unit
+from data_prep.unit import WorkUnit
 from data_prep.verify import verify
 
 EXIT_FAULTS = 1
@@ -84,15 +84,15 @@ class TokenizeConfig:
         if self.workers < 0:
             raise DataError(f"workers={self.workers} must be positive, or 0 for one a core")
         if self.part not in (None, PREPARE):
-            Part.parse(self.part)
+            UnitStride.parse(self.part)
 
     @property
     def processes(self) -> int:
         return self.workers or len(os.sched_getaffinity(0))
 
     @property
-    def units(self) -> Part:
-        return Part() if self.part in (None, PREPARE) else Part.parse(self.part)
+    def units(self) -> UnitStride:
+        return UnitStride() if self.part in (None, PREPARE) else UnitStride.parse(self.part)
 
     @property
     def unit_bytes(self) -> int:
@@ -238,7 +238,7 @@ def encode_job(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Encod
     return EncodeJob(out, config.corpus, config.clean, config.val_fraction, config.largest, scheme)
 
 
-def total_of(units: Iterable[Unit], part: Part) -> int | None:
+def total_of(units: Iterable[WorkUnit], part: UnitStride) -> int | None:
     """Bytes of text to do, about; None for units that are still to come."""
     return sum(unit.size for unit in units if part.has(unit.index)) if isinstance(units, list) else None
 
@@ -256,7 +256,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
     changed = {index for index in indices if digest_of_places(by_index[index]) != tally.records[index].dropped}
     again = {index for index in changed if tally.records[index].dropped}  # others were, before the corpus was mended
 
-    def units(chosen: set[int]) -> Iterator[Unit]:
+    def units(chosen: set[int]) -> Iterator[WorkUnit]:
         return (unit for unit in config.corpus.units(config.unit_bytes) if unit.index in chosen) if chosen else iter(())
 
     for record in pool.run(map(EncodeUnit, units(again)), lambda: None):

@@ -35,26 +35,26 @@ from data_prep.source import (
     FileInfo,
     Form,
     Piece,
-    Poison,
+    Rejected,
     bytes_of,
     expand,
     lines_of,
     local_file,
 )
-from data_prep.unit import Item, Unit, grouped
+from data_prep.unit import Item, WorkUnit, grouped
 
 ROWS_AT_ONCE = 256
 LOOKS_AT_ONCE = 16  # files whose rows are counted: footers of parquet, mostly waited for
 HELD_BYTES = 256  # that a row of the hub counts for beside its text: poison has none, and is held too
 LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
-LISTED = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
+LISTING_KEYS = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
 FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
 
 
-Beat = Callable[[], None]  # called now and then within what takes long to read
+Heartbeat = Callable[[], None]  # called now and then within what takes long to read
 
 
-def no_beat() -> None:
+def no_heartbeat() -> None:
     """Nobody waits."""
 
 
@@ -65,37 +65,37 @@ class CorpusConfig(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def units(self, unit_bytes: int) -> Iterable[Unit]:
+    def units(self, unit_bytes: int) -> Iterable[WorkUnit]:
         """The whole corpus, in order. DataError where it cannot be read."""
 
     @abstractmethod
-    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
         """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
 
         `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
         DataError where the file cannot be read.
         """
 
-    def items(self, unit: Unit, largest: int, beat: Beat = no_beat) -> Iterator[Item]:
+    def items(self, unit: WorkUnit, largest: int, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Item]:
         """The documents of one unit."""
         for item in unit.documents:
             large = isinstance(item, Document) and len(item.data) > largest
             yield too_large(item.id, largest) if large else item
         for piece in unit.pieces:
-            yield from self.read(piece, largest, beat)
+            yield from self.read(piece, largest, heartbeat)
 
     def documents(self) -> Iterator[Document | LongDocument]:
         """Every document that can be used."""
         for unit in self.units(LONG_BYTES):
-            yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if not isinstance(item, Poison))
+            yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if not isinstance(item, Rejected))
 
     def ensure_documents(self) -> None:
         """DataError where the corpus is empty, or its first documents are all poison: a wrong text_key, say."""
         units = self.units(LONG_BYTES)
         items = (item for unit in units for item in self.items(unit, LARGEST_DOCUMENT))
-        poison: Poison | None = None
+        poison: Rejected | None = None
         for item in islice(items, FIRST_DOCUMENTS):
-            if not isinstance(item, Poison):
+            if not isinstance(item, Rejected):
                 return
             poison = poison or item
         if poison:
@@ -123,10 +123,10 @@ class StdlibCorpus(CorpusConfig):
 
     kind: ClassVar[str] = "stdlib"
 
-    def units(self, unit_bytes: int) -> list[Unit]:
+    def units(self, unit_bytes: int) -> list[WorkUnit]:
         return grouped((local_file(path).whole() for path in self._paths()), unit_bytes)
 
-    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
         name = Path(piece.path).relative_to(stdlib_root()).as_posix()
         data = bytes_of(piece.path, largest)
         if data is None:
@@ -136,7 +136,7 @@ class StdlibCorpus(CorpusConfig):
             text = decode_source(data)
             data = text.encode()
         except (SyntaxError, ValueError) as error:  # an unknown coding, or not in it: test data, on purpose
-            yield Poison(name, f"does not decode: {headline(error)}")
+            yield Rejected(name, f"does not decode: {headline(error)}")
             return
         if text:
             yield Document(name, text, data)
@@ -168,7 +168,7 @@ class FilesCorpus(CorpusConfig):
     paths: list[str]
     text_key: str = "text"
 
-    def units(self, unit_bytes: int) -> list[Unit]:
+    def units(self, unit_bytes: int) -> list[WorkUnit]:
         return grouped(self._pieces, unit_bytes)
 
     @cached_property
@@ -207,18 +207,18 @@ class FilesCorpus(CorpusConfig):
             return row_groups(file, self.text_key)
         return [file.lines(form) if form.kind == LINES else file.whole(form)]
 
-    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
         if piece.form.kind == PARQUET:
             return self._rows(piece, largest)
-        return self._text(piece, largest) if piece.form.kind == TEXT else self._lines(piece, largest, beat)
+        return self._text(piece, largest) if piece.form.kind == TEXT else self._lines(piece, largest, heartbeat)
 
-    def _lines(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
-        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES), largest, beat):
+    def _lines(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
+        for offset, size, line in lines_of(piece, min(largest, LONG_BYTES), largest, heartbeat):
             name = f"{piece.path}:{offset}"
             if size > largest:
                 yield too_large(name, largest)
             elif not isinstance(line, bytes):
-                yield LongDocument(name, LongRow(line, self.text_key, beat).pieces)
+                yield LongDocument(name, LongRow(line, self.text_key, heartbeat).pieces)
             elif not line.isspace() and (item := row_of(name, line, self.text_key)):
                 yield item
 
@@ -226,7 +226,7 @@ class FilesCorpus(CorpusConfig):
         for number, data in rows_of(piece, self.text_key):
             name = f"{piece.path}:{number}"
             if data is None:
-                yield Poison(name, f"{self.text_key!r} must be text, not null")
+                yield Rejected(name, f"{self.text_key!r} must be text, not null")
             elif len(data) > largest:
                 yield too_large(name, largest)
             elif data:
@@ -255,18 +255,18 @@ class HubCorpus(CorpusConfig):
     text_key: str = "text"
     revision: str | None = None
 
-    def units(self, unit_bytes: int) -> Iterator[Unit]:
+    def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         index, size, documents = 0, 0, list[Item]()
         for item in self._items():
             documents.append(item)
             size += HELD_BYTES + (len(item.data) if isinstance(item, Document) else 0)
             if size >= unit_bytes:
-                yield Unit(index, size, documents=tuple(documents))
+                yield WorkUnit(index, size, documents=tuple(documents))
                 index, size, documents = index + 1, 0, []
         if documents:
-            yield Unit(index, size, documents=tuple(documents))
+            yield WorkUnit(index, size, documents=tuple(documents))
 
-    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
+    def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
         raise AssertionError("a unit of the hub has its documents with it")
 
     def _items(self) -> Iterator[Item]:
@@ -307,7 +307,7 @@ def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
     for name, size in files:
         count, total = count + 1, total + size
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return dict(zip(LISTED, (count, total, digest.hexdigest()), strict=True))
+    return dict(zip(LISTING_KEYS, (count, total, digest.hexdigest()), strict=True))
 
 
 def row_of(name: str, line: bytes, text_key: str) -> Item | None:
@@ -315,37 +315,37 @@ def row_of(name: str, line: bytes, text_key: str) -> Item | None:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Poison(name, not_utf8(error))
+        return Rejected(name, not_utf8(error))
     except json.JSONDecodeError as error:
-        return Poison(name, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+        return Rejected(name, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (RecursionError, ValueError) as error:  # a hundred thousand brackets; an integer of ten thousand digits
-        return Poison(name, f"not JSON: {headline(error)}")
+        return Rejected(name, f"not JSON: {headline(error)}")
     if not isinstance(row, dict):
-        return Poison(name, f"a row must be an object, not {type(row).__name__}")
+        return Rejected(name, f"a row must be an object, not {type(row).__name__}")
     if text_key not in row:
-        return Poison(name, f"no key {text_key!r} (corpus.text_key); it has {', '.join(map(str, row))}")
+        return Rejected(name, f"no key {text_key!r} (corpus.text_key); it has {', '.join(map(str, row))}")
     return text_of(name, row[text_key], text_key)
 
 
 def text_of(name: str, text: Any, text_key: str) -> Item | None:
     """The document; None where it is empty."""
     if not isinstance(text, str):
-        return Poison(name, f"{text_key!r} must be text, not {type(text).__name__}")
+        return Rejected(name, f"{text_key!r} must be text, not {type(text).__name__}")
     try:
         return Document(name, text, text.encode()) if text else None
     except UnicodeEncodeError:
-        return Poison(name, half_of_a_pair(text_key))
+        return Rejected(name, half_of_a_pair(text_key))
 
 
 def decoded(name: str, data: bytes) -> Item:
     try:
         return Document(name, data.decode(), data)
     except UnicodeDecodeError as error:
-        return Poison(name, not_utf8(error))
+        return Rejected(name, not_utf8(error))
 
 
-def too_large(name: str, largest: int) -> Poison:
-    return Poison(name, f"more than {largest:,} bytes (max_document_mib)")
+def too_large(name: str, largest: int) -> Rejected:
+    return Rejected(name, f"more than {largest:,} bytes (max_document_mib)")
 
 
 def quiet_datasets() -> ModuleType:

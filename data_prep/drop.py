@@ -10,14 +10,14 @@ from data_prep.clean import digest_of
 from data_prep.encode import EncodeJob, UnitRecord, Watch, dropped_path, entry_of, save_record, watched
 from data_prep.encoder import Encoder
 from data_prep.token_file import PIECE, SPLITS, TokenFile, TokenFileEntry, TokenFileWriter, with_suffix
-from data_prep.unit import Unit
+from data_prep.unit import WorkUnit
 
 
 @dataclass(frozen=True)
 class DropCopies:
     """A task: a unit's files again, without the documents at `places` (as in `clean.KEPT`). None is out of them yet."""
 
-    unit: Unit
+    unit: WorkUnit
     record: UnitRecord
     places: np.ndarray
 

@@ -23,15 +23,15 @@ from data_prep.durable import durable
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError, headline
 from data_prep.long import LongDocument, cut, digest_and_size
-from data_prep.source import Document, Poison
+from data_prep.source import Document, Rejected
 from data_prep.token_file import SPLITS, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
-from data_prep.unit import Item, Unit
+from data_prep.unit import Item, WorkUnit
 
 UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
 BATCH_BYTES = 1 << 20
 READING = -1  # the place of a worker that waits for its next document, or writes: no document takes that time
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class EncodeJob:
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitStride:
     """Every `count`-th unit, from `index` on; by default all."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "UnitStride":
         """From "K/N". DataError unless 0 <= K < N."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -99,10 +99,10 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class EncodeUnit:
-    """A task: one unit. `careful`: a document at a time, after a crash; `poison`: documents known to be it."""
+    """A task: one unit. `one_at_a_time`: a document at a time, after a crash; `poison`: documents known to be it."""
 
-    unit: Unit
-    careful: bool = False
+    unit: WorkUnit
+    one_at_a_time: bool = False
     poison: dict[int, str] = field(default_factory=dict)
 
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
@@ -116,10 +116,10 @@ class EncodeUnit:
         with ExitStack() as files:
             writing = UnitFiles(self.unit, job, encoder, files)
             items = watched(job.corpus.items(self.unit, job.largest, partial(watch.at, READING)), watch)
-            for first, batch in batches(items, 1 if self.careful else BATCH_BYTES):
+            for first, batch in batches(items, 1 if self.one_at_a_time else BATCH_BYTES):
                 watch.at(first)
                 known = [
-                    Poison(item.id, self.poison[number]) if number in self.poison else item
+                    Rejected(item.id, self.poison[number]) if number in self.poison else item
                     for number, item in enumerate(batch, start=first)
                 ]
                 if isinstance(known[0], LongDocument):
@@ -138,7 +138,7 @@ class LongPoison(Exception):
         self.number, self.reason = number, reason
 
 
-def watched(things: Iterable[Thing], watch: Watch) -> Iterator[Thing]:
+def watched(things: Iterable[T], watch: Watch) -> Iterator[T]:
     """The same, the time until each of them comes counted as reading."""
     watch.at(READING)
     for thing in things:
@@ -164,7 +164,7 @@ def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]
 class UnitFiles:
     """The token files of one unit as they grow."""
 
-    def __init__(self, unit: Unit, job: EncodeJob, encoder: Encoder, files: ExitStack) -> None:
+    def __init__(self, unit: WorkUnit, job: EncodeJob, encoder: Encoder, files: ExitStack) -> None:
         self._unit, self._job, self._encoder, self._files = unit, job, encoder, files
         self._writers: dict[str, TokenFileWriter] = {}
         self._bytes = dict.fromkeys(SPLITS, 0)
@@ -195,8 +195,8 @@ class UnitFiles:
         ids_of = dict(zip(digests, encoded, strict=True))
         pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         for number, item in enumerate(batch):
-            ids = item if isinstance(item, Poison) else ids_of.get(number)
-            if isinstance(ids, Poison):
+            ids = item if isinstance(item, Rejected) else ids_of.get(number)
+            if isinstance(ids, Rejected):
                 self._quarantined.append((ids.id, ids.reason))
             elif ids is not None:
                 split = split_of(digests[number], self._job.val_fraction)
@@ -225,7 +225,7 @@ class UnitFiles:
         for text in cut(watched(document.pieces(), watch)):
             watch.at(number)
             (ids,) = self._encoder.encode_all([Document(document.id, text, text.encode())])
-            if isinstance(ids, Poison):
+            if isinstance(ids, Rejected):
                 raise LongPoison(number, ids.reason)
             writer.write(ids, [])
             self._bytes[split] += len(text.encode())
@@ -304,7 +304,7 @@ def save_record(path: Path, record: UnitRecord, vocab_size: int) -> None:
         file.write(json.dumps({**asdict(record), "dtype": token_dtype(vocab_size).str}).encode())
 
 
-def finished_unit(job: EncodeJob, unit: Unit) -> UnitRecord | None:
+def finished_unit(job: EncodeJob, unit: WorkUnit) -> UnitRecord | None:
     """The unit's record from an earlier run, if it is of the same input and its files are there, whole."""
     if job.clean.deduplicate and not digests_path(job.folder, unit.index).is_file():
         return None

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.bpe import PATTERNS
 from data_prep.errors import headline
 from data_prep.long import LongDocument, cut
-from data_prep.source import Document, Poison
+from data_prep.source import Document, Rejected
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer, may_have_long_run
 from data_prep.tokenizer_spec import RANKS_FILE
@@ -64,23 +64,23 @@ class Encoder:
         """From an output folder with its tokenizer in it."""
         return cls(Tokenizer.load(folder / TOKENIZER_FOLDER), folder, scheme)
 
-    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
+    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Rejected]:
         """The ids of each document; poison where the tokenizer fails on it, or its ids have not all of its text."""
         with muted():
             found = self._ids_of(documents)
         if self._size_of(found) == sum(len(document.data) for document in documents):
             return found
         return [
-            ids if isinstance(ids, Poison) or self._size_of([ids]) == len(document.data) else lost(document)
+            ids if isinstance(ids, Rejected) or self._size_of([ids]) == len(document.data) else lost(document)
             for document, ids in zip(documents, found, strict=True)
         ]
 
-    def _size_of(self, found: Sequence[np.ndarray | Poison]) -> int:
+    def _size_of(self, found: Sequence[np.ndarray | Rejected]) -> int:
         """Bytes of text of all ids."""
-        ids = [ids for ids in found if not isinstance(ids, Poison)]
+        ids = [ids for ids in found if not isinstance(ids, Rejected)]
         return int(self.bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
 
-    def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
+    def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Rejected]:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
             return [self._encode(document) for document in documents]
         if resident_bytes() > self._limit:
@@ -94,17 +94,17 @@ class Encoder:
                 raise
             return [self._encode(document) for document in documents]
 
-    def _encode(self, document: Document) -> np.ndarray | Poison:
+    def _encode(self, document: Document) -> np.ndarray | Rejected:
         try:
             return self._tokenizer.encode(document.text)
         except BaseException as error:
             if not is_panic(error):
                 raise
-            return Poison(document.id, f"the tokenizer failed: {type(error).__name__}: {headline(error)}")
+            return Rejected(document.id, f"the tokenizer failed: {type(error).__name__}: {headline(error)}")
 
 
-def lost(document: Document) -> Poison:
-    return Poison(document.id, "the tokenizer's pattern leaves some of its text out")
+def lost(document: Document) -> Rejected:
+    return Rejected(document.id, "the tokenizer's pattern leaves some of its text out")
 
 
 def is_panic(error: BaseException) -> bool:

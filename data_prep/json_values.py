@@ -20,7 +20,7 @@ WORD = re.compile(rb'[^\s,"{}\[\]]*+')
 BEGINS = b'{["-0123456789tfnNI'
 
 
-class Part(NamedTuple):
+class JsonPart(NamedTuple):
     """Bytes of the value that begins at `start` of the file. `last`: it ends with them."""
 
     start: int
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     last: bool
 
 
-def parts(blocks: Iterable[bytes]) -> Iterator[Part]:
+def parts(blocks: Iterable[bytes]) -> Iterator[JsonPart]:
     """The values, in parts: the elements of arrays at the top, and all that stands outside of arrays.
 
     ValueError for what begins no value, and for an end within a value or an array.
@@ -64,12 +64,12 @@ def parts(blocks: Iterable[bytes]) -> Iterator[Part]:
                 at += 1
                 mode = "string" if mode == "brackets" and mark == b'"' else "brackets"
             if ended:
-                yield Part(start, text[begin:at], True)
+                yield JsonPart(start, text[begin:at], True)
                 mode = "gap"
         if mode != "gap" and begin < len(text) - len(held):
-            yield Part(start, text[begin : len(text) - len(held)], False)
+            yield JsonPart(start, text[begin : len(text) - len(held)], False)
     if mode == "word":
-        yield Part(start, b"", True)
+        yield JsonPart(start, b"", True)
     elif mode != "gap" or in_array:
         raise ValueError(f"not JSON: it ends within {'an array' if mode == 'gap' else f'the value at byte {start}'}")
 

@@ -114,12 +114,12 @@ def half_of_a_pair(text_key: str) -> str:
 class LongRow:
     """One large row of JSON lines. Of two keys of one name the last counts, as in a short row.
 
-    So the row is gone through to its end once, and then again up to its text, as often as that is read. `beat` is
+    So the row is gone through to its end once, and then again up to its text, as often as that is read. `heartbeat` is
     called at each block: a long way to the text is no standstill.
     """
 
-    def __init__(self, row: BinaryIO, text_key: str, beat: Callable[[], None]) -> None:
-        self._row, self._key, self._beat = row, text_key, beat
+    def __init__(self, row: BinaryIO, text_key: str, heartbeat: Callable[[], None]) -> None:
+        self._row, self._key, self._beat = row, text_key, heartbeat
 
     def pieces(self) -> Iterator[str]:
         """Its text. ValueError if it has none, or is not JSON."""
@@ -183,10 +183,10 @@ def other_members(text_key: str) -> re.Pattern[str]:
     return re.compile(rf'(?:\s*+(?!"{key}"){PLAIN_STRING}\s*+:\s*+(?:{PLAIN_VALUE})\s*+,)*+')
 
 
-def row_blocks(row: BinaryIO, beat: Callable[[], None]) -> Iterator[bytes]:
+def row_blocks(row: BinaryIO, heartbeat: Callable[[], None]) -> Iterator[bytes]:
     row.seek(0)
     while block := row.read(source.BLOCK_BYTES):
-        beat()
+        heartbeat()
         yield block
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus import LISTED
+from data_prep.corpus import LISTING_KEYS
 from data_prep.durable import TEMPORARY_MARK, durable, exclusive, shared, sync_folder
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
@@ -140,7 +140,7 @@ class Output:
             raise DataError(f"{self._settings_path} is not JSON; delete {self.folder}") from error
         if self.tokenizer_from_corpus:
             return there
-        listed = {key: value for key, value in self.settings["corpus"].items() if key in LISTED}
+        listed = {key: value for key, value in self.settings["corpus"].items() if key in LISTING_KEYS}
         return {**there, "corpus": {**there["corpus"], **listed}}
 
     @property

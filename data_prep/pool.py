@@ -185,8 +185,8 @@ class Pool:
         if not isinstance(task, EncodeUnit) or place == READING or place in task.poison:
             raise DataError(f"{task.unit}: {reason}; finished units are kept, and the same command does the rest")
         fresh = self._workers[self._workers.index(worker)] = WorkerProcess(self._context, self._job, self._clock)
-        poison = {**task.poison, place: reason} if task.careful else task.poison
-        fresh.give(replace(task, careful=True, poison=poison))
+        poison = {**task.poison, place: reason} if task.one_at_a_time else task.poison
+        fresh.give(replace(task, one_at_a_time=True, poison=poison))
 
 
 def work(link: connection.Connection, numbers: Any, job: EncodeJob) -> None:

@@ -38,7 +38,7 @@ class Document(NamedTuple):
     data: bytes
 
 
-class Poison(NamedTuple):
+class Rejected(NamedTuple):
     """A document that cannot be used, and why."""
 
     id: str
@@ -296,23 +296,23 @@ def reading(path: str) -> Iterator[None]:
 
 
 def lines_of(
-    piece: Piece, limit: int, largest: int, beat: Callable[[], None]
+    piece: Piece, limit: int, largest: int, heartbeat: Callable[[], None]
 ) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
     """Each line that begins in the piece, or each value of VALUES: its offset in the text, its size, its bytes.
 
     A line of more than `limit` bytes is a temporary file, for a compressed one could only be found again from the
-    start; one of more than `largest` is not whole in it. `beat` is called now and then within a long line.
+    start; one of more than `largest` is not whole in it. `heartbeat` is called now and then within a long line.
     """
     with reading(piece.path), opened(piece.path, piece.form.compression) as stream:
         if piece.form.kind == VALUES:
-            yield from values_of(watched_blocks(stream, beat), limit, largest)
+            yield from values_of(watched_blocks(stream, heartbeat), limit, largest)
             return
         offset = piece.start
         if piece.start:
             assert piece.stop is None or piece.stop > piece.start
             stream.seek(piece.start - 1)
             most = None if piece.stop is None else piece.stop - piece.start + 1
-            offset += sum(map(len, rest_of_line(stream, most, beat))) - 1
+            offset += sum(map(len, rest_of_line(stream, most, heartbeat))) - 1
         while piece.stop is None or offset < piece.stop:
             line = stream.readline(limit + 1)
             if not line:
@@ -323,7 +323,7 @@ def lines_of(
             else:
                 file = TemporaryFile()  # noqa: SIM115 - gone with the last who reads it
                 file.write(line)
-                for block in rest_of_line(stream, None, beat):
+                for block in rest_of_line(stream, None, heartbeat):
                     size += len(block)
                     if size <= largest:
                         file.write(block)
@@ -331,10 +331,10 @@ def lines_of(
             offset += size
 
 
-def rest_of_line(stream: io.BufferedReader, most: int | None, beat: Callable[[], None]) -> Iterator[bytes]:
+def rest_of_line(stream: io.BufferedReader, most: int | None, heartbeat: Callable[[], None]) -> Iterator[bytes]:
     """What comes up to the end of the line, or `most` bytes of it."""
     while most != 0:
-        beat()
+        heartbeat()
         block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most))
         yield block
         most = None if most is None else most - len(block)
@@ -342,9 +342,9 @@ def rest_of_line(stream: io.BufferedReader, most: int | None, beat: Callable[[],
             return
 
 
-def watched_blocks(stream: io.BufferedReader, beat: Callable[[], None]) -> Iterator[bytes]:
+def watched_blocks(stream: io.BufferedReader, heartbeat: Callable[[], None]) -> Iterator[bytes]:
     while block := stream.read(BLOCK_BYTES):
-        beat()
+        heartbeat()
         yield block
 
 

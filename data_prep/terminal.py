@@ -16,7 +16,7 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + the signal's number, as s
 PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading: a pager, or a terminal after Ctrl-S
 PIECE = 4096  # bytes: a pipe that takes any takes as many without blocking
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)  # the reader has ended, or the terminal is closed
-OURS = ("data_prep", "pretrain", "launch")
+OWN_PACKAGES = ("data_prep", "pretrain", "launch")
 
 
 class Output(io.RawIOBase):
@@ -88,7 +88,7 @@ def begin() -> None:
 def begin_if_command() -> None:
     """Calls `begin` if this process is loading `python -m` of one of our modules, whose package is imported first."""
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
-    if module.partition(".")[0] in OURS:
+    if module.partition(".")[0] in OWN_PACKAGES:
         begin()
 
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from data_prep.long import LongDocument
-from data_prep.source import Document, Piece, Poison
+from data_prep.source import Document, Piece, Rejected
 
 LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
 
-Item = Document | LongDocument | Poison
+Item = Document | LongDocument | Rejected
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """A unit of work, and what it is: `pieces` of files, or the documents themselves. `size`: bytes, about."""
 
     index: int
@@ -39,14 +39,14 @@ class Unit:
         return digest.hexdigest()
 
 
-def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
+def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[WorkUnit]:
     """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again.
 
     Towards the end of the corpus units grow smaller, so that all cores end at about the same time.
     """
     waiting = list(pieces)
     left = sum(piece.size for piece in waiting)
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     unit: list[Piece] = []
     room = 0
 
@@ -65,7 +65,7 @@ def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[Unit]:
             close()
 
     def close() -> None:
-        units.append(Unit(len(units), sum(piece.size for piece in unit), tuple(unit)))
+        units.append(WorkUnit(len(units), sum(piece.size for piece in unit), tuple(unit)))
         unit.clear()
         open_unit()
 

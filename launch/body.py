@@ -13,9 +13,9 @@ from torch import nn
 
 from pretrain.engine.deepspeed import LARGEST_BUCKET, DeepSpeedConfig
 from pretrain.engine.fsdp2 import FSDP2Config
-from pretrain.settings import TrainConfig
-from pretrain.vocab import VocabShard
-from pretrain.vocab.parallel import Transfer, Workload
+from pretrain.placement import Transfer, Workload
+from pretrain.settings import JobConfig
+from pretrain.vocab.shard import RowShard
 
 FP32 = 4  # bytes: main weights, gradients, moments and sums
 COUNT, NORM = 8, 8  # bytes: what all ranks agree on in a step
@@ -31,7 +31,7 @@ class Shapes:
     rest: list[torch.Size]
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Shapes":
+    def of(cls, config: JobConfig) -> "Shapes":
         with torch.device("meta"):
             body = config.model.body()
         blocks: list[nn.Module] = list(body.blocks)
@@ -63,7 +63,7 @@ class Activations:
     formula: str
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Activations":
+    def of(cls, config: JobConfig) -> "Activations":
         return FAMILIES[config.model.family](config.model, config.engine.activation_checkpointing)
 
 
@@ -105,7 +105,7 @@ def numbers(part: Sequence[torch.Size]) -> int:
     return sum(shape.numel() for shape in part)
 
 
-class Body(Protocol):
+class BodyFootprint(Protocol):
     """One engine's. In `formulas` those of the four things that are held."""
 
     formulas: tuple[str, str, str, str]
@@ -126,7 +126,7 @@ class Body(Protocol):
     def transfers(self) -> list[Transfer]: ...
 
 
-def body_of(config: TrainConfig, shapes: Shapes, work: Workload, p: int, world: int) -> Body:
+def body_of(config: JobConfig, shapes: Shapes, work: Workload, p: int, world: int) -> BodyFootprint:
     """With p ranks on the vocab axis."""
     if isinstance(config.engine, DeepSpeedConfig):
         return OfDeepSpeed(config.engine, shapes, work, world)
@@ -141,9 +141,7 @@ class OfFSDP2:
     def __init__(self, engine: FSDP2Config, shapes: Shapes, work: Workload, p: int, world: int) -> None:
         self.engine, self.shapes, self.work, self.p, self.world = engine, shapes, work, p, world
         self.ranks = p if engine.hsdp else world
-        self.stepped = sum(
-            VocabShard.of(0, self.ranks, shape[0], multiple=1).rows_per_rank * shape[1:].numel() for shape in shapes.all
-        )
+        self.stepped = sum(RowShard(0, self.ranks, shape[0]).rows_per_rank * shape[1:].numel() for shape in shapes.all)
         self._held = 0 if engine.offload == "cpu" else self.stepped
 
     @property

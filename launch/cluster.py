@@ -29,7 +29,7 @@ ENDED = {
 ANSWER_SECONDS = 120
 TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
 CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
-OURS = {  # sbatch's keys that we or submitit write, and the setting to use instead
+OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to use instead
     "nodes": "cluster.nodes",
     "ntasks": "cluster.nodes and cluster.tasks_per_node",
     "ntasks-per-node": "cluster.tasks_per_node",
@@ -125,8 +125,8 @@ class ClusterConfig:
                 raise ValueError(f"cluster.sbatch.{key} is no option of sbatch")
             if isinstance(value, list | dict):
                 raise ValueError(f"cluster.sbatch.{key}={value} must be a word, a number, true or false")
-            if key in OURS:
-                raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OURS[key]}")
+            if key in OWNED_KEYS:
+                raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OWNED_KEYS[key]}")
 
     @property
     def ranks_of_a_node(self) -> int:

@@ -45,7 +45,7 @@ LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 
 
 @dataclass
-class CorpusConfig(TokenizeConfig):
+class TokenizeJobConfig(TokenizeConfig):
     """What the command says: a corpus to tokenise, where, and what becomes of the jobs."""
 
     cluster: ClusterConfig = MISSING
@@ -115,7 +115,7 @@ class CorpusTask:
 
 
 @dataclass(frozen=True)
-class Step:
+class JobStage:
     """One submission: its tasks, and which steps must have ended before it, and how."""
 
     name: str
@@ -131,12 +131,12 @@ class Step:
 def register() -> None:
     """Tells Hydra that, here, conf/tokenize.yaml has the keys of CorpusConfig."""
     app.register()
-    ConfigStore.instance().store(name="tokenize_schema", node=CorpusConfig)
+    ConfigStore.instance().store(name="tokenize_schema", node=TokenizeJobConfig)
 
 
 def asked_for(composed: DictConfig) -> bool:
     """Whether the configuration that was composed is this one."""
-    return OmegaConf.get_type(composed) is CorpusConfig
+    return OmegaConf.get_type(composed) is TokenizeJobConfig
 
 
 def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
@@ -148,7 +148,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
         raise ValueError("--multirun is not for tokenising: a command makes one folder")
     slurm.need_cluster(composed[0])
     config = app.config_of(composed[0])
-    assert isinstance(config, CorpusConfig)
+    assert isinstance(config, TokenizeJobConfig)
     slurm.need_slurm(config.dry_run)
     site.check(config.cluster, config.dry_run)
     output = app.output_of(config, config.here)
@@ -172,23 +172,23 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     return [each[0] for name, each in jobs.items() if name != PARTS] if config.tail else []
 
 
-def steps_of(config: CorpusConfig, prepared: bool) -> list[Step]:
+def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
     """What is to be submitted, in order. One task needs no parts.
 
     A tokenizer that is not trained is prepared here and not by a job: to download it takes a network.
     """
     count = config.cluster.tasks
-    last = Step(MANIFEST, [None], {PREPARE: "afterok", PARTS: "afterany"})
+    last = JobStage(MANIFEST, [None], {PREPARE: "afterok", PARTS: "afterany"})
     if count == 1:
         return [last]
-    parts = Step(PARTS, [f"{index}/{count}" for index in range(count)], {PREPARE: "afterok"})
+    parts = JobStage(PARTS, [f"{index}/{count}" for index in range(count)], {PREPARE: "afterok"})
     if prepared or not isinstance(config.tokenizer, BpeTokenizer):
         return [parts, last]
-    return [Step(PREPARE, [PREPARE]), parts, last]
+    return [JobStage(PREPARE, [PREPARE]), parts, last]
 
 
 def job_of(
-    config: CorpusConfig, step: Step, jobs: Mapping[str, str], snapshot: Snapshot
+    config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot
 ) -> tuple[Path, str, dict[str, Any], list[CorpusTask]]:
     """A step as `slurm.submit` takes it, given the ids of those before it."""
     here = Path.cwd()
@@ -199,7 +199,9 @@ def job_of(
     return config.jobs, config.cluster.task_python, parameters, tasks
 
 
-def submit(config: CorpusConfig, steps: list[Step], snapshot: Snapshot) -> dict[str, list[submitit.Job[object]]]:
+def submit(
+    config: TokenizeJobConfig, steps: list[JobStage], snapshot: Snapshot
+) -> dict[str, list[submitit.Job[object]]]:
     """All steps or none: when one is refused, those before it are cancelled."""
     jobs: dict[str, list[submitit.Job[object]]] = {}
     try:
@@ -217,7 +219,7 @@ def ids_of(jobs: Mapping[str, list[submitit.Job[object]]]) -> dict[str, str]:
     return {name: each[0].job_id.split("_")[0] for name, each in jobs.items()}
 
 
-def refuse_if_held(config: CorpusConfig) -> None:
+def refuse_if_held(config: TokenizeJobConfig) -> None:
     """ValueError while the jobs of an earlier command have not ended: of those the last waits for all others."""
     try:
         job = json.loads((config.jobs / JOB_FILE).read_text())["job"]
@@ -229,7 +231,7 @@ def refuse_if_held(config: CorpusConfig) -> None:
         )
 
 
-def farewell(config: CorpusConfig, jobs: Mapping[str, list[submitit.Job[object]]]) -> str:
+def farewell(config: TokenizeJobConfig, jobs: Mapping[str, list[submitit.Job[object]]]) -> str:
     ids = ids_of(jobs)
     each = f"{config.cluster.cpus_per_task} cores, at most {config.cluster.time}"
     return "\n".join(

@@ -15,8 +15,8 @@ from launch.hardware import GIB, Hardware
 from launch.step import Item, total
 from pretrain.engine.deepspeed import DeepSpeedConfig
 from pretrain.engine.fsdp2 import FSDP2Config
-from pretrain.settings import TrainConfig
-from pretrain.vocab.parallel import Transfer
+from pretrain.placement import Transfer
+from pretrain.settings import JobConfig
 
 CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the least
 
@@ -55,7 +55,7 @@ class Change:
     """settings: as on the command line. config: the training with them."""
 
     settings: tuple[str, ...]
-    config: TrainConfig
+    config: JobConfig
 
     @property
     def cost(self) -> tuple[bool, int]:
@@ -79,7 +79,7 @@ class Fit:
         return f"{shown(*self.settings)} ({figures})"
 
 
-def refusal(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], gpu: str, card: Hardware) -> str:
+def refusal(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], gpu: str, card: Hardware) -> str:
     """Says why the GPU cannot hold the training, and which settings it can; "" if it can."""
     needs, room = total(planned(config).chosen.memory), card.memory - card.reserved
     if needs <= room:
@@ -93,7 +93,7 @@ def refusal(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Pl
     return f"{cannot}; this fits: {found}"
 
 
-def fitting(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], room: int) -> Fit | None:
+def fitting(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], room: int) -> Fit | None:
     """The fewest changes that fit into `room` bytes; among these the fastest. Offloads only if nothing else fits."""
     changes = sorted(_changes(config, world), key=lambda change: change.cost)
     fits: defaultdict[tuple[bool, int], list[Fit]] = defaultdict(list)
@@ -112,7 +112,7 @@ def fitting(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Pl
     return None
 
 
-def _changes(config: TrainConfig, world: int) -> Iterator[Change]:
+def _changes(config: JobConfig, world: int) -> Iterator[Change]:
     """All of them together, and every part of them; the first is none."""
     smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
@@ -150,7 +150,7 @@ def _engines(engine: FSDP2Config | DeepSpeedConfig) -> list[tuple[tuple[str, ...
     return found
 
 
-def larger(config: TrainConfig, world: int, planned: Callable[[TrainConfig], Plan], room: int) -> str:
+def larger(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], room: int) -> str:
     """Says which larger train.micro_batch is the fastest, and what it gains; "" unless half of the room is empty."""
     plan = planned(config)
     needs, speed = total(plan.chosen.memory), plan.tokens / sum(plan.chosen.seconds)
@@ -178,7 +178,7 @@ def _sent(size: Size) -> float:
     return sum(one.sent for one in size.links)
 
 
-def _micro_batches(config: TrainConfig, world: int) -> list[int]:
+def _micro_batches(config: JobConfig, world: int) -> list[int]:
     """Those by which the ranks can share the batch."""
     samples = config.train.global_batch // world
     return [n for n in range(1, samples + 1) if samples % n == 0]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pretrain.vocab.parallel import Machine
+from pretrain.placement import Machine
 
 GB = 10**9
 GIB = 2**30

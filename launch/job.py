@@ -28,7 +28,7 @@ from pretrain.exits import Exit
 from pretrain.stops import StopRequests
 
 from .restart import Decision, History, RestartConfig, bad_node, cause, changes_at_start, decide, newest_step
-from .supervisor import SILENT, Record, Supervisor
+from .supervisor import NO_EXIT_STATUS, Record, Supervisor
 
 SLURM_SECONDS = 60  # for one answer of Slurm's
 RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
@@ -136,7 +136,7 @@ class Attempt:
             if other.name not in told and other.name != self.name and (records := other.records()):
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
                 first = cause(records)
-                if first.last == SILENT and records[0].last == SILENT:
+                if first.last == NO_EXIT_STATUS and records[0].last == NO_EXIT_STATUS:
                     first = records[0]  # the first rank is on the batch script's node, which has left no word either
                 history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
@@ -234,7 +234,7 @@ def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
         records = attempt.records()
         missing = set(range(ranks)) - {record.rank for record in records}
         records += [Record.silent(rank, "") for rank in missing]
-        if cause(records).last != SILENT or time.monotonic() >= late:
+        if cause(records).last != NO_EXIT_STATUS or time.monotonic() >= late:
             return records
         time.sleep(0.5)
 

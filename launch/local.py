@@ -33,8 +33,8 @@ from launch.restart import Decision, History, RestartConfig, cause, changes_at_s
 from launch.supervisor import Supervisor  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
-from pretrain.settings import TrainConfig  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, lock_run  # noqa: E402
+from pretrain.settings import JobConfig  # noqa: E402
 from pretrain.stops import StopRequests  # noqa: E402
 
 
@@ -58,8 +58,8 @@ def _composed(composed: DictConfig) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         data = configuration.check(config, nproc, device, warn=warn, environment=os.environ)
         configuration.check_logs(config)
-        with hold(config.run_dir, LAUNCH_LOCK):
-            with hold(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
+        with lock_run(config.run_dir, LAUNCH_LOCK):
+            with lock_run(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
                 done = configuration.finished(config, data)
                 if done is None:
                     configuration.freeze(config, data)
@@ -81,7 +81,7 @@ def ranks_here(nproc: object) -> int:
     return nproc or gpus or 1
 
 
-def run_ranks(config: TrainConfig, nproc: int, restart: RestartConfig) -> int:
+def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:
     """Runs the ranks to their end, and again where that is what the policy says; 0 if all went well in the end.
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
@@ -121,7 +121,7 @@ def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
     return {rank: given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)}
 
 
-def farewell(config: TrainConfig) -> str:
+def farewell(config: JobConfig) -> str:
     run = config.run.dir
     own = "" if Path.cwd() == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
     sample = shown("python", "-m", "pretrain.generate", f"run={run}", "prompt=def ")

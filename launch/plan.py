@@ -23,13 +23,13 @@ from launch import cluster as slurm  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from launch.fit import larger, refusal  # noqa: E402
 from launch.hardware import HARDWARE, Hardware  # noqa: E402
-from launch.step import Item, Step, total  # noqa: E402
+from launch.step import Item, StepCost, total  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.announce import counts, parameters  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
-from pretrain.settings import TrainConfig  # noqa: E402
+from pretrain.placement import UPDATE, Transfer, estimate  # noqa: E402
+from pretrain.settings import JobConfig  # noqa: E402
 from pretrain.vocab.kernels import choose_kernels  # noqa: E402
-from pretrain.vocab.parallel import UPDATE, Transfer, estimate  # noqa: E402
 
 MIB = 2**20
 AXES = ("vocab", "dp", "world")
@@ -120,7 +120,7 @@ class Plan:
         return _aligned(rows)
 
 
-def plan(config: TrainConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
+def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
     """For a vocabulary of `rows` on `world` ranks, `node` of them on each node. ValueError where the settings clash."""
     config.train.check_world(world)
     device, bf16 = hardware.device, hardware.bf16
@@ -128,14 +128,14 @@ def plan(config: TrainConfig, rows: int, world: int, node: int, hardware: Hardwa
     dtype, kernels = config.train.compute_dtype(device, bf16), choose_kernels(torch.device(device))
     work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
     sizes = {
-        p: _size(Step(config, work, p, world, dtype, kernels), node, hardware)
+        p: _size(StepCost(config, work, p, world, dtype, kernels), node, hardware)
         for p in range(1, world + 1)
         if world % p == 0
     }
     return Plan(hardware, list(sizes.values()), sizes[chosen], work.tokens * work.micro_batches)
 
 
-def _size(step: Step, node: int, hardware: Hardware) -> Size:
+def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
     links = [*step.of_matrix(), *step.of_body()]
     near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
     for one in links:
@@ -153,7 +153,7 @@ def _size(step: Step, node: int, hardware: Hardware) -> Size:
     return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
 
 
-def _outside(one: Transfer, step: Step, node: int) -> float:
+def _outside(one: Transfer, step: StepCost, node: int) -> float:
     """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
     if step.world <= node or (one.axis == "vocab" and step.p <= node and node % step.p == 0):
         return 0.0
@@ -174,7 +174,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> str
     return "\n".join(lines)
 
 
-def draw(config: TrainConfig, world: int, node: int, hardware: Hardware, path: Path) -> None:
+def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Path) -> None:
     """Peak memory and time of a step over the rows, for worlds of one node and more, each rank's tokens the same."""
     try:
         from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ def _composed(composed: DictConfig) -> None:
         hardware = HARDWARE[cluster.gpu or "cpu"]
         node, world = cluster.ranks_of_a_node, cluster.ranks
 
-        def planner(changed: TrainConfig) -> Plan:
+        def planner(changed: JobConfig) -> Plan:
             return plan(changed, rows, world, node, hardware)
 
         planned = planner(config)
@@ -240,7 +240,7 @@ def _composed(composed: DictConfig) -> None:
             print(f"\nfits: {room}")
 
 
-def _training(composed: DictConfig) -> tuple[TrainConfig, int]:
+def _training(composed: DictConfig) -> tuple[JobConfig, int]:
     """A plan needs no run, and no data where the rows are given."""
     composed.run.dir = composed.run.dir or "not a run"
     known = composed.data.path or composed.data.corpora

@@ -23,11 +23,11 @@ from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine import Engine
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
-from pretrain.model import LanguageModel
-from pretrain.optim import MatrixOptimizer, OptimConfig
-from pretrain.settings import TrainConfig
+from pretrain.models.language_model import LanguageModel
+from pretrain.optim import OptimConfig, VocabOptimizer
+from pretrain.settings import JobConfig
 from pretrain.train import build_model
-from pretrain.trainer import LoopConfig, Trainer
+from pretrain.trainer import Trainer, TrainingConfig
 from pretrain.vocab import VocabShard
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.kernels.torch import TorchKernels
@@ -51,7 +51,7 @@ class Stage:
         self.trainer.train_step(self.batch)
 
 
-def rehearse(config: TrainConfig, rows: int, parallel: int, world: int) -> None:
+def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
     """One step on `world` ranks, `parallel` of them to a copy of the matrix. ValueError where its shapes clash.
 
     Two blocks stand for all, which are alike, and a micro-batch for all. DeepSpeed looks at numbers, so FSDP2 stands in
@@ -72,7 +72,7 @@ def rehearse(config: TrainConfig, rows: int, parallel: int, world: int) -> None:
 
 @contextmanager
 def staged(
-    config: TrainConfig,
+    config: JobConfig,
     rows: int,
     parallel: int,
     world: int,
@@ -109,7 +109,7 @@ def staged(
         dist.destroy_process_group()
 
 
-def text_like(ranks: int, config: TrainConfig, rows: int) -> list[Tensor]:
+def text_like(ranks: int, config: JobConfig, rows: int) -> list[Tensor]:
     """[B, T] of each rank; Zipf's law: low ids are frequent."""
     sequences, length = config.train.micro_batch, config.seq_len
     frequency = 1.0 / torch.arange(1, rows + 1)
@@ -121,9 +121,9 @@ def text_like(ranks: int, config: TrainConfig, rows: int) -> list[Tensor]:
 def trainer_of(
     model: LanguageModel,
     engine: Engine,
-    matrix: MatrixOptimizer,
+    matrix: VocabOptimizer,
     mesh: Mesh,
-    loop: LoopConfig,
+    loop: TrainingConfig,
     optim: OptimConfig,
     before_update: Callable[[], None] = lambda: None,
 ) -> Trainer:

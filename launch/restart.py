@@ -14,10 +14,10 @@ from typing import Any
 from pretrain.changes import Change, settings_changed
 from pretrain.exits import RESTARTS_FILE, Exit
 
-from .supervisor import SILENT, Record
+from .supervisor import NO_EXIT_STATUS, Record
 
 NEEDED = {"job", "from", "step", "decision"}  # keys of a line that something here reads
-NEVER = {
+HOPELESS = {
     Exit.REFUSED: "the same settings would be refused again",
     Exit.DIVERGED: "the same steps would diverge again",
     Exit.CANNOT_MEET: "the ranks cannot meet with the same settings",
@@ -58,11 +58,13 @@ def cause(records: Iterable[Record]) -> Record:
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        told = record.last != SILENT  # who is silent may have been ended by Slurm, because of another one
+        told = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
         return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
 
     first = max(records, key=order)
-    unknown = first.last == SILENT and len({record.host for record in records if record.last == SILENT}) > 1
+    unknown = (
+        first.last == NO_EXIT_STATUS and len({record.host for record in records if record.last == NO_EXIT_STATUS}) > 1
+    )
     return replace(first, host="") if unknown else first
 
 
@@ -85,8 +87,8 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
         return Decision.RESTART, f"stopped on request, and {saved}"
     if ending.asked:  # such as a job whose time limit is shorter than its start
         return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
-    if ending in NEVER:
-        return Decision.GIVE_UP, NEVER[ending]
+    if ending in HOPELESS:
+        return Decision.GIVE_UP, HOPELESS[ending]
     if ending is Exit.OUT_OF_MEMORY and not progress:  # with progress it is rare, or others used the memory
         return Decision.GIVE_UP, "the same settings would run out of memory again"
     if config.without_progress == 0:

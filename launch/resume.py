@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.overrides import home
 from pretrain import config as configuration
 from pretrain.changes import CONFIG_FILE
-from pretrain.config import ALONE, PARTS
+from pretrain.config import PARTS, TOP_LEVEL_KEYS
 
 FAMILY = "family/"  # begins the name of the option that has a family's keys alone
 
@@ -45,7 +45,7 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
     for override in overrides:
         key, value = _key(override), _value(override)
         part = key.partition(".")[0]
-        if part not in PARTS and part not in ALONE:
+        if part not in PARTS and part not in TOP_LEVEL_KEYS:
             continue
         if key in PARTS:  # a choice; that of the same engine changes nothing
             if not value.startswith(FAMILY) and not (key == "engine" and value == frozen.engine.name):

@@ -51,9 +51,9 @@ from launch.snapshot import Snapshot, import_from  # noqa: E402
 from pretrain import config as configuration  # noqa: E402
 from pretrain.announce import counts, parameters  # noqa: E402
 from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, hold  # noqa: E402
+from pretrain.config import LAUNCH_LOCK, lock_run  # noqa: E402
 from pretrain.data import Data  # noqa: E402
-from pretrain.settings import RunConfig, TrainConfig  # noqa: E402
+from pretrain.settings import JobConfig, RunConfig  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
 ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
@@ -74,7 +74,7 @@ class LaunchConfig:
 class Run:
     """One training of the command. model: its parameter counts, in words."""
 
-    config: TrainConfig
+    config: JobConfig
     data: Data
     model: str
 
@@ -155,9 +155,9 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
     with ExitStack() as locks:
         try:
             for run in runs:
-                locks.enter_context(hold(run.dir, LAUNCH_LOCK))
+                locks.enter_context(lock_run(run.dir, LAUNCH_LOCK))
                 refuse_if_held(run.dir)  # by a launcher that was quicker
-                with hold(run.dir, RANKS_LOCK):
+                with lock_run(run.dir, RANKS_LOCK):
                     configuration.freeze(run.config, run.data)
             snapshot.save(base / "code")
             jobs = slurm.submit(*job)
@@ -224,7 +224,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     configuration.check_logs(config)
     rows = configuration.vocab_rows(config, data)
 
-    def planned(changed: TrainConfig) -> Plan:
+    def planned(changed: JobConfig) -> Plan:
         return plan(changed, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
 
     if cluster.gpu and (refused := refusal(config, cluster.ranks, planned, cluster.gpu, hardware)):

@@ -9,14 +9,14 @@ from functools import cached_property
 
 import torch
 
-from launch.body import FP32, Activations, Body, Shapes, body_of
+from launch.body import FP32, Activations, BodyFootprint, Shapes, body_of
 from pretrain.lens import Method
 from pretrain.lens.monitor import MEMORY_MIB
-from pretrain.settings import TrainConfig
-from pretrain.vocab import VocabShard
+from pretrain.placement import DISTINCT, Transfer, Workload, transfers
+from pretrain.settings import JobConfig
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
-from pretrain.vocab.parallel import DISTINCT, Transfer, Workload, transfers
+from pretrain.vocab.shard import RowShard
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ def total(items: list[Item]) -> int:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """One step of rank 0 of `world`, `p` of them to a copy of the matrix. dtype: that it computes in."""
 
-    config: TrainConfig
+    config: JobConfig
     work: Workload
     p: int
     world: int
@@ -52,12 +52,12 @@ class Step:
         return Activations.of(self.config)
 
     @cached_property
-    def body(self) -> Body:
+    def body(self) -> BodyFootprint:
         return body_of(self.config, self.shapes, self.work, self.p, self.world)
 
     @cached_property
-    def shard(self) -> VocabShard:
-        return VocabShard.of(0, self.p, self.work.rows, multiple=1)
+    def shard(self) -> RowShard:
+        return RowShard(0, self.p, self.work.rows)
 
     @cached_property
     def chunk(self) -> int:

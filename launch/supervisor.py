@@ -31,7 +31,7 @@ ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
 NOTICE_SECONDS = 0.5  # for a thread of a rank to learn that it is about to be stopped
 DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
 KEPT_BYTES = 1 << 18  # of a rank's stderr
-SILENT = "gone without a word"
+NO_EXIT_STATUS = "gone without a word"
 STACKS = b"(most recent call first):"  # faulthandler's, as is this
 INNERMOST = re.compile(r'^(Current thread|Thread) .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host: this does, soon after
@@ -63,7 +63,7 @@ class Record:
     @classmethod
     def silent(cls, rank: int, host: str) -> "Record":
         """Of a rank whose end nobody has seen: it, its supervisor or its node is gone."""
-        return cls(rank, Exit.KILLED, -signal.SIGKILL, SILENT, host=host)
+        return cls(rank, Exit.KILLED, -signal.SIGKILL, NO_EXIT_STATUS, host=host)
 
     @classmethod
     def of_dict(cls, fields: dict[str, Any]) -> "Record":
@@ -72,8 +72,8 @@ class Record:
     @property
     def how(self) -> str:
         """In words."""
-        if self.last == SILENT:
-            return SILENT
+        if self.last == NO_EXIT_STATUS:
+            return NO_EXIT_STATUS
         if self.ending is Exit.HUNG:
             return f"hung in {self.last}"
         if self.code < 0:

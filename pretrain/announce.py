@@ -8,13 +8,13 @@ from .changes import Change, table
 from .checkpoint import TrainState
 from .data import Data, PackedWindows, Samples
 from .mesh import Mesh
-from .model import LanguageModel
-from .settings import TrainConfig
-from .vocab.parallel import Parallel
+from .models.language_model import LanguageModel
+from .placement import Parallel
+from .settings import JobConfig
 
 
 def announce(
-    config: TrainConfig,
+    config: JobConfig,
     data: Data,
     samples: Samples,
     model: LanguageModel,
@@ -41,14 +41,14 @@ def announce(
     )
 
 
-def counts(config: TrainConfig, rows: int) -> tuple[int, int]:
+def counts(config: JobConfig, rows: int) -> tuple[int, int]:
     """Parameters of the body, and of one matrix of that many rows. Allocates nothing."""
     with torch.device("meta"):
         body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
     return body, rows * config.model.width
 
 
-def parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
+def parameters(config: JobConfig, body: int, matrix: int, rows: int) -> str:
     """Of the model as it is, and as it would be with the other choice."""
     tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
     untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
@@ -59,7 +59,7 @@ def parameters(config: TrainConfig, body: int, matrix: int, rows: int) -> str:
     return f"{tied} (tied; untied: {(body + 2 * matrix) / 1e6:.1f}M, {2 * matrix / 1e6:.1f}M in 2)"
 
 
-def not_validated(config: TrainConfig, data: Data) -> list[str]:
+def not_validated(config: JobConfig, data: Data) -> list[str]:
     """One line if evaluations are asked for and a corpus has no validation split."""
     without = [title for title, corpus in data.corpora.items() if sum(file.size for file in corpus.val) < 2]
     if not config.eval.every or not without:

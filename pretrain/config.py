@@ -39,11 +39,11 @@ from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .exits import RESTARTS_FILE
 from .interop import check_initial, folder_of, special_tokens
-from .llama import LlamaConfig
-from .model import GPT2Config
-from .settings import CONFIG_FILE, TrainConfig
+from .models.gpt2 import GPT2Config
+from .models.llama import LlamaConfig
+from .placement import Machine, Parallel, Workload, choose_parallel
+from .settings import CONFIG_FILE, JobConfig
 from .vocab import VocabConfig, VocabShard
-from .vocab.parallel import Machine, Parallel, Workload, choose_parallel
 
 ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}
 MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}
@@ -51,9 +51,9 @@ LAUNCH_LOCK = ".launch.lock"  # held by the launcher, as RANKS_LOCK is by rank 0
 
 
 Warn = Callable[[str], None]
-ALONE = ("seed", "init_from")  # of no group
-LATER = {"monitor"}  # groups that frozen configurations may lack: they came later
-PARTS: dict[str, type] = {item.name: item.type for item in fields(TrainConfig) if item.name not in ALONE}  # type: ignore[misc]
+TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
+OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
+PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
 
 
 def register() -> None:
@@ -73,11 +73,11 @@ def register() -> None:
         store.store(group=group, name="default", node=node)
 
 
-def build(composed: DictConfig) -> TrainConfig:
+def build(composed: DictConfig) -> JobConfig:
     """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
     for key in map(str, composed):
-        if key not in {*ALONE, *PARTS}:
-            raise ValueError(unknown(key, [*ALONE, *PARTS]))
+        if key not in {*TOP_LEVEL_KEYS, *PARTS}:
+            raise ValueError(unknown(key, [*TOP_LEVEL_KEYS, *PARTS]))
     engine, model = composed.engine.name, composed.model.family
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
@@ -88,7 +88,7 @@ def build(composed: DictConfig) -> TrainConfig:
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
     init_from = composed.get("init_from")
-    return TrainConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)
+    return JobConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)
 
 
 def _part(name: str, kind: type, given: Any) -> Any:
@@ -106,12 +106,12 @@ def _part(name: str, kind: type, given: Any) -> Any:
 
 def _group(composed: DictConfig, name: str) -> Any:
     """A run that was frozen before a group was there has its defaults."""
-    if name not in composed and name not in LATER:
+    if name not in composed and name not in OPTIONAL_GROUPS:
         raise ValueError(f"{name} is missing: a configuration has {', '.join(PARTS)}")
     return composed.get(name, {})
 
 
-def freeze(config: TrainConfig, data: Data) -> None:
+def freeze(config: JobConfig, data: Data) -> None:
     """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself.
 
     If the settings have changed, the file of the start before is kept as config-0001.yaml, config-0002.yaml, ...
@@ -123,7 +123,7 @@ def freeze(config: TrainConfig, data: Data) -> None:
     write(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer), special)
 
 
-def write(config: TrainConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
+def write(config: JobConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
     """Does what `freeze` does, with a tokenizer and special tokens at hand."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -135,20 +135,20 @@ def write(config: TrainConfig, tokenizer: TokenizerSpec | None, special: Special
         file.write(text(config).encode())
 
 
-def text(config: TrainConfig) -> str:
+def text(config: JobConfig) -> str:
     """What is frozen."""
     return OmegaConf.to_yaml(asdict(config))
 
 
 @contextmanager
-def hold(run: Path, lock: str) -> Iterator[None]:
+def lock_run(run: Path, lock: str) -> Iterator[None]:
     """Holds the run's folder for this process and its life. Raises ValueError if another one does."""
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / lock, f"run.dir={run} is in use by another process: stop it, or choose another run.dir"):
         yield
 
 
-def load(path: Path) -> TrainConfig:
+def load(path: Path) -> JobConfig:
     """Reads a frozen configuration."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a run's configuration, such as {path / CONFIG_FILE}")
@@ -164,7 +164,7 @@ def load(path: Path) -> TrainConfig:
 
 
 def check(
-    config: TrainConfig,
+    config: JobConfig,
     world: int,
     device_type: str,
     bf16: bool | None = None,
@@ -186,7 +186,7 @@ def check(
         compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
         check_compilers(device_type, compiles, config.data.masked, environment)
     data = open_data(config.data)
-    if config.monitor.lens and not held_out(config, data):
+    if config.monitor.lens and not validation_windows(config, data):
         raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
     rows = vocab_rows(config, data)
     vocab_parallel(config, rows, world, world, device_type, bf16)
@@ -205,7 +205,7 @@ def check(
     return data
 
 
-def check_logs(config: TrainConfig) -> None:
+def check_logs(config: JobConfig) -> None:
     """DataError if what a run writes besides checkpoints could not be. For the launcher: a run goes on without it."""
     key, run = f"run.dir={config.run.dir}", config.run_dir
     for folder in (TOKENIZER_FOLDER, *(["tensorboard"] if config.log.tensorboard else [])):
@@ -214,7 +214,7 @@ def check_logs(config: TrainConfig) -> None:
         check_file(key, run / file)
 
 
-def finished(config: TrainConfig, data: Data) -> str | None:
+def finished(config: JobConfig, data: Data) -> str | None:
     """One line if there is nothing left to train, evaluate or repair; else None.
 
     Reads the newest checkpoint against its hashes: if it is damaged, the ranks fall back to the one before.
@@ -223,7 +223,7 @@ def finished(config: TrainConfig, data: Data) -> str | None:
     if newest is None or step_of(newest) < config.train.last_step:
         return None
     step, steps, every = step_of(newest), config.train.steps, config.eval.every
-    evaluates = data.bytes_of_ids is not None and held_out(config, data)
+    evaluates = data.bytes_of_ids is not None and validation_windows(config, data)
     due = step == steps or (every and step % every == 0)
     try:
         saved = read_manifest(newest)
@@ -240,7 +240,7 @@ def finished(config: TrainConfig, data: Data) -> str | None:
     )
 
 
-def vocab_rows(config: TrainConfig, data: Data) -> int:
+def vocab_rows(config: JobConfig, data: Data) -> int:
     """V: vocab.size, or the tokenizer's where it is null."""
     size, needed = config.vocab.size, data.vocab_size
     if size is None and needed is None:
@@ -253,14 +253,14 @@ def vocab_rows(config: TrainConfig, data: Data) -> int:
 
 
 def vocab_parallel(
-    config: TrainConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
+    config: JobConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
 ) -> Parallel:
     """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check`."""
     work = vocab_workload(config, rows, world, config.train.compute_dtype(device_type, bf16).itemsize)
     return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 
-def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) -> Workload:
+def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> Workload:
     """What a rank's matrix has to do in a step, `itemsize` bytes to a number of the compute dtype."""
     return Workload(
         rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
@@ -273,7 +273,7 @@ def vocab_workload(config: TrainConfig, rows: int, world: int, itemsize: int) ->
     )
 
 
-def samples(config: TrainConfig, data: Data) -> Samples:
+def samples(config: JobConfig, data: Data) -> Samples:
     """The windows of the data's corpora, in the order of the run."""
     sources = {}
     for title, corpus in data.corpora.items():
@@ -287,13 +287,13 @@ def samples(config: TrainConfig, data: Data) -> Samples:
     return Samples(sources, data.blend)
 
 
-def held_out(config: TrainConfig, data: Data) -> dict[str, Windows]:
+def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
     """The windows of the validation splits, by the titles of the corpora that have any."""
     windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
     return {title: of for title, of in windows.items() if len(of)}
 
 
-def about(config: TrainConfig, data: Data) -> dict[str, Any]:
+def about(config: JobConfig, data: Data) -> dict[str, Any]:
     """What a checkpoint says of the run it is of."""
     return {
         "config": asdict(config),
@@ -302,7 +302,7 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
     }
 
 
-def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
+def _check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
     """The model, its vocabulary and the order of the data belong to a run; the rest may change.
 
     When a tied matrix is split may change as long as it is still to come. Of weights that were imported no sample has
@@ -327,9 +327,9 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
     began = saved.get("init_from")
     if config.init_from is not None and (began is None or folder_of(began) != folder_of(config.init_from).absolute()):
         _refuse(config, f"init_from={began or 'null'}", config.init_from)
-    step, was_split = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
-    if config.vocab.tie == "tied" and config.vocab.split_by(step) != was_split.split_by(step):
-        before, now_at = ("null" if at is None else at for at in (was_split.untie_at, config.vocab.untie_at))
+    step, was_untied = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
+    if config.vocab.tie == "tied" and config.vocab.untied_at(step) != was_untied.untied_at(step):
+        before, now_at = ("null" if at is None else at for at in (was_untied.untie_at, config.vocab.untie_at))
         _refuse(config, f"vocab.untie_at={before} at step {step}", f"{now_at}")
     if manifest["vocab_size"] != rows:
         _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
@@ -337,7 +337,7 @@ def _check_resumable(config: TrainConfig, data: Data, rows: int, manifest: dict[
         _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{data.tokenizer_fingerprint}")
 
 
-def _same_rows(config: TrainConfig, data: Data) -> bool:
+def _same_rows(config: JobConfig, data: Data) -> bool:
     """Of data and run, as far as both have a tokenizer."""
     of_run = config.run_dir / TOKENIZER_FOLDER
     if data.tokenizer is None or not of_run.is_dir():
@@ -345,7 +345,7 @@ def _same_rows(config: TrainConfig, data: Data) -> bool:
     return TokenizerSpec.load(of_run).has_rows_of(TokenizerSpec.load(data.tokenizer))
 
 
-def _refuse(config: TrainConfig, was: str, now: str) -> None:
+def _refuse(config: JobConfig, was: str, now: str) -> None:
     raise ValueError(
         f"run.dir={config.run.dir} holds a run with {was}, this command says {now}: choose another run.dir, or the"
         " settings of that run"

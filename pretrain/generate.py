@@ -22,9 +22,9 @@ from data_prep.tokenizer import Tokenizer
 
 from . import config as configuration
 from .arguments import defaults, settings_of
-from .checkpoint import CheckpointError, check_files, checkpoint_of, read_manifest, read_tensors, unread_model
+from .checkpoint import CheckpointError, check_files, checkpoint_of, model_for_reading, read_manifest, read_tensors
 from .mesh import ranks_or_alone
-from .model import LanguageModel
+from .models.language_model import LanguageModel
 from .rendezvous import NotMet
 from .vocab.sampling import check_sampling, sample
 
@@ -120,7 +120,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
     with torch.device("meta"):
         body = config.model.body()
     rows, width, saved = manifest["vocab_size"], config.model.width, manifest["tensors"]
-    model, tensors = unread_model(body, config.vocab, rows, width, device, saved=saved)
+    model, tensors = model_for_reading(body, config.vocab, rows, width, device, saved=saved)
     read_tensors(folder, tensors, alone=model.vocab.group is None)
     return model, config.model.context
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from .checkpoint import CheckpointManager
 from .data import IGNORED, MicroBatch
 from .monitor import MetricsLog
-from .stops import Reason
-from .trainer import Report, Trainer
+from .stops import StopReason
+from .trainer import StepReport, Trainer
 from .vocab.collectives import on_host
 from .vocab.lookup import LookupTraffic
 
@@ -32,7 +32,7 @@ class EvalConfig:
                 raise ValueError(f"eval.{key}={getattr(self, key)} must not be negative")
 
 
-class Evaluate:
+class EvalHook:
     """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Evaluate:
         """`batches`: of each corpus, by its title."""
         self.config, self.batches, self.bytes_of_ids_V = config, batches, bytes_of_ids_V
 
-    def __call__(self, trainer: Trainer, report: Report) -> None:
+    def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if self._due(trainer):
             report.scalars |= self._measured(trainer)
 
@@ -85,7 +85,7 @@ class Evaluate:
         return scalars
 
 
-class Log:
+class LogHook:
     """Every few steps, on the last one, and whenever another hook has measured something, or a stop kept it from that.
     Rank 0 holds the log.
     """
@@ -94,11 +94,11 @@ class Log:
         self.every, self.log = every, log
         self.tokens, self.seconds, self.waited = 0, 0.0, 0.0  # since the last logged step
 
-    def __call__(self, trainer: Trainer, report: Report) -> None:
+    def __call__(self, trainer: Trainer, report: StepReport) -> None:
         self.tokens += report.tokens
         self.seconds += report.seconds
         self.waited += report.waited
-        last = report.step == trainer.loop.last_step or trainer.reason is not Reason.NONE
+        last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
         if report.step % self.every and not report.scalars and not last:
             return
         dist.all_reduce(report.loss)
@@ -136,12 +136,12 @@ def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
     return {"lookup_saved": step.saved, "lookup_balance": step.balance}
 
 
-class Save:
-    """A checkpoint every few steps. After `Evaluate`: what that has measured goes into it."""
+class CheckpointHook:
+    """A checkpoint every few steps. After `EvalHook`: what that has measured goes into it."""
 
     def __init__(self, every: int, manager: CheckpointManager) -> None:
         self.every, self.manager = every, manager
 
-    def __call__(self, trainer: Trainer, report: Report) -> None:
+    def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if report.step % self.every == 0:
             self.manager.save(trainer.state)

@@ -12,7 +12,7 @@ import torch
 
 from .engine.fsdp2 import FSDP2Config
 from .mesh import Mesh
-from .settings import TrainConfig
+from .settings import JobConfig
 
 GIB = 2**30
 HOST = "DefaultCPUAllocator"  # torch's own: a RuntimeError that only its text tells from others
@@ -24,7 +24,7 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def shortage_named(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+def shortage_named(config: JobConfig, mesh: Mesh) -> Iterator[None]:
     """Raises OutOfMemory in place of what torch, CUDA or Python raise when memory runs out."""
     try:
         yield
@@ -51,7 +51,7 @@ def _host_shortage(error: Exception) -> str:
     return f"the host is out of memory: {what}{rest}"
 
 
-def _need_less(config: TrainConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
+def _need_less(config: JobConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
     """Settings that need less memory than those of the run, the cheapest in time first."""
     engine, on_gpu = config.engine, mesh.device.type == "cuda"
     less = []

@@ -16,7 +16,7 @@ from .vocab.collectives import on_host
 
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = timedelta(minutes=1)  # for ranks that may be none: RANK can be left over, as in a pod of a training
-ALONE = " (RANK and WORLD_SIZE are set in the environment: unset them to run alone)"
+RUN_ALONE_HINT = " (RANK and WORLD_SIZE are set in the environment: unset them to run alone)"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _gpu_of(local_rank: int) -> int:
 def ranks_or_alone() -> Iterator[torch.device]:
     """For what needs no ranks: those that torchrun has started, see `ranks`, or this process without a group."""
     if has_peers():
-        with ranks(patience=PATIENCE, remark=ALONE) as device:
+        with ranks(patience=PATIENCE, remark=RUN_ALONE_HINT) as device:
             yield device
     else:
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")

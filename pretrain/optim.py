@@ -108,7 +108,7 @@ class OptimConfig:
             )
 
 
-class MatrixOptimizer:
+class VocabOptimizer:
     """AdamW on this rank's rows. The rows are replicated over `dp`, and stay equal: same gradient, same step."""
 
     def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh) -> None:

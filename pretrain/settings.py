@@ -10,11 +10,11 @@ from .engine.deepspeed import DeepSpeedConfig
 from .engine.fsdp2 import FSDP2Config
 from .hooks import EvalConfig
 from .interop import folder_of
-from .llama import LlamaConfig
-from .model import GPT2Config
+from .models.gpt2 import GPT2Config
+from .models.llama import LlamaConfig
 from .monitor import LogConfig, MonitorConfig
 from .optim import OptimConfig
-from .trainer import LoopConfig
+from .trainer import TrainingConfig
 from .vocab import VocabConfig
 
 LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
@@ -32,7 +32,7 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig:
+class JobConfig:
     """All settings of a run. init_from: hf:DIR begins with the weights of a Hugging Face model; null: drawn by seed."""
 
     seed: int
@@ -41,7 +41,7 @@ class TrainConfig:
     data: DataConfig
     optim: OptimConfig
     engine: FSDP2Config | DeepSpeedConfig
-    train: LoopConfig
+    train: TrainingConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig

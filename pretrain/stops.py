@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 MEETING_SECONDS = 30.0  # for a rank that was asked before it came to the meeting place: the others may be on the way
 
 
-class Reason(IntEnum):
+class StopReason(IntEnum):
     """Why all ranks stop; of several, the highest counts."""
 
     NONE = 0
@@ -23,7 +23,7 @@ class Reason(IntEnum):
     UNSAVED = 3  # a save in the background has failed
 
 
-Stop = tuple[Reason, Callable[[], bool]]  # asked by each rank at each step edge: whether there is that reason
+StopCheck = tuple[StopReason, Callable[[], bool]]  # asked by each rank at each step edge: whether there is that reason
 
 
 class StopRequests:

@@ -24,21 +24,21 @@ from . import config as configuration
 from .announce import announce
 from .changes import markdown, settings_changed
 from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
-from .config import hold
+from .config import lock_run
 from .data import BatchLoader, Data, MicroBatch, validation_batches
 from .engine import Engine
 from .exits import Exit
-from .hooks import Evaluate, Log, Save
+from .hooks import CheckpointHook, EvalHook, LogHook
 from .interop import initialise
 from .lens.monitor import LensMonitor
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
-from .model import LanguageModel
+from .models.language_model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
-from .optim import MatrixOptimizer
+from .optim import VocabOptimizer
 from .rendezvous import NotMet, hopeless, words
-from .settings import TrainConfig
-from .stops import Deadline, Reason, Stop, StopRequests
+from .settings import JobConfig
+from .stops import Deadline, StopCheck, StopReason, StopRequests
 from .trainer import Hook, Trainer
 from .vocab import VocabParallelEmbedding, VocabShard
 from .watchdog import Watchdog
@@ -68,7 +68,7 @@ def main() -> None:
                 with requests.ending(partial(_end_unstarted, rank)):
                     device = group.enter_context(ranks(_timeout(config)))
                 reason = train(config, device, requests)
-        sys.exit(Exit.STOPPED if reason is Reason.REQUESTED else Exit.FINISHED)
+        sys.exit(Exit.STOPPED if reason is StopReason.REQUESTED else Exit.FINISHED)
     except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -115,7 +115,7 @@ def _config_path(arguments: list[str]) -> Path:
     return Path(arguments[0])
 
 
-def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> Reason:
+def train(config: JobConfig, device: torch.device, requests: StopRequests) -> StopReason:
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
@@ -138,7 +138,7 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
         state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
         if found is None and config.init_from is not None:
             initialise(config.init_from, tensors)
-            manager.check_split()
+            manager.check_shards()
         loader = _loader(config, data, mesh, model.vocab)
         loader.load_state_dict(state.samples)
         log = None
@@ -150,12 +150,12 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
                 log.text("settings changed", markdown(changes), state.step)
         evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
         monitors = _monitors(config, data, model.vocab, matrix, seen, mesh, state.step, log)
-        hooks: list[Hook] = [*evaluations, *monitors, Log(config.log.every, log)]
+        hooks: list[Hook] = [*evaluations, *monitors, LogHook(config.log.every, log)]
         if config.checkpoint.every:
-            hooks.append(Save(config.checkpoint.every, manager))
-        stops: list[Stop] = [
-            (Reason.REQUESTED, requests.asked),
-            (Reason.UNSAVED, manager.failed),
+            hooks.append(CheckpointHook(config.checkpoint.every, manager))
+        stops: list[StopCheck] = [
+            (StopReason.REQUESTED, requests.asked),
+            (StopReason.UNSAVED, manager.failed),
             *_deadlines(config, started, manager),
         ]
         loop, copied = config.train, manager.wait_for_copy
@@ -183,13 +183,13 @@ def train(config: TrainConfig, device: torch.device, requests: StopRequests) -> 
     return reason
 
 
-def _timeout(config: TrainConfig) -> timedelta:
+def _timeout(config: JobConfig) -> timedelta:
     """Of a collective: longer than the watchdog's, whose stacks say more."""
     return TIMEOUT + timedelta(seconds=config.train.hang_after)
 
 
 @contextmanager
-def _held(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
     """The first rank holds the run. OSError where another process still does after minutes.
 
     A network file system may be that late to see that the node of a start before this one is gone.
@@ -201,7 +201,7 @@ def _held(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
     with ExitStack() as locks:
         while True:
             try:
-                locks.enter_context(hold(config.run_dir, RANKS_LOCK))
+                locks.enter_context(lock_run(config.run_dir, RANKS_LOCK))
                 break
             except DataError as error:
                 if time.monotonic() >= late:
@@ -210,7 +210,7 @@ def _held(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, MatrixOptimizer]:
+def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, VocabOptimizer]:
     """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
     compute_dtype = config.train.compute_dtype(mesh.device.type)
     vocab = VocabParallelEmbedding(
@@ -226,10 +226,10 @@ def build_model(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Engine, Lan
         body = config.model.body()
     engine = config.engine.build(config.optim, compute_dtype, config.seed)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
-    return engine, model, MatrixOptimizer(vocab.parameters(), config.optim, mesh)
+    return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh)
 
 
-def _loader(config: TrainConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
+def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
     return BatchLoader(
         configuration.samples(config, data),
         global_batch=config.train.global_batch,
@@ -243,10 +243,10 @@ def _loader(config: TrainConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmb
     )
 
 
-def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[Evaluate]:
+def _evaluations(config: JobConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[EvalHook]:
     """One, where there is something to evaluate on."""
     batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
-    for title, windows in configuration.held_out(config, data).items():
+    for title, windows in configuration.validation_windows(config, data).items():
         batches[title] = partial(
             validation_batches,
             windows,
@@ -259,14 +259,14 @@ def _evaluations(config: TrainConfig, data: Data, mesh: Mesh, vocab_size: int) -
         )
     if not batches or data.bytes_of_ids is None:
         return []
-    return [Evaluate(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
+    return [EvalHook(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
 
 
 def _monitors(
-    config: TrainConfig,
+    config: JobConfig,
     data: Data,
     vocab: VocabParallelEmbedding,
-    matrix: MatrixOptimizer,
+    matrix: VocabOptimizer,
     seen: Seen | None,
     mesh: Mesh,
     step: int,
@@ -279,21 +279,21 @@ def _monitors(
     if seen is not None:
         monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
     if config.monitor.lens:
-        held_out = list(configuration.held_out(config, data).values())
+        validation_windows = list(configuration.validation_windows(config, data).values())
         files = [file for corpus in data.corpora.values() for file in corpus.train]
-        monitors.append(LensMonitor.of(config.monitor, held_out, files, mesh, vocab.shard.vocab_size, log))
+        monitors.append(LensMonitor.of(config.monitor, validation_windows, files, mesh, vocab.shard.vocab_size, log))
     return monitors
 
 
-def _deadlines(config: TrainConfig, started: float, manager: CheckpointManager) -> list[Stop]:
+def _deadlines(config: JobConfig, started: float, manager: CheckpointManager) -> list[StopCheck]:
     """The run's own time limit, and that of its job: ROWSHARD_DEADLINE. ValueError where that is no unix time."""
     limits = []
     if config.train.time_limit_seconds is not None:
-        limits.append((Reason.TIME_LIMIT, started + config.train.time_limit_seconds))
+        limits.append((StopReason.TIME_LIMIT, started + config.train.time_limit_seconds))
     given = os.environ.get("ROWSHARD_DEADLINE")
     if given:
         try:
-            limits.append((Reason.REQUESTED, float(given)))
+            limits.append((StopReason.REQUESTED, float(given)))
         except ValueError:
             raise ValueError(f"ROWSHARD_DEADLINE={given} in the environment must be a unix time") from None
     reserve = config.checkpoint.seconds_before_limit

@@ -14,16 +14,16 @@ from .checkpoint import TrainState
 from .data import Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
-from .model import LanguageModel
-from .optim import MatrixOptimizer, OptimConfig, clip_factor
-from .stops import Reason, Stop
+from .models.language_model import LanguageModel
+from .optim import OptimConfig, VocabOptimizer, clip_factor
+from .stops import StopCheck, StopReason
 from .vocab.collectives import on_host
 from .vocab.lookup import LookupTraffic
 from .watchdog import Watchdog
 
 
 @dataclass
-class LoopConfig:
+class TrainingConfig:
     """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end). time_limit: stop and save
     before the ranks have run for so long, such as 4h or 1d12h30m (null: no limit).
 
@@ -99,7 +99,7 @@ def _computes_bf16(device_type: str) -> bool:
 
 
 @dataclass
-class Report:
+class StepReport:
     """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
 
     tokens: targets in the global batch; lookups: the traffic of this vocab group's; seconds: from one step edge to the
@@ -120,7 +120,7 @@ class Report:
     micro_batches: list[MicroBatch] = field(default_factory=list)
 
 
-Hook = Callable[["Trainer", Report], None]
+Hook = Callable[["Trainer", StepReport], None]
 
 
 class Trainer:
@@ -130,23 +130,23 @@ class Trainer:
         self,
         model: LanguageModel,
         engine: Engine,
-        matrix: MatrixOptimizer,
+        matrix: VocabOptimizer,
         batches: BatchLoader,
         mesh: Mesh,
-        loop: LoopConfig,
+        loop: TrainingConfig,
         optim: OptimConfig,
         state: TrainState,
         hooks: list[Hook],
-        stops: list[Stop],
+        stops: list[StopCheck],
         before_update: Callable[[], None],
         watchdog: Watchdog,
     ) -> None:
         self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
         self.loop, self.optim, self.state, self.hooks, self.stops = loop, optim, state, hooks, stops
         self.before_update = before_update  # a save may still be reading what an update changes
-        self.watchdog, self.reason = watchdog, Reason.NONE
+        self.watchdog, self.reason = watchdog, StopReason.NONE
 
-    def fit(self) -> Reason:
+    def fit(self) -> StopReason:
         """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop, and gives it."""
         while self.state.step < self.loop.last_step and not self.must_stop():
             start = time.monotonic()
@@ -171,13 +171,13 @@ class Trainer:
         """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number; a sign of life."""
         self.watchdog.alive()
         if not self.reason:
-            mine = max([reason for reason, stop in self.stops if stop()], default=Reason.NONE)
+            mine = max([reason for reason, stop in self.stops if stop()], default=StopReason.NONE)
             agreed = torch.full((), int(mine), device=self.mesh.device)  # torch.tensor would wait for the device
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            self.reason = Reason(int(on_host(agreed)))
-        return self.reason is not Reason.NONE
+            self.reason = StopReason(int(on_host(agreed)))
+        return self.reason is not StopReason.NONE
 
-    def train_step(self, batch: Batch) -> Report:
+    def train_step(self, batch: Batch) -> StepReport:
         """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
         targets = self._sum(batch.n_targets)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -201,7 +201,7 @@ class Trainer:
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # those of other corpora stay
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
-        return Report(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
+        return StepReport(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
 
     def _sum(self, number: int) -> int:
         total = torch.full((), number, device=self.mesh.device)

@@ -31,7 +31,7 @@ class Tokens:
             yield start, self.ids[start : start + PIECE_TOKENS]
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """ids, and the places in them, rising, where a document ends, [1, len(ids)]. path: the file they are of."""
 
     path: Path
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     ends: np.ndarray
 
 
-def stream(files: Iterable[Tokens], end_of_document: int) -> Iterator[Piece]:
+def stream(files: Iterable[Tokens], end_of_document: int) -> Iterator[TokenSpan]:
     """The documents of the files, all with an index or all without, each with its end-of-document id."""
     separated: list[Tokens] = []
     for file in files:
@@ -50,15 +50,15 @@ def stream(files: Iterable[Tokens], end_of_document: int) -> Iterator[Piece]:
     yield from _separated(separated, end_of_document)
 
 
-def _indexed(file: Tokens, ends: Ends, end_of_document: int) -> Iterator[Piece]:
+def _indexed(file: Tokens, ends: Ends, end_of_document: int) -> Iterator[TokenSpan]:
     """Documents are the index's. One that lacks the id at its end is given it; one without a token is left out."""
     for start, ids in file.pieces():
         places = ends(start, start + len(ids)) - start
         lacking = ids[places - 1] != end_of_document
-        yield Piece(file.path, np.insert(ids, places[lacking], end_of_document), places + np.cumsum(lacking))
+        yield TokenSpan(file.path, np.insert(ids, places[lacking], end_of_document), places + np.cumsum(lacking))
 
 
-def _separated(files: Iterable[Tokens], end_of_document: int) -> Iterator[Piece]:
+def _separated(files: Iterable[Tokens], end_of_document: int) -> Iterator[TokenSpan]:
     """Documents are told apart by the id alone, which some put before each (llm.c) and others after it (nanoGPT).
 
     Either way it stands between two, and the stream becomes ours with none before the first and one after the last.
@@ -73,6 +73,6 @@ def _separated(files: Iterable[Tokens], end_of_document: int) -> Iterator[Piece]
             places = np.flatnonzero(ids == end_of_document) + 1
             if len(ids):
                 unfinished = places[-1:].tolist() != [len(ids)]
-            yield Piece(file.path, ids, places)
+            yield TokenSpan(file.path, ids, places)
     if unfinished:
-        yield Piece(file.path, np.array([end_of_document]), np.array([1]))
+        yield TokenSpan(file.path, np.array([end_of_document]), np.array([1]))

@@ -14,7 +14,7 @@ from data_prep.durable import durable_folder
 from data_prep.errors import DataError
 from data_prep.faults import check
 from data_prep.formats.layouts import Layout
-from data_prep.formats.stream import Piece, Tokens, stream
+from data_prep.formats.stream import Tokens, TokenSpan, stream
 from data_prep.token_file import (
     FORMAT_VERSION,
     SPLITS,
@@ -82,7 +82,7 @@ def _opened(layout: Layout, path: Path, tokenizer: Tokenizer) -> Tokens:
     return tokens
 
 
-def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[Piece]:
+def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[TokenSpan]:
     """Those of the stream that have tokens, all of them below the vocabulary's size."""
     for piece in stream(files, tokenizer.end_of_document):
         if len(piece.ids):
@@ -95,7 +95,7 @@ def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[Piece]:
             yield piece
 
 
-def _check_tokenizer(piece: Piece, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(piece: TokenSpan, tokenizer: Tokenizer) -> None:
     """DataError where too few of the first documents, decoded, encode to the same ids."""
     ends = piece.ends[:SAMPLE].tolist()
     documents = [piece.ids[low : high - 1] for low, high in pairwise([0, *ends])] or [piece.ids[:UNENDED]]
@@ -120,7 +120,7 @@ def _write(files: list[Tokens], tokenizer: Tokenizer, folder: Path, split: str) 
                 cut = int(piece.ends[-1]) if full else len(piece.ids)
                 writer.write(piece.ids[:cut], piece.ends.tolist())
                 text_bytes += int(bytes_of_ids[piece.ids[:cut]].sum())
-                rest = Piece(piece.path, piece.ids[cut:], piece.ends[:0])
+                rest = TokenSpan(piece.path, piece.ids[cut:], piece.ends[:0])
                 piece = rest if len(rest.ids) else next(pieces, None)
                 if full:
                     break

@@ -13,7 +13,7 @@ from .folder import (
     step_of,
 )
 from .manager import CheckpointManager, read_tensors
-from .reading import unread_model
+from .reading import model_for_reading
 from .rows import CheckpointRows, save_weights
 from .state import ModelState, TrainState, matrix_dtensor
 from .tensor_file import Streamed, write_streamed
@@ -32,11 +32,11 @@ __all__ = [
     "checkpoint_of",
     "checkpoints",
     "matrix_dtensor",
+    "model_for_reading",
     "newest_manifest",
     "read_manifest",
     "read_tensors",
     "save_weights",
     "step_of",
-    "unread_model",
     "write_streamed",
 ]

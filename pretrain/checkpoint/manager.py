@@ -41,7 +41,7 @@ from .folder import (
     write_manifest,
 )
 from .host_copies import HostCopies
-from .state import ModelState, TrainState, check_split, restore_rng, rng_state, shapes, slices
+from .state import ModelState, TrainState, check_shards, restore_rng, rng_state, shapes, slices
 from .tensor_file import Slice, file_name, write_slices
 
 T = TypeVar("T")
@@ -162,7 +162,7 @@ class CheckpointManager:
                 warn(f"{fault}; going on from {found}, the damaged one is now {set_aside(folder)}")
 
         self._on_first_rank(put_away)
-        self.check_split()
+        self.check_shards()
         return state, found
 
     def load(self, folder: Path) -> TrainState:
@@ -185,9 +185,9 @@ class CheckpointManager:
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
         return state
 
-    def check_split(self) -> None:
+    def check_shards(self) -> None:
         """CheckpointError unless each rank holds its own rows, and replicas the same. Reads the rows once."""
-        check_split(self._together(self.model.digests), self.mesh)
+        check_shards(self._together(self.model.digests), self.mesh)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         """The manifest; the files are shared out among the ranks."""
@@ -213,7 +213,7 @@ class CheckpointManager:
         unfinished = final.with_name(UNFINISHED + final.name)
         name = file_name(self.mesh.rank)
         try:
-            check_split(self._together(lambda: self._take(mine)), self.mesh)
+            check_shards(self._together(lambda: self._take(mine)), self.mesh)
             self._on_first_rank(lambda: self._begin(unfinished))
             facts = self._together(lambda: (rng, {name: write_slices(unfinished / name, mine)} if mine else {}))
             manifest["rng"] = [of_rank for of_rank, _ in facts]

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ..mesh import Mesh
-from ..model import LanguageModel
+from ..models.language_model import LanguageModel
 from ..vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from .state import matrix_dtensor
 
 
-def unread_model(
+def model_for_reading(
     body: nn.Module,
     config: VocabConfig,
     rows: int,
@@ -40,7 +40,7 @@ def unread_model(
         device=device,
         dtype=dtype,
     )
-    if vocab.was_split(saved):
+    if vocab.was_untied(saved):
         vocab.untie()
     body.to(dtype).to_empty(device=device)
     tensors: dict[str, Any] = {name: parameter.detach() for name, parameter in body.named_parameters()}

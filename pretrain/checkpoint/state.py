@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
 from ..monitor import SEEN, Seen
-from ..optim import MatrixOptimizer, set_moments
+from ..optim import VocabOptimizer, set_moments
 from ..vocab import VocabParallelEmbedding, VocabShard
 from ..vocab.collectives import on_host
 from ..vocab.shard import stable_seed
@@ -43,7 +43,7 @@ class ModelState:
         self,
         engine: Engine,
         vocab: VocabParallelEmbedding,
-        matrix: MatrixOptimizer,
+        matrix: VocabOptimizer,
         mesh: Mesh,
         seen: Seen | None = None,
     ) -> None:
@@ -51,7 +51,7 @@ class ModelState:
 
     def match(self, saved: Container[str]) -> None:
         """Before `tensors`: splits the matrix if it is to be split at some step, and `saved` tensors have it split."""
-        if self.vocab.was_split(saved):
+        if self.vocab.was_untied(saved):
             self.matrix.add_copy(self.vocab.untie(), self.vocab.weight)
 
     def tensors(self) -> dict[str, DTensor]:
@@ -76,7 +76,7 @@ class ModelState:
         return {name: digest(rows.detach()) if owns else None for name, rows in self.vocab.named_rows().items()}
 
 
-def check_split(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -> None:
+def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -> None:
     """CheckpointError, naming the ranks, unless shards differ and replicas are equal. `digests`: of each rank.
 
     A shard is a plain tensor, so whatever takes it for a replica overwrites it without a word: plain DeepSpeed

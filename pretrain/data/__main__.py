@@ -13,7 +13,7 @@ from data_prep.tokenizer import Tokenizer
 
 from .. import config as configuration
 from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
-from ..settings import CONFIG_FILE, TrainConfig
+from ..settings import CONFIG_FILE, JobConfig
 from .dataset import Windows
 from .samples import Samples
 
@@ -35,7 +35,7 @@ COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of a document: two shades
 class Request:
     """step: 1 is the first. rank of world: whose part; null: the whole batch."""
 
-    config: TrainConfig
+    config: JobConfig
     run: Path | None
     step: int
     rank: int | None

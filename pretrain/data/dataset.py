@@ -214,7 +214,7 @@ class Window(NamedTuple):
         return Window(self.tokens_T[b], self.targets_T[b], None if self.starts_T is None else self.starts_T[b])
 
 
-class Part(NamedTuple):
+class DocumentSpan(NamedTuple):
     """A document's tokens in a window: [start, stop) of it, which begin at the document's token `offset`."""
 
     file: TokenFile
@@ -239,11 +239,11 @@ class Windows:
         return -(-max(0, self.tokens - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> Window:
-        window = self.room()
+        window = self.empty_batch()
         self.fill(index, window)
         return window
 
-    def room(self, *batch: int) -> Window:
+    def empty_batch(self, *batch: int) -> Window:
         """For one window, or a batch of them; not filled."""
         shape = (*batch, self.seq_len)
         return Window(
@@ -272,14 +272,14 @@ class Windows:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} is outside [0, {len(self)})")
 
-    def documents(self, index: int) -> list[Part]:
+    def documents(self, index: int) -> list[DocumentSpan]:
         """The documents that window `index` has tokens of, in their order."""
         parts = []
         for at, file, low, high in self._parts(index * self.seq_len, (index + 1) * self.seq_len):
             begins = [begin for begin in file.document_starts(low, high) if begin > low]
             for start, stop in pairwise([low, *begins, high]):
                 document, offset = file.document_at(start)
-                parts.append(Part(file, document, offset, at + start - low, at + stop - low))
+                parts.append(DocumentSpan(file, document, offset, at + start - low, at + stop - low))
         return parts
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, int, int]]:

@@ -115,17 +115,17 @@ class BatchLoader:
             consumed = self.samples.after(consumed, self.global_batch)
 
     def _batch(self, consumed: dict[str, int]) -> Batch:
-        places = self.samples.next(consumed, self.global_batch)
+        samples = self.samples.next(consumed, self.global_batch)
         together = self.micro_batch * self.world
-        micro_batches = [self._micro_batch(places[first:][:together]) for first in range(0, len(places), together)]
+        micro_batches = [self._micro_batch(samples[first:][:together]) for first in range(0, len(samples), together)]
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))
 
-    def _micro_batch(self, places: list[tuple[Windows, int]]) -> MicroBatch:
+    def _micro_batch(self, samples: list[tuple[Windows, int]]) -> MicroBatch:
         """This rank's of the samples of a micro-step."""
         group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
         micro = {}
         for rank in group:
-            of_rank = places[rank * self.micro_batch :][: self.micro_batch]
+            of_rank = samples[rank * self.micro_batch :][: self.micro_batch]
             micro[rank] = read(of_rank, self.shard.vocab_size)
         plan = plan_lookup([one.tokens_BT.flatten() for one in micro.values()], self.shard, self.dtype)
         mine = replace(micro[self.rank], plan=plan)
@@ -141,10 +141,10 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def read(places: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
+def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
     """These windows, on the host. ValueError on an id outside [0, vocab_size)."""
-    batch = places[0][0].room(len(places))
-    for b, (windows, index) in enumerate(places):
+    batch = samples[0][0].empty_batch(len(samples))
+    for b, (windows, index) in enumerate(samples):
         windows.fill(index, batch.row(b))
     return _checked(batch, vocab_size)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.token_file import TokenFile
 
-from .dataset import IGNORED, Part, Window, Windows
+from .dataset import IGNORED, DocumentSpan, Window, Windows
 
 
 class PackedWindows(Windows):
@@ -64,19 +64,19 @@ class PackedWindows(Windows):
             window.starts_T[start:end] = start
         window.tokens_T[end:], window.targets_T[end:], window.starts_T[end:] = 0, IGNORED, end
 
-    def documents(self, index: int) -> list[Part]:
+    def documents(self, index: int) -> list[DocumentSpan]:
         self._check(index)
         if index >= self._shared:
             window = index - self._shared
             i = int(np.searchsorted(self._wholes, window, side="right"))
             earlier = window - (int(self._wholes[i - 1]) if i else 0)
-            return [Part(*self._document(int(self._long[i])), earlier * self.seq_len, 0, self.seq_len)]
+            return [DocumentSpan(*self._document(int(self._long[i])), earlier * self.seq_len, 0, self.seq_len)]
         parts, at = [], 0
         for number in self._pieces[self._firsts[index] : self._firsts[index + 1]].tolist():
             file, document = self._document(number)
             places = file.document_start(document + 1) - file.document_start(document) - 1
             rest = places % self.seq_len
-            parts.append(Part(file, document, places - rest, at, at + rest))
+            parts.append(DocumentSpan(file, document, places - rest, at, at + rest))
             at += rest
         return parts
 

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..mesh import Mesh, name_rank
 from ..optim import OptimConfig, set_moments
-from ..vocab import VocabShard
+from ..vocab.shard import RowShard
 from .activations import check_kind, checkpoint_activations
 from .zero import MAIN, MOMENTS, weights_at
 
-OURS = {  # keys of DeepSpeed's JSON, and what to set instead
+OWNED_KEYS = {  # keys of DeepSpeed's JSON, and what to set instead
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch",
@@ -95,8 +95,10 @@ class DeepSpeedConfig:
         if not isinstance(zero, dict):
             raise ValueError(f"engine.extra.zero_optimization={zero} must be a mapping")
         for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
-            if key in OURS:
-                instead = f"use {OURS[key]}" if OURS[key] else "it would change the numbers, or who holds what"
+            if key in OWNED_KEYS:
+                instead = (
+                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change the numbers, or who holds what"
+                )
                 raise ValueError(f"engine.extra.{key} is not for DeepSpeed to know: {instead}")
 
     @property
@@ -248,8 +250,8 @@ class DeepSpeedEngine:
         rows = self._rows(name)
         return self._dtensor(name, whole[rows.start : rows.stop].clone())
 
-    def _rows(self, name: str) -> VocabShard:
-        return VocabShard.of(self.mesh.rank, self.mesh.world, self.shapes[name][0], multiple=1)
+    def _rows(self, name: str) -> RowShard:
+        return RowShard(self.mesh.rank, self.mesh.world, self.shapes[name][0])
 
     def _dtensor(self, name: str, rows: Tensor) -> DTensor:
         shape = self.shapes[name]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
 from ..optim import OptimConfig, apply_clip, global_norm, set_moments, step_at
-from ..vocab import VocabShard
+from ..vocab.shard import RowShard
 from .activations import check_kind, checkpoint_activations
 from .base import FIRST_MOMENT, SECOND_MOMENT
 
@@ -80,7 +80,7 @@ class FSDP2Engine:
         self.parameters: dict[str, DTensor] = dict(body.named_parameters())  # type: ignore[arg-type]
         rank, ranks = (mesh.vocab_rank, mesh.vocab_size) if self.config.hsdp else (mesh.rank, mesh.world)
         for name, parameter in self.parameters.items():
-            rows = VocabShard.of(rank, ranks, parameter.shape[0], multiple=1)  # FSDP2 cuts like this
+            rows = RowShard(rank, ranks, parameter.shape[0])  # FSDP2 cuts like this
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh

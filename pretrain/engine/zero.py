@@ -12,7 +12,7 @@ from .base import FIRST_MOMENT, SECOND_MOMENT
 MAIN, MOMENTS = "", {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
 
 
-class Replicated:
+class Stage0Weights:
     """Stage 0: every rank holds all, and DeepSpeed sums gradients only."""
 
     def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, mesh: Mesh) -> None:
@@ -45,7 +45,7 @@ class Replicated:
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
 
 
-class Flat(Replicated):
+class Stage1And2Weights(Stage0Weights):
     """Stages 1 and 2: AdamW steps this rank's part of all weights, laid end to end, in fp32.
 
     DeepSpeed's own norm is an fp32 sum that depends on how the weights are cut. From stage 1 on it takes that at each
@@ -94,7 +94,7 @@ class Flat(Replicated):
         return self.optimizer.cpu_offload
 
 
-class FlatBF16(Flat):
+class Stage1BF16Weights(Stage1And2Weights):
     """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own."""
 
     def _replace_norm(self, norm: Tensor) -> None:
@@ -104,7 +104,7 @@ class FlatBF16(Flat):
         return self.optimizer.fp32_groups_gradient_flat_partition
 
 
-class Partitioned(Flat):
+class Stage3Weights(Stage1And2Weights):
     """Stage 3: each parameter is cut on its own, flat, the last part padded."""
 
     def stepped(self) -> list[Tensor]:
@@ -134,7 +134,7 @@ class Partitioned(Flat):
         return self.optimizer.offload_optimizer  # backward has waited
 
 
-def weights_at(stage: int, low_precision: bool) -> type[Replicated]:
+def weights_at(stage: int, low_precision: bool) -> type[Stage0Weights]:
     if stage == 1 and low_precision:
-        return FlatBF16
-    return (Replicated, Flat, Flat, Partitioned)[stage]
+        return Stage1BF16Weights
+    return (Stage0Weights, Stage1And2Weights, Stage1And2Weights, Stage3Weights)[stage]

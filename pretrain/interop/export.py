@@ -17,7 +17,7 @@ from ..checkpoint import CheckpointRows, Streamed, write_streamed
 from .folder import EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces
 from .gpt2 import GPT2
 from .llama import LLAMA
-from .places import HEAD, Family, Model, Place
+from .mappings import HEAD, Family, Model, WeightMapping
 from .tokenizer import to_hf
 
 FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}  # by our names
@@ -85,8 +85,8 @@ def streams(
         return Streamed(theirs, dtype, (rows, width), read)
 
     found = [matrix(family.prefix + family.embedding, EMBEDDING, embed_scale)]
-    for place in family.places(model):
-        found += _of_place(checkpoint, place, family, dtype)
+    for mapping in family.mappings(model):
+        found += _mapped(checkpoint, mapping, family, dtype)
     for theirs, length in family.missing(model).items():
         found.append(Streamed(family.prefix + theirs, dtype, (length,), partial(_zeros, length)))
     if output is not None:
@@ -94,16 +94,18 @@ def streams(
     return found
 
 
-def _of_place(checkpoint: CheckpointRows, place: Place, family: Family, dtype: torch.dtype) -> Iterator[Streamed]:
+def _mapped(
+    checkpoint: CheckpointRows, mapping: WeightMapping, family: Family, dtype: torch.dtype
+) -> Iterator[Streamed]:
     first = 0
-    for theirs, rows in place.theirs.items():
-        shape = (rows, *checkpoint.shapes[place.ours][1:])
+    for theirs, rows in mapping.theirs.items():
+        shape = (rows, *checkpoint.shapes[mapping.ours][1:])
 
         def read(start: int = first, stop: int = first + rows) -> Iterator[Tensor]:
-            part = checkpoint.rows(place.ours, start, stop)
-            yield part.T if place.transposed else part
+            part = checkpoint.rows(mapping.ours, start, stop)
+            yield part.T if mapping.transposed else part
 
-        yield Streamed(family.prefix + theirs, dtype, shape[::-1] if place.transposed else shape, read)
+        yield Streamed(family.prefix + theirs, dtype, shape[::-1] if mapping.transposed else shape, read)
         first += rows
 
 

@@ -18,7 +18,7 @@ from data_prep.special_tokens import CONFIG, read_json
 
 from .gpt2 import GPT2
 from .llama import LLAMA
-from .places import HEAD, Family, Model, Place
+from .mappings import HEAD, Family, Model, WeightMapping
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,10 +50,10 @@ class HFModel:
         self.files = self._find()
         prefixed = any(name.startswith(self.family.prefix) for name in self.files)
         self.prefix = self.family.prefix if prefixed else ""
-        self.places = {place.ours: place for place in self.family.places(self.model)}
-        self.places[EMBEDDING] = Place(EMBEDDING, {self.family.embedding: self.vocab_size})
+        self.mappings = {mapping.ours: mapping for mapping in self.family.mappings(self.model)}
+        self.mappings[EMBEDDING] = WeightMapping(EMBEDDING, {self.family.embedding: self.vocab_size})
         if self.tie == "untied":
-            self.places[OUTPUT] = Place(OUTPUT, {HEAD: self.vocab_size})
+            self.mappings[OUTPUT] = WeightMapping(OUTPUT, {HEAD: self.vocab_size})
         self._check_names()
 
     @cached_property
@@ -74,12 +74,12 @@ class HFModel:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
-        place, parts, first = self.places[name], [], 0
-        for theirs, rows in place.theirs.items():
+        mapping, parts, first = self.mappings[name], [], 0
+        for theirs, rows in mapping.theirs.items():
             low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:
                 part = self._slice(self._named(theirs))
-                parts.append(part[:, low:high].T if place.transposed else part[low:high])
+                parts.append(part[:, low:high].T if mapping.transposed else part[low:high])
             first += rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -89,7 +89,7 @@ class HFModel:
         What has no name of ours (moments) stays. Rows of the matrix beyond V are padding, and stay. Of a tied model a
         second matrix is the first.
         """
-        sources = {name: name for name in self.places} | {OUTPUT: OUTPUT if OUTPUT in self.places else EMBEDDING}
+        sources = {name: name for name in self.mappings} | {OUTPUT: OUTPUT if OUTPUT in self.mappings else EMBEDDING}
         for name, source in sources.items():
             if name == OUTPUT and OUTPUT not in tensors:
                 continue
@@ -100,7 +100,7 @@ class HFModel:
                     continue
                 (chunk,) = tensor.__create_chunk_list__()
                 tensor, start = local, chunk.offsets[0]
-            stop = min(start + len(tensor), sum(self.places[source].theirs.values()))
+            stop = min(start + len(tensor), sum(self.mappings[source].theirs.values()))
             for low, high in pieces(start, stop, tensor[:1].nbytes):
                 tensor[low - start : high - start].copy_(self.rows(source, low, high))
 
@@ -110,10 +110,10 @@ class HFModel:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.model.body().named_parameters()}
         shapes |= dict.fromkeys((EMBEDDING, OUTPUT), (self.vocab_size, self.model.width))
         known = set()
-        for name, place in self.places.items():
-            for theirs, rows in place.theirs.items():
+        for name, mapping in self.mappings.items():
+            for theirs, rows in mapping.theirs.items():
                 shape: tuple[int, ...] = (rows, *shapes[name][1:])
-                self._check_shape(self._named(theirs), shape[::-1] if place.transposed else shape)
+                self._check_shape(self._named(theirs), shape[::-1] if mapping.transposed else shape)
                 known.add(self._named(theirs))
         if self.tie == "tied" and HEAD in self.files and HEAD not in known:
             self._check_head(shapes[EMBEDDING])

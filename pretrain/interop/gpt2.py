@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..model import GPT2Config
-from .places import Family, Place, must_be, need
+from ..models.gpt2 import GPT2Config
+from .mappings import Family, WeightMapping, must_be, need
 
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "exact", "gelu_python": "exact"}
 NORMS = {"norm1": "ln_1", "norm2": "ln_2"}
@@ -51,19 +51,21 @@ def settings(model: GPT2Config) -> dict[str, Any]:
     }
 
 
-def places(model: GPT2Config) -> list[Place]:
+def mappings(model: GPT2Config) -> list[WeightMapping]:
     D = model.width
     rows = {"attention.qkv": 3 * D, "attention.out": D, "mlp.up": 4 * D, "mlp.down": D}
-    found = [Place("positions", {"wpe.weight": model.context})]
+    found = [WeightMapping("positions", {"wpe.weight": model.context})]
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"h.{i}"
         for name, other in NORMS.items():
-            found += [Place(f"{ours}.{name}.{kind}", {f"{theirs}.{other}.{kind}": D}) for kind in ("weight", "bias")]
+            found += [
+                WeightMapping(f"{ours}.{name}.{kind}", {f"{theirs}.{other}.{kind}": D}) for kind in ("weight", "bias")
+            ]
         for name, other in PROJECTIONS.items():
             weight = {f"{theirs}.{other}.weight": rows[name]}
-            found.append(Place(f"{ours}.{name}.weight", weight, transposed=True))
-            found.append(Place(f"{ours}.{name}.bias", {f"{theirs}.{other}.bias": rows[name]}))
-    return found + [Place(f"norm.{kind}", {f"ln_f.{kind}": D}) for kind in ("weight", "bias")]
+            found.append(WeightMapping(f"{ours}.{name}.weight", weight, transposed=True))
+            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{other}.bias": rows[name]}))
+    return found + [WeightMapping(f"norm.{kind}", {f"ln_f.{kind}": D}) for kind in ("weight", "bias")]
 
 
 GPT2 = Family(
@@ -73,6 +75,6 @@ GPT2 = Family(
     buffers=(".attn.bias", ".attn.masked_bias"),
     model=model,
     settings=settings,
-    places=places,
+    mappings=mappings,
     missing=lambda model: {},
 )

@@ -24,7 +24,7 @@ from ..checkpoint import (
     checkpoints,
     save_weights,
 )
-from ..settings import TrainConfig
+from ..settings import JobConfig
 from ..vocab import VocabShard
 from .export import DTYPES, export
 from .folder import EMBEDDING, OUTPUT, HFModel, pieces
@@ -40,7 +40,7 @@ HELP = """Models of Hugging Face, in and out: GPT-2, Llama, Mistral, Qwen2, Qwen
 dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
 for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
 """
-TOLD = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
+SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def import_model(arguments: list[str]) -> Iterator[str]:
         "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
     }
     tensors = streams(found, config.vocab.multiple)
-    with configuration.hold(run, configuration.LAUNCH_LOCK):
+    with configuration.lock_run(run, configuration.LAUNCH_LOCK):
         _refuse_run(run, config.path)
         try:
             folder = save_weights(run, tensors, about, partial(configuration.write, config, spec, special))
@@ -90,11 +90,11 @@ def _refuse_run(run: Path, config: Path) -> None:
             raise ValueError(f"run={run} has {there.name}: choose another folder")
 
 
-def training(found: HFModel, run: Path, settings: list[str]) -> TrainConfig:
+def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
     """The settings of a training of that model. ValueError where a setting says what the model tells."""
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")
-        if any(key == told or key.startswith(f"{told}.") for told in TOLD):
+        if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
             raise ValueError(f"{key} is told by hf= and run=, and not to be given")
     configuration.register()
     composed = compose_settings("train", settings)

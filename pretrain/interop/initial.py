@@ -10,12 +10,12 @@ from data_prep.hf_tokenizer import from_hf
 from data_prep.special_tokens import SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint import ModelState, unread_model
-from ..llama import LlamaConfig
-from ..model import LanguageModel
+from ..checkpoint import ModelState, model_for_reading
+from ..models.language_model import LanguageModel
+from ..models.llama import LlamaConfig
 from ..vocab import VocabConfig
 from .folder import HFModel
-from .places import Model
+from .mappings import Model
 
 SCHEME = "hf:"
 
@@ -82,7 +82,7 @@ def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.
     with torch.device("meta"):
         body = found.model.body()
     config = VocabConfig(tie=found.tie)
-    model, tensors = unread_model(body, config, found.vocab_size, found.model.width, device, dtype)
+    model, tensors = model_for_reading(body, config, found.vocab_size, found.model.width, device, dtype)
     found.fill(tensors)
     return model
 

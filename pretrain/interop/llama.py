@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..llama import LlamaConfig
-from .places import Family, Place, must_be, need
+from ..models.llama import LlamaConfig
+from .mappings import Family, WeightMapping, must_be, need
 
 BIASES = {"llama": ("none", "attention"), "mistral": ("none",), "qwen2": ("qkv",), "qwen3": ("none", "attention")}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -100,7 +100,7 @@ def settings(model: LlamaConfig) -> dict[str, Any]:
     return given | {"attention_bias": model.bias != "none", "attention_dropout": 0.0}
 
 
-def places(model: LlamaConfig) -> list[Place]:
+def mappings(model: LlamaConfig) -> list[WeightMapping]:
     D, F, queries, keys = model.width, model.inner, model.heads * model.size, model.kv_heads * model.size
     parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     found = []
@@ -108,7 +108,7 @@ def places(model: LlamaConfig) -> list[Place]:
         ours, theirs = f"blocks.{i}", f"layers.{i}"
 
         def add(name: str, others: dict[str, int], ours: str = ours, theirs: str = theirs) -> None:
-            found.append(Place(f"{ours}.{name}", {f"{theirs}.{other}": rows for other, rows in others.items()}))
+            found.append(WeightMapping(f"{ours}.{name}", {f"{theirs}.{other}": rows for other, rows in others.items()}))
 
         add("norm1.weight", {"input_layernorm.weight": D})
         add("attention.qkv.weight", {f"self_attn.{part}.weight": rows for part, rows in parts.items()})
@@ -123,7 +123,7 @@ def places(model: LlamaConfig) -> list[Place]:
         add("norm2.weight", {"post_attention_layernorm.weight": D})
         for part, rows in (("gate", F), ("up", F), ("down", D)):
             add(f"mlp.{part}.weight", {f"mlp.{part}_proj.weight": rows})
-    return [*found, Place("norm.weight", {"norm.weight": D})]
+    return [*found, WeightMapping("norm.weight", {"norm.weight": D})]
 
 
 def missing(model: LlamaConfig) -> dict[str, int]:
@@ -140,6 +140,6 @@ LLAMA = Family(
     buffers=(".rotary_emb.inv_freq",),
     model=model,
     settings=settings,
-    places=places,
+    mappings=mappings,
     missing=missing,
 )

@@ -1,5 +1,5 @@
 """The logit lens: what each layer would guess."""
 
-from .lens import Look, Method, look
+from .lens import LensResult, Method, run_lens
 
-__all__ = ["Look", "Method", "look"]
+__all__ = ["LensResult", "Method", "run_lens"]

@@ -24,12 +24,12 @@ from ..checkpoint import CheckpointError, checkpoint_of
 from ..data import IGNORED
 from ..generate import load_model
 from ..mesh import ranks_or_alone
-from ..model import LanguageModel
+from ..models.language_model import LanguageModel
 from ..rendezvous import NotMet
 from .examples import EXAMPLES
-from .lens import DECODERS, FINAL, FROM_INPUT, FROM_OUTPUT, INPUTS, NORMS, POINTS, Look, Method, look
+from .lens import DECODERS, FINAL, FROM_INPUT, FROM_OUTPUT, INPUTS, NORMS, POINTS, LensResult, Method, run_lens
 from .plot import MOST_COLUMNS, write_pictures
-from .views import Sheet, sheet, visible
+from .views import LensTable, sheet, visible
 
 MOST_GUESSES = 100  # a page has them all
 HELP = """What would each layer of a model guess, were it the last?
@@ -124,7 +124,7 @@ def main() -> None:
                 print(f"written: {paths[-1]} and {len(paths) - 1} pictures beside it")
 
 
-def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
+def see(settings: LensConfig, device: torch.device) -> tuple[LensTable, LensResult]:
     """Measures. All ranks of the process group take part, and get the same."""
     source = open_source(settings, device)
     example = EXAMPLES.get(settings.example)
@@ -144,7 +144,7 @@ def see(settings: LensConfig, device: torch.device) -> tuple[Sheet, Look]:
             f"window={window.start}:{window.stop} shows {len(columns)} positions: at most {MOST_COLUMNS} fit a picture"
         )
     vocab = source.model.vocab
-    found = look(
+    found = run_lens(
         vocab,
         source.model.body,
         source.body,
@@ -209,7 +209,7 @@ def _window(given: str | None, length: int) -> slice:
     return slice(int(start), int(stop))
 
 
-def summary(found: Look) -> str:
+def summary(found: LensResult) -> str:
     """A line a row, of the means over the window."""
     reading, lines = (
         found.reading,

@@ -159,7 +159,7 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class Look:
+class LensResult:
     """What was measured at N positions, of all sequences. R rows by their names: the input first, last the model's own
     output. `reading`: of them, [R, N, ...]; ids, in this order: the output's top guess, the token, and the one after
     it, -100 where there is none; references: the output, and the input.
@@ -198,7 +198,7 @@ class Look:
 
 
 @torch.no_grad()
-def look(
+def run_lens(
     vocab: VocabParallelEmbedding,
     run: Callable[..., Tensor],
     body: nn.Module,
@@ -211,7 +211,7 @@ def look(
     k: int = 5,
     tokens: str = "replicated",
     memory_mib: float = 256,
-) -> Look:
+) -> LensResult:
     """Looks at every position in `window` of these sequences.
 
     `run`: what an engine made of the `body`, or the body itself; called once. `tokens`: "replicated", every rank brings
@@ -239,4 +239,4 @@ def look(
         reference_RND=hidden_RND[[-1, 0]],
     )
     reading.ranks[-1, :, FINAL] = 1  # by definition: read in another pass, logits an ulp apart may change places
-    return Look(recorder.names, tokens_N, targets_N, reading)
+    return LensResult(recorder.names, tokens_N, targets_N, reading)

@@ -20,25 +20,32 @@ from ..data.loader import read
 from ..mesh import Mesh
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog, MonitorConfig
-from ..trainer import Report, Trainer
+from ..trainer import StepReport, Trainer
 from ..vocab.collectives import on_host
-from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look, Method, look
+from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, Method, run_lens
 
 ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row
 BY_FREQUENCY = ("kl_input", "rank_input")  # of these also by the input token's bin
 HEAT_MAPS = ("kl_final", "kl_input", "loss")
-AMONG = 10  # an input is preserved in a row where its token is among so many
+PRESERVED_TOP = 10  # an input is preserved in a row where its token is among so many
 COUNTED, AT_ONCE = 2**22, 2**16  # training tokens that frequencies are counted from, and those read in one place
 MEMORY_MIB = 64
 BINS = ("uncounted", *BINS_OF_ROWS[1:])  # of a sample nobody can say "never"
 
 
-def fixed_windows(held_out: list[Windows], most: int, rank: int, world: int, vocab_size: int) -> tuple[MicroBatch, int]:
+def fixed_windows(
+    validation_windows: list[Windows], most: int, rank: int, world: int, vocab_size: int
+) -> tuple[MicroBatch, int]:
     """This rank's part of `most` windows, of the corpora in turn, and how many are its own. On the host.
 
     Every rank gets as many: the first window fills up, without targets.
     """
-    in_turn = ((windows, i) for i in range(max(map(len, held_out))) for windows in held_out if i < len(windows))
+    in_turn = (
+        (windows, i)
+        for i in range(max(map(len, validation_windows)))
+        for windows in validation_windows
+        if i < len(windows)
+    )
     places = list(islice(in_turn, most))
     mine, each = places[rank::world], -(-len(places) // world)
     batch = read(mine + places[:1] * (each - len(mine)), vocab_size)
@@ -86,20 +93,20 @@ class LensMonitor:
     def of(
         cls,
         settings: MonitorConfig,
-        held_out: list[Windows],
+        validation_windows: list[Windows],
         files: list[TokenFile],
         mesh: Mesh,
         vocab_size: int,
         log: MetricsLog | None,
     ) -> "LensMonitor":
-        """On windows of `held_out`, whose tokens' frequency is counted in `files`."""
-        batch, mine = fixed_windows(held_out, settings.lens_windows, mesh.rank, mesh.world, vocab_size)
+        """On windows of `validation_windows`, whose tokens' frequency is counted in `files`."""
+        batch, mine = fixed_windows(validation_windows, settings.lens_windows, mesh.rank, mesh.world, vocab_size)
         bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
         bins_BT[mine:] = -1
         on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
         return cls(settings.lens, on_device, bins_BT.to(mesh.device), log)
 
-    def __call__(self, trainer: Trainer, report: Report) -> None:
+    def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if report.step % self.every:
             return
         start = time.monotonic()
@@ -118,7 +125,7 @@ class LensMonitor:
             if trainer.must_stop():
                 return None
             one = self.batch.moved(lambda part, b=b: part[b : b + 1])  # type: ignore[misc]
-            found = look(
+            found = run_lens(
                 model.vocab,
                 model.body,
                 trainer.engine.body,
@@ -141,7 +148,7 @@ class LensMonitor:
         return dict(_named(found.rows, sums_Rmb, sums_wb, count_b.tolist(), known_b.tolist()))
 
 
-def _sums(found: Look, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(found: LensResult, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of all positions, and by bin, b of them in all: of each row [R, m, b], of all [w, b], and positions [2, b]."""
     values_RNm, whole_Nw = _measured(found)
     known_N = found.targets >= 0
@@ -151,7 +158,7 @@ def _sums(found: Look, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sums_Rmb, whole_Nw.T @ bins_Nb, torch.stack([bins_Nb.sum(0), (bins_Nb * known_N.unsqueeze(1)).sum(0)])
 
 
-def _measured(found: Look) -> tuple[Tensor, Tensor]:
+def _measured(found: LensResult) -> tuple[Tensor, Tensor]:
     """Each row's in the order of `ROWS`, [R, N, m], 0 where there is none; commitment and preserved, [N, 2]."""
     reading, R = found.reading, len(found.rows)
     ranks_RNJ = reading.ranks
@@ -163,7 +170,9 @@ def _measured(found: Look) -> tuple[Tensor, Tensor]:
         "rank_input": ranks_RNJ[..., TOKEN].double().log(),
         "loss": found.losses.where(found.targets >= 0, 0.0),
     }
-    preserved_N = (ranks_RNJ[1:-1, :, TOKEN] <= AMONG).double().mean(0) if R > 2 else torch.zeros(ranks_RNJ.shape[1])
+    preserved_N = (
+        (ranks_RNJ[1:-1, :, TOKEN] <= PRESERVED_TOP).double().mean(0) if R > 2 else torch.zeros(ranks_RNJ.shape[1])
+    )
     whole = torch.stack([found.commitment.double() / (R - 1), preserved_N.to(ranks_RNJ.device)], 1)
     return torch.stack([of_row[name].double() for name in ROWS], -1), whole
 

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from data_prep.durable import durable
 
 from ..page import filled
-from .views import Sheet, View
+from .views import Heatmap, LensTable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "/*SHEET*/null"
@@ -26,7 +26,7 @@ BAND = 24  # the most columns side by side; more go below
 MOST_COLUMNS = 256  # eleven bands
 
 
-def write_pictures(sheet: Sheet, folder: Path) -> list[Path]:
+def write_pictures(sheet: LensTable, folder: Path) -> list[Path]:
     """One PNG a view in `folder`, named by its key; the page; in this order, each whole or not at all.
 
     OSError where they cannot be written: all of one look are drawn before the first.
@@ -46,7 +46,7 @@ def write_pictures(sheet: Sheet, folder: Path) -> list[Path]:
     return list(files)
 
 
-def draw(sheet: Sheet, view: View) -> Figure:
+def draw(sheet: LensTable, view: Heatmap) -> Figure:
     """The input below, the model's output on top. The views of the guesses have them written into their cells."""
     R, N = view.values.shape
     bands = -(-N // BAND)
@@ -69,11 +69,11 @@ def draw(sheet: Sheet, view: View) -> Figure:
     return figure
 
 
-def _colours(view: View) -> str:
+def _colours(view: Heatmap) -> str:
     return "viridis" if view.key in ("probability", "logit") else "viridis_r" if view.log else "magma_r"
 
 
-def _label(axes: Axes, sheet: Sheet, columns: range) -> None:
+def _label(axes: Axes, sheet: LensTable, columns: range) -> None:
     """Input tokens below at 45°; true next tokens above, with (*) where the final guess is right."""
     places = range(len(columns))
     axes.set_yticks(range(len(sheet.rows)), sheet.rows, fontsize=7)
@@ -86,7 +86,7 @@ def _label(axes: Axes, sheet: Sheet, columns: range) -> None:
         label.set_parse_math(False)
 
 
-def _write_guesses(axes: Axes, sheet: Sheet, columns: range, colours: np.ndarray) -> None:
+def _write_guesses(axes: Axes, sheet: LensTable, columns: range, colours: np.ndarray) -> None:
     """The guess in each cell, in black on light colours; a frame where it is the final one."""
     for r, row in enumerate(sheet.guesses):
         for x, n in enumerate(columns):
@@ -101,7 +101,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
 
 
-def page(sheet: Sheet) -> str:
+def page(sheet: LensTable) -> str:
     """The whole page."""
     data: dict[str, Any] = {
         "title": sheet.title,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, Look
+from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult
 
 MOST_FINAL_RANK, MOST_TOKEN_RANK, MOST_KL = 100, 1000, 30.0  # where the colours end
 
 
 @dataclass(frozen=True)
-class View:
+class Heatmap:
     """A number a cell, [R, N]; colours run from `low` to `high`, on a logarithmic scale with `log`."""
 
     key: str
@@ -25,7 +25,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class LensTable:
     """One picture's worth. rows: the input first; tokens, nexts: below and above each column, a next one "" where there
     is none; right: where the model's guess is the next token; agrees [R, N]: where a row's guess is the final one.
     """
@@ -41,12 +41,12 @@ class Sheet:
     probabilities: np.ndarray
     agrees: np.ndarray
     losses: np.ndarray  # [R, N]
-    views: list[View]
+    views: list[Heatmap]
 
 
 def sheet(
-    found: Look, title: str, columns: list[int], first: int, name: Callable[[int], str], vocab_size: int
-) -> Sheet:
+    found: LensResult, title: str, columns: list[int], first: int, name: Callable[[int], str], vocab_size: int
+) -> LensTable:
     """The chosen columns of a look that began at position `first`. `name`: an id's text."""
     reading = found.reading
 
@@ -57,17 +57,17 @@ def sheet(
     logits, probabilities, agrees = of(reading.top_logits), of(found.probabilities), of(reading.ranks[..., FINAL]) == 1
     final, token = reading.ranks[..., FINAL], reading.ranks[..., TOKEN]
     views = [
-        View("probability", "Top guess, by probability", probabilities[..., 0], 0.0, 1.0),
-        View("logit", "Top guess, by logit", logits[..., 0], *_span(logits[..., 0])),
-        View("rank_final", "Rank of the final top guess", of(final), 1, MOST_FINAL_RANK, log=True),
-        View("kl_final", "KL(final ‖ layer), nats", of(reading.kl_from[..., FROM_OUTPUT]), 0.0, MOST_KL),
-        View("kl_input", "KL(input ‖ layer), nats", of(reading.kl_from[..., FROM_INPUT]), 0.0, MOST_KL),
-        View("rank_input", "Rank of the input token", of(token), 1, MOST_TOKEN_RANK, log=True),
-        View("kl_final_reverse", "KL(layer ‖ final), nats", of(reading.kl_to[..., FROM_OUTPUT]), 0.0, MOST_KL),
-        View("kl_input_reverse", "KL(layer ‖ input), nats", of(reading.kl_to[..., FROM_INPUT]), 0.0, MOST_KL),
-        View("entropy", "Entropy, nats", of(reading.entropy), 0.0, max(math.log(vocab_size), 1e-9)),
+        Heatmap("probability", "Top guess, by probability", probabilities[..., 0], 0.0, 1.0),
+        Heatmap("logit", "Top guess, by logit", logits[..., 0], *_span(logits[..., 0])),
+        Heatmap("rank_final", "Rank of the final top guess", of(final), 1, MOST_FINAL_RANK, log=True),
+        Heatmap("kl_final", "KL(final ‖ layer), nats", of(reading.kl_from[..., FROM_OUTPUT]), 0.0, MOST_KL),
+        Heatmap("kl_input", "KL(input ‖ layer), nats", of(reading.kl_from[..., FROM_INPUT]), 0.0, MOST_KL),
+        Heatmap("rank_input", "Rank of the input token", of(token), 1, MOST_TOKEN_RANK, log=True),
+        Heatmap("kl_final_reverse", "KL(layer ‖ final), nats", of(reading.kl_to[..., FROM_OUTPUT]), 0.0, MOST_KL),
+        Heatmap("kl_input_reverse", "KL(layer ‖ input), nats", of(reading.kl_to[..., FROM_INPUT]), 0.0, MOST_KL),
+        Heatmap("entropy", "Entropy, nats", of(reading.entropy), 0.0, max(math.log(vocab_size), 1e-9)),
     ]
-    return Sheet(
+    return LensTable(
         title,
         found.rows,
         [first + column for column in columns],

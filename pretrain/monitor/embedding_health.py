@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mesh import Mesh
-from ..optim import MatrixOptimizer
+from ..optim import VocabOptimizer
 from ..vocab import VocabParallelEmbedding, VocabShard
 from ..vocab.collectives import on_host
-from .hook import Report, blocks
+from .hook import StepReport, blocks
 from .seen import Seen
 from .spectrum import isotropy
 
 BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row, of a million
 EDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL = 0.1  # of the mean norm: padding rows are zero, and nothing moves a row that is as good as one
-LISTED = 50  # ids of a kind
+MAX_LISTED_ROWS = 50  # ids of a kind
 
 
 class EmbeddingHealth:
@@ -34,7 +34,7 @@ class EmbeddingHealth:
     """
 
     def __init__(
-        self, every: int, vocab: VocabParallelEmbedding, matrix: MatrixOptimizer, seen: Seen, mesh: Mesh, step: int
+        self, every: int, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, seen: Seen, mesh: Mesh, step: int
     ) -> None:
         """`step`: those that are done."""
         self.every, self.vocab, self.seen, self.mesh = every, vocab, seen, mesh
@@ -42,7 +42,7 @@ class EmbeddingHealth:
         matrix.observers.append(self.observe)
         self._arm(step + 1)
 
-    def __call__(self, trainer: object, report: Report) -> None:
+    def __call__(self, trainer: object, report: StepReport) -> None:
         for micro in report.micro_batches:
             self.seen.add(micro.tokens_BT, micro.targets_BT)
         if self.uses_v3 is not None:
@@ -82,7 +82,7 @@ class EmbeddingHealth:
             )
 
     @torch.no_grad()
-    def _measure(self, report: Report) -> None:
+    def _measure(self, report: StepReport) -> None:
         assert self.uses_v3 is not None
         counts_v2 = self.seen.gather()
         rows = Rows(self.vocab.shard, self.vocab.group, counts_v2)
@@ -194,14 +194,14 @@ class Rows:
 
     def _listed(self, marked_v: Tensor) -> tuple[float, list[int]]:
         """How many rows are marked, and the lowest ids of them, -1 for none."""
-        mine = on_host(marked_v).nonzero().squeeze(1)[:LISTED] + self.shard.start
-        padded = F.pad(mine, (0, LISTED - len(mine)), value=-1).to(marked_v.device)
+        mine = on_host(marked_v).nonzero().squeeze(1)[:MAX_LISTED_ROWS] + self.shard.start
+        padded = F.pad(mine, (0, MAX_LISTED_ROWS - len(mine)), value=-1).to(marked_v.device)
         found = [padded]
         if self.group is not None:
             found = [torch.empty_like(padded) for _ in range(self.shard.world)]
             dist.all_gather(found, padded, group=self.group)
         ids = on_host(torch.cat(found))
-        return float(self._host_sum(marked_v.sum().double())), ids[ids >= 0][:LISTED].tolist()
+        return float(self._host_sum(marked_v.sum().double())), ids[ids >= 0][:MAX_LISTED_ROWS].tolist()
 
     def _by_bin(self, values_vk: Tensor) -> Tensor:
         """[bins, k]: this rank's sums."""

@@ -17,7 +17,7 @@ class MicroBatch(Protocol):
     def targets_BT(self) -> Tensor: ...
 
 
-class Report(Protocol):
+class StepReport(Protocol):
     """What a hook is told of a step, and adds to: see the trainer's."""
 
     @property

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..vocab import VocabParallelEmbedding
 from ..vocab.collectives import on_host
-from .hook import Report, blocks
+from .hook import StepReport, blocks
 
 
 class TieDrift:
@@ -17,7 +17,7 @@ class TieDrift:
     def __init__(self, vocab: VocabParallelEmbedding, every: int) -> None:
         self.vocab, self.every = vocab, every
 
-    def __call__(self, trainer: object, report: Report) -> None:
+    def __call__(self, trainer: object, report: StepReport) -> None:
         if report.step % self.every == 0 and self.vocab.head_weight is not None:
             report.scalars.update(self.measure(self.vocab.head_weight))
 

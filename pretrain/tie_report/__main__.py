@@ -7,7 +7,7 @@ from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
 from .report import facts, page, report, warnings
-from .run import Run
+from .run import ReportRun
 
 HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
 
@@ -31,7 +31,7 @@ def main() -> None:
             raise ValueError(f"out={out} is a folder: name a file, such as out={out / 'tie.html'}")
         if not out.parent.is_dir():
             raise ValueError(f"out={out} must be in a folder that exists: {out.parent} does not")
-        tied, untied = Run("tied", Path(given["tied"])), Run("untied", Path(given["untied"]))
+        tied, untied = ReportRun("tied", Path(given["tied"])), ReportRun("untied", Path(given["untied"]))
         with durable(out) as file:
             file.write(page(report(tied, untied)).encode())
         for line in warnings(tied, untied):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from ..monitor import BINS
 from ..page import filled
-from .run import Point, Run
+from .run import Point, ReportRun
 
 TEMPLATE, PLACE = Path(__file__).with_name("page.html"), "/*REPORT*/null"
-OURS = ("vocab.tie", "vocab.untie_at", "run.dir")  # settings that are to differ
-UNTOLD = (  # those of no account for a loss
+EXPECTED_TO_DIFFER = ("vocab.tie", "vocab.untie_at", "run.dir")  # settings that are to differ
+NOT_COMPARED = (  # those of no account for a loss
     *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
     *("train.stop_after", "train.time_limit", "train.hang_after"),
 )
@@ -20,11 +20,11 @@ USES, NAMES = "uses of a row, of a million", tuple(name.replace("ppm", "") for n
 Series = tuple[str, str, list[Point]]  # name; colour, with a dash before it for a dashed line; points
 
 
-def facts(tied: Run, untied: Run) -> list[list[str]]:
+def facts(tied: ReportRun, untied: ReportRun) -> list[list[str]]:
     """Rows of the table: what it is, of the one, of the other, the difference."""
     rows = []
 
-    def add(name: str, of: Callable[[Run], float | None], form: str, relative: bool = False) -> None:
+    def add(name: str, of: Callable[[ReportRun], float | None], form: str, relative: bool = False) -> None:
         one, other = of(tied), of(untied)
         known = one is not None and other is not None
         cells = ["–" if value is None else form.format(value) for value in (one, other)]
@@ -58,7 +58,7 @@ def _median(points: list[Point]) -> float | None:
     return median(y for _, y in points) if points else None
 
 
-def report(tied: Run, untied: Run) -> dict[str, Any]:
+def report(tied: ReportRun, untied: ReportRun) -> dict[str, Any]:
     """What the page shows. ValueError where there is nothing to compare."""
     watched = [run for run in (tied, untied) if run.looked]
     sections = [_training(tied, untied), _gradients(watched), _rows(tied, untied)]
@@ -75,14 +75,14 @@ def report(tied: Run, untied: Run) -> dict[str, Any]:
     }
 
 
-def warnings(tied: Run, untied: Run) -> Iterator[str]:
+def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
     """Why the two may differ otherwise than by the tie from the first step on."""
     split = untied.manifest["config"]["vocab"].get("untie_at")
     if split is not None:
         yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
     one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
     for key in sorted(one.keys() | other.keys()):
-        if not key.startswith(OURS + UNTOLD) and one.get(key) != other.get(key):
+        if not key.startswith(EXPECTED_TO_DIFFER + NOT_COMPARED) and one.get(key) != other.get(key):
             yield f"Another setting differs: {key} is {one.get(key)} when tied, and {other.get(key)} when not."
     for key in ("vocab_size", "tokenizer_fingerprint"):
         if tied.manifest.get(key) != untied.manifest.get(key):
@@ -122,7 +122,7 @@ def _chart(
     return [{"title": title, "note": note, "x": x, "series": lines, "log": log, "bins": list(bins)}]
 
 
-def _training(tied: Run, untied: Run) -> dict[str, Any]:
+def _training(tied: ReportRun, untied: ReportRun) -> dict[str, Any]:
     def both(key: str) -> list[Series]:
         return [("tied", "tied", tied.points(key)), ("untied", "untied", untied.points(key))]
 
@@ -137,11 +137,11 @@ def _training(tied: Run, untied: Run) -> dict[str, Any]:
     return {"title": "Training", "notes": [], "charts": charts, "head": [], "rows": []}
 
 
-def _of_runs(runs: list[Run], key: str, suffix: str = "", dash: str = "") -> list[Series]:
+def _of_runs(runs: list[ReportRun], key: str, suffix: str = "", dash: str = "") -> list[Series]:
     return [(run.kind + suffix, dash + run.kind, run.points(key)) for run in runs]
 
 
-def _gradients(runs: list[Run]) -> dict[str, Any]:
+def _gradients(runs: list[ReportRun]) -> dict[str, Any]:
     def by_bin(key: str) -> list[Series]:
         return [(run.kind, run.kind, _of_bins(run, key)) for run in runs]
 
@@ -164,7 +164,7 @@ def _gradients(runs: list[Run]) -> dict[str, Any]:
 class _Matrix(NamedTuple):
     """One of a run's. key: what its scalars begin with."""
 
-    run: Run
+    run: ReportRun
     key: str
     name: str
     colour: str
@@ -188,7 +188,7 @@ class _Matrix(NamedTuple):
                 yield [f"{self.name}: {kind.replace('_', ' ')}", f"{count:,.0f}", listed]
 
 
-def _rows(tied: Run, untied: Run) -> dict[str, Any]:
+def _rows(tied: ReportRun, untied: ReportRun) -> dict[str, Any]:
     matrices = [
         _Matrix(tied, "embedding", "tied", "tied"),
         _Matrix(untied, "embedding", "untied, input", "untied"),
@@ -225,7 +225,7 @@ def _rows(tied: Run, untied: Run) -> dict[str, Any]:
     return {"title": "The rows", "notes": [note], "charts": charts, "head": head, "rows": rows}
 
 
-def _of_bins(run: Run, key: str) -> list[Point]:
+def _of_bins(run: ReportRun, key: str) -> list[Point]:
     return [(float(i), run.looked[f"{key}/{name}"]) for i, name in enumerate(BINS) if f"{key}/{name}" in run.looked]
 
 

@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 
 @dataclass
-class Run:
+class ReportRun:
     """A run's folder as it is on the disk. ValueError where it is none, has no checkpoint, or is not what `kind` says:
     its newest checkpoint has one matrix where it is tied, and two where not.
     """

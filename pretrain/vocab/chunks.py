@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .collectives import Pending, Traffic
+from .collectives import Pending, TokenComm
 from .kernels.base import Kernels, accurate_dtype
-from .shard import VocabShard
+from .shard import RowShard
 
 ROUND = 128  # tokens: matmuls like chunks of whole tiles
 
 
-def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: int | None, kernels: Kernels) -> int:
+def chunk_budget(shard: RowShard, width: int, dtype: torch.dtype, memory_mib: int | None, kernels: Kernels) -> int:
     """How many tokens of all ranks may be in work at once; the same on every rank.
 
     The kernels' slab goes off the memory, at most half of it. Where nobody gives a budget it grows with the rows'
@@ -28,17 +28,17 @@ def chunk_budget(shard: VocabShard, width: int, dtype: torch.dtype, memory_mib: 
     return tokens if tokens < ROUND else tokens // ROUND * ROUND
 
 
-def token_bytes(shard: VocabShard, width: int, dtype: torch.dtype) -> int:
+def token_bytes(shard: RowShard, width: int, dtype: torch.dtype) -> int:
     """What a token in work holds: its factors [v] and its hidden states in this and the next chunk, scaled, and the
     matmul's product, in `dtype`; and its gradient, before and after the reduction, accurate.
     """
     return shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
 
 
-def chunk_size(longest: int, ranks: int, budget: int) -> int:
-    """Tokens of each rank in a chunk, where ranks bring up to `longest`: even chunks of whole tiles."""
+def chunk_size(max_tokens_per_rank: int, ranks: int, budget: int) -> int:
+    """Tokens of each rank in a chunk, where ranks bring up to `max_tokens_per_rank`: even chunks of whole tiles."""
     most = max(1, budget // ranks)
-    even = -(-longest // max(1, -(-longest // most)))
+    even = -(-max_tokens_per_rank // max(1, -(-max_tokens_per_rank // most)))
     whole = max(1, ROUND // ranks)
     return min(most, -(-even // whole) * whole)
 
@@ -62,25 +62,27 @@ class Chunks:
     A token may bring several hidden states, [N, ..., D]; its chunks then have them too.
     """
 
-    def __init__(self, traffic: Traffic, hidden_ND: Tensor, budget: int, longest: int | None) -> None:
+    def __init__(self, traffic: TokenComm, hidden_ND: Tensor, budget: int, max_tokens_per_rank: int | None) -> None:
         self.traffic, self.hidden_ND = traffic, hidden_ND
         N = len(hidden_ND)
-        self.longest = traffic.longest(N, hidden_ND.device) if longest is None else longest
-        if self.longest < N:
-            raise ValueError(f"longest={longest} must be at least the {N} tokens of this rank")
-        self.size = chunk_size(self.longest, traffic.ranks, budget)
+        self.max_tokens_per_rank = (
+            traffic.max_tokens_per_rank(N, hidden_ND.device) if max_tokens_per_rank is None else max_tokens_per_rank
+        )
+        if self.max_tokens_per_rank < N:
+            raise ValueError(f"longest={max_tokens_per_rank} must be at least the {N} tokens of this rank")
+        self.size = chunk_size(self.max_tokens_per_rank, traffic.ranks, budget)
 
     @property
     def tokens(self) -> int:
         """m of the largest chunk."""
-        return self.traffic.ranks * min(self.size, self.longest)
+        return self.traffic.ranks * min(self.size, self.max_tokens_per_rank)
 
     def gather(self, values_N: Tensor, fill: float) -> Tensor:
         """[N] -> [p, longest] of all ranks that bring tokens, short ones filled up. One all-gather."""
-        return self.traffic.gather(F.pad(values_N, (0, self.longest - len(values_N)), value=fill)).wait()
+        return self.traffic.gather(F.pad(values_N, (0, self.max_tokens_per_rank - len(values_N)), value=fill)).wait()
 
     def __len__(self) -> int:
-        return -(-self.longest // self.size) if self.longest else 0
+        return -(-self.max_tokens_per_rank // self.size) if self.max_tokens_per_rank else 0
 
     def __iter__(self) -> Iterator[Chunk]:
         """The next chunk's hidden states are on their way while this one is in work."""
@@ -93,7 +95,7 @@ class Chunks:
 
     def _fetch(self, i: int) -> tuple[slice, slice, Pending]:
         N = len(self.hidden_ND)
-        columns = slice(i * self.size, min((i + 1) * self.size, self.longest))
+        columns = slice(i * self.size, min((i + 1) * self.size, self.max_tokens_per_rank))
         mine = slice(min(columns.start, N), min(columns.stop, N))
         missing = (columns.stop - columns.start) - (mine.stop - mine.start)
         hidden_cD = self.hidden_ND[mine]

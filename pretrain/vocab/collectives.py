@@ -71,24 +71,24 @@ class Pending:
         return self._result
 
 
-class Traffic(Protocol):
+class TokenComm(Protocol):
     """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order. Returns before it is done."""
 
     ranks: int  # that bring tokens of their own
 
-    def longest(self, N: int, device: torch.device) -> int: ...
+    def max_tokens_per_rank(self, N: int, device: torch.device) -> int: ...
     def gather(self, mine_c: Tensor) -> Pending: ...  # [c, ...] -> [ranks, c, ...]
     def mine(self, all_m: Tensor) -> Tensor: ...  # [m, ...] -> [c, ...], a view
     def sum(self, partial_mD: Tensor) -> Pending: ...  # this shard's part -> the sum for my tokens [c, D]
     def stack(self, statistics_km: Tensor) -> Pending: ...  # [k, m] -> [p, k, m], in rank order
 
 
-class Alone:
+class LocalComm:
     """One process has all tokens and all rows."""
 
     ranks = 1
 
-    def longest(self, N: int, device: torch.device) -> int:
+    def max_tokens_per_rank(self, N: int, device: torch.device) -> int:
         return N
 
     def gather(self, mine_c: Tensor) -> Pending:
@@ -104,7 +104,7 @@ class Alone:
         return Pending(statistics_km.unsqueeze(0))
 
 
-class Replicated(Alone):
+class ReplicatedComm(LocalComm):
     """Every rank has the same tokens."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -123,7 +123,7 @@ class Replicated(Alone):
         return Pending(stacked, work)
 
 
-class Distinct(Replicated):
+class DistinctComm(ReplicatedComm):
     """Every rank has tokens of its own."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -131,10 +131,10 @@ class Distinct(Replicated):
         self.ranks = self.world
         self.rank = dist.get_rank(group)
 
-    def longest(self, N: int, device: torch.device) -> int:
-        longest = torch.full((), N, device=device)  # torch.tensor would wait for the device
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
-        return int(on_host(longest))
+    def max_tokens_per_rank(self, N: int, device: torch.device) -> int:
+        max_tokens_per_rank = torch.full((), N, device=device)  # torch.tensor would wait for the device
+        dist.all_reduce(max_tokens_per_rank, dist.ReduceOp.MAX, group=self.group)
+        return int(on_host(max_tokens_per_rank))
 
     def gather(self, mine_c: Tensor) -> Pending:
         return self._all_gather(mine_c)
@@ -148,7 +148,7 @@ class Distinct(Replicated):
         return Pending(mine, work)
 
 
-def traffic_of(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> Traffic:
+def token_comm(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> TokenComm:
     """How tokens travel: "distinct", each rank has its own, or "replicated", all have the same. ValueError otherwise,
     or where the shard is not this rank's of the group.
     """
@@ -156,5 +156,5 @@ def traffic_of(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) 
         raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')
     check_group(shard, group)
     if group is None:
-        return Alone()
-    return Distinct(group) if tokens == "distinct" else Replicated(group)
+        return LocalComm()
+    return DistinctComm(group) if tokens == "distinct" else ReplicatedComm(group)

@@ -19,7 +19,7 @@ class VocabConfig:
     """The vocabulary and how its matrix is held.
 
     size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
-    that share one copy of the matrix; "auto" chooses by an estimate, see parallel.py. tie: the run begins with one
+    that share one copy of the matrix; "auto" chooses by an estimate, see placement.py. tie: the run begins with one
     matrix for input and output, or with two. untie_at: the step after which a tied matrix is split in two, each a copy
     of it, moments included; null: never. embed_scale: factor of what the lookup hands out (Gemma's is √width).
     input_grad_scale: factor of the gradient that the rows get through the lookup; 0: they are trained as output alone.
@@ -69,9 +69,9 @@ class VocabConfig:
     @property
     def matrices(self) -> int:
         """How many there are when most are."""
-        return 1 if self.split_by(None) is None else 2
+        return 1 if self.untied_at(None) is None else 2
 
-    def split_by(self, step: int | None) -> int | None:
+    def untied_at(self, step: int | None) -> int | None:
         """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None
         where they still are one. step=None: of one at the end of time.
         """
@@ -125,7 +125,7 @@ class VocabParallelEmbedding(nn.Module):
         self.head_weight = nn.Parameter(self.weight.detach().clone())
         return self.head_weight
 
-    def was_split(self, tensors: Container[str]) -> bool:
+    def was_untied(self, tensors: Container[str]) -> bool:
         """Whether a checkpoint with tensors of these names has a second matrix, and mine is one that is to be split."""
         return self.head_weight is None and self.config.untie_at is not None and "head.weight" in tensors
 
@@ -171,7 +171,7 @@ class VocabParallelEmbedding(nn.Module):
             softcap=self.config.softcap,
             memory_mib=self.config.head_memory_mib,
             metrics=metrics,
-            longest=targets_BT.numel(),
+            max_tokens_per_rank=targets_BT.numel(),
             scale=1.0 if scale is None else scale,
             main_grad_vD=_main_grad(rows) if final else None,
             kernels=self.kernels,

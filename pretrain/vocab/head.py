@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .chunks import Chunk, Chunks
-from .collectives import Pending, Traffic
+from .collectives import Pending, TokenComm
 from .kernels import Kernels
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
 
 @dataclass(frozen=True)
-class Part:
+class ChunkOnShard:
     """One chunk of m tokens on this shard."""
 
     mine: slice  # of this rank's tokens
@@ -28,7 +28,7 @@ class Part:
     valid_m: Tensor  # False where the target is ignored
     rows_m: Tensor  # of the targets in this shard, -1 where another one owns it
     target_m: Tensor  # the logits of those targets before softcap
-    factors_mv: Tensor  # to be filled, see `Kernels`
+    unnormalised_probs_mv: Tensor  # to be filled, see `Kernels`
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Head:
     """What is computed, and on which rows. `metrics`: also the entropy and the id of the largest logit."""
 
     shard: VocabShard
-    traffic: Traffic
+    traffic: TokenComm
     kernels: Kernels
     z_loss: float
     smoothing: float
@@ -49,32 +49,37 @@ class Head:
         return ("loss", "lse", "entropy", "best") if self.metrics else ("loss", "lse")
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def extra_statistics(self) -> tuple[str, ...]:
         """The statistics that an option needs besides max, sum and the target's logit."""
         smoothing = ("logit_sum",) if self.smoothing else ()
         return (*smoothing, "weighted", "best") if self.metrics else smoothing
 
     @property
-    def share(self) -> float:
+    def smoothing_per_row(self) -> float:
         """What smoothing subtracts from the gradient of every logit."""
         return self.smoothing / self.shard.vocab_size
 
     @property
-    def waits(self) -> bool:
+    def needs_lse_first(self) -> bool:
         """Smoothing's constant times the softcap's slope has no factor to defer: it needs the normaliser first."""
         return self.smoothing > 0 and self.softcap is not None
 
-    def parts(self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor) -> Iterator[tuple[Chunk, Part]]:
+    def parts(self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor) -> Iterator[tuple[Chunk, ChunkOnShard]]:
         """Yields every chunk, and its part on this shard; all share the memory of their factors."""
         targets_pL = chunks.gather(targets_N, -1)
-        factors_mv = self.kernels.empty_factors(chunks.hidden_ND, chunks.tokens, len(weight_vD))
+        unnormalised_probs_mv = self.kernels.empty_factors(chunks.hidden_ND, chunks.tokens, len(weight_vD))
         for chunk in chunks:
             hidden_mD, targets_m = chunk.hidden_mD, chunk.of(targets_pL)
             rows_m = torch.where(self.shard.holds(targets_m), self.shard.local(targets_m), -1)
             target_m = self.kernels.target_logits(hidden_mD, weight_vD, rows_m)
-            yield chunk, Part(chunk.mine, hidden_mD, targets_m >= 0, rows_m, target_m, factors_mv[: len(targets_m)])
+            yield (
+                chunk,
+                ChunkOnShard(
+                    chunk.mine, hidden_mD, targets_m >= 0, rows_m, target_m, unnormalised_probs_mv[: len(targets_m)]
+                ),
+            )
 
-    def exponentials(self, part: Part, weight_vD: Tensor, gradients: bool) -> dict[str, Tensor]:
+    def exponentials(self, part: ChunkOnShard, weight_vD: Tensor, gradients: bool) -> dict[str, Tensor]:
         """This shard's statistics; with `gradients` also its factors. One matmul."""
         return self.kernels.exponentials(
             part.hidden_mD,
@@ -82,70 +87,72 @@ class Head:
             part.rows_m,
             part.target_m,
             softcap=self.softcap,
-            factors_mv=part.factors_mv,
-            wanted=self.wanted,
+            unnormalised_probs_mv=part.unnormalised_probs_mv,
+            extra_statistics=self.extra_statistics,
             gradients=gradients,
         )
 
-    def stack(self, part: Part, statistics: dict[str, Tensor]) -> Pending:
+    def stack(self, part: ChunkOnShard, statistics: dict[str, Tensor]) -> Pending:
         """Sends this shard's statistics to all others: [p, k, m]."""
         target_m = torch.where(part.rows_m >= 0, self.cap(part.target_m), 0.0)
         if self.metrics:
             statistics["best"] = statistics["best"] + self.shard.start  # an id
-        others = [statistics[name] for name in self.wanted]
+        others = [statistics[name] for name in self.extra_statistics]
         return self.traffic.stack(torch.stack([statistics["max"], statistics["sum"], target_m, *others]))
 
     def merge(self, stacked_pkm: Tensor) -> dict[str, Tensor]:
         """The statistics of all shards, in rank order -> `results`, each [m]."""
-        parts = dict(zip(("max", "sum", "target", *self.wanted), stacked_pkm.unbind(1), strict=True))
+        parts = dict(zip(("max", "sum", "target", *self.extra_statistics), stacked_pkm.unbind(1), strict=True))
         max_m, winner_m = parts["max"].max(0)  # the lowest rank on ties, hence the lowest id
         scale_pm = (parts["max"] - max_m).exp()
         sum_m = (parts["sum"] * scale_pm).sum(0)
         lse_m = max_m + sum_m.log()
         loss_m = lse_m - (1 - self.smoothing) * parts["target"].sum(0) + self.z_loss * lse_m.square()
         if self.smoothing:
-            loss_m -= self.share * parts["logit_sum"].sum(0)
+            loss_m -= self.smoothing_per_row * parts["logit_sum"].sum(0)
         merged = {"loss": loss_m, "lse": lse_m}
         if self.metrics:
             merged["entropy"] = lse_m - (parts["weighted"] * scale_pm).sum(0) / sum_m
             merged["best"] = parts["best"].gather(0, winner_m.unsqueeze(0)).squeeze(0)
         return merged
 
-    def recompute(self, part: Part, weight_vD: Tensor, lse_m: Tensor, g_m: Tensor) -> tuple[Tensor, Tensor]:
+    def recompute(self, part: ChunkOnShard, weight_vD: Tensor, lse_m: Tensor, g_m: Tensor) -> tuple[Tensor, Tensor]:
         """The factors' product with the rows, and what each token's are to be scaled with, the normaliser known."""
-        if self.waits:
+        if self.needs_lse_first:
             self.kernels.dlogits(
                 part.hidden_mD,
                 weight_vD,
                 part.rows_m,
                 softcap=self.softcap,
-                factors_mv=part.factors_mv,
+                unnormalised_probs_mv=part.unnormalised_probs_mv,
                 lse_m=lse_m,
-                gain_m=self.gain(lse_m),
-                share=self.share,
+                gain_m=self.z_loss_gain(lse_m),
+                smoothing_per_row=self.smoothing_per_row,
             )
             scale_m = g_m
         else:
             statistics = self.exponentials(part, weight_vD, gradients=True)
             scale_m = self.deferred_scale(statistics, lse_m, g_m)
-        return self.kernels.times_weight(part.factors_mv, weight_vD), scale_m
+        return self.kernels.times_weight(part.unnormalised_probs_mv, weight_vD), scale_m
 
     def deferred_scale(self, statistics: dict[str, Tensor], lse_m: Tensor, g_m: Tensor) -> Tensor:
         """From exp(z - max of this shard) to the gradient of the logits; cannot overflow."""
-        return g_m * self.gain(lse_m) * (statistics["max"] - lse_m).exp()
+        return g_m * self.z_loss_gain(lse_m) * (statistics["max"] - lse_m).exp()
 
-    def target_factor(self, part: Part, lse_m: Tensor, g_m: Tensor) -> Tensor:
+    def target_factor(self, part: ChunkOnShard, lse_m: Tensor, g_m: Tensor) -> Tensor:
         """Gradient of the target's logit before softcap, [m]; 0 where it is not mine.
 
-        Smoothing's share of it comes with that of all other rows, except where `waits`.
+        Smoothing's share of it comes with that of all other rows, except where `needs_lse_first`.
         """
         capped_m = self.cap(part.target_m)
         slope_m = 1.0 if self.softcap is None else 1 - (capped_m / self.softcap).square()
-        softmax_m = self.gain(lse_m) * (capped_m - lse_m).exp()
-        share = self.share if self.waits else 0.0
-        return torch.where(part.rows_m >= 0, g_m * slope_m * (softmax_m - (1 - self.smoothing) - share), 0.0)
+        softmax_m = self.z_loss_gain(lse_m) * (capped_m - lse_m).exp()
+        smoothing_per_row = self.smoothing_per_row if self.needs_lse_first else 0.0
+        return torch.where(
+            part.rows_m >= 0, g_m * slope_m * (softmax_m - (1 - self.smoothing) - smoothing_per_row), 0.0
+        )
 
-    def gain(self, lse_m: Tensor) -> Tensor:
+    def z_loss_gain(self, lse_m: Tensor) -> Tensor:
         """What z-loss multiplies the softmax's part of the gradient with."""
         return 1 + 2 * self.z_loss * lse_m
 
@@ -160,24 +167,24 @@ class Gradients:
         self.head, self.weight_vD, self.dhidden_ND = head, weight_vD, dhidden_ND
         self.dweight_vD = dweight_vD[: len(weight_vD)]  # without padding rows
         self.reducing: tuple[slice, Pending] | None = None
-        self.smooths = head.smoothing > 0 and not head.waits
+        self.smooths = head.smoothing > 0 and not head.needs_lse_first
         if self.smooths:
             self.weight_sum_D = weight_vD.sum(0, dtype=dweight_vD.dtype)
             self.hidden_sum_D = torch.zeros_like(self.weight_sum_D)
 
-    def add(self, part: Part, product_mD: Tensor, scale_m: Tensor, lse_m: Tensor, g_m: Tensor) -> None:
+    def add(self, part: ChunkOnShard, product_mD: Tensor, scale_m: Tensor, lse_m: Tensor, g_m: Tensor) -> None:
         """One chunk's. `product` is factors · rows, `scale` what the factors lack, g the gradient of the losses."""
         kernels = self.head.kernels
         target_m = self.head.target_factor(part, lse_m, g_m)
         place = (target_m, part.hidden_mD, part.rows_m)
         part_mD, scaled_mD = kernels.scale(product_mD, scale_m, self.weight_vD, *place)
         if self.smooths:
-            share_m = g_m * self.head.share
+            share_m = g_m * self.head.smoothing_per_row
             part_mD.addr_(share_m, self.weight_sum_D, alpha=-1)
             self.hidden_sum_D += (part.hidden_mD * share_m.unsqueeze(1)).sum(0)
         self._store()
         self.reducing = part.mine, self.head.traffic.sum(part_mD)
-        kernels.add_weight_gradient(self.dweight_vD, part.factors_mv, scaled_mD, *place)
+        kernels.add_weight_gradient(self.dweight_vD, part.unnormalised_probs_mv, scaled_mD, *place)
 
     def finish(self) -> None:
         """Both gradients are complete."""
@@ -199,10 +206,10 @@ def compute_losses(
     accurate = accurate_dtype(chunks.hidden_ND.dtype)
     results = {name: torch.empty_like(targets_N, dtype=accurate) for name in head.results}
     for chunk, part in head.parts(chunks, weight_vD, targets_N):
-        deferred = gradients is not None and not head.waits
+        deferred = gradients is not None and not head.needs_lse_first
         statistics = head.exponentials(part, weight_vD, gradients=deferred)
         stacking = head.stack(part, statistics)
-        product_mD = head.kernels.times_weight(part.factors_mv, weight_vD) if deferred else None
+        product_mD = head.kernels.times_weight(part.unnormalised_probs_mv, weight_vD) if deferred else None
         merged = head.merge(stacking.wait())
         for name, merged_m in merged.items():
             results[name][chunk.mine] = head.traffic.mine(merged_m)[: chunk.mine.stop - chunk.mine.start]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunks, chunk_budget
-from .collectives import on_host, traffic_of
+from .collectives import on_host, token_comm
 from .head import Gradients, Head, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
@@ -57,7 +57,7 @@ def vocab_parallel_linear_cross_entropy(
     chunk_tokens: int | None = None,
     memory_mib: int | None = None,
     metrics: bool = True,
-    longest: int | None = None,
+    max_tokens_per_rank: int | None = None,
     scale: float = 1.0,
     main_grad_vD: Tensor | None = None,
     kernels: Kernels | None = None,
@@ -80,12 +80,13 @@ def vocab_parallel_linear_cross_entropy(
     more, for reduction="none", where ranks scale their losses differently, and when backward runs again.
 
     The group's tokens are worked on in chunks that need about `memory_mib` (None: what suits the device, or a quarter
-    of the rows' gradient where that is more), or of at most `chunk_tokens`. `longest`: the most tokens that a rank of
-    the group brings, where all know it. `metrics`: entropy and correct, too. `kernels`: None: by hidden's device.
+    of the rows' gradient where that is more), or of at most `chunk_tokens`. `max_tokens_per_rank`:
+    the largest N in the group, if every rank knows it already; saves one all-reduce. `metrics`: entropy and correct,
+    too. `kernels`: None: by hidden's device.
 
     Collectives a chunk: all-gather of hidden (distinct), all-gather of 3 statistics a token (+1 with smoothing, +2
     with metrics), reduce-scatter (all-reduce) of the gradient of hidden in fp32; all run behind matmuls. Besides,
-    one all-gather of the targets, and one of a number each for `longest` and in backward, unless given.
+    one all-gather of the targets, and one of a number each for `max_tokens_per_rank` and in backward, unless given.
 
     Raises ValueError on shapes that do not fit the shard and on a target outside [0, vocab_size) other than
     `ignore_index` (on CUDA, where looking would stall the host, such a target is a device-side assertion).
@@ -97,7 +98,7 @@ def vocab_parallel_linear_cross_entropy(
     kernels = kernels or choose_kernels(hidden_ND.device)
     head = Head(
         shard=shard,
-        traffic=traffic_of(shard, group, tokens),
+        traffic=token_comm(shard, group, tokens),
         kernels=kernels,
         z_loss=z_loss,
         smoothing=label_smoothing,
@@ -107,7 +108,7 @@ def vocab_parallel_linear_cross_entropy(
     budget = chunk_tokens or chunk_budget(shard, hidden_ND.shape[1], hidden_ND.dtype, memory_mib, kernels)
     valid_N = targets_N != ignore_index
     targets_N = torch.where(valid_N, targets_N, -1)
-    call = _Call(head, targets_N, scale, budget, longest)
+    call = _Call(head, targets_N, scale, budget, max_tokens_per_rank)
     loss = _differentiable(hidden_ND, weight_vD, call, reduction, main_grad_vD)
     results = call.results
     correct_N = valid_N & (results["best"] == targets_N) if metrics else None
@@ -179,7 +180,7 @@ class _Call:
     targets_N: Tensor  # -1: ignored
     scale: float
     budget: int
-    longest: int | None
+    max_tokens_per_rank: int | None
     results: dict[str, Tensor] = field(default_factory=dict)
 
     def losses(self, hidden_ND: Tensor, weight_vD: Tensor, into: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -212,8 +213,8 @@ class _Call:
         return weight_vD.detach()[: self.head.shard.valid_rows].to(dtype).contiguous()
 
     def _chunks(self, hidden_ND: Tensor) -> Chunks:
-        chunks = Chunks(self.head.traffic, hidden_ND.detach().contiguous(), self.budget, self.longest)
-        self.longest = chunks.longest
+        chunks = Chunks(self.head.traffic, hidden_ND.detach().contiguous(), self.budget, self.max_tokens_per_rank)
+        self.max_tokens_per_rank = chunks.max_tokens_per_rank
         return chunks
 
 

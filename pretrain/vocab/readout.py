@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunks import Chunk, Chunks
-from .collectives import Traffic, on_host, traffic_of
+from .collectives import TokenComm, on_host, token_comm
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
-from .softmax import Softmax, Whole, dot
+from .softmax import GlobalSoftmax, ShardSoftmax, dot
 
 MEMORY_MIB = 256
 TILE_BYTES = 16 * 2**20  # of rows that are made accurate at once, where they are not
@@ -73,7 +73,7 @@ class Readout:
             raise ValueError(f"memory_mib={memory_mib} must be positive")
         self.weight_vD = weight_vD.detach()[: shard.valid_rows]
         self.shard, self.softcap, self.memory_mib = shard, softcap, memory_mib
-        self.traffic: Traffic = traffic_of(shard, group, tokens)
+        self.traffic: TokenComm = token_comm(shard, group, tokens)
 
     def top_k(self, hidden_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits and their ids, [N, k]; of equal logits the lowest ids. Collectives: see `read`."""
@@ -137,7 +137,7 @@ class Readout:
             for name, size in sizes.items()
         }
         for chunk, ids_mJ, reference_mRD in self._chunks(hidden_SND, ids_NJ, references):
-            sets = [Softmax.of(self._logits(hidden_mD)) for hidden_mD in reference_mRD.unbind(1)]
+            sets = [ShardSoftmax.of(self._logits(hidden_mD)) for hidden_mD in reference_mRD.unbind(1)]
             wholes = self._wholes(sets)
             for s, hidden_mD in enumerate(chunk.hidden_mD.unbind(1)):
                 merged = self._read(self._logits(hidden_mD), ids_mJ, sets, wholes, mask_v, k)
@@ -160,25 +160,25 @@ class Readout:
         ids = [chunks.gather(ids_N, -1) for ids_N in ids_NJ.unbind(1)]
         references: Iterator[Tensor] = repeat(hidden_SND.new_empty(0, 0, hidden_SND.shape[-1]))
         if len(reference_RND):
-            others = Chunks(self.traffic, reference_RND.transpose(0, 1), budget, chunks.longest)
+            others = Chunks(self.traffic, reference_RND.transpose(0, 1), budget, chunks.max_tokens_per_rank)
             references = (other.hidden_mD for other in others)
         for chunk, reference_mRD in zip(chunks, references, strict=False):
             of_chunk = [chunk.of(ids_pL) for ids_pL in ids]
             ids_mJ = torch.stack(of_chunk, 1) if ids else ids_NJ.new_empty(len(chunk.hidden_mD), 0)
             yield chunk, ids_mJ, reference_mRD
 
-    def _wholes(self, sets: list[Softmax]) -> list[Whole]:
+    def _wholes(self, sets: list[ShardSoftmax]) -> list[GlobalSoftmax]:
         if not sets:
             return []
         stacked_pkm = self._exchange([statistic for own in sets for statistic in (own.max_m, own.sum_m)])
-        return [Whole.of(*stacked_pkm[:, 2 * r : 2 * r + 2].unbind(1)) for r in range(len(sets))]
+        return [GlobalSoftmax.of(*stacked_pkm[:, 2 * r : 2 * r + 2].unbind(1)) for r in range(len(sets))]
 
     def _read(
         self,
         logits_mv: Tensor,
         ids_mJ: Tensor,
-        references: list[Softmax],
-        wholes: list[Whole],
+        references: list[ShardSoftmax],
+        wholes: list[GlobalSoftmax],
         mask_v: Tensor | None,
         k: int,
     ) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class Readout:
         of_ids_mJ = self._logits_of(logits_mv, ids_mJ)
         counts = [self._before(logits_mv, of_m, ids_m) for of_m, ids_m in zip(of_ids_mJ.T, ids_mJ.T, strict=True)]
         top_km, top_ids_km = self._top(logits_mv, k)
-        own = Softmax.of(logits_mv)
+        own = ShardSoftmax.of(logits_mv)
         rows = slice(None) if mask_v is None else mask_v[: len(self.weight_vD)]
         statistics = [own.max_m, own.sum_m, dot(own.exp_mv, own.shifted_mv)]
         statistics.append(torch.zeros_like(own.sum_m) if mask_v is None else own.exp_mv[:, rows].sum(1))
@@ -195,7 +195,7 @@ class Readout:
             statistics += [dot(other.exp_mv, distance_mv), -dot(own.exp_mv, distance_mv)]
         stacked = self._exchange([*statistics, *counts, *top_km, *top_ids_km.to(own.max_m.dtype)])
         parts = iter(stacked.unbind(1))
-        whole = Whole.of(next(parts), next(parts))
+        whole = GlobalSoftmax.of(next(parts), next(parts))
         entropy_m = whole.entropy(next(parts))
         mass_m = (whole.weight_pm * next(parts)).sum(0)
         pairs = [(of.kl(whole, next(parts)), whole.kl(of, next(parts))) for of in wholes]

@@ -1,4 +1,4 @@
-"""Which rows of the vocabulary are mine: the only place with shard arithmetic."""
+"""Which rows of a split tensor are mine: the only place with shard arithmetic."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,30 +10,20 @@ INIT_BLOCK = 128  # rows drawn from one generator; part of the model's definitio
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """One rank's contiguous range of vocabulary rows.
+class RowShard:
+    """One rank's contiguous range of rows of a tensor with `padded_size` rows.
 
-    The matrix has `padded_size` rows: `vocab_size` rounded up to `multiple`, so its shape belongs to the
-    model and is the same for every split. Each rank holds ceil(padded_size / world) of them; the last
-    shards may be shorter, or empty. This is also how `DTensor` and `torch.chunk` split a dim. Rows at or
-    above `vocab_size` are padding: zero, without logit, without gradient.
+    Each rank holds ceil(padded_size / world) of them; the last shards may be shorter, or empty. This is also how
+    `DTensor`, FSDP2 and `torch.chunk` split a dim.
     """
 
     rank: int
     world: int
-    vocab_size: int
     padded_size: int
 
-    @classmethod
-    def of(cls, rank: int, world: int, vocab_size: int, multiple: int = 128) -> "VocabShard":
-        """The shard of `rank` among `world`. Raises ValueError on a rank, size or multiple out of range."""
-        if world < 1 or not 0 <= rank < world:
-            raise ValueError(f"rank={rank} must be in [0, world={world})")
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size} must be at least 1")
-        if multiple < 1:
-            raise ValueError(f"multiple={multiple} must be at least 1")
-        return cls(rank, world, vocab_size, -(-vocab_size // multiple) * multiple)
+    def __post_init__(self) -> None:
+        if self.world < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(f"rank={self.rank} must be in [0, world={self.world})")
 
     @property
     def rows_per_rank(self) -> int:
@@ -42,7 +32,7 @@ class VocabShard:
 
     @property
     def edges(self) -> list[int]:
-        """First row of each of the shards, counted in the whole matrix, and the end of the last: world + 1 numbers."""
+        """First row of each shard, counted in the whole tensor, and the end of the last: world + 1 numbers."""
         return [min(rank * self.rows_per_rank, self.padded_size) for rank in range(self.world + 1)]
 
     @property
@@ -58,6 +48,26 @@ class VocabShard:
     def rows(self) -> int:
         """v: the rows of this shard, padding included."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class VocabShard(RowShard):
+    """One rank's vocabulary rows.
+
+    The matrix has `padded_size` rows: `vocab_size` rounded up to `multiple`, so its shape belongs to the model and is
+    the same for every split. Rows at or above `vocab_size` are padding: zero, without logit, without gradient.
+    """
+
+    vocab_size: int
+
+    @classmethod
+    def of(cls, rank: int, world: int, vocab_size: int, multiple: int = 128) -> "VocabShard":
+        """The shard of `rank` among `world`. Raises ValueError on a rank, size or multiple out of range."""
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 1")
+        if multiple < 1:
+            raise ValueError(f"multiple={multiple} must be at least 1")
+        return cls(rank, world, -(-vocab_size // multiple) * multiple, vocab_size)
 
     @property
     def valid_rows(self) -> int:

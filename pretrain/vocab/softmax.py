@@ -12,7 +12,7 @@ BLOCK = 2**13  # columns of a product at once
 
 
 @dataclass(frozen=True)
-class Softmax:
+class ShardSoftmax:
     """A chunk's logits on this shard, as distances from their largest, and what sums to the softmax: [m, v], [m]."""
 
     shifted_mv: Tensor
@@ -21,7 +21,7 @@ class Softmax:
     sum_m: Tensor
 
     @classmethod
-    def of(cls, logits_mv: Tensor) -> "Softmax":
+    def of(cls, logits_mv: Tensor) -> "ShardSoftmax":
         """A shard without rows has a finite maximum below all others."""
         if logits_mv.shape[1]:
             max_m = logits_mv.amax(1)
@@ -33,7 +33,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Whole:
+class GlobalSoftmax:
     """The softmax over all shards, from what each says of its own. below_pm: its maximum less the largest of all."""
 
     lse_m: Tensor
@@ -43,7 +43,7 @@ class Whole:
     weight_pm: Tensor  # the factor from a shard's sums to probabilities
 
     @classmethod
-    def of(cls, max_pm: Tensor, sum_pm: Tensor) -> "Whole":
+    def of(cls, max_pm: Tensor, sum_pm: Tensor) -> "GlobalSoftmax":
         max_m = max_pm.amax(0)
         below_pm = max_pm - max_m
         scale_pm = below_pm.exp()
@@ -55,7 +55,7 @@ class Whole:
         mean_m = (self.weight_pm * (weighted_pm + self.sum_pm * self.below_pm)).sum(0)
         return (self.log_sum_m - mean_m).clamp(min=0)
 
-    def kl(self, other: "Whole", cross_pm: Tensor) -> Tensor:
+    def kl(self, other: "GlobalSoftmax", cross_pm: Tensor) -> Tensor:
         """KL(self ‖ other). cross: Σ exp(own shifted) · (own shifted - other's shifted) of each shard."""
         mean_m = (self.weight_pm * (cross_pm + self.sum_pm * (self.below_pm - other.below_pm))).sum(0)
         return (mean_m - self.log_sum_m + other.log_sum_m).clamp(min=0)

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launch.step import Step, total
 from pretrain import config as configuration
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.vocab.kernels import choose_kernels
 from pretrain.vocab.kernels.base import Kernels
 from tests.benchmarks.measure import MIB, markdown, progress
@@ -80,7 +80,7 @@ def planned_and_measured(case: Case) -> tuple[float, list[float]]:
     return max(map(total, step.phases().values())) / MIB, held
 
 
-def configured(*overrides: str) -> TrainConfig:
+def configured(*overrides: str) -> JobConfig:
     """The settings of a training whose data and run are never touched."""
     configuration.register()
     GlobalHydra.instance().clear()
@@ -88,7 +88,7 @@ def configured(*overrides: str) -> TrainConfig:
         return configuration.build(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
 
 
-def step_of(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Step:
+def step_of(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Step:
     dtype = config.train.compute_dtype("cpu")
     work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
     return Step(config, work, parallel, world, dtype, kernels)

@@ -27,9 +27,10 @@ from launch.rehearsal import trainer_of
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
-from pretrain.model import GPT2Config, LanguageModel
-from pretrain.optim import MatrixOptimizer, OptimConfig
-from pretrain.trainer import LoopConfig
+from pretrain.models.gpt2 import GPT2Config
+from pretrain.models.language_model import LanguageModel
+from pretrain.optim import OptimConfig, VocabOptimizer
+from pretrain.trainer import TrainingConfig
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
@@ -98,9 +99,9 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     with torch.device("meta"):
         body = model.body()
     engine = FSDP2Config().build(optim, BF16, 0)
-    loop = LoopConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
+    loop = TrainingConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
     language = LanguageModel(matrix, engine.wrap(body, mesh))
-    rows = MatrixOptimizer(matrix.parameters(), optim, mesh)
+    rows = VocabOptimizer(matrix.parameters(), optim, mesh)
     trainer = trainer_of(language, engine, rows, mesh, loop, optim)
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 

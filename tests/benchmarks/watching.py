@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.trainer import Trainer
 from tests.benchmarks.measure import markdown
 from tests.benchmarks.plan import configured
@@ -49,7 +49,7 @@ def main() -> None:
     print(markdown(["looks every", "of the run"], rows))
 
 
-def seconds_of_steps(rank: int, world: int, config: TrainConfig) -> tuple[float, float]:
+def seconds_of_steps(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
     """Medians of the odd and of the even steps, from step edge to step edge; the first ones not counted."""
     edges: list[float] = []
     must_stop = Trainer.must_stop

@@ -18,7 +18,7 @@ from data_prep.errors import DataError
 from data_prep.pool import SharedWatch
 from data_prep.token_file import Manifest, TokenFile, TokenFileEntry, TokenFileWriter
 from data_prep.tokenizer import Tokenizer
-from data_prep.unit import Unit
+from data_prep.unit import WorkUnit
 from data_prep.verify import verify
 from tests.data_prep.commands import (
     assert_one_error,
@@ -143,7 +143,7 @@ def drop_one_of_two(folder: Path) -> int:
     job = EncodeJob(folder, FilesCorpus([]), CleanConfig(deduplicate=True), 0.0, 1 << 31, None)
     with open(folder / "entry.json") as file:
         entry = TokenFileEntry(**json.load(file))
-    task = DropCopies(Unit(0, 0), UnitRecord(0, "", "", (entry,)), np.array([place_of("train", 1)]))
+    task = DropCopies(WorkUnit(0, 0), UnitRecord(0, "", "", (entry,)), np.array([place_of("train", 1)]))
     task.run(job, Encoder.load(folder, None), SharedWatch([0] * 4))
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 

@@ -21,7 +21,7 @@ from data_prep.encoder import resident_bytes
 from data_prep.errors import DataError
 from data_prep.long import LongDocument
 from data_prep.parquet import bytes_of, is_text, row_groups, rows_of
-from data_prep.source import Document, Poison, compression_of, expand, kind_of, local_file
+from data_prep.source import Document, Rejected, compression_of, expand, kind_of, local_file
 from data_prep.unit import Item
 from tests.data_prep.commands import assert_one_error, tokenize, write_jsonl
 
@@ -120,7 +120,7 @@ BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
 def test_a_bad_document_is_poison_and_the_next_one_is_not(tmp_path: Path, case: str) -> None:
     name, content, where, reason = BAD_DOCUMENTS[case]
     (tmp_path / name).write_bytes(content)
-    found = [item for item in items(FilesCorpus([str(tmp_path / name)])) if isinstance(item, Poison)]
+    found = [item for item in items(FilesCorpus([str(tmp_path / name)])) if isinstance(item, Rejected)]
     assert [item.id for item in found] == [str(tmp_path / where)]
     assert re.match(reason, found[0].reason)
     if name.endswith("l"):
@@ -155,8 +155,8 @@ def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=text)
     assert items(FilesCorpus([str(path)])) == [
         Document(f"{path}:0", "ok", b"ok"),
-        Poison(f"{path}:1", "not UTF-8 (byte 0xff after 0 bytes)"),
-        Poison(f"{path}:2", "'text' must be text, not null"),
+        Rejected(f"{path}:1", "not UTF-8 (byte 0xff after 0 bytes)"),
+        Rejected(f"{path}:2", "'text' must be text, not null"),
     ]
 
 
@@ -173,7 +173,7 @@ def test_views_of_text_and_dictionaries_are_read(tmp_path: Path) -> None:
     words = pyarrow.array(["one", "東京"], pyarrow.large_string()).dictionary_encode()
     assert documents(write_parquet(tmp_path / "dictionary.parquet", text=words)) == ["one", "東京"]
     bad = write_parquet(tmp_path / "bad.parquet", text=pyarrow.array([b"ok", b"\xff"], pyarrow.binary_view()))
-    assert [type(item) for item in items(FilesCorpus([str(bad)]))] == [Document, Poison]
+    assert [type(item) for item in items(FilesCorpus([str(bad)]))] == [Document, Rejected]
     assert not is_text(pyarrow.list_(pyarrow.string_view())) and not is_text(pyarrow.list_view(pyarrow.string()))
 
 
@@ -343,8 +343,8 @@ def test_large_and_bad_elements_of_an_array(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib.import_module("data_prep.corpus"), "LONG_BYTES", 100)
     first, *bad, large, last = items(FilesCorpus([str(path)]), largest=1000)
     assert isinstance(first, LongDocument) and "".join(first.pieces()) == "x" * 500
-    assert [type(item) for item in bad] == [Poison] * 4 and isinstance(last, Document)
-    assert isinstance(large, Poison) and large.reason.startswith("more than 1,000 bytes")
+    assert [type(item) for item in bad] == [Rejected] * 4 and isinstance(last, Document)
+    assert isinstance(large, Rejected) and large.reason.startswith("more than 1,000 bytes")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_bad_first_row_is_put_aside_and_the_others_are_read(tmp_path: Path, firs
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "a.jsonl").write_bytes(first + b"\n" + (tmp_path / "a.jsonl").read_bytes())
     bad, *good = items(FilesCorpus([str(tmp_path / "a.jsonl")]))
-    assert isinstance(bad, Poison) and [item[1] for item in good] == ["one", "two"]
+    assert isinstance(bad, Rejected) and [item[1] for item in good] == ["one", "two"]
 
 
 def test_large_rows_over_several_lines(tmp_path: Path) -> None:
@@ -530,11 +530,11 @@ def test_the_standard_library() -> None:
     expected = corpus.describe()["bytes"]
     assert len(found) > 500 and size > 10e6 and abs(size - expected) < 0.01 * size
     assert all("site-packages" not in item.id and item.id.endswith(".py") for item in found)
-    assert sum(isinstance(item, Poison) for item in found) < 20
+    assert sum(isinstance(item, Rejected) for item in found) < 20
 
 
 def test_a_unit_of_poison_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HubCorpus, "_items", lambda self: (Poison(str(number), "no") for number in range(1000)))
+    monkeypatch.setattr(HubCorpus, "_items", lambda self: (Rejected(str(number), "no") for number in range(1000)))
     assert max(len(unit.documents) for unit in HubCorpus("x").units(10_000)) < 50
 
 

@@ -12,7 +12,7 @@ from data_prep import encoder
 from data_prep.bpe import PATTERNS, train_bpe
 from data_prep.encoder import SCHEMES, Encoder, resident_bytes, sample_of, scheme_for
 from data_prep.long import LongDocument
-from data_prep.source import Document, Poison
+from data_prep.source import Document, Rejected
 from data_prep.tokenizer import LONGEST_RUN, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from tests.benchmarks.measure import free_at_once, in_fresh_process
@@ -160,7 +160,7 @@ def test_a_document_that_its_ids_do_not_have_whole_is_poison(tmp_path: Path) -> 
     tokenizer.save(tmp_path / "tokenizer")
     given = documents("ab\u4e00")
     *others, last = Encoder.load(tmp_path, None).encode_all(given)
-    assert last == Poison(given[-1].id, "the tokenizer's pattern leaves some of its text out")
+    assert last == Rejected(given[-1].id, "the tokenizer's pattern leaves some of its text out")
     assert all(np.array_equal(ids, tokenizer.encode(one.text)) for ids, one in zip(others, given[:-1], strict=True))
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from data_prep import corpus, long, source
 from data_prep.app import TokenizeConfig, training_texts
 from data_prep.clean import digest_of
-from data_prep.corpus import FilesCorpus, no_beat
+from data_prep.corpus import FilesCorpus, no_heartbeat
 from data_prep.errors import DataError
 from data_prep.long import LongDocument, LongRow, cut, digest_and_size
-from data_prep.source import Document, Poison
+from data_prep.source import Document, Rejected
 from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import BpeTokenizer, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -46,7 +46,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         "more": [1],
     }
     line = json.dumps(row, ensure_ascii=ascii_only).encode()
-    pieces = list(LongRow(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_beat).pieces())
+    pieces = list(LongRow(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_heartbeat).pieces())
     assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
     assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
 
@@ -87,7 +87,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
 )
 def test_a_bad_row_in_pieces(block: int, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        digest_and_size(LongRow(io.BytesIO(line), "text", no_beat).pieces(), 1 << 20)
+        digest_and_size(LongRow(io.BytesIO(line), "text", no_heartbeat).pieces(), 1 << 20)
 
 
 words = st.text(st.sampled_from('text"\\[]{},: \n\u2028é🙂1'), max_size=6)
@@ -118,13 +118,13 @@ def test_a_row_is_what_json_says(
     line = json.dumps({**members, "deep": nested, key: text}, ensure_ascii=ascii_only, separators=marks).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "BLOCK_BYTES", block)
-        assert "".join(LongRow(io.BytesIO(line), key, no_beat).pieces()) == text
+        assert "".join(LongRow(io.BytesIO(line), key, no_heartbeat).pieces()) == text
 
 
 def test_a_key_however_it_is_spelled(block: int) -> None:
     line = rb'{"te\u0078u": 1, "t\/ext": {"text": 2}, "\ud83d\ude43": 3, "te\u0078t": "x", "\ud83d\uDE42": "y"}'
     for key, text in (("text", "x"), ("🙂", "y")):
-        assert "".join(LongRow(io.BytesIO(line), key, no_beat).pieces()) == text
+        assert "".join(LongRow(io.BytesIO(line), key, no_heartbeat).pieces()) == text
 
 
 REPEATED_KEYS = [
@@ -165,7 +165,7 @@ def test_reasons_are_the_same_for_short_and_long_rows(tmp_path: Path, monkeypatc
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     files = FilesCorpus([str(tmp_path / "a.jsonl")])
     (unit,) = files.units(1 << 20)
-    short = [item.reason for item in files.items(unit, 1 << 20) if isinstance(item, Poison)]
+    short = [item.reason for item in files.items(unit, 1 << 20) if isinstance(item, Rejected)]
     monkeypatch.setattr(corpus, "LONG_BYTES", 4)
     long_rows = [item for item in files.items(unit, 1 << 20) if isinstance(item, LongDocument)]
     assert len(short) == len(long_rows) == 2
@@ -228,7 +228,7 @@ def test_a_long_document_has_the_digest_of_a_short_one(
         digest_and_size(document.pieces(), 9)
     (unit,) = FilesCorpus([str(tmp_path / name)]).units(1 << 20)
     if "jsonl" in name:
-        assert isinstance(list(FilesCorpus([str(tmp_path / name)]).items(unit, 2000))[-1], Poison)
+        assert isinstance(list(FilesCorpus([str(tmp_path / name)]).items(unit, 2000))[-1], Rejected)
 
 
 def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

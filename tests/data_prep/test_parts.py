@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.encode import Part
+from data_prep.encode import UnitStride
 from data_prep.errors import DataError
 from data_prep.output import Output
 from data_prep.token_file import Manifest
@@ -63,7 +63,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def units_done(out: Path, part: Part) -> set[int]:
+def units_done(out: Path, part: UnitStride) -> set[int]:
     done = {int(path.stem) for path in out.glob("unfinished/0*.json")}
     return {unit for unit in done if part.has(unit)}
 
@@ -73,7 +73,7 @@ def written(out: Path) -> dict[Path, int]:
 
 
 def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], plain: Path) -> None:
-    out, parts = tmp_path / "out", [Part(k, 3) for k in range(3)]
+    out, parts = tmp_path / "out", [UnitStride(k, 3) for k in range(3)]
     command = [*command, f"out={out}"]
     done = tokenize(*command, "part=prepare")
     assert done.returncode == 0 and done.stdout == f"prepared: {out}\n", done
@@ -125,7 +125,7 @@ def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_pa
     assert not out.exists()
     assert "trained a BPE" in tokenize(*command, f"out={out}", "part=prepare").stdout
     assert tokenize(*command, f"out={out}", "part=1/2").returncode == 0
-    assert units_done(out, Part()) == units_done(out, Part(1, 2)) != set()
+    assert units_done(out, UnitStride()) == units_done(out, UnitStride(1, 2)) != set()
     before = written(out)
     done = tokenize(*command, f"out={out}", "workers=2")
     assert done.returncode == 0 and "trained a" not in done.stdout and "MB/s" in done.stdout
@@ -153,7 +153,7 @@ def test_a_whole_run_and_parts_keep_each_other_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["3/3", "0/0", "-1/2", "1", "a/b", "1/2/3", "Prepare", ""])
 def test_a_wrong_part(part: str) -> None:
     with pytest.raises(DataError, match=r"part=.* must be K/N"):
-        Part.parse(part)
+        UnitStride.parse(part)
 
 
 def test_a_wrong_part_is_one_line(tmp_path: Path, command: list[str]) -> None:

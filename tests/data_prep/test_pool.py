@@ -17,13 +17,13 @@ import pytest
 from data_prep import app, encode, pool, source, token_file
 from data_prep.app import TokenizeConfig
 from data_prep.clean import CleanConfig, digest_of
-from data_prep.corpus import Beat, FilesCorpus
+from data_prep.corpus import FilesCorpus, Heartbeat
 from data_prep.encode import EncodeJob, EncodeUnit, UnitRecord, Watch, finished_unit
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError
 from data_prep.output import Output
 from data_prep.pool import LONGEST_TICK, Clock, Pool, SharedWatch
-from data_prep.source import Document, Piece, Poison
+from data_prep.source import Document, Piece, Rejected
 from data_prep.token_file import Manifest, TokenFile
 from data_prep.tokenizer import FileTokenizer
 from data_prep.unit import Item
@@ -39,7 +39,7 @@ class PanicException(BaseException):
 
 
 class TouchyEncoder(Encoder):
-    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Poison]:
+    def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Rejected]:
         for document in documents:
             if document.text == "crash":
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -49,7 +49,7 @@ class TouchyEncoder(Encoder):
                 time.sleep(1000)
         return super().encode_all(documents)
 
-    def _encode(self, document: Document) -> np.ndarray | Poison:
+    def _encode(self, document: Document) -> np.ndarray | Rejected:
         return super()._encode(document._replace(text=Panic()) if document.text == "panic" else document)
 
 
@@ -70,8 +70,8 @@ class SlowCorpus(FilesCorpus):
 
     seconds: float = 0.0
 
-    def read(self, piece: Piece, largest: int, beat: Beat) -> Iterator[Item]:
-        for number, item in enumerate(super().read(piece, largest, beat)):
+    def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
+        for number, item in enumerate(super().read(piece, largest, heartbeat)):
             time.sleep(self.seconds if number == 1 else 0)
             yield item
 
@@ -117,8 +117,8 @@ def test_a_unit_is_the_same_a_document_at_a_time(tmp_path: Path) -> None:
     encoder, watch = Encoder.load(job.folder, None), SharedWatch([0] * 4)
     for clean in (CleanConfig(), CleanConfig(min_bytes=2, deduplicate=True)):
         found = []
-        for careful in (False, True):
-            record = TouchyUnit(unit, careful).run(replace(job, clean=clean, val_fraction=0.5), encoder, watch)
+        for one_at_a_time in (False, True):
+            record = TouchyUnit(unit, one_at_a_time).run(replace(job, clean=clean, val_fraction=0.5), encoder, watch)
             found.append((record, folder_bytes(tmp_path / "out")))
         assert found[0] == found[1]
         assert len(record.quarantined) == (1 if clean.deduplicate else 6) and len(record.files) == 2

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from launch.rehearsal import staged
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.lookup import DistinctRows
 from tests.ranks import context
@@ -48,7 +48,7 @@ class Simulated:
     held: int
 
 
-def simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+def simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
     """Rank 0's second step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch
     has the same tokens.
     """
@@ -56,7 +56,7 @@ def simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels:
         return pool.submit(_simulate, config, rows, parallel, world, kernels).result()
 
 
-def _simulate(config: TrainConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+def _simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
     held = Held()
     fake = isinstance(config.engine, FSDP2Config)
     with staged(config, rows, parallel, world, kernels, watching=held if fake else None) as stage:

@@ -13,16 +13,16 @@ from data_prep.corpus import FilesCorpus
 from data_prep.errors import DataError
 from data_prep.tokenizer import BpeTokenizer, FileTokenizer, TokenizerConfig
 from launch.cluster import ClusterConfig
-from launch.corpus import WARNING, CorpusConfig, CorpusTask, steps_of
+from launch.corpus import WARNING, CorpusTask, TokenizeJobConfig, steps_of
 from tests.data_prep.commands import ROOT, python
 
 SCRIPT = ROOT / "launch" / "slurm.py"
 
 
-def config_of(tokenizer: TokenizerConfig | None = None, tasks: int = 3, **settings) -> CorpusConfig:
+def config_of(tokenizer: TokenizerConfig | None = None, tasks: int = 3, **settings) -> TokenizeJobConfig:
     cluster = ClusterConfig(time="0:10:00", tasks=tasks, cpus_per_task=4, **settings.pop("cluster", {}))
     settings = {"out": "data/mine"} | settings
-    return CorpusConfig(FilesCorpus(["texts"]), tokenizer or BpeTokenizer(), cluster=cluster, **settings)
+    return TokenizeJobConfig(FilesCorpus(["texts"]), tokenizer or BpeTokenizer(), cluster=cluster, **settings)
 
 
 def test_the_parts_wait_for_a_tokenizer_and_the_manifest_for_all() -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launch.rehearsal import rehearse
-from pretrain.model import Body, GPT2Config
+from pretrain.models.gpt2 import Body, GPT2Config
 from tests.benchmarks.plan import configured
 
 

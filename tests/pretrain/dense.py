@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.data import IGNORED, Order, PackedWindows, Windows, open_corpus
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 
@@ -17,7 +17,7 @@ from tests.pretrain.tiny import VOCAB
 class DenseModel(nn.Module):
     """The truth: the same initial weights, whole, in one process, under plain autograd."""
 
-    def __init__(self, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: JobConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.body = config.model.body()
         for name, parameter in self.body.named_parameters():
@@ -43,7 +43,7 @@ class DenseModel(nn.Module):
         return total / (targets != IGNORED).sum()
 
 
-def windows_of(config: TrainConfig, step: int) -> list[Tensor]:
+def windows_of(config: JobConfig, step: int) -> list[Tensor]:
     """The global batch of a step: tokens, targets [global_batch, T], and where documents begin, if it matters."""
     corpus = open_corpus(Path(config.data.path))
     if config.data.packing == "best_fit":
@@ -64,7 +64,7 @@ class Dense(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def dense_training(config: TrainConfig) -> Dense:
+def dense_training(config: JobConfig) -> Dense:
     """A plain training loop: AdamW, clip, schedule."""
     model = DenseModel(config, torch.float32)
     adamw = config.optim.adamw(model.parameters())

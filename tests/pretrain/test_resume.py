@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.monitor import MonitorConfig
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.stops import Deadline
-from pretrain.trainer import LoopConfig
+from pretrain.trainer import TrainingConfig
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -66,7 +66,7 @@ def test_the_position_is_counted_in_samples(tmp_path):
     assert [sum(of_corpus.values()) for of_corpus in samples] == [10 * 12, 10 * 12 + 5 * 18, 11 * 12 + 5 * 18]
 
 
-def train_until_signalled(rank: int, world: int, config: TrainConfig, number: int) -> None:
+def train_until_signalled(rank: int, world: int, config: JobConfig, number: int) -> None:
     """One rank of two is told to stop, at some moment after the third step."""
 
     def tell() -> None:
@@ -124,7 +124,7 @@ def test_a_deadline_leaves_time_for_a_step_and_two_saves(monkeypatch):
 
 @pytest.mark.parametrize("text,seconds", [("4h", 14400), ("1d12h30m5s", 131405), ("90m", 5400), (None, None)])
 def test_a_time_limit_is_read(text, seconds):
-    assert LoopConfig(time_limit=text).time_limit_seconds == seconds
+    assert TrainingConfig(time_limit=text).time_limit_seconds == seconds
 
 
 def test_of_a_frozen_configuration_only_a_group_that_came_later_may_be_missing(tmp_path):

@@ -14,12 +14,12 @@ import torch
 
 import pretrain.train
 from pretrain.checkpoint import RANKS_LOCK, checkpoints, read_manifest
-from pretrain.config import hold
+from pretrain.config import lock_run
 from pretrain.data import MicroBatch, validation_batches
 from pretrain.mesh import device_error, lost_peer
-from pretrain.settings import TrainConfig
-from pretrain.stops import STOP_SIGNALS, Reason, StopRequests
-from pretrain.trainer import LoopConfig
+from pretrain.settings import JobConfig
+from pretrain.stops import STOP_SIGNALS, StopReason, StopRequests
+from pretrain.trainer import TrainingConfig
 from tests.pretrain.helpers import TIMES, make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -30,7 +30,7 @@ def lines(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
 
 
-def stopped_while_evaluating(rank: int, world: int, config: TrainConfig, number: int) -> tuple[Reason, list[int]]:
+def stopped_while_evaluating(rank: int, world: int, config: JobConfig, number: int) -> tuple[StopReason, list[int]]:
     """One rank is told to stop at the third batch of the second evaluation; the batches of each that were taken."""
     taken: list[int] = []
 
@@ -55,7 +55,7 @@ def test_an_evaluation_that_is_cut_short_is_done_after_the_resume(tmp_path, numb
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
     config = tiny_config(data, tmp_path / "parts", **settings)
     (reason, taken), _ = run_ranks(2, stopped_while_evaluating, config, number)
-    assert reason is Reason.REQUESTED and taken[0] > taken[1] == 3, "it was not waited for"
+    assert reason is StopReason.REQUESTED and taken[0] > taken[1] == 3, "it was not waited for"
     last = checkpoints(config.run_dir)[-1]
     assert last.name == f"step-{step:08d}" and read_manifest(last)["val_loss"] is None
     assert "val_loss" not in lines(config.run_dir)[-1] and lines(config.run_dir)[-1]["step"] == step
@@ -89,7 +89,7 @@ def test_whose_fault_an_error_is(error, device, peer):
 
 def test_a_limit_on_hanging_is_no_negative_number():
     with pytest.raises(ValueError, match=r"train\.hang_after=-1 must not be negative \(0: never\)"):
-        LoopConfig(hang_after=-1)
+        TrainingConfig(hang_after=-1)
 
 
 def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
@@ -144,7 +144,7 @@ def test_a_lock_that_a_lost_node_still_holds_is_waited_for(tmp_path, monkeypatch
     """For a while: then it is an error of a kind that another start may mend."""
     config = tiny_config(tmp_path, tmp_path / "run")
     first = SimpleNamespace(rank=0)
-    with hold(config.run_dir, RANKS_LOCK):
+    with lock_run(config.run_dir, RANKS_LOCK):
         monkeypatch.setattr("pretrain.train.LOCK_SECONDS", 0)
         with pytest.raises(OSError, match="is in use by another process"), pretrain.train._held(config, first):
             pass
@@ -152,11 +152,11 @@ def test_a_lock_that_a_lost_node_still_holds_is_waited_for(tmp_path, monkeypatch
             pass
     monkeypatch.undo()
     other = ExitStack()
-    other.enter_context(hold(config.run_dir, RANKS_LOCK))
+    other.enter_context(lock_run(config.run_dir, RANKS_LOCK))
     threading.Timer(0.5, other.close).start()
     with (
         pretrain.train._held(config, first),
         pytest.raises(ValueError, match="in use"),
-        hold(config.run_dir, RANKS_LOCK),
+        lock_run(config.run_dir, RANKS_LOCK),
     ):
         pass

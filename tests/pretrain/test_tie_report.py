@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.model import GPT2Config
+from pretrain.models.gpt2 import GPT2Config
 from pretrain.tie_report.report import page, report
-from pretrain.tie_report.run import Run
+from pretrain.tie_report.run import ReportRun
 from tests.browser import dumped
 from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -42,7 +42,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def shown(runs: dict[str, Path], tied: str = "tied", untied: str = "untied") -> dict:
-    return report(Run("tied", runs[tied]), Run("untied", runs[untied]))
+    return report(ReportRun("tied", runs[tied]), ReportRun("untied", runs[untied]))
 
 
 def charts_of(shown: dict) -> dict[str, dict]:

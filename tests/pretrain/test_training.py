@@ -9,9 +9,9 @@ import torch
 from pretrain.data import Windows, open_corpus
 from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
-from pretrain.model import LanguageModel
-from pretrain.optim import MatrixOptimizer, clip_factor
-from pretrain.settings import TrainConfig
+from pretrain.models.language_model import LanguageModel
+from pretrain.optim import VocabOptimizer, clip_factor
+from pretrain.settings import JobConfig
 from pretrain.train import build_model
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.dense import DenseModel, dense_training, windows_of
@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 4)]  # world, vocab.parallel
 
 
-def one_step_in_float64(rank: int, world: int, config: TrainConfig):
+def one_step_in_float64(rank: int, world: int, config: JobConfig):
     """Loss, gradients and norm of one global batch on this rank, the engine and all else as in training."""
     torch.set_default_dtype(torch.float64)
     mesh = Mesh.of(int(config.vocab.parallel), torch.device("cpu"))
@@ -39,7 +39,7 @@ def one_step_in_float64(rank: int, world: int, config: TrainConfig):
         body = config.model.body()
     engine = FSDP2Config().build(config.optim, torch.float64, config.seed)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
-    matrix = MatrixOptimizer(vocab.parameters(), config.optim, mesh)
+    matrix = VocabOptimizer(vocab.parameters(), config.optim, mesh)
     tokens, targets = (part.chunk(world)[rank] for part in windows_of(config, 0))
     n_targets = config.train.global_batch * config.seq_len
     total = 0.0
@@ -101,7 +101,7 @@ def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
                 assert tensor[:VOCAB].abs().sum(1).gt(0).all()
 
 
-def initial_rows(rank: int, world: int, config: TrainConfig):
+def initial_rows(rank: int, world: int, config: JobConfig):
     mesh = Mesh.of(int(config.vocab.parallel), torch.device("cpu"))
     _, model, _ = build_model(config, mesh, VOCAB)
     rows = {name: (model.vocab.shard.start, row.detach()) for name, row in model.vocab.named_rows().items()}

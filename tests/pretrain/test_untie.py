@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.data import IGNORED
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from tests.pretrain.dense import DenseModel, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -32,7 +32,7 @@ class Truth(NamedTuple):
     cosine: float
 
 
-def dense_untied_training(config: TrainConfig) -> Truth:
+def dense_untied_training(config: JobConfig) -> Truth:
     """In float64, AdamW written out: what is copied at the split is seen."""
     model = DenseModel(config, torch.float64)
     parameters: dict[str, Tensor] = dict(model.body.named_parameters()) | {"embedding.weight": model.weight}
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_step_of_the_split_is_whole_and_the_next_has_two_mat
     assert has_head == {step: step > AT for step in range(1, STEPS + 1)}
 
 
-def at_split(rank: int, world: int, config: TrainConfig) -> list[bool]:
+def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
     """Whether the two halves, and their moments, are the same bits when the step after the split begins."""
     from pretrain.trainer import Trainer
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from data_prep.token_file import TokenFileWriter
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.stops import StopRequests
 from pretrain.train import train
 
@@ -30,7 +30,7 @@ def write_tokens(prefix: Path, vocab_size: int = VOCAB, documents: int = 40, see
     return prefix
 
 
-def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
+def tiny_config(data: Path, run: Path, **changes: object) -> JobConfig:
     """Two blocks of width 24 in fp32; `changes` are dotted keys with __ for the dot: train__steps=40."""
     settings: dict = {
         "seed": 7,
@@ -51,7 +51,7 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
     return configuration.build(cfg)
 
 
-def train_rank(rank: int, world: int, config: TrainConfig) -> None:
+def train_rank(rank: int, world: int, config: JobConfig) -> None:
     """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
     with StopRequests() as requests:
         train(config, torch.device("cpu"), requests)

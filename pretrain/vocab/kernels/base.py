@@ -13,7 +13,7 @@ class Kernels(Protocol):
     """The work on one chunk of m tokens and the v valid rows of this shard; v may be 0.
 
     "Accurate" is fp32, or float64 where hidden is. z is the logit: softcap(hidden · weight), the target's exact.
-    `rows_m` is the target's row in this shard, -1 where another one owns it. `factors_mv` comes from
+    `rows_m` is the target's row in this shard, -1 where another one owns it. `unnormalised_probs_mv` comes from
     `empty_factors`, in the compute dtype, and is what multiplies the weights (hidden) in the gradients; the
     target's entry is always 0 there: rounded to bf16, p - 1 would carry nearly all of the gradient's error.
     """
@@ -36,14 +36,14 @@ class Kernels(Protocol):
         rows_m: Tensor,
         target_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
-        wanted: Collection[str],
+        unnormalised_probs_mv: Tensor,
+        extra_statistics: Collection[str],
         gradients: bool,
     ) -> dict[str, Tensor]:
         """Statistics of z over this shard's rows, accurate, [m] each; one matmul. With `gradients` also
         factors = exp(z - max) · dz/du (du: before softcap), else their content is undefined.
 
-        max, sum: of exp(z - max); and where `wanted`: best, the first row of the maximum; weighted, Σz·exp(z - max);
+        max, sum: of exp(z - max). `extra_statistics`: best, the first row of the maximum; weighted, Σz·exp(z - max);
         logit_sum, Σz. A shard without rows has a finite maximum below all others, and sums of 0.
         """
         ...
@@ -54,15 +54,15 @@ class Kernels(Protocol):
         weight_vD: Tensor,
         rows_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         lse_m: Tensor,
         gain_m: Tensor,
-        share: float,
+        smoothing_per_row: float,
     ) -> None:
         """factors = (gain · exp(z - lse) - share) · dz/du; one matmul. For what cannot wait for the normaliser."""
         ...
 
-    def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
+    def times_weight(self, unnormalised_probs_mv: Tensor, weight_vD: Tensor) -> Tensor:
         """factors · weight [m, D]; accurate where the device's matmul can do that."""
         ...
 
@@ -84,7 +84,7 @@ class Kernels(Protocol):
     def add_weight_gradient(
         self,
         gradient_vD: Tensor,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         scaled_mD: Tensor,
         target_factor_m: Tensor,
         hidden_mD: Tensor,
@@ -114,8 +114,8 @@ def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None
     return whole[:, :v]
 
 
-def floor_statistics(hidden_mD: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+def floor_statistics(hidden_mD: Tensor, extra_statistics: Collection[str]) -> dict[str, Tensor]:
     """Of a shard without rows: a finite floor, so that merging never subtracts infinities."""
     zero_m = hidden_mD.new_zeros(len(hidden_mD), dtype=accurate_dtype(hidden_mD.dtype))
     floor_m = torch.full_like(zero_m, torch.finfo(zero_m.dtype).min)
-    return {"max": floor_m, "sum": zero_m} | dict.fromkeys(wanted, zero_m)
+    return {"max": floor_m, "sum": zero_m} | dict.fromkeys(extra_statistics, zero_m)

@@ -42,26 +42,26 @@ class TorchKernels:
         rows_m: Tensor,
         target_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
-        wanted: Collection[str],
+        unnormalised_probs_mv: Tensor,
+        extra_statistics: Collection[str],
         gradients: bool,
     ) -> dict[str, Tensor]:
         if len(weight_vD) == 0:
-            return floor_statistics(hidden_mD, wanted)
-        statistics: dict[str, list[Tensor]] = {name: [] for name in ("max", "sum", *wanted)}
-        torch.mm(hidden_mD, weight_vD.T, out=factors_mv)
-        for slab, z_sv in self._slabs(factors_mv):
+            return floor_statistics(hidden_mD, extra_statistics)
+        statistics: dict[str, list[Tensor]] = {name: [] for name in ("max", "sum", *extra_statistics)}
+        torch.mm(hidden_mD, weight_vD.T, out=unnormalised_probs_mv)
+        for slab, z_sv in self._slabs(unnormalised_probs_mv):
             owned, rows = _owned(rows_m[slab])
             # a rounded logit of the target could lift its loss below zero: the exact one stands among the others
             z_sv[owned, rows] = target_m[slab][owned]
             slope_sv = _cap(z_sv, softcap, slope=gradients)
             max_s = z_sv.amax(1)
             statistics["max"].append(max_s)
-            if "best" in wanted:
+            if "best" in extra_statistics:
                 statistics["best"].append(z_sv.argmax(1).to(max_s.dtype))
-            if "logit_sum" in wanted:
+            if "logit_sum" in extra_statistics:
                 statistics["logit_sum"].append(z_sv.sum(1))
-            logits_sv = z_sv.clone() if "weighted" in wanted else None
+            logits_sv = z_sv.clone() if "weighted" in extra_statistics else None
             _exp_(z_sv, max_s)
             statistics["sum"].append(z_sv.sum(1))
             if logits_sv is not None:
@@ -70,7 +70,7 @@ class TorchKernels:
                 if slope_sv is not None:
                     z_sv.mul_(slope_sv)
                 z_sv[owned, rows] = 0
-                factors_mv[slab] = z_sv
+                unnormalised_probs_mv[slab] = z_sv
         return {name: torch.cat(parts) for name, parts in statistics.items()}
 
     def dlogits(
@@ -79,23 +79,23 @@ class TorchKernels:
         weight_vD: Tensor,
         rows_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         lse_m: Tensor,
         gain_m: Tensor,
-        share: float,
+        smoothing_per_row: float,
     ) -> None:
-        torch.mm(hidden_mD, weight_vD.T, out=factors_mv)
-        for slab, z_sv in self._slabs(factors_mv):
+        torch.mm(hidden_mD, weight_vD.T, out=unnormalised_probs_mv)
+        for slab, z_sv in self._slabs(unnormalised_probs_mv):
             owned, rows = _owned(rows_m[slab])
             slope_sv = _cap(z_sv, softcap, slope=True)
-            _exp_(z_sv, lse_m[slab]).mul_(gain_m[slab].unsqueeze(1)).sub_(share)
+            _exp_(z_sv, lse_m[slab]).mul_(gain_m[slab].unsqueeze(1)).sub_(smoothing_per_row)
             if slope_sv is not None:
                 z_sv.mul_(slope_sv)
             z_sv[owned, rows] = 0
-            factors_mv[slab] = z_sv
+            unnormalised_probs_mv[slab] = z_sv
 
-    def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
-        return factors_mv @ weight_vD
+    def times_weight(self, unnormalised_probs_mv: Tensor, weight_vD: Tensor) -> Tensor:
+        return unnormalised_probs_mv @ weight_vD
 
     def scale(
         self,
@@ -115,19 +115,19 @@ class TorchKernels:
     def add_weight_gradient(
         self,
         gradient_vD: Tensor,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         scaled_mD: Tensor,
         target_factor_m: Tensor,
         hidden_mD: Tensor,
         rows_m: Tensor,
     ) -> None:
-        if factors_mv.dtype == gradient_vD.dtype:
-            gradient_vD.addmm_(factors_mv.T, scaled_mD)
+        if unnormalised_probs_mv.dtype == gradient_vD.dtype:
+            gradient_vD.addmm_(unnormalised_probs_mv.T, scaled_mD)
         else:
             height = max(1, TILE_BYTES // (scaled_mD.shape[1] * scaled_mD.element_size()))
             for start in range(0, len(gradient_vD), height):
                 tile = slice(start, start + height)
-                gradient_vD[tile] += factors_mv[:, tile].T @ scaled_mD
+                gradient_vD[tile] += unnormalised_probs_mv[:, tile].T @ scaled_mD
         owned, rows = _owned(rows_m)
         values = target_factor_m[owned].unsqueeze(1) * hidden_mD[owned].to(gradient_vD.dtype)
         gradient_vD.index_add_(0, rows, values)

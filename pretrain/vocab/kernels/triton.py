@@ -83,19 +83,19 @@ def _exponentials(
 
 @triton.jit
 def _dlogits(
-    logits, logits_stride, factors, factors_stride, rows, lse, gain, v, wide,
+    logits, logits_stride, factors, factors_stride, rows, lse, z_loss_gain, v, wide,
     SHARE: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One token: (gain · exp(z - lse) - share) · dz/du, and 0 for the target."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * logits_stride
     factors += token * factors_stride
-    row, shift, gain = tl.load(rows + token), tl.load(lse + token), tl.load(gain + token)
+    row, shift, z_loss_gain = tl.load(rows + token), tl.load(lse + token), tl.load(z_loss_gain + token)
     lanes = tl.arange(0, COLUMNS)
     for start in range(0, v, COLUMNS):
         columns = start + lanes
         z, slope = _logits(logits, -1, shift, columns, v, wide, SOFTCAP)
-        factor = gain * tl.exp(z - shift) - SHARE
+        factor = z_loss_gain * tl.exp(z - shift) - SHARE
         if SOFTCAP is not None:
             factor *= slope
         factor = tl.where(columns == row, 0, factor)
@@ -182,20 +182,24 @@ class TritonKernels:
         rows_m: Tensor,
         target_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
-        wanted: Collection[str],
+        unnormalised_probs_mv: Tensor,
+        extra_statistics: Collection[str],
         gradients: bool,
     ) -> dict[str, Tensor]:
-        m, v = factors_mv.shape
+        m, v = unnormalised_probs_mv.shape
         names = ("max", "sum", "logit_sum", "weighted", "best")
         statistics_5m = target_m.new_empty(len(names), m)
         for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
             _exponentials[(len(logits_sv),)](
-                logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), statistics_5m[:, slab],
-                rows_m[slab], target_m[slab], m, v, aligned(v), SOFTCAP=softcap, METRICS=len(wanted) > 0,
-                WRITE=gradients, COLUMNS=self.columns, num_warps=WARPS,
+                logits_sv, logits_sv.stride(0), unnormalised_probs_mv[slab], unnormalised_probs_mv.stride(0),
+                statistics_5m[:, slab], rows_m[slab], target_m[slab], m, v, aligned(v), SOFTCAP=softcap,
+                METRICS=len(extra_statistics) > 0, WRITE=gradients, COLUMNS=self.columns, num_warps=WARPS,
             )  # fmt: skip
-        return {name: row for name, row in zip(names, statistics_5m, strict=True) if name in ("max", "sum", *wanted)}
+        return {
+            name: row
+            for name, row in zip(names, statistics_5m, strict=True)
+            if name in ("max", "sum", *extra_statistics)
+        }
 
     def dlogits(
         self,
@@ -203,21 +207,24 @@ class TritonKernels:
         weight_vD: Tensor,
         rows_m: Tensor,
         softcap: float | None,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         lse_m: Tensor,
         gain_m: Tensor,
-        share: float,
+        smoothing_per_row: float,
     ) -> None:
         v = len(weight_vD)
         for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
             _dlogits[(len(logits_sv),)](
-                logits_sv, logits_sv.stride(0), factors_mv[slab], factors_mv.stride(0), rows_m[slab], lse_m[slab],
-                gain_m[slab], v, aligned(v), SHARE=share, SOFTCAP=softcap, COLUMNS=self.columns, num_warps=WARPS,
+                logits_sv, logits_sv.stride(0), unnormalised_probs_mv[slab], unnormalised_probs_mv.stride(0),
+                rows_m[slab], lse_m[slab], gain_m[slab], v, aligned(v), SHARE=smoothing_per_row, SOFTCAP=softcap,
+                COLUMNS=self.columns, num_warps=WARPS,
             )  # fmt: skip
 
-    def times_weight(self, factors_mv: Tensor, weight_vD: Tensor) -> Tensor:
-        product_mD = weight_vD.new_empty(len(factors_mv), weight_vD.shape[1], dtype=accurate_dtype(weight_vD.dtype))
-        return _multiply(factors_mv, weight_vD, product_mD)
+    def times_weight(self, unnormalised_probs_mv: Tensor, weight_vD: Tensor) -> Tensor:
+        product_mD = weight_vD.new_empty(
+            len(unnormalised_probs_mv), weight_vD.shape[1], dtype=accurate_dtype(weight_vD.dtype)
+        )
+        return _multiply(unnormalised_probs_mv, weight_vD, product_mD)
 
     def scale(
         self,
@@ -239,13 +246,13 @@ class TritonKernels:
     def add_weight_gradient(
         self,
         gradient_vD: Tensor,
-        factors_mv: Tensor,
+        unnormalised_probs_mv: Tensor,
         scaled_mD: Tensor,
         target_factor_m: Tensor,
         hidden_mD: Tensor,
         rows_m: Tensor,
     ) -> None:
-        _multiply_add(gradient_vD, factors_mv.T, scaled_mD)
+        _multiply_add(gradient_vD, unnormalised_probs_mv.T, scaled_mD)
         m, D = hidden_mD.shape
         sorted_rows_m, order_m = rows_m.sort(stable=True)
         _add_rows[(m, triton.cdiv(D, 1024))](

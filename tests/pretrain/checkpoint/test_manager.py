@@ -504,7 +504,7 @@ def test_a_save_copied_behind_the_next_step_has_nothing_of_it(tmp_path, engine):
 def copied(rank, world, run, what):
     """What the checks of the split say after one rank's rows went wrong."""
     manager = build(run, world, vocab__parallel="2" if world == 4 else "auto", vocab__tie="untied")
-    manager.check_split()
+    manager.check_shards()
     rows = manager.model.vocab.weight.data
     if what == "broadcast":  # as plain DeepSpeed does
         torch.distributed.broadcast(rows, 0)
@@ -536,11 +536,11 @@ def test_shards_must_differ_and_replicas_must_not(tmp_path, world, what, expecte
 
 def test_shards_of_nothing_but_padding_may_be_alike(tmp_path):
     settings = {"vocab_size": 3, "vocab__multiple": 8, "vocab__tie": "untied"}
-    run_ranks(4, check_split, tmp_path, settings)
+    run_ranks(4, check_shards, tmp_path, settings)
 
 
-def check_split(rank, world, run, changes):
-    build(run, world, **changes).check_split()
+def check_shards(rank, world, run, changes):
+    build(run, world, **changes).check_shards()
 
 
 @pytest.mark.parametrize("key", ["every", "keep", "keep_every", "keep_best", "seconds_before_limit"])

@@ -43,7 +43,7 @@ def loader(windows):
         each.close()
 
 
-def places(batch) -> list[int]:
+def samples(batch) -> list[int]:
     """The windows of a rank's batch, in its order."""
     return [int(tokens[0]) // SEQ_LEN for micro in batch.micro_batches for tokens in micro.tokens_BT]
 
@@ -55,7 +55,7 @@ def test_ranks_share_the_global_batch(loader, world, micro_batch):
     ranks = [loader(rank, world, micro_batch=micro_batch) for rank in range(world)]
     for _ in range(6):  # into the second epoch
         whole, parts = next(alone), [next(rank) for rank in ranks]
-        assert sorted(place for part in parts for place in places(part)) == sorted(places(whole))
+        assert sorted(place for part in parts for place in samples(part)) == sorted(samples(whole))
         assert sum(part.n_targets for part in parts) == whole.n_targets
         for micro in (micro for part in parts for micro in part.micro_batches):
             assert micro.tokens_BT.shape == (micro_batch, SEQ_LEN)
@@ -87,7 +87,7 @@ def test_nothing_is_repeated_or_skipped_when_ranks_and_batch_change(loader):
     seen, state = [], {}
     for world, global_batch, micro_batch, steps in [(2, 8, 2, 2), (1, 3, 3, 3), (4, 4, 1, 2), (1, 7, 1, 1)]:
         ranks = [loader(rank, world, global_batch, micro_batch, **state) for rank in range(world)]
-        seen += [place for _ in range(steps) for rank in ranks for place in places(next(rank))]
+        seen += [place for _ in range(steps) for rank in ranks for place in samples(next(rank))]
         states = [rank.state_dict() for rank in ranks]
         assert states == [{"a": len(seen)}] * world  # what was made ready ahead does not count
         state = states[0]
@@ -99,7 +99,7 @@ def test_the_last_window_counts_its_targets(loader):
 
 
 def test_an_unknown_corpus_starts_at_its_beginning(loader):
-    assert places(next(loader(other=16))) == places(next(loader()))
+    assert samples(next(loader(other=16))) == samples(next(loader()))
 
 
 def test_close_ends_the_thread(loader):

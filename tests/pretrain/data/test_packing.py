@@ -16,7 +16,7 @@ def one_by_one(sizes, capacity):
     """Best-fit decreasing as it is defined: the room that is left in each bin."""
     rooms = []
     for size in sorted(sizes, reverse=True):
-        fitting = [room for room in rooms if room >= size]
+        fitting = [empty_batch for empty_batch in rooms if empty_batch >= size]
         if fitting:
             rooms.remove(min(fitting))
         rooms.append((min(fitting) if fitting else capacity) - size)

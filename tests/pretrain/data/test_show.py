@@ -17,7 +17,7 @@ from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import BatchLoader, Windows
 from pretrain.data.__main__ import COLOURS
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.vocab import VocabShard
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
@@ -37,7 +37,7 @@ def show(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def batches_of(config: TrainConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
+def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
     """What the training's own loader hands to that rank, step by step: the tokens of each sequence."""
     loader = BatchLoader(
         configuration.samples(config, configuration.open_data(config.data)),

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.engine.activations import EXPENSIVE, checkpoint_activations
-from pretrain.model import Block, GPT2Config
+from pretrain.models.gpt2 import Block, GPT2Config
 
 
 class Count(TorchDispatchMode):

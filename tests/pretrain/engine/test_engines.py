@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.mesh import Mesh
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from pretrain.train import build_model
 from tests.pretrain.dense import Dense, DenseModel, dense_training
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 def config_of(
     run: Path, world: int, accumulation: int = 1, engine: str = "fsdp2", more: dict | None = None, **changes: object
-) -> TrainConfig:
+) -> JobConfig:
     """The tokens lie beside the run. Half of the ranks share one copy of the matrix. `more`: for the engine."""
     settings = SIZES | {
         "engine": ENGINES[engine] | (more or {}),
@@ -56,7 +56,7 @@ def config_of(
     return tiny_config(run.parent / "tokens", run, **settings | changes)
 
 
-def train_ranks(rank: int, world: int, configs: list[TrainConfig]) -> None:
+def train_ranks(rank: int, world: int, configs: list[JobConfig]) -> None:
     """Several runs, one after the other, in the same processes."""
     for config in configs:
         train_rank(rank, world, config)
@@ -194,7 +194,7 @@ def test_engines_agree_in_bf16(folder, truth):
         assert apart(weights, torch.cat([weight.flatten() for weight in dense.weights.values()])) < 2**-7
 
 
-def initial_states(rank: int, world: int, configs: list[TrainConfig]) -> list[dict[str, Tensor]]:
+def initial_states(rank: int, world: int, configs: list[JobConfig]) -> list[dict[str, Tensor]]:
     """The engine's state before the first step, whole."""
     mesh = Mesh.of(2, torch.device("cpu"))
     engines = [build_model(config, mesh, VOCAB)[0] for config in configs]
@@ -213,7 +213,7 @@ def test_initial_weights_are_the_same_bits_in_every_precision(folder, engine):
             assert all((tensor == 0).all() for name, tensor in state.items() if name.startswith("optim."))
 
 
-def gathered_at_once(rank: int, world: int, config: TrainConfig) -> int:
+def gathered_at_once(rank: int, world: int, config: JobConfig) -> int:
     """The most whole parameters or moments that are alive while the engine's state is taken."""
     engine, _, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
     alive: list[weakref.ref] = []

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.mesh import Mesh
-from pretrain.optim import MatrixOptimizer, OptimConfig, sum_of_squares
-from pretrain.settings import TrainConfig
+from pretrain.optim import OptimConfig, VocabOptimizer, sum_of_squares
+from pretrain.settings import JobConfig
 from pretrain.train import build_model
 from tests.pretrain.engine.test_engines import ENGINES
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
@@ -27,7 +27,7 @@ def tokens(tmp_path_factory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("norms") / "tokens", VOCAB)
 
 
-def config_of(tokens: Path, run: Path, engine: str, vocab_parallel: int, **changes: object) -> TrainConfig:
+def config_of(tokens: Path, run: Path, engine: str, vocab_parallel: int, **changes: object) -> JobConfig:
     """A matrix of 3 million numbers, at the default learning rate and clip."""
     settings: dict[str, object] = {
         "vocab__size": VOCAB,
@@ -58,7 +58,7 @@ def test_ten_steps_agree_for_every_layout_and_engine(tokens):
         np.testing.assert_allclose(run, alone, rtol=2e-6, err_msg=name)
 
 
-def stepped_norms(rank: int, world: int, config: TrainConfig) -> tuple[float, float]:
+def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
     """Norm of one backward's gradient, and of what AdamW is handed after a clip by 1/2."""
     engine, model, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
     hidden_BTD = torch.randn(2, 16, config.model.width, generator=torch.Generator().manual_seed(rank))
@@ -98,7 +98,7 @@ def matrix_norm(rank: int, world: int, vocab_parallel: int, whole_VD: torch.Tens
     mesh = Mesh.of(vocab_parallel, torch.device("cpu"))
     rows = torch.nn.Parameter(torch.zeros_like(whole_VD.chunk(vocab_parallel)[mesh.vocab_rank]))
     rows.grad = whole_VD.chunk(vocab_parallel)[mesh.vocab_rank].clone()
-    return float(MatrixOptimizer([rows], OptimConfig(), mesh).grad_norm())
+    return float(VocabOptimizer([rows], OptimConfig(), mesh).grad_norm())
 
 
 def test_the_matrix_norm_is_exact_for_every_split():

@@ -6,7 +6,7 @@ import sys
 import pytest
 from torch.utils import cpp_extension
 
-from pretrain.engine.deepspeed import OURS, DeepSpeedConfig, killed_builds
+from pretrain.engine.deepspeed import OWNED_KEYS, DeepSpeedConfig, killed_builds
 from pretrain.engine.fsdp2 import FSDP2Config
 
 BAD = [
@@ -31,7 +31,7 @@ def test_a_wrong_setting_is_named(config, settings, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize("key", OWNED_KEYS)
 def test_a_key_of_deepspeed_that_is_ours_is_refused_by_name(key):
     outer, _, inner = key.partition(".")
     with pytest.raises(ValueError, match=rf"engine\.extra\.{key} is not for DeepSpeed to know"):

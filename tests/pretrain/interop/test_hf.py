@@ -21,7 +21,7 @@ from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import export, folder, load_model
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
-from pretrain.llama import frequencies
+from pretrain.models.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
 from tests.pretrain.interop import memory, models
 from tests.pretrain.interop.models import KINDS, VOCAB
@@ -315,7 +315,7 @@ def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
     run.mkdir()
     if lock == "queued":
         (run / "config.yaml").write_text("of that run")
-    with nullcontext() if lock == "queued" else configuration.hold(run, lock):
+    with nullcontext() if lock == "queued" else configuration.lock_run(run, lock):
         message = "has config.yaml: choose another folder" if lock == "queued" else "is in use by another process"
         with pytest.raises(ValueError, match=message):
             run_of(hf("gpt2 tied"), run)

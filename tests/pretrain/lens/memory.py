@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from pretrain.lens import Method, look
-from pretrain.model import GPT2Config
+from pretrain.lens import Method, run_lens
+from pretrain.models.gpt2 import GPT2Config
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.benchmarks.measure import free_at_once
 
@@ -31,7 +31,7 @@ def measure(layers: int, positions: int) -> float:
 
     def take(n: int, memory_mib: int) -> None:
         parts = tokens[:, :n], tokens[:, 1 : n + 1]
-        look(vocab, body, body, *parts, Method(), k=5, memory_mib=memory_mib)
+        run_lens(vocab, body, body, *parts, Method(), k=5, memory_mib=memory_mib)
 
     take(1, 1)  # what torch itself takes when it first computes
     before = peak_mib()

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from pretrain.lens import Look, Method, look
-from pretrain.llama import LlamaConfig
-from pretrain.model import GPT2Config
+from pretrain.lens import LensResult, Method, run_lens
+from pretrain.models.gpt2 import GPT2Config
+from pretrain.models.llama import LlamaConfig
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.readout import Readout
 from tests.pretrain.helpers import padded_rows
@@ -132,7 +132,7 @@ def dense(family: str, method: Method, softcap: float | None, embed_scale: float
     }
 
 
-def measured(found: Look) -> dict:
+def measured(found: LensResult) -> dict:
     reading = found.reading
     return {
         "names": found.rows,
@@ -168,7 +168,7 @@ def rank_looks(rank, world, softcap, embed_scale):
         body, weight, tokens, targets = problem(family)
         vocab = owner(rank, world, weight, softcap, embed_scale)
         for method in METHODS:
-            found = look(vocab, body, body, tokens, targets, method, window=WINDOW, k=K, memory_mib=0.02)
+            found = run_lens(vocab, body, body, tokens, targets, method, window=WINDOW, k=K, memory_mib=0.02)
             results[family, method] = measured(found)
     return results
 
@@ -195,13 +195,13 @@ def test_the_last_part_as_decoder_makes_the_models_own_output():
         (Method(decoder="block"), f"block {LAYERS - 2}"),
         (Method(("attention",), decoder="mlp"), f"block {LAYERS - 1} attention"),
     ):
-        found = look(owner(0, 1, weight), body, body, tokens, targets, method)
+        found = run_lens(owner(0, 1, weight), body, body, tokens, targets, method)
         assert found.reading.kl_from[found.rows.index(row), :, 0].max() < 1e-12
 
 
 def test_the_hooks_are_gone_afterwards():
     body, weight, tokens, targets = problem("gpt2")
-    look(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
+    run_lens(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
 
 
@@ -217,7 +217,7 @@ def test_the_states_are_held_once_while_they_are_read(monkeypatch):
         return read(self, hidden_RND, **settings)
 
     monkeypatch.setattr(Readout, "read", counted)
-    found = look(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS))
+    found = run_lens(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS))
     states = len(found.rows) * tokens.numel() * WIDTH * weight.itemsize
     assert len(held) == 2 and states <= held[-1] < 1.6 * states
 
@@ -236,7 +236,7 @@ def test_the_output_agrees_with_itself_where_logits_are_an_ulp_apart():
     vocab = VocabParallelEmbedding(VocabConfig(), shard, 256, seed=0)
     vocab.weight.data[2048:] = vocab.weight.data[:2048] * (1 + 1e-7 * torch.randint(-2, 3, (2048, 256)))
     tokens = torch.randint(4096, (1, 513))
-    found = look(vocab, body, body, tokens[:, :-1], tokens[:, 1:], Method(), memory_mib=0.5, k=1)
+    found = run_lens(vocab, body, body, tokens[:, :-1], tokens[:, 1:], Method(), memory_mib=0.5, k=1)
     assert found.commitment.max() <= len(found.rows) - 1 and (found.reading.ranks[-1, :, 0] == 1).all()
 
 

@@ -16,10 +16,10 @@ from data_prep.token_file import Manifest, TokenFile, TokenFileWriter
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
-from pretrain.lens import look, monitor
+from pretrain.lens import monitor, run_lens
 from pretrain.lens.monitor import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.monitor import LogConfig, MetricsLog
-from pretrain.settings import TrainConfig
+from pretrain.settings import JobConfig
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -50,7 +50,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def config_of(data: Path, run: Path, **changes) -> TrainConfig:
+def config_of(data: Path, run: Path, **changes) -> JobConfig:
     settings = {
         "vocab__size": None,
         "vocab__softcap": 4.0,
@@ -79,12 +79,12 @@ def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
     return [part for tokens_T, of in zip(batch.tokens_BT, lengths, strict=True) for part in tokens_T.split(of)]
 
 
-def dense(config: TrainConfig) -> dict[str, float]:
+def dense(config: JobConfig) -> dict[str, float]:
     """Of the newest checkpoint, by whole float64 logits."""
     corpora = open_data(config.data)
     rows = configuration.vocab_rows(config, corpora)
-    held_out = list(configuration.held_out(config, corpora).values())
-    batch, n = fixed_windows(held_out, config.monitor.lens_windows, 0, 1, rows)
+    validation_windows = list(configuration.validation_windows(config, corpora).values())
+    batch, n = fixed_windows(validation_windows, config.monitor.lens_windows, 0, 1, rows)
     assert n == len(batch.tokens_BT) == config.monitor.lens_windows
     tokens, targets = batch.tokens_BT, batch.targets_BT
     weights = {name: value.double() for name, value in saved_tensors(config.run_dir).items()}
@@ -176,19 +176,19 @@ def test_training_does_not_notice(data, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def stopped_at_the_first_window(rank: int, world: int, config: TrainConfig) -> int:
+def stopped_at_the_first_window(rank: int, world: int, config: JobConfig) -> int:
     """How many windows it has looked at."""
-    looks = []
+    results = []
 
     def signalled(*given, **settings):
-        looks.append(1)
+        results.append(1)
         if rank == world - 1:
             signal.raise_signal(signal.SIGTERM)
-        return look(*given, **settings)
+        return run_lens(*given, **settings)
 
-    monitor.look = signalled
+    monitor.run_lens = signalled
     train_rank(rank, world, config)
-    return len(looks)
+    return len(results)
 
 
 def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
@@ -199,16 +199,16 @@ def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
     assert checkpoints(config.run_dir)[-1].name == f"step-{EVERY:08}"
 
 
-def time_left_at_each_window(rank: int, world: int, config: TrainConfig) -> list[float]:
+def time_left_at_each_window(rank: int, world: int, config: JobConfig) -> list[float]:
     """Seconds of the watchdog's, of which every window takes half."""
     left = []
 
     def slow(*given, **settings):
         left.append(signal.getitimer(signal.ITIMER_REAL)[0])
         signal.setitimer(signal.ITIMER_REAL, left[-1] / 2)
-        return look(*given, **settings)
+        return run_lens(*given, **settings)
 
-    monitor.look = slow
+    monitor.run_lens = slow
     train_rank(rank, world, config)
     return left
 
@@ -257,13 +257,13 @@ def test_bins_are_shares_of_the_training_tokens(tmp_path):
 
 
 def test_every_corpus_has_its_turn_and_windows_are_dealt_alike(tmp_path):
-    held_out = []
+    validation_windows = []
     for name, count in (("a", 65), ("b", 17), ("c", 33)):  # 4 windows, 1, 2
-        write_tokens(tmp_path / name, np.full(count, len(held_out)), 307)
-        held_out.append(Windows([TokenFile(tmp_path / name)], 16))
-    whole, n = fixed_windows(held_out, 6, 0, 1, 307)
+        write_tokens(tmp_path / name, np.full(count, len(validation_windows)), 307)
+        validation_windows.append(Windows([TokenFile(tmp_path / name)], 16))
+    whole, n = fixed_windows(validation_windows, 6, 0, 1, 307)
     assert whole.tokens_BT[:, 0].tolist() == [0, 1, 2, 0, 2, 0] and n == 6
-    parts = [fixed_windows(held_out, 6, rank, 4, 307) for rank in range(4)]
+    parts = [fixed_windows(validation_windows, 6, rank, 4, 307) for rank in range(4)]
     assert [n for _, n in parts] == [2, 2, 1, 1] and {len(batch.tokens_BT) for batch, _ in parts} == {2}
     for rank, (batch, n) in enumerate(parts):
         assert torch.equal(batch.tokens_BT[:n], whole.tokens_BT[rank::4])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from pretrain.lens import Look, Method, look
+from pretrain.lens import LensResult, Method, run_lens
 from pretrain.lens.plot import draw, page, write_pictures
-from pretrain.lens.views import Sheet, View, sheet, visible
+from pretrain.lens.views import Heatmap, LensTable, sheet, visible
 from tests.browser import dumped, screenshot
 from tests.pretrain.lens.test_lens import VOCAB, owner, problem
 
@@ -28,16 +28,16 @@ def named(id: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def seen() -> tuple[Look, Sheet]:
+def seen() -> tuple[LensResult, LensTable]:
     body, weight, tokens, targets = problem("gpt2")
     tokens = tokens[:1].clone()
     tokens[0, 3] = 7
-    found = look(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
+    found = run_lens(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
     columns = [n for n in range(tokens.shape[1]) if n != 5]
     return found, sheet(found, f"a model {NASTY}", columns, 0, named, VOCAB)
 
 
-def views_of(shown: Sheet) -> dict[str, View]:
+def views_of(shown: LensTable) -> dict[str, Heatmap]:
     return {view.key: view for view in shown.views}
 
 
@@ -125,7 +125,7 @@ def test_the_page_needs_nothing_from_outside(seen):
 
 def test_a_page_of_a_diverged_model_opens(browser, tmp_path):
     body, weight, tokens, targets = problem("gpt2")
-    found = look(owner(0, 1, weight * math.nan), body, body, tokens[:1], targets[:1], Method(), k=2)
+    found = run_lens(owner(0, 1, weight * math.nan), body, body, tokens[:1], targets[:1], Method(), k=2)
     write_pictures(sheet(found, "nan", list(range(4)), 0, named, VOCAB), tmp_path)
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + "#view=entropy&row=0&column=0", tmp_path).stdout
     assert "Entropy, nats: –" in tip_of(dom)

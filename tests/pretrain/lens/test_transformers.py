@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pretrain.interop import HFModel, load_model
-from pretrain.lens import Method, look
+from pretrain.lens import Method, run_lens
 from tests.pretrain.lens.test_lens import measured
 from tests.ranks import run_ranks
 
@@ -115,7 +115,7 @@ def rank_looks(rank, world, folders):
     for name, folder in folders.items():
         model = load_model(HFModel(folder), torch.device("cpu"), torch.float64)
         for method in METHODS:
-            found = look(model.vocab, model.body, model.body, *tokens(), method, k=K, memory_mib=0.05)
+            found = run_lens(model.vocab, model.body, model.body, *tokens(), method, k=K, memory_mib=0.05)
             results[name, method] = measured(found)
     return results
 

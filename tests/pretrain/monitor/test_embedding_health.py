@@ -15,9 +15,9 @@ from torch import Tensor
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.mesh import Mesh
 from pretrain.monitor import EmbeddingHealth, MonitorConfig, Seen
-from pretrain.monitor.embedding_health import BINS, EDGES, LISTED, SMALL, Rows
+from pretrain.monitor.embedding_health import BINS, EDGES, MAX_LISTED_ROWS, SMALL, Rows
 from pretrain.monitor.spectrum import TOP
-from pretrain.optim import MatrixOptimizer, OptimConfig
+from pretrain.optim import OptimConfig, VocabOptimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.pretrain.helpers import padded_rows
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
@@ -89,7 +89,9 @@ def dense_of_matrix() -> tuple[dict[str, float], dict[str, list[int]]]:
         "like_unseen": (good & (uses > 0) & (distance <= distance[unseen].max())).nonzero(),
     }
     listed = {name: of.squeeze(1).tolist() for name, of in ids.items()}
-    return truth | {name: len(of) for name, of in listed.items()}, {name: of[:LISTED] for name, of in listed.items()}
+    return truth | {name: len(of) for name, of in listed.items()}, {
+        name: of[:MAX_LISTED_ROWS] for name, of in listed.items()
+    }
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -129,7 +131,7 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
     )
     for rows in vocab.parameters():
         rows.data = padded_rows(weight, shard)
-    matrix, seen = MatrixOptimizer(vocab.parameters(), OptimConfig(), mesh), Seen(shard, mesh.device)
+    matrix, seen = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh), Seen(shard, mesh.device)
     health = EmbeddingHealth(2, vocab, matrix, seen, mesh, step=0)
     for step in range(2):
         micro_batches = []

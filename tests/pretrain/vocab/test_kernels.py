@@ -126,10 +126,10 @@ def test_a_shard_without_rows(kernels):
 def test_dlogits(kernels, softcap):
     hidden, weight, rows = problem(37)
     z, slope = logits_of(hidden, weight, softcap)
-    lse, gain = z.logsumexp(1), torch.linspace(0.5, 2.0, len(z), dtype=z.dtype, device=DEVICE)
+    lse, z_loss_gain = z.logsumexp(1), torch.linspace(0.5, 2.0, len(z), dtype=z.dtype, device=DEVICE)
     factors = kernels.empty_factors(hidden, len(hidden), 37)
-    kernels.dlogits(hidden, weight, rows, softcap, factors, lse, gain, 0.01)
-    expected = (gain.unsqueeze(1) * z.softmax(1) - 0.01) * slope
+    kernels.dlogits(hidden, weight, rows, softcap, factors, lse, z_loss_gain, 0.01)
+    expected = (z_loss_gain.unsqueeze(1) * z.softmax(1) - 0.01) * slope
     torch.testing.assert_close(factors, without_targets(expected, rows), **near(torch.float64))
 
 
@@ -259,7 +259,7 @@ def test_on_a_gpu_the_host_never_waits():
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = vocab_parallel_linear_cross_entropy(
-            x, weight, targets, shard=VocabShard.of(0, 1, 50_257, 1), main_grad_vD=main_grad, longest=1000
+            x, weight, targets, shard=VocabShard.of(0, 1, 50_257, 1), main_grad_vD=main_grad, max_tokens_per_rank=1000
         )
         out.loss.backward()
     finally:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.vocab import VocabShard, vocab_parallel_linear_cross_entropy
 from pretrain.vocab.chunks import Chunks, chunk_budget
-from pretrain.vocab.collectives import Alone, Pending
+from pretrain.vocab.collectives import LocalComm, Pending
 from pretrain.vocab.head import Gradients, Head, compute_losses
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.pretrain.vocab.oracle import OPTIONS, dense, problem
@@ -119,10 +119,13 @@ class Matmuls(TorchDispatchMode):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_three_matmuls_and_one_without_gradients(options):
     hidden, weight, targets = problem([9], 37, "some")
-    waits = {"label_smoothing", "softcap"} <= options.keys()  # for the normaliser: these logits are made twice
+    needs_lse_first = {
+        "label_smoothing",
+        "softcap",
+    } <= options.keys()  # for the normaliser: these logits are made twice
     with Matmuls() as matmuls:
         out, _, _ = alone(hidden, weight, targets, **options)
-    assert matmuls.count == 3 + waits
+    assert matmuls.count == 3 + needs_lse_first
     with Matmuls() as matmuls, torch.no_grad():
         silent = vocab_parallel_linear_cross_entropy(
             hidden, weight, targets, shard=VocabShard.of(0, 1, 37, 1), **options
@@ -275,7 +278,7 @@ def test_what_crosses_the_ranks_does_so_behind_matmuls():
             events.append(f"has {self.name}")
             return super().wait()
 
-    class Traffic(Alone):
+    class TokenComm(LocalComm):
         def gather(self, mine_c):
             events.append("send hidden" if mine_c.dim() == 2 else "send targets")
             return Noted("hidden" if mine_c.dim() == 2 else "targets", mine_c.unsqueeze(0))
@@ -293,7 +296,7 @@ def test_what_crosses_the_ranks_does_so_behind_matmuls():
         pass
 
     hidden, weight, targets = problem([9], 37, "none")
-    head = Head(VocabShard.of(0, 1, 37, 1), Traffic(), Kernels(), 0.0, 0.0, None, metrics=False)
+    head = Head(VocabShard.of(0, 1, 37, 1), TokenComm(), Kernels(), 0.0, 0.0, None, metrics=False)
     gradients = Gradients(head, weight, torch.empty_like(hidden), torch.zeros_like(weight))
     compute_losses(head, Chunks(head.traffic, hidden, 3, None), weight, targets, 1.0, gradients)
     of_a_chunk = ["exponentials", "send statistics", "times_weight", "has statistics"]

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from pretrain.vocab import VocabShard
 from pretrain.vocab.readout import Readout
-from pretrain.vocab.softmax import Softmax, dot
+from pretrain.vocab.softmax import ShardSoftmax, dot
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
@@ -253,6 +253,6 @@ def test_what_does_not_fit_is_named(call, message):
 @pytest.mark.parametrize("rows", [0, 1, 2**13, 512_000])
 def test_entropy_of_many_rows_adds_up_as_in_float64(rows):
     logits_mv = 5 * torch.randn(3, rows, generator=torch.Generator().manual_seed(rows))
-    own = Softmax.of(logits_mv)
+    own = ShardSoftmax.of(logits_mv)
     truth_m = (own.exp_mv.double() * own.shifted_mv.double()).sum(1)
     assert_close(dot(own.exp_mv, own.shifted_mv).double(), truth_m, rtol=1e-6, atol=0)

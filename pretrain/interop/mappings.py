@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..llama import LlamaConfig
-from ..model import GPT2Config
+from ..models.gpt2 import GPT2Config
+from ..models.llama import LlamaConfig
 
 Model = GPT2Config | LlamaConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightMapping:
     """`ours` is `theirs`, one below the other, with so many of its rows each. transposed: theirs lie on their side."""
 
     ours: str
@@ -34,7 +34,7 @@ class Family:
     buffers: tuple[str, ...]
     model: Callable[[dict[str, Any]], Model]
     settings: Callable[[Any], dict[str, Any]]
-    places: Callable[[Any], list[Place]]
+    mappings: Callable[[Any], list[WeightMapping]]
     missing: Callable[[Any], dict[str, int]]
 
 

@@ -9,8 +9,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from pretrain import config as configuration
-from pretrain.attention import attention, block_mask, within_documents
-from pretrain.model import Attention, Body, GPT2Config
+from pretrain.models.attention import attention, block_mask, within_documents
+from pretrain.models.gpt2 import Attention, Body, GPT2Config
 
 SMALL = GPT2Config(layers=2, width=12, heads=3, context=8)
 CONF = Path(configuration.__file__).parents[1] / "conf"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..vocab.shard import seeded_normal
 from .attention import Mask, attention, within_documents
-from .vocab.shard import seeded_normal
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LlamaConfig:
 
 
 @dataclass(frozen=True)
-class Places:
+class RotaryTables:
     """Where the tokens of a batch stand, for all blocks: cosines and sines [T, d] or [B, 1, T, d] in fp32, and a mask.
 
     Not a tuple: FSDP2 casts the tensors in those that it hands to a block, and bf16 cannot tell far positions apart.
@@ -102,12 +102,12 @@ class Body(nn.Module):
         self.norm = RMSNorm(config.width, config.eps)
 
     def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        places = self.places(hidden_BTD, starts_BT)
+        tables = self.tables(hidden_BTD, starts_BT)
         for block in self.blocks:
-            hidden_BTD = block(hidden_BTD, places)
+            hidden_BTD = block(hidden_BTD, tables)
         return self.norm(hidden_BTD)
 
-    def places(self, hidden_BTD: Tensor, starts_BT: Tensor | None) -> Places:
+    def tables(self, hidden_BTD: Tensor, starts_BT: Tensor | None) -> RotaryTables:
         """Nothing is kept between calls: a buffer would be cast, and left empty, with the weights."""
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         mask = None
@@ -115,7 +115,7 @@ class Body(nn.Module):
             positions, mask = (positions - starts_BT).unsqueeze(1), within_documents(starts_BT)
         angles = positions.float().unsqueeze(-1) * frequencies(self.config, hidden_BTD.device)
         angles = torch.cat((angles, angles), dim=-1)
-        return Places(angles.cos(), angles.sin(), mask)
+        return RotaryTables(angles.cos(), angles.sin(), mask)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the parameter's initial value, fp32, on the CPU; the same for any split.
@@ -155,8 +155,8 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD), places)
+    def forward(self, hidden_BTD: Tensor, tables: RotaryTables) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.norm1(hidden_BTD), tables)
         return hidden_BTD + self.mlp(self.norm2(hidden_BTD))
 
 
@@ -171,12 +171,12 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.size, config.eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.size, config.eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, places: Places) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, tables: RotaryTables) -> Tensor:
         heads_BTHd = self.qkv(hidden_BTD).unflatten(-1, (-1, self.size))
         queries, keys, values = heads_BTHd.split(self.heads, dim=2)
         queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-        mixed_BHTd = attention(places.turn(queries), places.turn(keys), values, places.mask)
+        mixed_BHTd = attention(tables.turn(queries), tables.turn(keys), values, tables.mask)
         return self.out(mixed_BHTd.transpose(1, 2).flatten(2))
 
 

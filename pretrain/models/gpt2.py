@@ -1,4 +1,4 @@
-"""GPT-2 as pure maths: the body between the two uses of the matrix, and the two together.
+"""GPT-2 as pure maths: the body between the two uses of the matrix.
 
 B sequences, T positions, D width, H heads. No torch.distributed: engines receive a body and return a callable.
 Architecture and initial values: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and
@@ -6,17 +6,14 @@ its published code.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..vocab.shard import seeded_normal
 from .attention import Mask, attention, within_documents
-from .vocab import VocabLoss, VocabParallelEmbedding
-from .vocab.lookup import LookupPlan
-from .vocab.shard import seeded_normal
 
 GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
 
@@ -49,29 +46,6 @@ class GPT2Config:
 
     def body(self) -> "Body":
         return Body(self)
-
-
-class LanguageModel:
-    """vocab + body: tokens in, loss out."""
-
-    def __init__(self, vocab: VocabParallelEmbedding, body: Callable[..., Tensor]) -> None:
-        self.vocab = vocab
-        self.body = body
-
-    def loss(
-        self,
-        tokens_BT: Tensor,
-        targets_BT: Tensor,
-        starts_BT: Tensor | None = None,
-        scale: float | None = None,
-        plan: LookupPlan | None = None,
-    ) -> VocabLoss:
-        """Sum of the loss over this rank's targets.
-
-        `starts_BT`: see `Body`. `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives:
-        its and the engine's.
-        """
-        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT, plan), starts_BT), targets_BT, scale)
 
 
 class Body(nn.Module):

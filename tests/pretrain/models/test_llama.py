@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from launch.rehearsal import rehearse
 from launch.step import total
 from pretrain import config as configuration
-from pretrain.llama import Attention, Body, LlamaConfig, RMSNorm, frequencies
+from pretrain.models.llama import Attention, Body, LlamaConfig, RMSNorm, frequencies
 from tests.benchmarks.plan import configured, step_of
 from tests.launch.simulate import simulate
 from tests.launch.test_plan import GPU, told
@@ -94,7 +94,7 @@ def test_each_query_meets_the_keys_of_its_group_turned_by_its_position():
         group = head // (SMALL.heads // K)
         scores = (queries[t, head] * keys[: t + 1, group].conj()).sum(-1).real / math.sqrt(d)
         mixed[t, head] = scores.softmax(0) @ values[: t + 1, group]
-    out = attention(hidden, body.places(hidden, None))
+    out = attention(hidden, body.tables(hidden, None))
     torch.testing.assert_close(out[0], attention.out(mixed.flatten(1)), rtol=1e-6, atol=1e-9)  # cosines are in fp32
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain.placement import Machine, Workload, choose_parallel, estimate, transfers, weights_gathered
 from pretrain.vocab import VocabShard, collectives
 from pretrain.vocab import vocab_parallel_linear_cross_entropy as cross_entropy
-from pretrain.vocab.parallel import Machine, Workload, choose_parallel, estimate, transfers, weights_gathered
 from tests.ranks import run_ranks
 
 LLAMA3 = Workload(rows=128_256, width=4096, matrices=1, tokens=8192, micro_batches=4, itemsize=2)

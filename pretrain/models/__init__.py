@@ -1,0 +1,1 @@
+"""Model families: pure maths between the two uses of the matrix."""
