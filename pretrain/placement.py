@@ -17,7 +17,7 @@ group has fewer of them than there are rows, M < V. It is shown beside the other
 import math
 from dataclasses import dataclass
 
-from .shard import VocabShard
+from .vocab.shard import RowShard
 
 DISTINCT = 1 / 3  # of the ids in text
 GRADIENT = STATISTIC = 4  # bytes: fp32
@@ -46,7 +46,7 @@ class Workload:
 
     def rows_of_a_rank(self, p: int) -> int:
         """v, with p ranks to a copy."""
-        return VocabShard.of(0, p, self.rows, multiple=1).rows_per_rank
+        return RowShard(0, p, self.rows).rows_per_rank
 
 
 @dataclass(frozen=True)

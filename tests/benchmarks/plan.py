@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from launch.step import Step, total
+from launch.step import StepCost, total
 from pretrain import config as configuration
 from pretrain.settings import JobConfig
 from pretrain.vocab.kernels import choose_kernels
@@ -91,7 +91,7 @@ def configured(*overrides: str) -> JobConfig:
 def step_of(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Step:
     dtype = config.train.compute_dtype("cpu")
     work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
-    return Step(config, work, parallel, world, dtype, kernels)
+    return StepCost(config, work, parallel, world, dtype, kernels)
 
 
 if __name__ == "__main__":
