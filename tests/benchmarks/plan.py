@@ -88,7 +88,7 @@ def configured(*overrides: str) -> JobConfig:
         return configuration.build(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
 
 
-def step_of(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Step:
+def step_of(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> StepCost:
     dtype = config.train.compute_dtype("cpu")
     work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
     return StepCost(config, work, parallel, world, dtype, kernels)
