@@ -20,7 +20,7 @@ from tests.launch.simulate import simulate
 from tests.launch.test_plan import GPU, told
 from tests.pretrain.dense import dense_training
 from tests.pretrain.engine.test_engines import ENGINES, STEPS, apart, outcome, train_ranks
-from tests.pretrain.test_model import CONF, packed
+from tests.pretrain.models.test_gpt2 import CONF, packed
 from tests.pretrain.tiny import tiny_config, write_tokens
 from tests.ranks import run_ranks
 
