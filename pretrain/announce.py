@@ -26,9 +26,10 @@ def announce(
 ) -> None:
     """Prints it. changes: of the settings, since the checkpoint that is resumed."""
     vocab = model.vocab
+    axes = " × ".join(f"{size} {axis}" for axis, size in mesh.sizes.items())
     print(
         f"model: {parameters(config, *counts(config, vocab.shard.vocab_size), vocab.shard.vocab_size)}\n"
-        f"ranks: {mesh.world} on {mesh.device.type} = {mesh.dp_size} dp × {mesh.vocab_size} vocab,"
+        f"ranks: {mesh.world} on {mesh.device.type} = {axes},"
         f" {vocab.shard.rows_per_rank:,} rows each; {config.engine.title}, {str(vocab.compute_dtype)[6:]}\n"
         + (f"{parallel.why}\n" if parallel.why else "")
         + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))

@@ -68,11 +68,11 @@ def _need_less(config: JobConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
     if engine.activation_checkpointing != "block":
         less.append("engine.activation_checkpointing=block")
     if isinstance(engine, FSDP2Config):
-        less += ["engine.hsdp=false"] * (engine.hsdp and mesh.dp_size > 1)
+        less += ["engine.hsdp=false"] * (engine.hsdp and mesh.replicas > 1)
         less += ["engine.reshard_after_forward=true"] * (not engine.reshard_after_forward and mesh.world > 1)
     elif engine.zero_stage < 3 and mesh.world > 1:
         less.append("engine.zero_stage=3")
-    if mesh.vocab_size < mesh.world:
+    if mesh.replicas > 1:
         less.append(f"vocab.parallel={mesh.world}")
     if of_host and config.checkpoint.asynchronous:
         less.append("checkpoint.asynchronous=false")

@@ -1,15 +1,17 @@
-"""The ranks and their two axes, `dp` × `vocab`. Starts and stops the process group."""
+"""The ranks, their axes and their roles. Starts and stops the process group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from .rendezvous import has_peers, in_its_words, meet
 from .vocab.collectives import on_host
@@ -19,13 +21,16 @@ PATIENCE = timedelta(minutes=1)  # for ranks that may be none: RANK can be left 
 RUN_ALONE_HINT = " (RANK and WORLD_SIZE are set in the environment: unset them to run alone)"
 
 
+AXES = ("dp", "vocab")  # the ranks of the last axis are neighbours
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """world = dp × vocab ranks, each with tokens of its own.
+    """The ranks, their axes, and the roles that a rank has in them.
 
-    Ranks of one `vocab` group are neighbours and share one copy of the matrix; ranks of one `dp` group hold
-    the same rows. `axes` is the 2-d mesh (dp, vocab), `flat` the same ranks in one dim: what the engine
-    shards the body over.
+    Ranks of one `vocab` group share one copy of the matrix; ranks of one `dp` group hold the same rows. The other
+    modules ask for a role (`data_rank`, `replicas`, `matrix_placements`, ...) and not for an axis, so that a new axis
+    is a matter of this file. `axes` has a dim per axis, `flat` the same ranks in one dim.
     """
 
     axes: DeviceMesh
@@ -35,13 +40,18 @@ class Mesh:
 
     @classmethod
     def of(cls, vocab: int, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
-        """The mesh over all ranks of the default group, whose number `vocab` divides. timeout: of a collective."""
+        """The mesh over all ranks of the default group; `vocab` must divide their number. timeout: of a collective."""
         world = dist.get_world_size()
-        axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=("dp", "vocab"))
+        axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=AXES)
         flat = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
         for group in (*axes.get_all_groups(), *flat.get_all_groups()):
             _set_pg_timeout(timeout, group)  # else NCCL's own, whatever that of the default group is
         return cls(axes, flat, device, timeout)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks of each axis, by its name."""
+        return {axis: self.axes[axis].size() for axis in AXES}
 
     @property
     def rank(self) -> int:
@@ -52,20 +62,23 @@ class Mesh:
         return self.flat.size()
 
     @property
-    def vocab_group(self) -> dist.ProcessGroup:
-        return self.axes.get_group("vocab")
+    def data_rank(self) -> int:
+        """Which part of each global batch this rank reads, in [0, data_world)."""
+        return self.rank
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
-        return self.axes.get_group("dp")
+    def data_world(self) -> int:
+        """Parts that a global batch is dealt in."""
+        return self.world
+
+    @property
+    def vocab_group(self) -> dist.ProcessGroup:
+        """The ranks that share one copy of the matrix."""
+        return self.axes.get_group("vocab")
 
     @property
     def vocab_rank(self) -> int:
         return self.axes.get_local_rank("vocab")
-
-    @property
-    def dp_rank(self) -> int:
-        return self.axes.get_local_rank("dp")
 
     @property
     def vocab_size(self) -> int:
@@ -73,8 +86,44 @@ class Mesh:
         return self.axes["vocab"].size()
 
     @property
-    def dp_size(self) -> int:
+    def replicas(self) -> int:
+        """Copies of the matrix: ranks that hold the same rows as this one, itself included."""
         return self.axes["dp"].size()
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same rows as this one."""
+        return self.axes.get_group("dp")
+
+    @property
+    def first_replica(self) -> bool:
+        """True on the ranks that stand for all copies, for sums in which each row counts once."""
+        return self.axes.get_local_rank("dp") == 0
+
+    def sum_replicas(self, tensors: Iterable[Tensor]) -> None:
+        """Sums each tensor over the ranks that hold the same rows, in place. One all-reduce each, if there are any."""
+        if self.replicas > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.replica_group)
+
+    @property
+    def matrix_placements(self) -> tuple[Placement, ...]:
+        """How a DTensor on `axes` lies if it is split like the matrix, by rows."""
+        return tuple(Shard(0) if axis == "vocab" else Replicate() for axis in AXES)
+
+    @property
+    def copies(self) -> list[list[int]]:
+        """The ranks of each copy of the matrix, in the order of their rows."""
+        return self.axes.mesh.reshape(-1, self.vocab_size).tolist()
+
+    def body(self, replicated: bool) -> tuple[DeviceMesh, int, int]:
+        """The mesh that an engine splits the body over, this rank's place in the split, and how many places there are.
+
+        All ranks; if `replicated`, those of one copy of the matrix, and the body has as many copies (HSDP).
+        """
+        if replicated:
+            return self.axes, self.vocab_rank, self.vocab_size
+        return self.flat, self.rank, self.world
 
 
 @contextmanager

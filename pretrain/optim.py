@@ -126,10 +126,8 @@ class VocabOptimizer:
         self.adamw.state[rows] = {name: value.clone() for name, value in self.adamw.state[of].items()}
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients of the replicas. One all-reduce of each matrix over `dp`, and what observers do."""
-        if self.mesh.dp_size > 1:
-            for row in self.rows:
-                dist.all_reduce(row.grad, group=self.mesh.dp_group)
+        """Sums the gradients of the replicas, one all-reduce per matrix; and what observers do."""
+        self.mesh.sum_replicas(row.grad for row in self.rows if row.grad is not None)
         for observe in self.observers:
             observe()
 
@@ -139,8 +137,8 @@ class VocabOptimizer:
         Over all, though one vocab group would do: each group's sum could differ in the last bit, and replicas that
         clip differently drift apart.
         """
-        first_replica = self.mesh.dp_rank == 0
-        return global_norm([row.grad for row in self.rows if row.grad is not None] if first_replica else [], self.mesh)
+        counts = self.mesh.first_replica
+        return global_norm([row.grad for row in self.rows if row.grad is not None] if counts else [], self.mesh)
 
     def step(self, lr: float, clip: float) -> None:
         apply_clip([row.grad for row in self.rows if row.grad is not None], clip)

@@ -111,7 +111,7 @@ class CheckpointManager:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **asdict(state),
             **self.about,
-            "mesh": {"dp": self.mesh.dp_size, "vocab": self.mesh.vocab_size},
+            "mesh": self.mesh.sizes,
             "tensors": shapes(tensors),
         }
         self._taken.clear()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_prep.durable import exclusive
 
+from ..mesh import AXES
 from .folder import (
     FORMAT_VERSION,
     RANKS_LOCK,
@@ -101,7 +102,7 @@ def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{"step": 0, "tokens": 0, "samples": {}, "val_loss": None, "rng": []},
-        "mesh": {"dp": 1, "vocab": 1},
+        "mesh": dict.fromkeys(AXES, 1),
         "weights_only": True,
         "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
         "files": {path.name: write_streamed(path, tensors, metadata)},

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
 from ..mesh import Mesh
@@ -82,9 +82,8 @@ def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -
     A shard is a plain tensor, so whatever takes it for a replica overwrites it without a word: plain DeepSpeed
     broadcasts rank 0's over the others.
     """
-    layout = mesh.axes.mesh.tolist()  # [dp][vocab] -> rank
     for name in digests[0]:
-        for group in layout:
+        for group in mesh.copies:
             seen: dict[tuple[int, int], int] = {}
             for rank in group:
                 mine = digests[rank][name]
@@ -96,7 +95,7 @@ def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -
                         " something has copied one rank's shard over the other's"
                     )
                 seen[mine] = rank
-        for first, *others in zip(*layout, strict=True):
+        for first, *others in zip(*mesh.copies, strict=True):
             for rank in others:
                 if digests[rank][name] != digests[first][name]:
                     raise CheckpointError(
@@ -134,13 +133,13 @@ def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
 
 
 def matrix_dtensor(rows_vD: Tensor, shard: VocabShard, mesh: Mesh) -> DTensor:
-    """A rank's rows as its part of the matrix [padded_size, D], sharded over `vocab`, replicated over `dp`.
+    """A rank's rows as its part of the matrix [padded_size, D], split by rows, replicated where the mesh says so.
 
     DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty.
     """
     shape = torch.Size((shard.padded_size, rows_vD.shape[1]))
-    placements = (Replicate(), Shard(0))
-    return DTensor.from_local(rows_vD, mesh.axes, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+    stride = (shape[1], 1)
+    return DTensor.from_local(rows_vD, mesh.axes, mesh.matrix_placements, run_check=False, shape=shape, stride=stride)
 
 
 def shapes(tensors: dict[str, DTensor]) -> dict[str, list[int]]:

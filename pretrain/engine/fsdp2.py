@@ -64,10 +64,11 @@ class FSDP2Engine:
         accurate = torch.promote_types(self.compute_dtype, torch.float32)
         policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=accurate)
         offload = self.config.offload == "cpu"
+        body_mesh, rank, ranks = mesh.body(replicated=self.config.hsdp)
         for module in (*blocks, body):
             fully_shard(
                 module,
-                mesh=mesh.axes if self.config.hsdp else mesh.flat,
+                mesh=body_mesh,
                 mp_policy=policy,
                 offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
                 reshard_after_forward=self.config.reshard_after_forward,
@@ -78,7 +79,6 @@ class FSDP2Engine:
         body.to_empty(device="cpu" if offload else mesh.device)
         # Kept from here: while its weights are gathered, the module shows others in their place.
         self.parameters: dict[str, DTensor] = dict(body.named_parameters())  # type: ignore[arg-type]
-        rank, ranks = (mesh.vocab_rank, mesh.vocab_size) if self.config.hsdp else (mesh.rank, mesh.world)
         for name, parameter in self.parameters.items():
             rows = RowShard(rank, ranks, parameter.shape[0])  # FSDP2 cuts like this
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
@@ -90,12 +90,12 @@ class FSDP2Engine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.body.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
-        self.body.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]  # over dp, once a step
+        self.body.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]  # over replicas, once a step
         loss.backward()
 
     def grad_norm(self) -> Tensor:
         """One all-reduce of a number over all ranks; replicas count once, and all ranks get the same bits."""
-        counts = not self.config.hsdp or self.mesh.dp_rank == 0
+        counts = not self.config.hsdp or self.mesh.first_replica
         return global_norm(self._local_gradients() if counts else [], self.mesh)
 
     def step(self, lr: float, clip: float) -> None:

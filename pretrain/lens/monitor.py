@@ -100,7 +100,9 @@ class LensMonitor:
         log: MetricsLog | None,
     ) -> "LensMonitor":
         """On windows of `validation_windows`, whose tokens' frequency is counted in `files`."""
-        batch, mine = fixed_windows(validation_windows, settings.lens_windows, mesh.rank, mesh.world, vocab_size)
+        batch, mine = fixed_windows(
+            validation_windows, settings.lens_windows, mesh.data_rank, mesh.data_world, vocab_size
+        )
         bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
         bins_BT[mine:] = -1
         on_device = batch.moved(lambda tensor: tensor.to(mesh.device))

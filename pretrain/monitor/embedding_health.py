@@ -67,8 +67,7 @@ class EmbeddingHealth:
         else:
             assert entering_vD is not None
             split = False
-            if self.mesh.dp_size > 1:
-                dist.all_reduce(entering_vD, group=self.mesh.dp_group)
+            self.mesh.sum_replicas([entering_vD])
         self.uses_v3 = torch.zeros(vocab.shard.rows, 3, dtype=torch.float64, device=grad_vD.device)
         for part in blocks(vocab.shard.valid_rows, grad_vD.shape[1]):
             enter = entering_vD[part].double()

@@ -76,7 +76,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        groups = {"dp": mesh.dp_group, "vocab": mesh.vocab_group, "world": mesh.flat.get_group()}
+        groups = {"dp": mesh.replica_group, "vocab": mesh.vocab_group, "world": mesh.flat.get_group()}
         self.axes = {group.group_name: axis for axis, group in groups.items()}  # of the whole world there is but one
         self.calls: Counter[tuple[str, str]] = Counter()
         self.given: Counter[tuple[str, str]] = Counter()
