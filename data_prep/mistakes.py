@@ -21,7 +21,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from data_prep.errors import headline
 from data_prep.overrides import settings_known
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+HERE = Path(__file__).resolve().parent
+INSTALLED = (HERE / "conf").is_dir()  # from a wheel; else this is a checkout
+CONF = HERE / "conf" if INSTALLED else HERE.parent / "conf"
 UNCONVERTED = re.compile(r"Value '(.*)' of type '(.*)' could not be converted to (\w+)", re.DOTALL)
 COMPOSING = re.compile(r"In '([^']*)': (?:\w+ raised while composing config:|(.*))", re.DOTALL)
 

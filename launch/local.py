@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import one_line, run_hydra, warn  # noqa: E402
+from data_prep.mistakes import INSTALLED  # noqa: E402
 from data_prep.overrides import shown  # noqa: E402
 from launch import resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
@@ -123,8 +124,10 @@ def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
 
 def farewell(config: JobConfig) -> str:
     run = config.run.dir
-    own = "" if Path.cwd() == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
-    sample = shown("python", "-m", "pretrain.generate", f"run={run}", "prompt=def ")
+    here = INSTALLED or Path.cwd() == ROOT
+    own = "" if here else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
+    command = ["rowshard-generate"] if INSTALLED else ["python", "-m", "pretrain.generate"]
+    sample = shown(*command, f"run={run}", "prompt=def ")
     curves = shown("tensorboard", "--logdir", str(config.run_dir.parent))
     return f"run: {run}\ncurves: {curves}\nsample: {own}{sample}"
 

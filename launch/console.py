@@ -1,0 +1,48 @@
+"""The console scripts of an installed package, `rowshard-train` and its sisters.
+
+Not in the modules of the commands: output and Ctrl-C must be prepared before those are imported, which takes seconds.
+"""
+
+from importlib import import_module
+
+from data_prep import terminal
+
+
+def _run(module: str) -> None:
+    terminal.begin()
+    import_module(module).main()
+
+
+def tokenize() -> None:
+    """Tokenises a corpus, as `python data_prep/tokenize.py` does."""
+    _run("data_prep.app")
+
+
+def train() -> None:
+    """Trains on this machine, as `python launch/local.py` does."""
+    _run("launch.local")
+
+
+def slurm() -> None:
+    """Submits to Slurm, as `python launch/slurm.py` does."""
+    _run("launch.slurm")
+
+
+def plan() -> None:
+    """Plans a training, as `python launch/plan.py` does."""
+    _run("launch.plan")
+
+
+def generate() -> None:
+    """Samples from a run, as `python -m pretrain.generate` does."""
+    _run("pretrain.generate")
+
+
+def lens() -> None:
+    """Draws the logit lens, as `python -m pretrain.lens` does."""
+    _run("pretrain.lens.__main__")
+
+
+def hf() -> None:
+    """Imports and exports Hugging Face models, as `python -m pretrain.interop.hf` does."""
+    _run("pretrain.interop.hf")

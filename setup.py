@@ -1,0 +1,12 @@
+"""What pyproject.toml cannot say: `conf/` stays at the top of the checkout and is installed as data of `data_prep`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["pretrain*", "data_prep*", "launch*"]), "data_prep.conf"],
+    package_dir={"data_prep.conf": "conf"},
+    package_data={
+        "": ["py.typed", "*.html"],
+        "data_prep.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
+    },
+)
