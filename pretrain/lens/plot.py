@@ -1,5 +1,6 @@
 """The pictures: a PNG of each view, and one HTML page of all of them that needs nothing from outside."""
 
+import json
 import math
 import warnings
 from io import BytesIO
@@ -16,11 +17,11 @@ from matplotlib.patches import Rectangle
 
 from data_prep.durable import durable
 
-from ..page import filled
 from .views import Heatmap, LensTable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "/*SHEET*/null"
+CODES = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
 CELL, HEIGHT, LETTERS = 0.82, 0.27, 11  # inches; letters of a guess that fit a cell
 BAND = 24  # the most columns side by side; more go below
 MOST_COLUMNS = 256  # eleven bands
@@ -127,7 +128,9 @@ def page(sheet: LensTable) -> str:
             for view in sheet.views
         ],
     }
-    return filled(TEMPLATE, PLACE, data)
+    # No text in the data can end the script that holds them.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(CODES)
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
 
 
 def _rounded(values: np.ndarray) -> Any:

@@ -6,7 +6,8 @@ from data_prep.command import arguments_or, one_line
 from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
-from .report import facts, page, report, warnings
+from .page import page
+from .report import facts, warnings
 from .run import ReportRun
 
 HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
@@ -33,7 +34,7 @@ def main() -> None:
             raise ValueError(f"out={out} must be in a folder that exists: {out.parent} does not")
         tied, untied = ReportRun("tied", Path(given["tied"])), ReportRun("untied", Path(given["untied"]))
         with durable(out) as file:
-            file.write(page(report(tied, untied)).encode())
+            file.write(page(tied, untied).encode())
         for line in warnings(tied, untied):
             print(line)
         for name, *values in facts(tied, untied):

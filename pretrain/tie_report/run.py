@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from data_prep.errors import DataError
+from data_prep.stats import shown
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
@@ -84,13 +85,16 @@ class ReportRun:
         """Tokens seen, and the value, wherever it was measured."""
         return [(line["tokens"], line[key]) for line in self.measured(key)]
 
+    def values(self, key: str) -> list[float]:
+        return [value for _, value in self.points(key)]
+
     def last(self, key: str) -> float | None:
-        points = self.points(key)
-        return points[-1][1] if points else None
+        values = self.values(key)
+        return values[-1] if values else None
 
     def recent(self, key: str) -> float | None:
         """Mean over the last tenth of what was logged: one batch says little."""
-        values = [value for _, value in self.points(key)]
+        values = self.values(key)
         return mean(values[-max(1, len(values) // 10) :]) if values else None
 
     @cached_property
@@ -106,14 +110,5 @@ class ReportRun:
             return None
 
     def text(self, row: int) -> str:
-        """The row's number, and its token where the run has a tokenizer."""
-        if self.tokenizer is None:
-            return f"{row}"
-        try:
-            token = self.tokenizer.decode_bytes([row])
-        except DataError:  # a row beyond the tokenizer's
-            return f"{row}"
-        try:
-            return f"{row} {token.decode()!r}"
-        except UnicodeDecodeError:  # a part of a character
-            return f"{row} {token!r}"
+        """The row's number, and its token if the run has a tokenizer."""
+        return f"{row}" if self.tokenizer is None else f"{row} {shown(row, self.tokenizer)}"
