@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.columns import aligned
 from data_prep.durable import durable
 from data_prep.errors import DataError
 from data_prep.faults import check
@@ -123,7 +124,7 @@ def page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokenizer) -> Ite
     columns = by_split if len(by_split) == 1 else {**by_split, "all": total}
     yield f"{folder}: {len(total.uses_V):,} rows, tokenizer {tokenizer.spec.name} {tokenizer.fingerprint[:12]}"
     yield ""
-    yield from table(
+    facts = [
         ["", *columns],
         ["documents", *(f"{counts.documents:,}" for counts in columns.values())],
         ["tokens", *(f"{counts.tokens:,}" for counts in columns.values())],
@@ -132,9 +133,10 @@ def page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokenizer) -> Ite
         ["tokens a document", *(f"{counts.tokens / counts.documents:,.1f}" for counts in columns.values())],
         ["shortest", *(f"{counts.shortest:,}" for counts in columns.values())],
         ["longest", *(f"{counts.longest:,}" for counts in columns.values())],
-    )
+    ]
+    yield from aligned(facts)
     yield ""
-    yield from table(["tokens a document", "documents", "of all", "tokens in them"], *length_rows(total))
+    yield from aligned([["tokens a document", "documents", "of all", "tokens in them"], *length_rows(total)])
     yield ""
     yield from used_rows(total, tokenizer)
 
@@ -162,11 +164,11 @@ def used_rows(total: Counts, tokenizer: Tokenizer) -> Iterator[str]:
         [str(id), f"{total.uses_V[id]:,}", f"{total.uses_V[id] / total.tokens:.2%}", shown(id, tokenizer)]
         for id in most
     )
-    yield from table(["most frequent row", "uses", "of all", "text"], *rows, left=(3,))
+    yield from aligned([["most frequent row", "uses", "of all", "text"], *rows], left=(3,))
     if len(never):
         yield ""
         some = ([str(id), shown(id, tokenizer)] for id in never[:ROWS_SHOWN].tolist())
-        yield from table(["row never used", "text"], *some, left=(1,))
+        yield from aligned([["row never used", "text"], *some], left=(1,))
         if len(never) > ROWS_SHOWN:
             yield f"and {len(never) - ROWS_SHOWN:,} more"
 
@@ -180,17 +182,6 @@ def shown(id: int, tokenizer: Tokenizer) -> str:
         return repr(text.decode())
     except UnicodeDecodeError:
         return repr(text)
-
-
-def table(*rows: list[str], left: tuple[int, ...] = (0,)) -> Iterator[str]:
-    """Columns of equal width; those of `left` begin at their left edge, numbers end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.ljust(width) if k in left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
 
 
 def draw(by_split: dict[str, Counts]) -> bytes:

@@ -2,7 +2,6 @@
 """What a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
+from data_prep.columns import aligned  # noqa: E402
 from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch import cluster as slurm  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
@@ -94,7 +94,7 @@ class Plan:
         ]
         of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
         rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), of])
-        return _aligned([header, *rows])
+        return "\n".join(aligned([header, *rows], left=(0, -1)))
 
     def _links(self) -> str:
         rows = [["a rank sends, MiB a step", "axis", "calls", "", "", ""]]
@@ -103,7 +103,7 @@ class Plan:
             rows.append(
                 [one.purpose, f"{one.axis} ({one.ranks})", f"{one.calls:,}", sent, f"  {one.kind}", one.formula]
             )
-        return _aligned(rows, left=(0, 4, 5))
+        return "\n".join(aligned(rows, left=(0, 4, 5)))
 
     def _sizes(self) -> str:
         header = ["ranks to a copy"]
@@ -117,7 +117,7 @@ class Plan:
             seconds = sum(size.seconds)
             row += [f"{seconds * 1e3:,.0f}", f"{self.tokens / seconds:,.0f}", f"{total(size.memory) / MIB:,.0f}"]
             rows.append([*row, " <" * (size is self.chosen)])
-        return _aligned(rows)
+        return "\n".join(aligned(rows, left=(0, -1)))
 
 
 def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
@@ -159,19 +159,6 @@ def _outside(one: Transfer, step: StepCost, node: int) -> float:
         return 0.0
     here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
     return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> str:
-    """Columns as wide as they need, numbers to the right; the last column as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell if k == len(row) - 1 else cell.ljust(width) if k in left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Path) -> None:

@@ -5,14 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pretrain.changes import Change, settings_changed
-from pretrain.exits import RESTARTS_FILE, Exit
+from pretrain.exits import RESTARTS_FILE, Exit, restarts_in
 
 from .supervisor import NO_EXIT_STATUS, Record
 
@@ -111,18 +110,12 @@ class History:
 
     def lines(self) -> list[dict[str, Any]]:
         """Oldest first. A line that a kill cut short is none."""
+        found = []
         try:
-            text = self.path.read_text(errors="replace")
-        except FileNotFoundError:
-            text = ""
+            found = restarts_in(self.path.parent)
         except OSError as error:
             self._warn(error)
-            text = ""
-        found = []
-        for line in text.splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict) and line.keys() >= NEEDED] + self._unwritten
+        return [line for line in found if line.keys() >= NEEDED] + self._unwritten
 
     def fruitless(self) -> int:
         """Starts without a newer checkpoint, in a row and up to now."""

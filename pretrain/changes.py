@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.columns import aligned
 from data_prep.durable import durable
 
 CONFIG_FILE = "config.yaml"  # of a run: the settings of its latest start
@@ -51,8 +52,7 @@ def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
 def table(changes: list[Change]) -> list[str]:
     """Lines of text in three columns."""
     rows = [("setting", "was", "is"), *((one["key"], _text(one["was"]), _text(one["is"])) for one in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return ["  ".join([f"{key:<{widths[0]}}", f"{was:<{widths[1]}}", now]).rstrip() for key, was, now in rows]
+    return aligned(rows, left=(0, 1, 2))
 
 
 def markdown(changes: list[Change]) -> str:

@@ -3,10 +3,27 @@
 Imports nothing heavy: a launcher waits for ranks without torch.
 """
 
+import json
 import signal
+from contextlib import suppress
 from enum import IntEnum
+from pathlib import Path
+from typing import Any
 
 RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line for every start that has ended, and what came of it
+
+
+def restarts_in(run: Path) -> list[dict[str, Any]]:
+    """Reads the file, oldest start first; a line that a kill has cut short is left out. Raises OSError if it cannot."""
+    try:
+        text = (run / RESTARTS_FILE).read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 class Exit(IntEnum):

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.durable import durable
 
-from ..exits import RESTARTS_FILE
+from ..exits import RESTARTS_FILE, restarts_in
 from .append import GrowingFile
 from .board import Board
 
@@ -45,7 +45,7 @@ class MetricsLog:
         self._board = Board(run / "tensorboard", step + 1) if config.tensorboard else None
         self._first_step, self._started = step, time.monotonic()
         with _no_more_than_a_warning():
-            self._tell_restarts(run / RESTARTS_FILE, step)
+            self._tell_restarts(run, step)
 
     def write(self, scalars: dict[str, float], rows: dict[str, list[int]] | None = None) -> None:
         """`scalars` has "step", and whatever else was measured there; `rows`: ids of rows of the matrix, by what they
@@ -93,14 +93,13 @@ class MetricsLog:
             self._board.scalars({_tag(name): value for name, value in scalars.items() if name != "step"}, step)
         print(self._line(step, scalars), flush=True)
 
-    def _tell_restarts(self, path: Path, step: int) -> None:
+    def _tell_restarts(self, run: Path, step: int) -> None:
         """All starts before this one, as one table: whoever opens TensorBoard sees why the run stood still."""
-        if self._board is None or not path.exists():
+        if self._board is None or not (run / RESTARTS_FILE).exists():
             return
         rows = ["| start | ended | at step | how | then |", "| --: | --- | --: | --- | --- |"]
-        for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # cut short by a kill
-                end = json.loads(line)
+        for end in restarts_in(run):
+            with suppress(ValueError, KeyError, TypeError):  # of an unknown form
                 when = datetime.fromtimestamp(end["time"]).isoformat(" ", "seconds")
                 how = f"{end['class']}, rank {end['rank']} on {end['host']}: {end['how']}"
                 rows.append(f"| {end['attempt']} | {when} | {end['step']} | {how} | {end['decision']}: {end['why']} |")

@@ -1,0 +1,19 @@
+"""Text tables. Apart from the commands that print them, for they are in three packages; imports nothing heavy."""
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """A line per row, with columns of equal width. Those in `left` begin at their left edge, the others, numbers, end
+    at their right one; -1 is the last column.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if k in left or (k == last and -1 in left) else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
