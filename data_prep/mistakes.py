@@ -76,8 +76,8 @@ def _of_composing(message: str, cause: OmegaConfBaseException) -> str:
     at = [n for n, line in enumerate(lines, 1) if re.match(rf"\s*['\"]?{re.escape(str(cause.key))}['\"]?\s*:", line)]
     place = f"{_shown(path)}{f':{at[0]}' if at else ''}"
     group = found[1].partition("/")[0]
-    of = cause.object_type
-    if is_dataclass(of) and of not in map(OmegaConf.get_type, _bases(group).values()) and _bases(group):
+    kind = cause.object_type
+    if is_dataclass(kind) and kind not in map(OmegaConf.get_type, _bases(group).values()) and _bases(group):
         return f"{place}: {needs_base(group)}"
     return f"{place}: {said(str(cause.full_key or cause.key), cause)}"
 

@@ -135,11 +135,11 @@ def expand_home(composed: DictConfig | ListConfig) -> None:
 
 def _expand(node: Any, raw: Any, path: str) -> None:
     for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
-        of = path if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        name = path if isinstance(key, int) else f"{path}.{key}".lstrip(".")
         if isinstance(value, dict | list):
-            _expand(node[key], value, of)
-        elif isinstance(value, str) and "~" in value[:4] and PATHS & set(of.split(".")[-2:]):
-            node[key] = home(of, value)
+            _expand(node[key], value, name)
+        elif isinstance(value, str) and "~" in value[:4] and PATHS & set(name.split(".")[-2:]):
+            node[key] = home(name, value)
 
 
 def home(key: str, path: str) -> str:

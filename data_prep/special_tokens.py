@@ -90,7 +90,9 @@ class SpecialTokens:
     def below(self, rows: int) -> "SpecialTokens":
         """Without the tokens that have no row in a matrix."""
         gone = {name for name, id in self.names.items() if id >= rows}
-        config, generation = ({k: v for k, v in of.items() if max(_ids(v), default=0) < rows} for of in self._by_id)
+        config, generation = (
+            {k: v for k, v in given.items() if max(_ids(v), default=0) < rows} for given in self._by_id
+        )
         tokenizer = {key: name for key, name in self.tokenizer.items() if name not in gone}
         names = {name: id for name, id in self.names.items() if name not in gone}
         return SpecialTokens(config, generation, tokenizer, names, self.adds_bos)

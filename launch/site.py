@@ -53,7 +53,7 @@ def check_partition(cluster: ClusterConfig) -> None:
     if not known or "clusters" in cluster.sbatch:
         return
     asked = os.environ.get("SBATCH_PARTITION") or cluster.partition
-    names = asked.split(",") if asked else [name for name, of in known.items() if of.get("Default") == "YES"]
+    names = asked.split(",") if asked else [name for name, facts in known.items() if facts.get("Default") == "YES"]
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"cluster.partition={asked}: {missing[0]} must be one of {', '.join(known)}")
     for rule in (_too_few_nodes, _too_large):

@@ -35,8 +35,8 @@ OF_VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECAS
 
 def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer: Tokenizer, out: Path) -> Manifest:
     """paths: files, in their order. val: those of validation, too. DataError where they are not what they should be."""
-    of = {"train": paths, "val": val}
-    files = {split: [_opened(layout, path, tokenizer) for path in of[split]] for split in SPLITS}
+    given = {"train": paths, "val": val}
+    files = {split: [_opened(layout, path, tokenizer) for path in given[split]] for split in SPLITS}
     first = next(_pieces(files["train"], tokenizer), None)
     if first is None:
         raise DataError(f"in={paths[0]}: there is no token for training" if paths else "in= has no file for training")
@@ -47,7 +47,7 @@ def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer:
         corpus = {
             "kind": IMPORTED,
             "from": layout.name,
-            "files": {split: [path.name for path in of[split]] for split in SPLITS},
+            "files": {split: [path.name for path in given[split]] for split in SPLITS},
         }
         manifest = Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, {}, tuple(entries))
         manifest.save(folder)

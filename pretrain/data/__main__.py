@@ -99,8 +99,8 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
     for i, (windows, index) in enumerate(samples.next(consumed, train.global_batch)):
         rank = i // train.micro_batch % request.world
         if request.rank in (None, rank):
-            of = f"rank {rank} of {request.world}, " if request.world > 1 else ""
-            yield f"\nsample {first + i:,}: {of}{titles[id(windows)]}, window {index:,} of {len(windows):,}"
+            part = f"rank {rank} of {request.world}, " if request.world > 1 else ""
+            yield f"\nsample {first + i:,}: {part}{titles[id(windows)]}, window {index:,} of {len(windows):,}"
             yield from _documents(windows, index, tokenizer, coloured)
 
 

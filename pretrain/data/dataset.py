@@ -144,7 +144,7 @@ def open_data(config: DataConfig) -> Data:
     paths = config.paths
     corpora = {title: open_corpus(Path(path)) for title, path in paths.items()}
     weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
-    data = Data(corpora, Blend({begin: [of[title] for title in corpora] for begin, of in weights.items()}))
+    data = Data(corpora, Blend({begin: [stage[title] for title in corpora] for begin, stage in weights.items()}))
     for title, corpus in data.corpora.items():
         if corpus.tokenizer_fingerprint != data.tokenizer_fingerprint:
             first = next(iter(paths))

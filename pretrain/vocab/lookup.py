@@ -35,7 +35,7 @@ class LookupTraffic:
     sent_p: tuple[int, ...]
 
     def __add__(self, other: "LookupTraffic") -> "LookupTraffic":
-        sent_p = tuple(mine + its for mine, its in zip(self.sent_p, other.sent_p, strict=True))
+        sent_p = tuple(mine + theirs for mine, theirs in zip(self.sent_p, other.sent_p, strict=True))
         return LookupTraffic(self.moved + other.moved, self.gathered + other.gathered, sent_p)
 
     @property

@@ -183,8 +183,8 @@ class Readout:
         k: int,
     ) -> dict[str, Tensor]:
         """One set of one chunk: `Reading`'s fields, [m, ...]."""
-        of_ids_mJ = self._logits_of(logits_mv, ids_mJ)
-        counts = [self._before(logits_mv, of_m, ids_m) for of_m, ids_m in zip(of_ids_mJ.T, ids_mJ.T, strict=True)]
+        logits_mJ = self._logits_of(logits_mv, ids_mJ)
+        counts = [self._before(logits_mv, logit_m, ids_m) for logit_m, ids_m in zip(logits_mJ.T, ids_mJ.T, strict=True)]
         top_km, top_ids_km = self._top(logits_mv, k)
         own = ShardSoftmax.of(logits_mv)
         rows = slice(None) if mask_v is None else mask_v[: len(self.weight_vD)]
@@ -198,7 +198,7 @@ class Readout:
         whole = GlobalSoftmax.of(next(parts), next(parts))
         entropy_m = whole.entropy(next(parts))
         mass_m = (whole.weight_pm * next(parts)).sum(0)
-        pairs = [(of.kl(whole, next(parts)), whole.kl(of, next(parts))) for of in wholes]
+        pairs = [(other.kl(whole, next(parts)), whole.kl(other, next(parts))) for other in wholes]
         ranks = [1 + next(parts).sum(0) for _ in counts]
         known_mJ = (ids_mJ >= 0) & (ids_mJ < self.shard.vocab_size)
         nothing = top_km.new_empty(len(own.max_m), 0)
@@ -214,7 +214,7 @@ class Readout:
             "top_ids": top_ids_mK,
             "lse": whole.lse_m,
             "entropy": entropy_m,
-            "logits": torch.where(known_mJ, of_ids_mJ, math.nan),
+            "logits": torch.where(known_mJ, logits_mJ, math.nan),
             "ranks": torch.where(known_mJ, torch.stack(ranks, 1), 0) if ranks else nothing,
             "kl_from": torch.stack([kl for kl, _ in pairs], 1) if pairs else nothing,
             "kl_to": torch.stack([kl for _, kl in pairs], 1) if pairs else nothing,
@@ -236,10 +236,10 @@ class Readout:
             mine_mJ = torch.where(held_mJ, logits_mv.gather(1, local_mJ), 0.0)
         return self._exchange(list(mine_mJ.T)).sum(0).T
 
-    def _before(self, logits_mv: Tensor, of_m: Tensor, ids_m: Tensor) -> Tensor:
+    def _before(self, logits_mv: Tensor, logit_m: Tensor, ids_m: Tensor) -> Tensor:
         """How many of my rows come before the ids of these logits, [m]."""
-        equal_mv = (logits_mv == of_m[:, None]) & (self._ids_v < ids_m[:, None])
-        return ((logits_mv > of_m[:, None]) | equal_mv).sum(1).to(logits_mv.dtype)
+        equal_mv = (logits_mv == logit_m[:, None]) & (self._ids_v < ids_m[:, None])
+        return ((logits_mv > logit_m[:, None]) | equal_mv).sum(1).to(logits_mv.dtype)
 
     def _top(self, logits_mv: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of my rows, falling, the lowest ids first among equals: [k, m]; -inf, id V, where I have fewer.

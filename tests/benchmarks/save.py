@@ -97,7 +97,7 @@ class Run:
         self.trainer = trainer_of(model, engine, matrix, self.mesh, config.train, config.optim, self.wait_for_copies)
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
-        plan = plan_lookup([its[:, :-1].flatten() for its in ids], model.vocab.shard, model.vocab.compute_dtype)
+        plan = plan_lookup([part[:, :-1].flatten() for part in ids], model.vocab.shard, model.vocab.compute_dtype)
         mine = ids[self.mesh.rank]
         micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         self.batch = Batch([micro], options.sequences * options.length)
@@ -174,7 +174,9 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
         if turn:
             plain.append(totals[""] / options.steps)
     run.tidy()
-    middle = [{kind: statistics.median(values) for kind, values in of.items()} for of in (held, cost, work, written)]
+    middle = [
+        {kind: statistics.median(values) for kind, values in kinds.items()} for kinds in (held, cost, work, written)
+    ]
     return state, statistics.median(plain), *middle
 
 

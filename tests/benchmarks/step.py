@@ -106,7 +106,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 
     def step() -> float:
-        plan = plan_lookup([its[:, :-1].flatten() for its in ids], shard, BF16)
+        plan = plan_lookup([part[:, :-1].flatten() for part in ids], shard, BF16)
         mine = ids[mesh.rank]
         micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         report = trainer.train_step(Batch([micro], sequences * model.context))

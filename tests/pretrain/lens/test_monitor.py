@@ -76,7 +76,7 @@ def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
     if batch.starts_BT is None:
         return list(batch.tokens_BT)
     lengths = [starts_T.unique_consecutive(return_counts=True)[1].tolist() for starts_T in batch.starts_BT]
-    return [part for tokens_T, of in zip(batch.tokens_BT, lengths, strict=True) for part in tokens_T.split(of)]
+    return [part for tokens_T, own in zip(batch.tokens_BT, lengths, strict=True) for part in tokens_T.split(own)]
 
 
 def dense(config: JobConfig) -> dict[str, float]:

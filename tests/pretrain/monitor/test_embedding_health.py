@@ -88,9 +88,9 @@ def dense_of_matrix() -> tuple[dict[str, float], dict[str, list[int]]]:
         "small": (good & (norm < SMALL * norm[good].mean())).nonzero(),
         "like_unseen": (good & (uses > 0) & (distance <= distance[unseen].max())).nonzero(),
     }
-    listed = {name: of.squeeze(1).tolist() for name, of in ids.items()}
-    return truth | {name: len(of) for name, of in listed.items()}, {
-        name: of[:MAX_LISTED_ROWS] for name, of in listed.items()
+    listed = {name: rows.squeeze(1).tolist() for name, rows in ids.items()}
+    return truth | {name: len(rows) for name, rows in listed.items()}, {
+        name: rows[:MAX_LISTED_ROWS] for name, rows in listed.items()
     }
 
 
@@ -158,7 +158,7 @@ def dense_gradients(world: int) -> dict[str, float]:
     (F.cross_entropy(logits.flatten(0, -2), targets[1].flatten(), reduction="sum") / 4).backward()
     one, other = 0.5 * enter.grad, leave.grad
     ids, wanted = tokens.flatten(), targets[targets >= 0]
-    counts_V2 = torch.stack([torch.bincount(of, minlength=ROWS) for of in (ids, wanted)], dim=1).double()
+    counts_V2 = torch.stack([torch.bincount(counted, minlength=ROWS) for counted in (ids, wanted)], dim=1).double()
     truth = {}
     for suffix, mask in [("", slice(None)), *((f"/{n}", m) for n, m in zip(BINS, bins_of(counts_V2), strict=True))]:
         a, b = float(one[mask].norm()), float(other[mask].norm())

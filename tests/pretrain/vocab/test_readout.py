@@ -61,8 +61,8 @@ def dense(hidden: Tensor, references: Tensor, weight: Tensor, ids: Tensor, marks
         "entropy": -(log_p.exp() * log_p).sum(-1),
         "logits": torch.where(known, logits.gather(-1, where), math.nan),
         "ranks": torch.where(known, places.gather(-1, where), 0),
-        "kl_from": torch.stack([torch.stack([pair[0] for pair in of], -1) for of in pairs]),
-        "kl_to": torch.stack([torch.stack([pair[1] for pair in of], -1) for of in pairs]),
+        "kl_from": torch.stack([torch.stack([pair[0] for pair in both], -1) for both in pairs]),
+        "kl_to": torch.stack([torch.stack([pair[1] for pair in both], -1) for both in pairs]),
         "mass": (log_p.exp() * marks).sum(-1),
     }
 
