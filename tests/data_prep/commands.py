@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep import app
 from data_prep.bpe import PATTERNS
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
+from tests.in_process import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "data_prep" / "tokenize.py"
@@ -32,6 +34,11 @@ def python(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subp
 
 def tokenize(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     return python(SCRIPT, *arguments, cwd=cwd, **environment)
+
+
+def tokenize_here(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs the command in the test's own process: for what it refuses, and what needs no workers."""
+    return in_process(app.main, *arguments, cwd=cwd)
 
 
 def assert_one_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -27,6 +27,7 @@ from tests.data_prep.commands import (
     small_spec,
     texts,
     tokenize,
+    tokenize_here,
     write_jsonl,
 )
 
@@ -60,7 +61,7 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     assert sorted(found) == sorted(once)
     assert found[:split] == [text for text in once if text in found[:split]]  # in the order of the corpus
     assert np.fromfile(out / "documents.digests", DIGEST).tolist() == halves(once)
-    assert tokenize(*command, f"out={out}").stdout.startswith("already done")
+    assert tokenize_here(*command, f"out={out}").stdout.startswith("already done")
 
     digests = (out / "documents.digests").read_bytes()
     flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # of the lower half: they rise as before
@@ -110,7 +111,7 @@ def test_lengths(tmp_path: Path, command: list[str]) -> None:
     done = tokenize(*command, "clean.min_bytes=5", "clean.max_bytes=10", "val_fraction=0")
     assert done.returncode == 0 and "left out: 2 too short, 1 too long, 0 duplicates" in done.stdout
     assert documents_of(tmp_path / "out") == rows[2:6]
-    assert_one_error(tokenize(*command), "made with other settings", "config.clean.")
+    assert_one_error(tokenize_here(*command), "made with other settings", "config.clean.")
 
 
 def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

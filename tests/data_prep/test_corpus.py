@@ -23,7 +23,7 @@ from data_prep.long import LongDocument
 from data_prep.parquet import bytes_of, is_text, row_groups, rows_of
 from data_prep.source import Document, Rejected, compression_of, expand, kind_of, local_file
 from data_prep.unit import Item
-from tests.data_prep.commands import assert_one_error, tokenize, write_jsonl
+from tests.data_prep.commands import assert_one_error, tokenize_here, write_jsonl
 
 
 def documents(*paths: Path | str, text_key: str = "text") -> list[str]:
@@ -447,7 +447,9 @@ def test_refused_command_writes_nothing(tmp_path: Path) -> None:
     write_jsonl(data / "a.jsonl", ["one", "two"])
     for name in ("b.tar", "c.zip"):
         (data / name).write_bytes(archive(name))
-    done = tokenize("corpus=files", f"corpus.paths=[{data}]", "tokenizer.vocab_size=257", f"out={tmp_path / 'out'}")
+    done = tokenize_here(
+        "corpus=files", f"corpus.paths=[{data}]", "tokenizer.vocab_size=257", f"out={tmp_path / 'out'}"
+    )
     assert_one_error(done, "b.tar: cannot be read: a tar archive", "and 1 more file", "c.zip")
     assert not (tmp_path / "out").exists()
 

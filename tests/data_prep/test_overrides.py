@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from data_prep import app
 from data_prep.command import compose_settings
 from data_prep.overrides import home, in_full, items_of, quoted, readable, shown
-from tests.data_prep.commands import tokenize
+from tests.data_prep.commands import tokenize, tokenize_here
 
 app.register()
 ODD = ["a=b", "lr=1e-3, ü b", "a,b", "é", "a#b", "a(b", "a&b", "a'b", 'a"b', "1e-3", "007", "true", "[x]", "{y: 1}"]
@@ -175,7 +175,7 @@ def test_the_command_takes_one_path_as_it_is_typed(tmp_path, spec_folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (folder / "out" / "manifest.json").is_file()
-    assert tokenize(f"verify={folder / 'out'}").returncode == 0
+    assert tokenize_here(f"verify={folder / 'out'}").returncode == 0
 
 
 def test_quotes_close():

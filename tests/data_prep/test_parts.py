@@ -22,6 +22,7 @@ from tests.data_prep.commands import (
     small_spec,
     texts,
     tokenize,
+    tokenize_here,
     write_jsonl,
 )
 
@@ -107,7 +108,7 @@ def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], p
     assert done.returncode == 0 and done.stdout.startswith(f"done: {out}: 1,000 documents"), done
     assert "MB/s" not in done.stdout and written(out) == before  # nothing was encoded again
     assert folder_bytes(out) == folder_bytes(plain) and verify(out) == []
-    assert tokenize(*command, "part=0/3").stdout.startswith("already done")
+    assert tokenize_here(*command, "part=0/3").stdout.startswith("already done")
 
 
 def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_path: Path, corpus: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_pa
         "unit_mib=0.3",
     ]
     assert_one_error(
-        tokenize(*command, f"out={out}", "part=0/2"), "is not prepared for parts: part=prepare comes first"
+        tokenize_here(*command, f"out={out}", "part=0/2"), "is not prepared for parts: part=prepare comes first"
     )
     assert not out.exists()
     assert "trained a BPE" in tokenize(*command, f"out={out}", "part=prepare").stdout
@@ -157,4 +158,4 @@ def test_a_wrong_part(part: str) -> None:
 
 
 def test_a_wrong_part_is_one_line(tmp_path: Path, command: list[str]) -> None:
-    assert_one_error(tokenize(*command, f"out={tmp_path / 'out'}", "part=2/2"), "part=2/2 must be K/N, 0 <= K < N")
+    assert_one_error(tokenize_here(*command, f"out={tmp_path / 'out'}", "part=2/2"), "part=2/2 must be K/N, 0 <= K < N")

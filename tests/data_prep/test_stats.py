@@ -9,7 +9,7 @@ import pytest
 from data_prep.errors import DataError
 from data_prep.stats import count, count_file, whole, write_statistics
 from data_prep.token_file import HEADER, MAGIC, VERSION, TokenFile
-from tests.data_prep.commands import assert_one_error, tokenize
+from tests.data_prep.commands import assert_one_error, tokenize, tokenize_here
 from tests.data_prep.folders import make_folder
 
 
@@ -57,5 +57,5 @@ def test_the_command(tmp_path: Path) -> None:
     make_folder(tmp_path / "made")
     done = tokenize(f"stats={tmp_path / 'made'}")
     assert done.returncode == 0 and "rows that are used: 4" in done.stdout and not done.stderr
-    assert_one_error(tokenize(f"stats={tmp_path / 'none'}"), "manifest.json is missing")
-    assert_one_error(tokenize(f"stats={tmp_path / 'made'}", "out=x"), "stats=FOLDER")
+    assert_one_error(tokenize_here(f"stats={tmp_path / 'none'}"), "manifest.json is missing")
+    assert_one_error(tokenize_here(f"stats={tmp_path / 'made'}", "out=x"), "stats=FOLDER")

@@ -28,6 +28,7 @@ from tests.data_prep.commands import (
     small_spec,
     texts,
     tokenize,
+    tokenize_here,
     write_jsonl,
 )
 
@@ -121,7 +122,7 @@ def test_the_standard_librarys_tokenize_is_found_from_inside() -> None:
 
 def test_again_is_already_done(tmp_path: Path, command: list[str], undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-    done = tokenize(*command, f"out={undisturbed}")
+    done = tokenize_here(*command, f"out={undisturbed}")
     assert done.returncode == 0 and done.stdout.startswith("already done"), done
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
@@ -139,7 +140,7 @@ def test_other_settings_overwrite_nothing(
 ) -> None:
     small_spec(("ab",)).save(tmp_path)
     before = folder_bytes(undisturbed)
-    done = tokenize(*command, change.format(other=tmp_path), f"out={undisturbed}")
+    done = tokenize_here(*command, change.format(other=tmp_path), f"out={undisturbed}")
     assert_one_error(done, str(undisturbed), *parts)
     assert folder_bytes(undisturbed) == before
 
@@ -330,7 +331,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
     arguments, parts = ERRORS[case]
-    assert_one_error(tokenize(*arguments, f"out={tmp_path / 'out'}", cwd=tmp_path), *parts)
+    assert_one_error(tokenize_here(*arguments, f"out={tmp_path / 'out'}", cwd=tmp_path), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,7 +339,7 @@ def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
 def test_an_empty_corpus(tokenizer: str, tmp_path: Path, spec_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     chosen = ["tokenizer=bpe"] if tokenizer == "bpe" else ["tokenizer=file", f"tokenizer.path={spec_folder}"]
-    done = tokenize("corpus=files", f"corpus.paths=['{tmp_path}']", *chosen, f"out={tmp_path / 'out'}")
+    done = tokenize_here("corpus=files", f"corpus.paths=['{tmp_path}']", *chosen, f"out={tmp_path / 'out'}")
     assert_one_error(done, "the corpus (files) is empty")
     assert not (tmp_path / "out").exists()
 
@@ -360,15 +361,15 @@ def test_an_empty_split_is_said(tmp_path: Path, spec_folder: Path) -> None:
 def test_verify(tmp_path: Path, command: list[str]) -> None:
     out = tmp_path / "out"
     assert tokenize(*command, f"out={out}").returncode == 0
-    done = tokenize(f"verify={out}")
+    done = tokenize_here(f"verify={out}")
     assert done.returncode == 0 and done.stdout.startswith(f"ok: {out}: 200 documents")
     path = out / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-2])
     (out / "train-00002.idx").unlink()
-    done = tokenize(f"verify={out}")
+    done = tokenize_here(f"verify={out}")
     assert done.returncode == 1 and done.stdout == ""
     assert "train-00001.bin" in done.stderr and "train-00002.idx is missing" in done.stderr
-    assert_one_error(tokenize(*command, f"out={out}"), "train-00001.bin")  # damaged: not "already done"
+    assert_one_error(tokenize_here(*command, f"out={out}"), "train-00001.bin")  # damaged: not "already done"
 
 
 def test_the_standard_library_with_a_trained_tokenizer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoint`, as users type it."""
+"""`python -m pretrain.checkpoint`, as users type it; most of it in the test's own process."""
 
 import fcntl
 import os
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint import __main__ as program
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checkpoint.folder import write_manifest
+from tests.in_process import in_process
 from tests.pretrain.checkpoint.test_manager import SECOND, flip, save
 from tests.ranks import run_ranks
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    call = [sys.executable, "-m", "pretrain.checkpoint", *arguments]
-    return subprocess.run(call, capture_output=True, text=True, timeout=60)
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return in_process(program.main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,14 @@ def run(six, tmp_path) -> Path:
 
 def steps(run: Path) -> list[int]:
     return [int(folder.name[5:]) for folder in checkpoints(run)]
+
+
+def test_a_process_lists_or_exits_with_2(run):
+    call = [sys.executable, "-m", "pretrain.checkpoint", "list", f"run={run}"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 7
+    done = subprocess.run([*call[:-1], "run=/nowhere"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: run=/nowhere has no checkpoint\n")
 
 
 def test_list_tells_what_there_is(run):

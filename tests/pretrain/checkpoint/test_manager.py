@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -26,11 +25,13 @@ from pretrain.checkpoint import (
     read_manifest,
     read_tensors,
 )
+from pretrain.checkpoint import __main__ as program
 from pretrain.checkpoint import manager as manager_module
 from pretrain.checkpoint.folder import write_manifest
 from pretrain.mesh import Mesh
 from pretrain.train import build_model
 from pretrain.vocab.shard import stable_seed
+from tests.in_process import in_process
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -365,7 +366,7 @@ def test_no_pickle_is_read(copies, tmp_path):
         assert "cannot be read" in message
     for command in ("list", "verify"):
         for run in (folder.parents[1], replaced.parents[1]):
-            subprocess.run([sys.executable, "-m", "pretrain.checkpoint", command, f"run={run}"], check=True, timeout=60)
+            assert in_process(program.main, command, f"run={run}").returncode == 0
     assert not marker.exists()
     pickle.loads(bomb)
     assert marker.exists(), "the bomb itself is a dud"

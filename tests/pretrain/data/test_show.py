@@ -16,9 +16,10 @@ from data_prep.token_file import TokenFile
 from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints
 from pretrain.data import BatchLoader, Windows
-from pretrain.data.__main__ import COLOURS
+from pretrain.data.__main__ import COLOURS, main
 from pretrain.settings import JobConfig
 from pretrain.vocab import VocabShard
+from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -26,15 +27,8 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def show(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pretrain.data", "show", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def show(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return in_process(main, "show", *arguments)
 
 
 def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
@@ -109,7 +103,7 @@ def test_text_is_shown_where_there_is_a_tokenizer(tmp_path):
 
 
 def shown_on_a_terminal(*arguments: str) -> str:
-    """What the command writes where its output is a terminal."""
+    """What the command writes, in a process of its own, if its output is a terminal."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "pretrain.data", "show", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=theirs, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
