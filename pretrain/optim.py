@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .mesh import Mesh
 from .vocab.collectives import on_host
-
-BLOCK = 2**15  # numbers that a CPU converts to float64 at once, in its cache; more would start threads
+from .vocab.gradients import sum_of_squares
 
 LONGEST_WARMUP = 100  # steps, unless optim.warmup_steps is given
 
@@ -159,26 +158,6 @@ def global_norm(mine: list[Tensor], mesh: Mesh) -> Tensor:
     square = sum_of_squares(mine, mesh.device)
     dist.all_reduce(square, group=mesh.flat.get_group())
     return square.sqrt()
-
-
-def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Σx² over local tensors, a float64 scalar on `device`; 0 for none.
-
-    Added up in float64, so that it does not depend on how the tensors are split: torch's fp32 norms on a CPU add one
-    number after the other, and are wrong by 4e-3 at 200 million numbers.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
-    if on_gpu:
-        total += torch.stack(torch._foreach_norm(on_gpu, dtype=torch.float64)).square().sum()
-    on_cpu = [tensor for tensor in tensors if not tensor.is_cuda]
-    if on_cpu:  # there, foreach_norm in float64 takes three times as long as this
-        room, square = torch.empty(BLOCK, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for part in (part for tensor in on_cpu for part in tensor.flatten().split(BLOCK)):
-            exact = room[: len(part)].copy_(part)
-            square += torch.linalg.vector_norm(exact).square()  # a dot product would start threads
-        total += square.to(device)
-    return total
 
 
 def apply_clip(gradients: list[Tensor], factor: float) -> None:

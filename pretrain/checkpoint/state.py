@@ -16,6 +16,7 @@ from ..monitor import SEEN, Seen
 from ..optim import VocabOptimizer, set_moments
 from ..vocab import VocabParallelEmbedding, VocabShard
 from ..vocab.collectives import on_host
+from ..vocab.full_state import rows_dtensor
 from ..vocab.shard import stable_seed
 from .folder import CheckpointError
 from .tensor_file import Slice
@@ -133,13 +134,8 @@ def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
 
 
 def matrix_dtensor(rows_vD: Tensor, shard: VocabShard, mesh: Mesh) -> DTensor:
-    """A rank's rows as its part of the matrix [padded_size, D], split by rows, replicated where the mesh says so.
-
-    DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty.
-    """
-    shape = torch.Size((shard.padded_size, rows_vD.shape[1]))
-    stride = (shape[1], 1)
-    return DTensor.from_local(rows_vD, mesh.axes, mesh.matrix_placements, run_check=False, shape=shape, stride=stride)
+    """A rank's rows as its part of the matrix [padded_size, D], split by rows, replicated where the mesh says so."""
+    return rows_dtensor(rows_vD, shard, mesh.axes, mesh.matrix_placements)
 
 
 def shapes(tensors: dict[str, DTensor]) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..mesh import Mesh, name_rank
 from ..optim import OptimConfig, set_moments
+from ..vocab import summed
 from ..vocab.shard import RowShard
 from .activations import check_kind, checkpoint_activations
 from .zero import MAIN, MOMENTS, weights_at
@@ -200,17 +201,7 @@ class DeepSpeedEngine:
         self.weights.link_moments()
         for name, values in initial.items():  # DeepSpeed's own main weights are rounded to the compute dtype
             self.weights.write(self.parameters[name], values.full_tensor(), MAIN)
-        return self.forward
-
-    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """The body. DeepSpeed averages gradients over ranks: within the body they are `world` times as large."""
-        world = self.mesh.world
-        if hidden_BTD.requires_grad:
-            hidden_BTD.register_hook(lambda gradient: gradient / world)
-        hidden_BTD = self.engine(hidden_BTD, starts_BT)
-        if hidden_BTD.requires_grad:
-            hidden_BTD.register_hook(lambda gradient: gradient * world)
-        return hidden_BTD
+        return summed(self.engine, mesh.flat.get_group())  # it averages gradients over ranks
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)

@@ -220,7 +220,7 @@ def run_lens(
     Collectives: of the lookup, the engine and `Readout.read`.
     """
     with Recorder(body, method, window) as recorder:
-        run(vocab.lookup(tokens_BT), starts_BT)
+        run(vocab.lookup(tokens_BT, max_tokens_per_rank=tokens_BT.numel()), starts_BT)
     hidden_RND = recorder.taken()
     tokens_N, targets_N = tokens_BT[:, window].flatten(), targets_BT[:, window].flatten()
     readout = Readout(

@@ -23,9 +23,11 @@ class LanguageModel:
         scale: float | None = None,
         plan: LookupPlan | None = None,
     ) -> VocabLoss:
-        """Sum of the loss over this rank's targets.
+        """Sum of the loss over this rank's targets, of which every rank brings as many.
 
         `starts_BT`: see `Body`. `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives:
         its and the engine's.
         """
-        return self.vocab.loss(self.body(self.vocab.lookup(tokens_BT, plan), starts_BT), targets_BT, scale)
+        tokens = tokens_BT.numel()
+        hidden_BTD = self.body(self.vocab.lookup(tokens_BT, plan, max_tokens_per_rank=tokens), starts_BT)
+        return self.vocab.loss(hidden_BTD, targets_BT, scale, max_tokens_per_rank=tokens)

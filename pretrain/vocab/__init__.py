@@ -1,6 +1,10 @@
-"""The vocabulary-parallel matrix for a library user; the rest is in the modules. Imports torch alone."""
+"""The vocabulary-parallel matrix for a library user, see docs/library.md; the rest is in the modules.
+
+Imports torch alone.
+"""
 
 from .embedding import VocabConfig, VocabParallelEmbedding
+from .gradients import clip_grad_norm_, summed
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
@@ -9,5 +13,7 @@ __all__ = [
     "VocabLoss",
     "VocabParallelEmbedding",
     "VocabShard",
+    "clip_grad_norm_",
+    "summed",
     "vocab_parallel_linear_cross_entropy",
 ]

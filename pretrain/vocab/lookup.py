@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .collectives import all_gather, all_to_all, check_group, on_host, reduce_scatter
+from .collectives import all_gather, all_to_all, check_group, on_host, reduce_scatter, token_comm
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
 
@@ -219,6 +219,7 @@ def vocab_parallel_lookup(
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
     plan: LookupPlan | None = None,
+    max_tokens_per_rank: int | None = None,
     main_grad: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """Rows of the split matrix for this rank's ids: hidden [N, D] in `dtype` (default: the weight's).
@@ -226,16 +227,26 @@ def vocab_parallel_lookup(
     The gradient of the rows is summed in fp32 (float64 where the weight is) over the ids of the whole group. It
     reaches `weight_vD` in its dtype; or backward adds it to what `main_grad` returns, buffers [v, D] of the accurate
     dtype, and makes no other one of their size. Collectives: those of the plan. Without a `plan`, made of just
-    these ids, every rank must bring as many; they are all-gathered first, and the device is waited for.
+    these ids, they are all-gathered first, and the device is waited for; so is an all-reduce of a number, unless
+    `max_tokens_per_rank` is given, the largest number of ids on a rank.
 
     Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does.
     """
     check_group(shard, group)
     dtype = dtype or weight_vD.dtype
     if plan is None:
-        plan = plan_lookup(list(on_host(all_gather(ids_N, group))), shard, dtype).to(ids_N.device)
+        plan = plan_lookup(_all_ids(ids_N, max_tokens_per_rank, shard, group), shard, dtype).to(ids_N.device)
     hidden_ND: Tensor = _Lookup.apply(weight_vD, plan, group, dtype, main_grad)
     return hidden_ND
+
+
+def _all_ids(ids_N: Tensor, most: int | None, shard: VocabShard, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The ids of each rank, in the host's memory. most: the largest number of them on a rank; None: it is asked for."""
+    if most is None:
+        most = token_comm(shard, group, "distinct").max_tokens_per_rank(len(ids_N), ids_N.device)
+    nothing = torch.iinfo(ids_N.dtype).min
+    padded_N = F.pad(ids_N, (0, most - len(ids_N)), value=nothing)
+    return [mine[mine != nothing] for mine in on_host(all_gather(padded_N, group))]
 
 
 class _Lookup(torch.autograd.Function):

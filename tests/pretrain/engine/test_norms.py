@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from pretrain.mesh import Mesh
-from pretrain.optim import OptimConfig, VocabOptimizer, sum_of_squares
+from pretrain.optim import OptimConfig, VocabOptimizer
 from pretrain.settings import JobConfig
 from pretrain.train import build_model
+from pretrain.vocab.gradients import sum_of_squares
 from tests.pretrain.engine.test_engines import ENGINES
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
