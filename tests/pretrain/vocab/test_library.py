@@ -220,7 +220,8 @@ def test_a_wrapper_that_would_damage_rows_is_an_error_and_one_that_is_told_leave
 def rank_overwritten(rank, world, multiple):
     untouched, overwritten = Model(multiple=multiple), Model(multiple=multiple)
     dist.broadcast(overwritten.vocab.weight.data, 0)
-    return [refused(lambda: model.vocab(torch.tensor([1]))) for model in (untouched, overwritten)]
+    token = torch.tensor([1])
+    return refused(lambda: untouched.vocab(token)), refused(lambda: overwritten.vocab(token))
 
 
 @pytest.mark.parametrize("multiple", [2, 128])
