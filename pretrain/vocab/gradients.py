@@ -79,7 +79,7 @@ def _dtensor_square(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
-    return torch.linalg.vector_norm(norms).full_tensor().square().to(device)  # type: ignore[attr-defined]
+    return torch.linalg.vector_norm(norms).full_tensor().square().to(device)
 
 
 def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
