@@ -230,7 +230,8 @@ def vocab_parallel_lookup(
     these ids, they are all-gathered first, and the device is waited for; so is an all-reduce of a number, unless
     `max_tokens_per_rank` is given, the largest number of ids on a rank.
 
-    Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does.
+    Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does, or if
+    `max_tokens_per_rank` is too small.
     """
     check_group(shard, group)
     dtype = dtype or weight_vD.dtype
@@ -244,6 +245,8 @@ def _all_ids(ids_N: Tensor, most: int | None, shard: VocabShard, group: dist.Pro
     """The ids of each rank, in the host's memory. most: the largest number of them on a rank; None: it is asked for."""
     if most is None:
         most = token_comm(shard, group, "distinct").max_tokens_per_rank(len(ids_N), ids_N.device)
+    if most < len(ids_N):
+        raise ValueError(f"max_tokens_per_rank={most} must be at least the {len(ids_N)} ids of this rank")
     nothing = torch.iinfo(ids_N.dtype).min
     padded_N = F.pad(ids_N, (0, most - len(ids_N)), value=nothing)
     return [mine[mine != nothing] for mine in on_host(all_gather(padded_N, group))]

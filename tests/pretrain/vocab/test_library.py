@@ -110,6 +110,12 @@ def test_a_step_on_batches_that_differ_between_ranks_is_the_dense_step(world, ti
             torch.testing.assert_close(gradient, gradients[name], **NEAR)
 
 
+def test_too_small_a_number_of_tokens_is_an_error():
+    vocab = VocabParallelEmbedding.create(VOCAB, WIDTH)
+    with pytest.raises(ValueError, match="max_tokens_per_rank=1 must be at least the 2 ids of this rank"):
+        vocab.lookup(torch.tensor([1, 2]), max_tokens_per_rank=1)
+
+
 def rank_clip(rank, world):
     vocab = VocabParallelEmbedding.create(VOCAB, WIDTH)
     vocab.weight.grad = torch.full_like(vocab.weight, float("inf") if rank == world - 1 else 1.0)
