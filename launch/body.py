@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pretrain.engine.deepspeed import LARGEST_BUCKET, DeepSpeedConfig
-from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.config.engine import DeepSpeedConfig, FSDP2Config
+from pretrain.config.job import JobConfig
+from pretrain.engine.deepspeed import LARGEST_BUCKET
 from pretrain.placement import Transfer, Workload
-from pretrain.settings import JobConfig
 from pretrain.vocab.shard import RowShard
 
 FP32 = 4  # bytes: main weights, gradients, moments and sums

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 from data_prep.overrides import shown
 from launch.hardware import GIB, Hardware
 from launch.step import Item, total
-from pretrain.engine.deepspeed import DeepSpeedConfig
-from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.config.engine import DeepSpeedConfig, FSDP2Config
+from pretrain.config.job import JobConfig
 from pretrain.placement import Transfer
-from pretrain.settings import JobConfig
 
 CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the least
 

@@ -32,17 +32,17 @@ from launch import resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, changes_at_start, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
-from pretrain import config as configuration  # noqa: E402
-from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, lock_run  # noqa: E402
-from pretrain.settings import JobConfig  # noqa: E402
+from pretrain.checks import check_job, check_logs, finished  # noqa: E402
+from pretrain.compose import build_config, freeze, register_groups  # noqa: E402
+from pretrain.config.job import JobConfig  # noqa: E402
+from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run  # noqa: E402
 from pretrain.stops import StopRequests  # noqa: E402
 
 
 def main() -> None:
     """Exits 0 when the run has got where it should, or was stopped and saved; 2 on a wrong setting; else 1."""
     alone()
-    configuration.register()
+    register_groups()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     with one_line():
         sys.argv[1:] = resume.in_full(sys.argv[1:])
@@ -55,15 +55,15 @@ def _composed(composed: DictConfig) -> None:
         nproc = ranks_here(composed.pop("nproc"))
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         resume.apply(composed, list(HydraConfig.get().overrides.task))
-        config = configuration.build(composed)
+        config = build_config(composed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        data = configuration.check(config, nproc, device, warn=warn, environment=os.environ)
-        configuration.check_logs(config)
+        data = check_job(config, nproc, device, warn=warn, environment=os.environ)
+        check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
             with lock_run(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
-                done = configuration.finished(config, data)
+                done = finished(config, data)
                 if done is None:
-                    configuration.freeze(config, data)
+                    freeze(config, data)
             code = run_ranks(config, nproc, restart) if done is None else 0
     if done is not None:
         print(done)

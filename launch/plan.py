@@ -24,11 +24,13 @@ from launch.cluster import ClusterConfig  # noqa: E402
 from launch.fit import larger, refusal  # noqa: E402
 from launch.hardware import HARDWARE, Hardware  # noqa: E402
 from launch.step import Item, StepCost, total  # noqa: E402
-from pretrain import config as configuration  # noqa: E402
 from pretrain.announce import counts, parameters  # noqa: E402
+from pretrain.build import vocab_parallel, vocab_rows, vocab_workload  # noqa: E402
+from pretrain.compose import build_config, register_groups  # noqa: E402
+from pretrain.config.job import JobConfig  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
 from pretrain.placement import UPDATE, Transfer, estimate  # noqa: E402
-from pretrain.settings import JobConfig  # noqa: E402
+from pretrain.precision import compute_dtype  # noqa: E402
 from pretrain.vocab.kernels import choose_kernels  # noqa: E402
 
 MIB = 2**20
@@ -124,9 +126,9 @@ def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware
     """For a vocabulary of `rows` on `world` ranks, `node` of them on each node. ValueError where the settings clash."""
     config.train.check_world(world)
     device, bf16 = hardware.device, hardware.bf16
-    chosen = configuration.vocab_parallel(config, rows, world, node, device, bf16).ranks
-    dtype, kernels = config.train.compute_dtype(device, bf16), choose_kernels(torch.device(device))
-    work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
+    chosen = vocab_parallel(config, rows, world, node, device, bf16).ranks
+    dtype, kernels = compute_dtype(config.train, device, bf16), choose_kernels(torch.device(device))
+    work = vocab_workload(config, rows, world, dtype.itemsize)
     sizes = {
         p: _size(StepCost(config, work, p, world, dtype, kernels), node, hardware)
         for p in range(1, world + 1)
@@ -189,7 +191,7 @@ def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Pat
 
 def main() -> None:
     """Prints the plan. Exits 1 if the GPU cannot hold it, 2 on a wrong setting."""
-    configuration.register()
+    register_groups()
     slurm.register()
     run_hydra(_composed, "plan")
 
@@ -234,10 +236,10 @@ def _training(composed: DictConfig) -> tuple[JobConfig, int]:
     if not known and composed.vocab.size is None:
         raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer tells it")
     composed.data.path = composed.data.path if known else "no data"
-    config = configuration.build(composed)
+    config = build_config(composed)
     config.optim.check_steps(config.train.steps)
     if known:
-        return config, configuration.vocab_rows(config, open_data(config.data))
+        return config, vocab_rows(config, open_data(config.data))
     assert config.vocab.size is not None
     return config, config.vocab.size
 

@@ -18,16 +18,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import headline
+from pretrain.build import build_model
 from pretrain.checkpoint import TrainState
+from pretrain.config.engine import FSDP2Config
+from pretrain.config.job import JobConfig
+from pretrain.config.optim import OptimConfig
+from pretrain.config.training import TrainingConfig
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine import Engine
-from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.models.language_model import LanguageModel
-from pretrain.optim import OptimConfig, VocabOptimizer
-from pretrain.settings import JobConfig
-from pretrain.train import build_model
-from pretrain.trainer import Trainer, TrainingConfig
+from pretrain.optim import VocabOptimizer
+from pretrain.precision import compute_dtype
+from pretrain.trainer import Trainer
 from pretrain.vocab import VocabShard
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.kernels.torch import TorchKernels
@@ -88,7 +91,7 @@ def staged(
     try:
         mesh = Mesh.of(parallel, torch.device("cpu"))
         shard = VocabShard.of(0, parallel, rows, config.vocab.multiple)
-        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, config.train.compute_dtype("cpu"))
+        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, compute_dtype(config.train, "cpu"))
         fake = FakeTensorMode() if isinstance(config.engine, FSDP2Config) else None
         move: Callable[[Tensor], Tensor] = fake.from_tensor if fake else lambda tensor: tensor
         with ExitStack() as stack:

@@ -10,9 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.overrides import home
-from pretrain import config as configuration
 from pretrain.changes import CONFIG_FILE
-from pretrain.config import PARTS, TOP_LEVEL_KEYS
+from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
 
 FAMILY = "family/"  # begins the name of the option that has a family's keys alone
 
@@ -81,5 +80,5 @@ def _frozen(run: str) -> DictConfig:
     path = _config_of(run)
     if not path.is_file():
         raise ValueError(f"resume={run} must be the folder of a run: {path} is missing")
-    configuration.load(path)
+    load_config(path)
     return OmegaConf.create(yaml.safe_load(path.read_bytes()))

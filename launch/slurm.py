@@ -48,12 +48,13 @@ from launch.plan import Plan, plan  # noqa: E402
 from launch.rehearsal import rehearse  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
 from launch.snapshot import Snapshot, import_from  # noqa: E402
-from pretrain import config as configuration  # noqa: E402
 from pretrain.announce import counts, parameters  # noqa: E402
-from pretrain.checkpoint import RANKS_LOCK  # noqa: E402
-from pretrain.config import LAUNCH_LOCK, lock_run  # noqa: E402
+from pretrain.build import vocab_rows  # noqa: E402
+from pretrain.checks import check_job, check_logs, finished  # noqa: E402
+from pretrain.compose import build_config, config_text, freeze, register_groups  # noqa: E402
+from pretrain.config.job import JobConfig, RunConfig  # noqa: E402
 from pretrain.data import Data  # noqa: E402
-from pretrain.settings import JobConfig, RunConfig  # noqa: E402
+from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run  # noqa: E402
 
 JOB_FILE = "job.json"  # of a run: the job that was submitted last
 ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
@@ -86,7 +87,7 @@ class Run:
 def main() -> None:
     """Exits 0 once submitted, with `tail` as the job does, 2 on a wrong setting."""
     alone()
-    configuration.register()
+    register_groups()
     slurm.register()
     corpus.register()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
@@ -147,7 +148,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
         terminal.product()
         print(slurm.script(*job))
         for run in runs:
-            print(f"# {run.config.path}\n# model: {run.model}\n{configuration.text(run.config)}")
+            print(f"# {run.config.path}\n# model: {run.model}\n{config_text(run.config)}")
         return 0
     for run in runs:
         refuse_if_held(run.dir)
@@ -158,7 +159,7 @@ def launch(*composed: tuple[DictConfig, list[str]]) -> int:
                 locks.enter_context(lock_run(run.dir, LAUNCH_LOCK))
                 refuse_if_held(run.dir)  # by a launcher that was quicker
                 with lock_run(run.dir, RANKS_LOCK):
-                    configuration.freeze(run.config, run.data)
+                    freeze(run.config, run.data)
             snapshot.save(base / "code")
             jobs = slurm.submit(*job)
         except (ValueError, OSError):
@@ -217,12 +218,12 @@ def names(overrides: Sequence[list[str]]) -> list[str]:
 
 def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     """A run that can be trained on that cluster, as far as can be known here. ValueError: key, value, rule."""
-    config = configuration.build(composed)
+    config = build_config(composed)
     config.resolve()
     hardware = HARDWARE[cluster.gpu or "cpu"]
-    data = configuration.check(config, cluster.ranks, hardware.device, hardware.bf16, warn)
-    configuration.check_logs(config)
-    rows = configuration.vocab_rows(config, data)
+    data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
+    check_logs(config)
+    rows = vocab_rows(config, data)
 
     def planned(changed: JobConfig) -> Plan:
         return plan(changed, rows, cluster.ranks, cluster.ranks_of_a_node, hardware)
@@ -237,7 +238,7 @@ def unfinished(runs: list[Run]) -> list[Run]:
     """The runs that have something left to do; says so of the others."""
     left = []
     for run in runs:
-        done = configuration.finished(run.config, run.data)
+        done = finished(run.config, run.data)
         if done is None:
             left.append(run)
         else:

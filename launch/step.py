@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 
 from launch.body import FP32, Activations, BodyFootprint, Shapes, body_of
+from pretrain.config.job import JobConfig
 from pretrain.lens import Method
 from pretrain.lens.monitor import MEMORY_MIB
 from pretrain.placement import DISTINCT, Transfer, Workload, transfers
-from pretrain.settings import JobConfig
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.shard import RowShard

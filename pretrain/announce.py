@@ -6,11 +6,11 @@ import torch
 
 from .changes import Change, table
 from .checkpoint import TrainState
+from .config.job import JobConfig
 from .data import Data, PackedWindows, Samples
 from .mesh import Mesh
 from .models.language_model import LanguageModel
 from .placement import Parallel
-from .settings import JobConfig
 
 
 def announce(

@@ -1,6 +1,6 @@
 """What differs between the settings of a checkpoint and those of the run that resumes it.
 
-Apart from config.py because launchers read it without torch, also while a job ends.
+Apart from compose.py because launchers read it without torch, also while a job ends.
 """
 
 import json

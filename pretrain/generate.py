@@ -20,9 +20,9 @@ from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
-from . import config as configuration
 from .arguments import defaults, settings_of
 from .checkpoint import CheckpointError, check_files, checkpoint_of, model_for_reading, read_manifest, read_tensors
+from .compose import build_config
 from .mesh import ranks_or_alone
 from .models.language_model import LanguageModel
 from .rendezvous import NotMet
@@ -116,7 +116,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
     """The model in fp32, and the most positions it can see; the matrix split over the ranks, if there are any."""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    config = configuration.build(OmegaConf.create(manifest["config"]))
+    config = build_config(OmegaConf.create(manifest["config"]))
     with torch.device("meta"):
         body = config.model.body()
     rows, width, saved = manifest["vocab_size"], config.model.width, manifest["tensors"]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
@@ -11,25 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import CheckpointManager
+from .config.evaluation import EvalConfig
 from .data import IGNORED, MicroBatch
 from .monitor import MetricsLog
 from .stops import StopReason
 from .trainer import StepReport, Trainer
 from .vocab.collectives import on_host
 from .vocab.lookup import LookupTraffic
-
-
-@dataclass
-class EvalConfig:
-    """every: steps between evaluations, 0 for only the last. max_windows: of the validation split, 0 for all."""
-
-    every: int = 250
-    max_windows: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("every", "max_windows"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"eval.{key}={getattr(self, key)} must not be negative")
 
 
 class EvalHook:

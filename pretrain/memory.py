@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .engine.fsdp2 import FSDP2Config
+from .config.engine import FSDP2Config
+from .config.job import JobConfig
 from .mesh import Mesh
-from .settings import JobConfig
 
 GIB = 2**30
 HOST = "DefaultCPUAllocator"  # torch's own: a RuntimeError that only its text tells from others

@@ -20,27 +20,27 @@ import torch
 
 from data_prep.errors import DataError
 
-from . import config as configuration
 from .announce import announce
+from .build import about, build_model, samples, validation_windows, vocab_parallel, vocab_rows
 from .changes import markdown, settings_changed
-from .checkpoint import RANKS_LOCK, CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
-from .config import lock_run
+from .checkpoint import CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
+from .checks import check_job
+from .compose import load_config
+from .config.job import JobConfig
 from .data import BatchLoader, Data, MicroBatch, validation_batches
-from .engine import Engine
 from .exits import Exit
 from .hooks import CheckpointHook, EvalHook, LogHook
 from .interop import initialise
 from .lens.monitor import LensMonitor
+from .locks import RANKS_LOCK, lock_run
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
-from .models.language_model import LanguageModel
 from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
 from .optim import VocabOptimizer
 from .rendezvous import NotMet, hopeless, words
-from .settings import JobConfig
 from .stops import Deadline, StopCheck, StopReason, StopRequests
 from .trainer import Hook, Trainer
-from .vocab import VocabParallelEmbedding, VocabShard
+from .vocab import VocabParallelEmbedding
 from .watchdog import Watchdog
 
 LOCK_SECONDS = 180  # to wait for a lock of a start before this one
@@ -63,7 +63,7 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     try:
         with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm asks more than once: a rank that ends must not die
-            config = configuration.load(_config_path(sys.argv[1:]))
+            config = load_config(_config_path(sys.argv[1:]))
             with ExitStack() as group:
                 with requests.ending(partial(_end_unstarted, rank)):
                     device = group.enter_context(ranks(_timeout(config)))
@@ -119,9 +119,9 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
     started = time.time()
     world = torch.distributed.get_world_size()
-    data = configuration.check(config, world, device.type, environment=os.environ)
-    rows = configuration.vocab_rows(config, data)
-    parallel = configuration.vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
+    data = check_job(config, world, device.type, environment=os.environ)
+    rows = vocab_rows(config, data)
+    parallel = vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
     with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog, shortage_named(config, mesh):
         engine, model, matrix = build_model(config, mesh, rows)
@@ -133,7 +133,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
             mesh,
             config.checkpoint,
             seed=config.seed,
-            about=configuration.about(config, data),
+            about=about(config, data),
         )
         state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
         if found is None and config.init_from is not None:
@@ -210,28 +210,9 @@ def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, VocabOptimizer]:
-    """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
-    compute_dtype = config.train.compute_dtype(mesh.device.type)
-    vocab = VocabParallelEmbedding(
-        config.vocab,
-        VocabShard.of(mesh.vocab_rank, mesh.vocab_size, rows, config.vocab.multiple),
-        config.model.width,
-        seed=config.seed,
-        group=mesh.vocab_group if mesh.vocab_size > 1 else None,
-        compute_dtype=compute_dtype,
-        device=mesh.device,
-    )
-    with torch.device("meta"):
-        body = config.model.body()
-    engine = config.engine.build(config.optim, compute_dtype, config.seed)
-    model = LanguageModel(vocab, engine.wrap(body, mesh))
-    return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh)
-
-
 def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
     return BatchLoader(
-        configuration.samples(config, data),
+        samples(config, data),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=mesh.data_rank,
@@ -246,7 +227,7 @@ def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbed
 def _evaluations(config: JobConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[EvalHook]:
     """One, where there is something to evaluate on."""
     batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
-    for title, windows in configuration.validation_windows(config, data).items():
+    for title, windows in validation_windows(config, data).items():
         batches[title] = partial(
             validation_batches,
             windows,
@@ -279,9 +260,9 @@ def _monitors(
     if seen is not None:
         monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
     if config.monitor.lens:
-        validation_windows = list(configuration.validation_windows(config, data).values())
+        windows = list(validation_windows(config, data).values())
         files = [file for corpus in data.corpora.values() for file in corpus.train]
-        monitors.append(LensMonitor.of(config.monitor, validation_windows, files, mesh, vocab.shard.vocab_size, log))
+        monitors.append(LensMonitor.of(config.monitor, windows, files, mesh, vocab.shard.vocab_size, log))
     return monitors
 
 

@@ -1,7 +1,6 @@
 """The loop: batches in, steps out, hooks after each step."""
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,91 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import TrainState
+from .config.optim import OptimConfig
+from .config.training import TrainingConfig
 from .data import Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
 from .models.language_model import LanguageModel
-from .optim import OptimConfig, VocabOptimizer, clip_factor
+from .optim import VocabOptimizer, clip_factor
 from .stops import StopCheck, StopReason
 from .vocab.collectives import on_host
 from .vocab.lookup import LookupTraffic
 from .watchdog import Watchdog
-
-
-@dataclass
-class TrainingConfig:
-    """steps: length of the schedule. stop_after: stop at this step, saved (null: at the end). time_limit: stop and save
-    before the ranks have run for so long, such as 4h or 1d12h30m (null: no limit).
-
-    hang_after: seconds without a finished step, evaluation batch or save after which a rank ends itself, its stacks on
-    stderr (0: never).
-
-    seq_len: tokens a sequence; null: the model's context, at most 8192. global_batch: sequences a step, over all ranks;
-    micro_batch: sequences a rank has in work at once. precision: bf16, fp32, or auto: bf16 where the device computes
-    it natively.
-    """
-
-    steps: int = 1000
-    stop_after: int | None = None
-    time_limit: str | None = None
-    hang_after: float = 1800.0
-    seq_len: int | None = None
-    global_batch: int = 32
-    micro_batch: int = 4
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch", "micro_batch"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
-        if self.stop_after is not None and self.stop_after < 0:
-            raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
-        if self.time_limit is not None and self.time_limit_seconds is None:
-            raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
-        if not self.hang_after >= 0:
-            raise ValueError(f"train.hang_after={self.hang_after} must not be negative (0: never)")
-        if self.global_batch % self.micro_batch:
-            raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
-
-    def compute_dtype(self, device_type: str, bf16: bool | None = None) -> torch.dtype:
-        """What matmuls run in. ValueError where bf16 is asked of a processor that only emulates it.
-
-        bf16: whether the device computes it natively; None: this machine's is asked.
-        """
-        native = bf16 if bf16 is not None else _computes_bf16(device_type)
-        if self.precision == "bf16" and not native:
-            raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
-        return torch.bfloat16 if native and self.precision != "fp32" else torch.float32
-
-    def check_world(self, world: int) -> None:
-        """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
-        if self.global_batch % (self.micro_batch * world):
-            raise ValueError(
-                f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"
-                f" must divide train.global_batch={self.global_batch}"
-            )
-
-    @property
-    def time_limit_seconds(self) -> int | None:
-        form = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.time_limit or "")
-        if form is None or not self.time_limit:
-            return None
-        days, hours, minutes, seconds = (int(number or 0) for number in form.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-    @property
-    def last_step(self) -> int:
-        """Where this launch stops."""
-        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
-
-
-def _computes_bf16(device_type: str) -> bool:
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """Checkpoints: what is saved, and when it counts as saved."""
 
 from .folder import (
-    RANKS_LOCK,
-    CheckpointConfig,
     CheckpointError,
     DamagedCheckpoint,
     check_files,
@@ -19,8 +17,6 @@ from .state import ModelState, TrainState, matrix_dtensor
 from .tensor_file import Streamed, write_streamed
 
 __all__ = [
-    "RANKS_LOCK",
-    "CheckpointConfig",
     "CheckpointError",
     "CheckpointManager",
     "CheckpointRows",

@@ -10,9 +10,9 @@ from data_prep import terminal
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import exclusive
 
+from ..config.checkpoint import CheckpointConfig
+from ..locks import RANKS_LOCK
 from .folder import (
-    RANKS_LOCK,
-    CheckpointConfig,
     CheckpointError,
     checkpoints,
     faults,

@@ -12,49 +12,19 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.durable import durable, sha256_of, sync_folder
 
+from ..config.checkpoint import CheckpointConfig
+
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
 SEAL = "sha256"  # the manifest's own
-RANKS_LOCK = ".ranks.lock"  # in the run's folder; held by who may write or remove checkpoints
 UNFINISHED, DAMAGED = ".tmp-", "damaged-"  # before the name of a checkpoint
-
-
-@dataclass
-class CheckpointConfig:
-    """every: steps between saves, 0 for only the last one. asynchronous: training goes on while the files are written.
-
-    keep: the newest so many stay, 0 for all; besides them every keep_every-th step and the keep_best of the lowest
-    validation loss, 0 for none. seconds_before_limit: how long before a time limit to stop and save at the latest.
-    """
-
-    every: int = 500
-    asynchronous: bool = True
-    keep: int = 3
-    keep_every: int = 0
-    keep_best: int = 0
-    seconds_before_limit: float = 60.0
-
-    def __post_init__(self) -> None:
-        for key in ("every", "keep", "keep_every", "keep_best", "seconds_before_limit"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
-
-    def kept(self, val_losses: Mapping[int, float | None]) -> set[int]:
-        """Those of the steps that stay, given the validation loss of each where it was measured."""
-        steps = sorted(val_losses)
-        if not self.keep:
-            return set(steps)
-        measured = sorted((loss, step) for step, loss in val_losses.items() if loss is not None and loss == loss)
-        every = {step for step in steps if self.keep_every and step % self.keep_every == 0}
-        return every | set(steps[-self.keep :]) | {step for _, step in measured[: self.keep_best]}
 
 
 class CheckpointError(RuntimeError):

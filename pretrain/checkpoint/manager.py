@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from ..config.checkpoint import CheckpointConfig
 from ..engine import FIRST_MOMENT, SECOND_MOMENT
 from ..mesh import Mesh
 from ..monitor import SEEN
 from .folder import (
     FORMAT_VERSION,
     UNFINISHED,
-    CheckpointConfig,
     CheckpointError,
     DamagedCheckpoint,
     check_files,

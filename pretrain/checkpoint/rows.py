@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_prep.durable import exclusive
 
+from ..locks import RANKS_LOCK
 from ..mesh import AXES
 from .folder import (
     FORMAT_VERSION,
-    RANKS_LOCK,
     UNFINISHED,
     CheckpointError,
     checkpoints,

@@ -1,6 +1,6 @@
 """Token files in, batches out: a pure function of seed and sample number."""
 
-from .dataset import IGNORED, Corpus, Data, DataConfig, Window, Windows, open_corpus, open_data
+from .dataset import IGNORED, Corpus, Data, Window, Windows, open_corpus, open_data
 from .loader import Batch, BatchLoader, MicroBatch, validation_batches
 from .order import Order, Permutation
 from .packing import PackedWindows
@@ -12,7 +12,6 @@ __all__ = [
     "BatchLoader",
     "Corpus",
     "Data",
-    "DataConfig",
     "MicroBatch",
     "Order",
     "PackedWindows",

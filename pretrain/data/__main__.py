@@ -11,9 +11,12 @@ from data_prep import terminal
 from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.tokenizer import Tokenizer
 
-from .. import config as configuration
+from ..build import samples
+from ..changes import CONFIG_FILE
 from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
-from ..settings import CONFIG_FILE, JobConfig
+from ..compose import build_config, load_config, register_groups
+from ..config.job import JobConfig
+from ..data import open_data
 from .dataset import Windows
 from .samples import Samples
 
@@ -77,10 +80,10 @@ def _request(arguments: list[str]) -> Request:
     if "run" in given:
         if settings:
             raise ValueError(f"{settings[0]} is not for run={given['run']}, which has settings of its own")
-        config = configuration.load(Path(given["run"]) / CONFIG_FILE)
+        config = load_config(Path(given["run"]) / CONFIG_FILE)
     else:
-        configuration.register()
-        config = configuration.build(compose_settings("train", ["run.dir=unused", *settings]))
+        register_groups()
+        config = build_config(compose_settings("train", ["run.dir=unused", *settings]))
     config.train.check_world(world)
     run = Path(given["run"]) if "run" in given else None
     return Request(config, run, step, None if rank is None else int(rank), world)
@@ -89,14 +92,14 @@ def _request(arguments: list[str]) -> Request:
 def show(request: Request, coloured: bool) -> Iterator[str]:
     """The lines to print."""
     config, train = request.config, request.config.train
-    data = configuration.open_data(config.data)
-    samples = configuration.samples(config, data)
+    data = open_data(config.data)
+    drawn = samples(config, data)
     tokenizer = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
-    consumed = _consumed(request, samples)
+    consumed = _consumed(request, drawn)
     first = sum(consumed.values())
-    titles = {id(windows): title for title, (windows, _) in samples.sources.items()}
+    titles = {id(windows): title for title, (windows, _) in drawn.sources.items()}
     yield f"step {request.step:,}: samples {first:,} to {first + train.global_batch - 1:,}"
-    for i, (windows, index) in enumerate(samples.next(consumed, train.global_batch)):
+    for i, (windows, index) in enumerate(drawn.next(consumed, train.global_batch)):
         rank = i // train.micro_batch % request.world
         if request.rank in (None, rank):
             part = f"rank {rank} of {request.world}, " if request.world > 1 else ""

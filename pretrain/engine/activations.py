@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-KINDS = ("none", "block", "selective")
 EXPENSIVE = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -18,11 +17,6 @@ EXPENSIVE = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-
-
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"engine.activation_checkpointing={kind} must be one of {', '.join(KINDS)}")
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], kind: str) -> None:

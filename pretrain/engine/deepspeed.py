@@ -8,7 +8,6 @@ import io
 import logging
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,143 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..config.engine import DeepSpeedConfig
+from ..config.optim import OptimConfig
 from ..mesh import Mesh, name_rank
-from ..optim import OptimConfig, set_moments
+from ..optim import build_adamw, set_moments
 from ..vocab import summed
 from ..vocab.shard import RowShard
-from .activations import check_kind, checkpoint_activations
+from .activations import checkpoint_activations
 from .zero import MAIN, MOMENTS, weights_at
 
-OWNED_KEYS = {  # keys of DeepSpeed's JSON, and what to set instead
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch",
-    "managed_gradient_accumulation": "train.global_batch",
-    "gradient_clipping": "optim.clip",
-    "gradient_allreduce_op": "",
-    "gradient_predivide_factor": "",
-    "prescale_gradients": "",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "zero_allow_untested_optimizer": "optim",
-    "zero_force_ds_cpu_optimizer": "optim",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "communication_data_type": "train.precision",
-    "seq_parallel_communication_data_type": "train.precision",
-    "activation_checkpointing": "engine.activation_checkpointing",
-    "checkpoint": "checkpoint",
-    "curriculum_learning": "data",
-    "data_efficiency": "data",
-    "weight_quantization": "",
-    "compression_training": "",
-    "pipeline": "",
-    "hybrid_engine": "",
-    "tensor_parallel": "",
-    "expert_parallel": "",
-    "sequence_parallel_size": "",
-    "data_parallel_size": "",
-    "zero_optimization.stage": "engine.zero_stage",
-    "zero_optimization.offload_optimizer": "engine.offload",
-    "zero_optimization.offload_param": "engine.offload",
-    "zero_optimization.cpu_offload": "engine.offload",
-    "zero_optimization.cpu_offload_param": "engine.offload",
-    "zero_optimization.cpu_offload_use_pin_memory": "engine.offload",
-    "zero_optimization.compute_grad_norm": "optim.clip",
-    "zero_optimization.memory_efficient_linear": "engine.activation_checkpointing",
-    "zero_optimization.zenflow": "",
-    "zero_optimization.zero_hpz_partition_size": "",
-}
 LARGEST_BUCKET = 500_000_000  # numbers: DeepSpeed's own choice, made for any model
-
-
-@dataclass
-class DeepSpeedConfig:
-    """zero_stage: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too.
-
-    offload: cpu keeps main weights and moments in the host's memory and steps there; stages 2 and 3.
-    activation_checkpointing: none, block or selective. extra: further keys of DeepSpeed's JSON, as they are.
-    """
-
-    name: str = "deepspeed"
-    zero_stage: int = 1
-    offload: str = "none"
-    activation_checkpointing: str = "none"
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in range(4):
-            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        if self.offload not in ("none", "cpu"):
-            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
-        if self.offload == "cpu" and self.zero_stage < 2:
-            raise ValueError(f"engine.offload=cpu needs engine.zero_stage=2 or 3, not {self.zero_stage}")
-        check_kind(self.activation_checkpointing)
-        zero = self.extra.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ValueError(f"engine.extra.zero_optimization={zero} must be a mapping")
-        for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
-            if key in OWNED_KEYS:
-                instead = (
-                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change the numbers, or who holds what"
-                )
-                raise ValueError(f"engine.extra.{key} is not for DeepSpeed to know: {instead}")
-
-    @property
-    def title(self) -> str:
-        return f"deepspeed ZeRO-{self.zero_stage}"
-
-    def check_device(self, device_type: str) -> None:
-        """ValueError where `extra` cannot be, or might have DeepSpeed wait for a build that was killed.
-
-        It compiles some operations when they are first needed, none of them for what we ask ourselves.
-        """
-        if not self.extra:
-            return
-        locks = killed_builds()
-        if locks:
-            raise ValueError(
-                f"{locks[0]} exists: a build of that operation was killed, and DeepSpeed would wait for its end."
-                " Delete the file, unless another job is building now, or leave engine.extra empty"
-            )
-        zero = self.json(low_precision=False, numbers=1)["zero_optimization"]
-        try:
-            _deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**zero)
-        except ValueError as error:
-            wrong = error.errors()[0]  # type: ignore[attr-defined]  # pydantic's
-            key = ".".join(map(str, wrong["loc"]))
-            raise ValueError(f"engine.extra.zero_optimization.{key}: {wrong['msg']}") from error
-
-    def build(self, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> "DeepSpeedEngine":
-        return DeepSpeedEngine(self, optim, compute_dtype, seed)
-
-    def json(self, low_precision: bool, numbers: int) -> dict[str, Any]:
-        """DeepSpeed's configuration, for a body of that many numbers."""
-        zero: dict[str, Any] = {
-            "stage": self.zero_stage,
-            "reduce_bucket_size": min(numbers, LARGEST_BUCKET),
-            # Stage 3's own F.linear lets weights go after forward, and adds the bias to a product that may be kept.
-            "memory_efficient_linear": self.activation_checkpointing != "selective",
-        }
-        if self.offload == "cpu":
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        return {
-            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each step
-            **self.extra,
-            "train_micro_batch_size_per_gpu": 1,  # must be there, and means nothing: DeepSpeed sees no batch
-            "gradient_accumulation_steps": 1,  # `backward` is told when the last micro-batch comes
-            "gradient_clipping": 0.0,
-            "bf16": {"enabled": low_precision, "check_grad_overflow": False},  # the trainer looks at the norm
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {**zero, **self.extra.get("zero_optimization", {})},
-        }
 
 
 class DeepSpeedEngine:
@@ -187,13 +59,13 @@ class DeepSpeedEngine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
             deepspeed.utils.set_z3_leaf_module(block, True)
-        self.adamw = self.optim.adamw(self.parameters.values())
+        self.adamw = build_adamw(self.optim, self.parameters.values())
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self.engine, *_ = deepspeed.initialize(
                 model=body,
                 optimizer=self.adamw,
-                config=self.config.json(low_precision and self.config.zero_stage > 0, numbers),
+                config=deepspeed_json(self.config, low_precision and self.config.zero_stage > 0, numbers),
                 dist_init_required=False,  # the group is there; else it would look for MPI
             )
         self.weights = weights_at(self.config.zero_stage, low_precision)(self.engine.optimizer, self.adamw, mesh)
@@ -248,6 +120,53 @@ class DeepSpeedEngine:
         shape = self.shapes[name]
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh.flat, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def deepspeed_json(config: DeepSpeedConfig, low_precision: bool, numbers: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, for a body of that many numbers."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": min(numbers, LARGEST_BUCKET),
+        # Stage 3's own F.linear lets weights go after forward, and adds the bias to a product that may be kept.
+        "memory_efficient_linear": config.activation_checkpointing != "selective",
+    }
+    if config.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each step
+        **config.extra,
+        "train_micro_batch_size_per_gpu": 1,  # must be there, and means nothing: DeepSpeed sees no batch
+        "gradient_accumulation_steps": 1,  # `backward` is told when the last micro-batch comes
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": low_precision, "check_grad_overflow": False},  # the trainer looks at the norm
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {**zero, **config.extra.get("zero_optimization", {})},
+    }
+
+
+def check_extra(config: DeepSpeedConfig) -> None:
+    """Raises ValueError if `extra` is wrong, or might have DeepSpeed wait for a build that was killed.
+
+    It compiles some operations when they are first needed, none of them for what we ask ourselves.
+    """
+    if not config.extra:
+        return
+    locks = killed_builds()
+    if locks:
+        raise ValueError(
+            f"{locks[0]} exists: a build of that operation was killed, and DeepSpeed would wait for its end."
+            " Delete the file, unless another job is building now, or leave engine.extra empty"
+        )
+    zero = deepspeed_json(config, low_precision=False, numbers=1)["zero_optimization"]
+    try:
+        _deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        wrong = error.errors()[0]  # type: ignore[attr-defined]  # pydantic's
+        key = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"engine.extra.zero_optimization.{key}: {wrong['msg']}") from error
 
 
 def _deepspeed() -> Any:

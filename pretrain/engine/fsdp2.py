@@ -1,52 +1,19 @@
 """FSDP2: `torch.distributed.fsdp.fully_shard`, one group of parameters a block."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..config.engine import FSDP2Config
+from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from ..optim import OptimConfig, apply_clip, global_norm, set_moments, step_at
+from ..optim import apply_clip, build_adamw, global_norm, set_moments, step_at
 from ..vocab.shard import RowShard
-from .activations import check_kind, checkpoint_activations
+from .activations import checkpoint_activations
 from .base import FIRST_MOMENT, SECOND_MOMENT
-
-
-@dataclass
-class FSDP2Config:
-    """reshard_after_forward: free a block's gathered weights after forward and gather them again in backward.
-
-    hsdp: shard over the `vocab` axis only and replicate over `dp`: gathers stay within a group (by default a node), and
-    every group holds the whole body. offload: cpu keeps main weights, gradients and moments in the host's memory and
-    steps there. activation_checkpointing: none, block or selective. compile: torch.compile each block.
-    """
-
-    name: str = "fsdp2"
-    reshard_after_forward: bool = True
-    hsdp: bool = False
-    offload: str = "none"
-    activation_checkpointing: str = "none"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.offload not in ("none", "cpu"):
-            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
-        check_kind(self.activation_checkpointing)
-
-    @property
-    def title(self) -> str:
-        return "fsdp2 over vocab, replicated over dp" if self.hsdp else "fsdp2"
-
-    def check_device(self, device_type: str) -> None:
-        """ValueError where this device cannot do what is asked."""
-        if self.offload == "cpu" and device_type == "cpu":
-            raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
-
-    def build(self, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> "FSDP2Engine":
-        return FSDP2Engine(self, optim, compute_dtype, seed)
 
 
 class FSDP2Engine:
@@ -84,7 +51,7 @@ class FSDP2Engine:
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
-        self.adamw = self.optim.adamw(self.parameters.values())  # type: ignore[arg-type]
+        self.adamw = build_adamw(self.optim, self.parameters.values())  # type: ignore[arg-type]
         set_moments(self.adamw, step=0)
         return body
 

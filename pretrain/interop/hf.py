@@ -14,7 +14,6 @@ from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from .. import config as configuration
 from ..checkpoint import (
     CheckpointError,
     CheckpointRows,
@@ -24,7 +23,9 @@ from ..checkpoint import (
     checkpoints,
     save_weights,
 )
-from ..settings import JobConfig
+from ..compose import build_config, register_groups, write_config
+from ..config.job import JobConfig
+from ..locks import LAUNCH_LOCK, lock_run
 from ..vocab import VocabShard
 from .export import DTYPES, export
 from .folder import EMBEDDING, OUTPUT, HFModel, pieces
@@ -66,10 +67,10 @@ def import_model(arguments: list[str]) -> Iterator[str]:
         "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
     }
     tensors = streams(found, config.vocab.multiple)
-    with configuration.lock_run(run, configuration.LAUNCH_LOCK):
+    with lock_run(run, LAUNCH_LOCK):
         _refuse_run(run, config.path)
         try:
-            folder = save_weights(run, tensors, about, partial(configuration.write, config, spec, special))
+            folder = save_weights(run, tensors, about, partial(write_config, config, spec, special))
         except BaseException:
             (run / KEPT_AS).unlink(missing_ok=True)
             config.path.unlink(missing_ok=True)  # there was none before
@@ -96,14 +97,14 @@ def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
         key = setting.partition("=")[0].lstrip("+~")
         if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
             raise ValueError(f"{key} is told by hf= and run=, and not to be given")
-    configuration.register()
+    register_groups()
     composed = compose_settings("train", settings)
     OmegaConf.set_struct(composed, False)
     composed.model = OmegaConf.create(asdict(found.model))
     composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
     if not composed.data.path and not composed.data.corpora:
         composed.data.path = "no data"
-    return configuration.build(composed)
+    return build_config(composed)
 
 
 def streams(found: HFModel, multiple: int) -> list[Streamed]:
@@ -137,7 +138,7 @@ def export_model(arguments: list[str]) -> Iterator[str]:
         raise ValueError(f"step={step} must be a whole number")
     checkpoint = CheckpointRows(checkpoint_of(run, None if step is None else int(step)))
     check_files(checkpoint.folder, checkpoint.manifest)
-    config = configuration.build(OmegaConf.create(checkpoint.manifest["config"]))
+    config = build_config(OmegaConf.create(checkpoint.manifest["config"]))
     if config.vocab.softcap is not None:
         raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers would not cap logits")
     tokenizer = run / TOKENIZER_FOLDER

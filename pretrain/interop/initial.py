@@ -11,20 +11,12 @@ from data_prep.special_tokens import SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import ModelState, model_for_reading
+from ..config.init_from import folder_of
+from ..config.vocab import VocabConfig
 from ..models.language_model import LanguageModel
 from ..models.llama import LlamaConfig
-from ..vocab import VocabConfig
 from .folder import HFModel
 from .mappings import Model
-
-SCHEME = "hf:"
-
-
-def folder_of(init_from: str) -> Path:
-    """ValueError unless it is hf:DIR."""
-    if not init_from.startswith(SCHEME) or init_from == SCHEME:
-        raise ValueError(f"init_from={init_from} must be hf:DIR, the folder of a Hugging Face model")
-    return Path(init_from.removeprefix(SCHEME))
 
 
 def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from data_prep.token_file import TokenFile
 
+from ..config.monitor import MonitorConfig
 from ..data import IGNORED, MicroBatch, Windows
 from ..data.loader import read
 from ..mesh import Mesh
 from ..monitor import BINS as BINS_OF_ROWS
-from ..monitor import EDGES, MetricsLog, MonitorConfig
+from ..monitor import EDGES, MetricsLog
 from ..trainer import StepReport, Trainer
 from ..vocab.collectives import on_host
 from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, Method, run_lens

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -14,21 +13,10 @@ import numpy as np
 
 from data_prep.durable import durable
 
+from ..config.monitor import LogConfig
 from ..exits import RESTARTS_FILE, restarts_in
 from .append import GrowingFile
 from .board import Board
-
-
-@dataclass
-class LogConfig:
-    """every: steps between logged steps. tensorboard: write curves to RUN/tensorboard."""
-
-    every: int = 10
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"log.every={self.every} must be at least 1")
 
 
 class MetricsLog:

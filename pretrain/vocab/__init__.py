@@ -3,7 +3,8 @@
 Imports torch alone.
 """
 
-from .embedding import VocabConfig, VocabParallelEmbedding
+from ..config.vocab import VocabConfig
+from .embedding import VocabParallelEmbedding
 from .gradients import clip_grad_norm_, summed
 from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard

@@ -1,89 +1,22 @@
 """The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied), or one, then two."""
 
-import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..config.vocab import VocabConfig
 from .full_state import check_names, gather_matrix, rows_dtensor, scatter_matrix
 from .guard import GuardedRows
 from .kernels import choose_kernels
 from .lookup import LookupPlan, vocab_parallel_lookup
-from .loss import LARGEST_VOCABULARY, VocabLoss, vocab_parallel_linear_cross_entropy
+from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-
-@dataclass
-class VocabConfig:
-    """The vocabulary and how its matrix is held.
-
-    size: rows; null takes the tokenizer's. multiple: the matrix is padded to a multiple of it. parallel: ranks
-    that share one copy of the matrix; "auto" chooses by an estimate, see placement.py. tie: the run begins with one
-    matrix for input and output, or with two. untie_at: the step after which a tied matrix is split in two, each a copy
-    of it, moments included; null: never. embed_scale: factor of what the lookup hands out (Gemma's is √width).
-    input_grad_scale: factor of the gradient that the rows get through the lookup; 0: they are trained as output alone.
-    head_memory_mib: what the loss may hold at once, besides the gradient of its rows, and so how many tokens it works
-    on at a time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient where it is more. More gains little
-    once 512 tokens fit (on a GPU: 2,048).
-    """
-
-    size: int | None = None
-    multiple: int = 128
-    parallel: str = "auto"
-    tie: str = "tied"
-    untie_at: int | None = None
-    embed_scale: float = 1.0
-    input_grad_scale: float = 1.0
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    softcap: float | None = None
-    head_memory_mib: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.size is not None and not 1 <= self.size <= LARGEST_VOCABULARY:
-            raise ValueError(f"vocab.size={self.size} must be in [1, {LARGEST_VOCABULARY}] (or null: the tokenizer's)")
-        if self.multiple < 1:
-            raise ValueError(f"vocab.multiple={self.multiple} must be at least 1")
-        if self.parallel != "auto" and not (self.parallel.isdecimal() and int(self.parallel) >= 1):
-            raise ValueError(f"vocab.parallel={self.parallel} must be auto or a positive number of ranks")
-        if self.tie not in ("tied", "untied"):
-            raise ValueError(f"vocab.tie={self.tie} must be tied or untied")
-        if self.untie_at is not None and self.untie_at < 1:
-            raise ValueError(f"vocab.untie_at={self.untie_at} must be at least 1 (or null: never)")
-        if self.untie_at is not None and self.tie != "tied":
-            raise ValueError(f"vocab.untie_at={self.untie_at} needs vocab.tie=tied: two matrices cannot be split")
-        if not 0 < self.embed_scale < math.inf:
-            raise ValueError(f"vocab.embed_scale={self.embed_scale} must be positive")
-        if not 0 <= self.input_grad_scale < math.inf:
-            raise ValueError(f"vocab.input_grad_scale={self.input_grad_scale} must be a number of at least 0")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"vocab.z_loss={self.z_loss} must be a number of at least 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"vocab.label_smoothing={self.label_smoothing} must be in [0, 1)")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
-        if self.head_memory_mib is not None and self.head_memory_mib < 1:
-            raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1 (or null: by device)")
-
-    @property
-    def matrices(self) -> int:
-        """How many there are when most are."""
-        return 1 if self.untied_at(None) is None else 2
-
-    def untied_at(self, step: int | None) -> int | None:
-        """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None
-        where they still are one. step=None: of one at the end of time.
-        """
-        if self.tie == "untied":
-            return 0
-        return self.untie_at if self.untie_at is not None and (step is None or self.untie_at < step) else None
 
 
 class VocabParallelEmbedding(GuardedRows):

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config.vocab import LARGEST_VOCABULARY
 from .chunks import Chunks, chunk_budget
 from .collectives import on_host, token_comm
 from .head import Gradients, Head, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
 from .shard import VocabShard
-
-LARGEST_VOCABULARY = 2**24  # ids travel among the fp32 statistics and must be exact there
 
 
 @dataclass(frozen=True)

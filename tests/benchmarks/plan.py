@@ -18,8 +18,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from launch.step import StepCost, total
-from pretrain import config as configuration
-from pretrain.settings import JobConfig
+from pretrain.build import vocab_workload
+from pretrain.compose import build_config, register_groups
+from pretrain.config.job import JobConfig
+from pretrain.precision import compute_dtype
 from pretrain.vocab.kernels import choose_kernels
 from pretrain.vocab.kernels.base import Kernels
 from tests.benchmarks.measure import MIB, markdown, progress
@@ -82,15 +84,15 @@ def planned_and_measured(case: Case) -> tuple[float, list[float]]:
 
 def configured(*overrides: str) -> JobConfig:
     """The settings of a training whose data and run are never touched."""
-    configuration.register()
+    register_groups()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return configuration.build(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
+        return build_config(compose("train", ["run.dir=runs/a", "data.path=data/a", *overrides]))
 
 
 def step_of(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> StepCost:
-    dtype = config.train.compute_dtype("cpu")
-    work = configuration.vocab_workload(config, rows, world, dtype.itemsize)
+    dtype = compute_dtype(config.train, "cpu")
+    work = vocab_workload(config, rows, world, dtype.itemsize)
     return StepCost(config, work, parallel, world, dtype, kernels)
 
 

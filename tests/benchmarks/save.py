@@ -30,10 +30,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from data_prep.durable import sha256_of
 from launch.rehearsal import trainer_of
+from pretrain.build import build_model
 from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
-from pretrain.train import build_model
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
 from tests.benchmarks.step import ids_as_in_text

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from launch.rehearsal import trainer_of
+from pretrain.config.engine import FSDP2Config
+from pretrain.config.optim import OptimConfig
+from pretrain.config.training import TrainingConfig
 from pretrain.data.loader import Batch, MicroBatch
-from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.models.gpt2 import GPT2Config
 from pretrain.models.language_model import LanguageModel
-from pretrain.optim import OptimConfig, VocabOptimizer
-from pretrain.trainer import TrainingConfig
+from pretrain.optim import VocabOptimizer, build_adamw
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
@@ -147,7 +148,7 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
         else:
             values = whole.body.initial_rows(name.removeprefix("body."), 0, rows.start, rows.stop)
         parameter.detach().to_local().copy_(values)
-    adamw = optim.adamw(whole.parameters())
+    adamw = build_adamw(optim, whole.parameters())
     mine = ids_as_in_text(vocab, sequences, model.context, mesh.world)[mesh.rank]
     targets = mesh.world * sequences * model.context
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pretrain.settings import JobConfig
+from pretrain.config.job import JobConfig
 from pretrain.trainer import Trainer
 from tests.benchmarks.measure import markdown
 from tests.benchmarks.plan import configured

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from launch.rehearsal import text_like, trainer_of
+from pretrain.build import build_model
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
-from pretrain.train import build_model
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import free_at_once, holding_peak_mib
 

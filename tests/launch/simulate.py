@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from launch.rehearsal import staged
-from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.config.engine import FSDP2Config
+from pretrain.config.job import JobConfig
 from pretrain.mesh import Mesh
-from pretrain.settings import JobConfig
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.lookup import DistinctRows
 from tests.ranks import context

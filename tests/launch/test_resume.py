@@ -11,8 +11,8 @@ from data_prep.command import compose_settings
 from launch import resume
 from launch.restart import History, RestartConfig, cause, changes_at_start, decide
 from launch.supervisor import Record
-from pretrain import config as configuration
 from pretrain.changes import keep_older, settings_changed, table
+from pretrain.compose import build_config, load_config, register_groups, write_config
 from pretrain.exits import Exit
 from tests.launch.test_local import run
 from tests.pretrain.tiny import write_tokens
@@ -24,12 +24,12 @@ SMALL += " train.precision=fp32 log.every=1 eval.every=0 vocab.size=307"
 @pytest.fixture
 def frozen(tmp_path) -> Path:
     """A run of another family and engine than the defaults, as a launcher has frozen it."""
-    configuration.register()
+    register_groups()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     tokens, folder = write_tokens(tmp_path / "tokens"), tmp_path / "run"
     typed = [f"data.path={tokens}", f"run.dir={folder}", "model=llama_tiny", "engine=deepspeed", "engine.zero_stage=2"]
-    config = configuration.build(_train(typed))
-    configuration.write(config, None)
+    config = build_config(_train(typed))
+    write_config(config, None)
     return folder
 
 
@@ -46,12 +46,12 @@ def resumed(arguments: list[str]):
     OmegaConf.set_struct(composed, False)
     del composed["nproc"], composed["restart"]
     resume.apply(composed, typed)
-    return configuration.build(composed)
+    return build_config(composed)
 
 
 @pytest.mark.parametrize("way", ["resume={}", "run.dir={}"])
 def test_resume_takes_the_frozen_settings_and_the_typed_ones_on_top(frozen, way):
-    old = configuration.load(frozen / "config.yaml")
+    old = load_config(frozen / "config.yaml")
     config = resumed([way.format(frozen), "optim.lr=5e-3", "engine.zero_stage=1", "train.stop_after=7"])
     assert config.optim.lr == 5e-3 and config.engine.zero_stage == 1 and config.train.stop_after == 7
     old.optim.lr, old.engine.zero_stage, old.train.stop_after = 5e-3, 1, 7
@@ -61,7 +61,7 @@ def test_resume_takes_the_frozen_settings_and_the_typed_ones_on_top(frozen, way)
 def test_another_engine_may_be_typed(frozen):
     config = resumed([f"resume={frozen}", "engine=fsdp2", "engine.hsdp=true"])
     assert config.engine.name == "fsdp2" and config.engine.hsdp
-    assert config.model == configuration.load(frozen / "config.yaml").model
+    assert config.model == load_config(frozen / "config.yaml").model
 
 
 def test_the_full_command_takes_no_frozen_settings(frozen, tmp_path):
@@ -133,7 +133,7 @@ def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path)
     assert [line.get("changes") for line in lines] == [None, changes]
     board = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
     assert b"settings changed" in board and b"| train.global_batch | 4 | 8 |" in board
-    old = configuration.load(folder / "config-0001.yaml")
+    old = load_config(folder / "config-0001.yaml")
     assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (6e-4, 4, 2)
     for again in (f"resume={folder}", f"resume={folder} train.steps=5"):
         done = run(f"launch/local.py nproc=1 {again}")

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from launch import slurm
 from launch.hardware import HARDWARE
 from launch.snapshot import Snapshot
-from pretrain import config as configuration
+from pretrain.compose import build_config, load_config
 from tests.pretrain.tiny import VOCAB, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def test_the_script_of_each_cluster(command, code, name, tmp_path, monkeypatch):
     assert said.code == 0 and said.err == ""
     plain = script.replace(sys.executable, "PYTHON").replace(code.name, "CODE")
     assert plain == (SCRIPTS / f"{name}.sh").read_text(), "where the change is meant, keep what is printed here"
-    assert configuration.build(OmegaConf.create(settings)).run.dir == "/shared/runs/a"
+    assert build_config(OmegaConf.create(settings)).run.dir == "/shared/runs/a"
     assert settings.startswith("# model: 0.") and "in 1 matrix" in settings
     assert not list(tmp_path.iterdir()) and not Path("/shared").exists()
 
@@ -188,7 +188,7 @@ def test_a_sweep_is_one_array(command, fake_slurm, tmp_path):
     assert said.code == 0 and fake_slurm.submissions == 1 and fake_slurm.script == script, said
     runs = [base / f"optim.lr-{lr}" for lr in ("0.001", "0.002")]
     for index, run in enumerate(runs):
-        config = configuration.load(run / "config.yaml")
+        config = load_config(run / "config.yaml")
         assert f"optim.lr-{config.optim.lr}" == run.name and config.run_dir == run
         log = f"{base}/slurm/12_{index}_0_log.out"
         assert json.loads((run / "job.json").read_text())["log"] == log and f"log: {log}" in said.out

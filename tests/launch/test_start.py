@@ -10,8 +10,8 @@ import pytest
 from data_prep.durable import check_file, check_folder
 from data_prep.errors import DataError
 from launch.local import farewell
-from pretrain import config as configuration
 from pretrain import train
+from pretrain.checks import check_job, check_logs
 from pretrain.exits import Exit
 from tests.pretrain.tiny import tiny_config, write_tokens
 
@@ -58,8 +58,8 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(tokens, tmp_path,
     make(run / name)
     config = tiny_config(tokens, run, vocab__size=97, log__tensorboard=True)
     with pytest.raises(ValueError, match=message) as caught:
-        configuration.check_logs(config)
-        configuration.check(config, 1, "cpu")
+        check_logs(config)
+        check_job(config, 1, "cpu")
     assert str(caught.value).startswith(f"run.dir={run}: {run / name}")
 
 
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(tokens, tmp_path,
 def test_a_folder_in_the_place_of_a_file_is_found_at_the_start(tokens, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"{name} must be a file that can be written"):
-        configuration.check_logs(tiny_config(tokens, tmp_path / "run"))
+        check_logs(tiny_config(tokens, tmp_path / "run"))
 
 
 def test_a_check_of_a_place_leaves_nothing_behind(tmp_path):

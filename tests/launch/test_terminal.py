@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, step_of
+from pretrain.compose import write_config
 from pretrain.exits import Exit
 from tests.pretrain.tiny import tiny_config, write_tokens
 
@@ -124,7 +124,7 @@ def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
 def test_a_rank_that_waits_for_the_others_ends_when_it_is_asked_to(tmp_path):
     """This test is the meeting place, and never answers."""
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run")
-    configuration.write(config, None)
+    write_config(config, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
         rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}

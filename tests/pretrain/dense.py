@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.config.job import JobConfig
 from pretrain.data import IGNORED, Order, PackedWindows, Windows, open_corpus
-from pretrain.settings import JobConfig
+from pretrain.optim import build_adamw
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 
@@ -67,7 +68,7 @@ class Dense(NamedTuple):
 def dense_training(config: JobConfig) -> Dense:
     """A plain training loop: AdamW, clip, schedule."""
     model = DenseModel(config, torch.float32)
-    adamw = config.optim.adamw(model.parameters())
+    adamw = build_adamw(config.optim, model.parameters())
     losses, norms = [], []
     for step in range(config.train.steps):
         loss = (model.loss_of_documents if config.data.masked else model.loss)(*windows_of(config, step))

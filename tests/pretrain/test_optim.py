@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pretrain.optim import OptimConfig, clip_factor
+from pretrain.config.optim import OptimConfig
+from pretrain.optim import build_adamw, clip_factor
 
 
 def test_cosine_rises_to_lr_and_ends_at_its_floor():
@@ -65,7 +66,7 @@ def test_schedule_that_just_fits_is_accepted():
 
 def test_only_matrices_decay():
     matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    adamw = OptimConfig(weight_decay=0.5).adamw([matrix, bias])
+    adamw = build_adamw(OptimConfig(weight_decay=0.5), [matrix, bias])
     matrix.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
     for group in adamw.param_groups:
         group["lr"] = 0.1

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pretrain import config as configuration
 from pretrain import generate, mesh, rendezvous, train
+from pretrain.compose import write_config
 from pretrain.exits import Exit
 from pretrain.mesh import ranks_or_alone
 from pretrain.rendezvous import NotMet, hopeless, in_its_words, meet, words
@@ -34,7 +34,7 @@ IFACE = "[enforce fail at /gloo/transport/tcp/device.cc:84] ifa != nullptr. Unab
 def frozen(tmp_path):
     """A run's config.yaml."""
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", train__steps=1)
-    configuration.write(config, None)
+    write_config(config, None)
     return config.path
 
 
@@ -149,7 +149,7 @@ def test_a_rank_ends_with_a_librarys_words(monkeypatch, capsys, error, ending, s
     def fails(path):
         raise error
 
-    monkeypatch.setattr(configuration, "load", fails)
+    monkeypatch.setattr(train, "load_config", fails)
     monkeypatch.setattr(sys, "argv", ["train", "config.yaml"])
     with pytest.raises(SystemExit) as ended:
         train.main()

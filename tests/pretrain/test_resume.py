@@ -13,12 +13,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest
-from pretrain.monitor import MonitorConfig
-from pretrain.settings import JobConfig
+from pretrain.compose import build_config
+from pretrain.config.job import JobConfig
+from pretrain.config.monitor import MonitorConfig
+from pretrain.config.training import TrainingConfig
 from pretrain.stops import Deadline
-from pretrain.trainer import TrainingConfig
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -129,7 +129,7 @@ def test_a_time_limit_is_read(text, seconds):
 def test_of_a_frozen_configuration_only_a_group_that_came_later_may_be_missing(tmp_path):
     frozen = asdict(tiny_config(tmp_path, tmp_path / "a"))
     del frozen["monitor"]
-    assert configuration.build(OmegaConf.create(frozen)).monitor == MonitorConfig()
+    assert build_config(OmegaConf.create(frozen)).monitor == MonitorConfig()
     del frozen["optim"]
     with pytest.raises(ValueError, match="optim is missing: a configuration has model, vocab, data"):
-        configuration.build(OmegaConf.create(frozen))
+        build_config(OmegaConf.create(frozen))

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import pretrain.train
-from pretrain.checkpoint import RANKS_LOCK, checkpoints, read_manifest
-from pretrain.config import lock_run
+from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.config.job import JobConfig
+from pretrain.config.training import TrainingConfig
 from pretrain.data import MicroBatch, validation_batches
+from pretrain.locks import RANKS_LOCK, lock_run
 from pretrain.mesh import device_error, lost_peer
-from pretrain.settings import JobConfig
 from pretrain.stops import STOP_SIGNALS, StopReason, StopRequests
-from pretrain.trainer import TrainingConfig
 from tests.pretrain.helpers import TIMES, make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks

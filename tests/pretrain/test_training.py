@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.build import build_model
+from pretrain.config.engine import FSDP2Config
+from pretrain.config.job import JobConfig
 from pretrain.data import Windows, open_corpus
-from pretrain.engine.fsdp2 import FSDP2Config
 from pretrain.mesh import Mesh
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim import VocabOptimizer, clip_factor
-from pretrain.settings import JobConfig
-from pretrain.train import build_model
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.dense import DenseModel, dense_training, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens

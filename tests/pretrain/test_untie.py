@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import config as configuration
+from pretrain.build import vocab_workload
 from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checks import check_job
+from pretrain.config.job import JobConfig
 from pretrain.data import IGNORED
-from pretrain.settings import JobConfig
 from tests.pretrain.dense import DenseModel, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -208,10 +209,10 @@ def forked(straight: Path, run: Path, step: int) -> Path:
 def test_a_split_may_be_put_off_but_not_undone(data, straight, tmp_path, step, changes, allowed):
     config = tiny_config(data, forked(straight, tmp_path / "run", step), **SETTINGS | changes)
     if allowed:
-        configuration.check(config, 2, "cpu")
+        check_job(config, 2, "cpu")
         return
     with pytest.raises(ValueError, match=r"^run\.dir=.* holds a run with vocab\.\w+=.*, this command says "):
-        configuration.check(config, 2, "cpu")
+        check_job(config, 2, "cpu")
 
 
 def test_a_tied_run_can_be_split_later_on(data, straight, tmp_path):
@@ -240,4 +241,4 @@ def test_parameters_are_counted_for_both_choices(data, tmp_path, changes, lines)
 
     config = tiny_config(data, tmp_path / "run", **SETTINGS | changes)
     assert lines in parameters(config, 14_000, VOCAB * 24, VOCAB)
-    assert configuration.vocab_workload(config, VOCAB, 2, 4).matrices == (1 if "(tied; " in lines else 2)
+    assert vocab_workload(config, VOCAB, 2, 4).matrices == (1 if "(tied; " in lines else 2)

@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data_prep.token_file import TokenFileWriter
-from pretrain import config as configuration
 from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
-from pretrain.settings import JobConfig
+from pretrain.compose import build_config
+from pretrain.config.job import JobConfig
 from pretrain.stops import StopRequests
 from pretrain.train import train
 
@@ -48,7 +48,7 @@ def tiny_config(data: Path, run: Path, **changes: object) -> JobConfig:
     cfg = OmegaConf.create(settings)
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
-    return configuration.build(cfg)
+    return build_config(cfg)
 
 
 def train_rank(rank: int, world: int, config: JobConfig) -> None:

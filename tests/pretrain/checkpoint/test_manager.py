@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pretrain.build import build_model
 from pretrain.checkpoint import (
-    CheckpointConfig,
     CheckpointError,
     CheckpointManager,
     DamagedCheckpoint,
@@ -28,8 +28,8 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint import __main__ as program
 from pretrain.checkpoint import manager as manager_module
 from pretrain.checkpoint.folder import write_manifest
+from pretrain.config.checkpoint import CheckpointConfig
 from pretrain.mesh import Mesh
-from pretrain.train import build_model
 from pretrain.vocab.shard import stable_seed
 from tests.in_process import in_process
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens

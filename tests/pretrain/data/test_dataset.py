@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.token_file import HEADER, MOST_MAPPED, Manifest, TokenFile, TokenFileWriter
-from pretrain.data import IGNORED, DataConfig, Order, Permutation, Windows, open_corpus, open_data
+from pretrain.config.data import DataConfig
+from pretrain.data import IGNORED, Order, Permutation, Windows, open_corpus, open_data
 from tests.benchmarks.reading import write_sparse
 from tests.data_prep.commands import small_spec
 from tests.pretrain.helpers import make_corpus, write_tokens

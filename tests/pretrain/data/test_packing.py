@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.token_file import TokenFile, TokenFileWriter
-from pretrain.data import IGNORED, DataConfig, PackedWindows
+from pretrain.config.data import DataConfig
+from pretrain.data import IGNORED, PackedWindows
 from pretrain.data.packing import best_fit
 
 T = 16

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.token_file import TokenFile
-from pretrain.data import DataConfig, Order, Samples, Windows, open_data
+from pretrain.config.data import DataConfig
+from pretrain.data import Order, Samples, Windows, open_data
 from pretrain.data.blend import Blend
 from tests.pretrain.helpers import make_corpus, write_tokens
 

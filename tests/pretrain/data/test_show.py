@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
-from pretrain import config as configuration
+from pretrain.build import samples
 from pretrain.checkpoint import checkpoints
-from pretrain.data import BatchLoader, Windows
+from pretrain.compose import freeze
+from pretrain.config.job import JobConfig
+from pretrain.data import BatchLoader, Windows, open_data
 from pretrain.data.__main__ import COLOURS, main
-from pretrain.settings import JobConfig
 from pretrain.vocab import VocabShard
 from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
@@ -34,7 +35,7 @@ def show(*arguments: str) -> subprocess.CompletedProcess[str]:
 def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
     """What the training's own loader hands to that rank, step by step: the tokens of each sequence."""
     loader = BatchLoader(
-        configuration.samples(config, configuration.open_data(config.data)),
+        samples(config, open_data(config.data)),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=rank,
@@ -64,7 +65,7 @@ def test_it_shows_what_training_served_also_after_the_batch_has_changed(tmp_path
     first = tiny_config(tmp_path, tmp_path / "run", train__stop_after=3, **settings)
     run_ranks(2, train_rank, first)
     then = tiny_config(tmp_path, tmp_path / "run", train__stop_after=5, train__global_batch=6, **settings)
-    configuration.freeze(then, configuration.open_data(then.data))
+    freeze(then, open_data(then.data))
     assert len(checkpoints(tmp_path / "run")) == 1
     truth = batches_of(first, 1, 2, 3)
     with_first = show(

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.build import build_model
+from pretrain.config.job import JobConfig
 from pretrain.mesh import Mesh
-from pretrain.settings import JobConfig
-from pretrain.train import build_model
 from tests.pretrain.dense import Dense, DenseModel, dense_training
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain.build import build_model
+from pretrain.config.job import JobConfig
+from pretrain.config.optim import OptimConfig
 from pretrain.mesh import Mesh
-from pretrain.optim import OptimConfig, VocabOptimizer
-from pretrain.settings import JobConfig
-from pretrain.train import build_model
+from pretrain.optim import VocabOptimizer
 from pretrain.vocab.gradients import sum_of_squares
 from tests.pretrain.engine.test_engines import ENGINES
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens

@@ -6,8 +6,8 @@ import sys
 import pytest
 from torch.utils import cpp_extension
 
-from pretrain.engine.deepspeed import OWNED_KEYS, DeepSpeedConfig, killed_builds
-from pretrain.engine.fsdp2 import FSDP2Config
+from pretrain.config.engine import OWNED_KEYS, DeepSpeedConfig, FSDP2Config
+from pretrain.engine.deepspeed import check_extra, deepspeed_json, killed_builds
 
 BAD = [
     (
@@ -40,7 +40,7 @@ def test_a_key_of_deepspeed_that_is_ours_is_refused_by_name(key):
 
 def test_other_keys_of_deepspeed_reach_it():
     config = DeepSpeedConfig(zero_stage=2, extra={"steps_per_print": 7, "zero_optimization": {"overlap_comm": True}})
-    json = config.json(low_precision=True, numbers=1000)
+    json = deepspeed_json(config, low_precision=True, numbers=1000)
     assert json["steps_per_print"] == 7 and json["gradient_clipping"] == 0
     assert json["zero_optimization"] == json["zero_optimization"] | {"stage": 2, "overlap_comm": True}
 
@@ -49,7 +49,7 @@ def test_a_key_that_deepspeed_does_not_know_is_named():
     with pytest.raises(
         ValueError, match=r"^engine\.extra\.zero_optimization\.overlap: Extra inputs are not permitted$"
     ):
-        DeepSpeedConfig(extra={"zero_optimization": {"overlap": True}}).check_device("cpu")
+        check_extra(DeepSpeedConfig(extra={"zero_optimization": {"overlap": True}}))
 
 
 def test_moving_the_optimizer_off_a_gpu_needs_one():
@@ -61,15 +61,15 @@ def test_moving_the_optimizer_off_a_gpu_needs_one():
 def test_a_killed_build_is_named_where_deepspeed_would_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     asked = DeepSpeedConfig(extra={"steps_per_print": 7})
-    asked.check_device("cpu")
+    check_extra(asked)
     build = tmp_path / "cpu_adam"
     build.mkdir()
     (build / "lock").touch()
     assert cpp_extension._get_build_directory("cpu_adam", verbose=False) == str(build)
     assert killed_builds() == [build / "lock"]
     with pytest.raises(ValueError, match=f"{build}/lock exists: a build of that operation was killed"):
-        asked.check_device("cpu")
-    DeepSpeedConfig().check_device("cpu")  # builds nothing
+        check_extra(asked)
+    check_extra(DeepSpeedConfig())  # builds nothing
 
 
 def test_deepspeed_is_imported_by_those_who_choose_it_alone():

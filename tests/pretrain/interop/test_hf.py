@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.durable import exclusive
 from data_prep.special_tokens import SpecialTokens
-from pretrain import config as configuration
-from pretrain.checkpoint import RANKS_LOCK, CheckpointRows, checkpoints
+from pretrain.checkpoint import CheckpointRows, checkpoints
 from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import export, folder, load_model
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
+from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 from pretrain.models.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
 from tests.pretrain.interop import memory, models
@@ -308,14 +308,14 @@ def test_what_our_body_cannot_be_is_refused_by_name(hf, tmp_path, case):
     assert message in str(error.value) and str(source) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("lock", [configuration.LAUNCH_LOCK, RANKS_LOCK, "queued"])
+@pytest.mark.parametrize("lock", [LAUNCH_LOCK, RANKS_LOCK, "queued"])
 def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
     """Before its first checkpoint, too: by its launcher's lock, its ranks', or while it waits in a queue."""
     run = tmp_path / "run"
     run.mkdir()
     if lock == "queued":
         (run / "config.yaml").write_text("of that run")
-    with nullcontext() if lock == "queued" else configuration.lock_run(run, lock):
+    with nullcontext() if lock == "queued" else lock_run(run, lock):
         message = "has config.yaml: choose another folder" if lock == "queued" else "is in use by another process"
         with pytest.raises(ValueError, match=message):
             run_of(hf("gpt2 tied"), run)

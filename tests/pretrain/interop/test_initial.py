@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
 from data_prep.bpe import PATTERNS
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
-from pretrain import config as configuration
 from pretrain.checkpoint import CheckpointRows, checkpoints
-from pretrain.data import IGNORED, DataConfig, open_data
+from pretrain.checks import check_job
+from pretrain.compose import build_config
+from pretrain.config.data import DataConfig
+from pretrain.data import IGNORED, open_data
 from pretrain.interop import check_initial
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
+from pretrain.optim import build_adamw
 from pretrain.vocab import VocabConfig
 from tests.data_prep.commands import small_spec
 from tests.pretrain.dense import windows_of
@@ -63,7 +67,7 @@ def config_of(folder: Path, kind: str, name: str, **changes):
 def losses_of_transformers(folder: Path, kind: str) -> list[float]:
     """A plain loop around their model."""
     config, model = config_of(folder, kind, "unused"), models.load(folder / kind)
-    adamw, losses = config.optim.adamw(model.parameters()), []
+    adamw, losses = build_adamw(config.optim, model.parameters()), []
     for step in range(STEPS):
         tokens, targets = windows_of(config, step)
         loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -121,10 +125,10 @@ def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(f
     run_ranks(2, train_ranks, [straight, from_import, halves[0], untied], timeout=180)
     shutil.rmtree(source)
     halves[1].init_from = f"hf:{source}"
-    configuration.check(halves[1], 2, "cpu")
+    check_job(halves[1], 2, "cpu")
     for run in (halves[1], from_import):
         with pytest.raises(ValueError, match=r"holds a run with init_from=.*, this command says hf:.*other: choose"):
-            configuration.check(replace(run, init_from=f"hf:{folder / 'other'}"), 2, "cpu")
+            check_job(replace(run, init_from=f"hf:{folder / 'other'}"), 2, "cpu")
     run_ranks(2, train_ranks, halves[1:], timeout=120)
     truth = outcome(straight.run_dir)
     for other in (from_import, halves[1]):
@@ -178,17 +182,17 @@ def test_what_was_imported_is_trained_on_data_of_the_same_tokens(folder, tmp_pat
     list(import_model([f"hf={source}", f"run={run}"]))
     config = tiny_config(corpus, run, model=asdict(HFModel(source).model), vocab__size=None, vocab__multiple=128)
     config.seed, config.train.seq_len, config.data.packing = 5, 20, "best_fit"
-    configuration.check(config, 1, "cpu")
+    check_job(config, 1, "cpu")
     small_spec(("he", "hen", " hen")).save(run / "tokenizer")
     with pytest.raises(ValueError, match=r"holds a run with tokenizer .*choose another run\.dir"):
-        configuration.check(config, 1, "cpu")
+        check_job(config, 1, "cpu")
 
 
 @pytest.mark.parametrize("given", ["gpt2", "hf:", "hub:gpt2"])
 def test_what_it_may_be(folder, given):
     with pytest.raises(ValueError, match=f"init_from={given} must be hf:DIR"):
         tiny = asdict(config_of(folder, "gpt2 tied", "unused"))
-        configuration.build(configuration.OmegaConf.create(tiny | {"init_from": given}))
+        build_config(OmegaConf.create(tiny | {"init_from": given}))
 
 
 def test_paths_are_made_whole(folder, monkeypatch):

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file, save_model
 
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
-from pretrain import config as configuration
-from pretrain.data import DataConfig, open_data
+from pretrain.checks import check_job
+from pretrain.compose import freeze
+from pretrain.config.data import DataConfig
+from pretrain.data import open_data
 from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import HFModel
 from pretrain.interop.hf import export_model, import_model
@@ -139,10 +141,10 @@ def test_a_run_that_began_with_a_source_keeps_its_special_tokens(llama3, tmp_pat
     write_tokens(tmp_path / "tokens", 262)
     config = config_of(llama3, tmp_path / "run", tmp_path / "tokens")
     data = open_data(DataConfig(path=str(tmp_path / "tokens")))
-    configuration.freeze(config, data)
+    freeze(config, data)
     assert SpecialTokens.of_run(tmp_path / "run").bos == BOS
     config.init_from = None
-    configuration.freeze(config, data)  # nothing was trained yet: now it begins from scratch
+    freeze(config, data)  # nothing was trained yet: now it begins from scratch
     assert not (tmp_path / "run" / KEPT_AS).exists() and SpecialTokens.of_run(tmp_path / "run") == SpecialTokens()
 
 
@@ -151,11 +153,11 @@ def test_a_tokenizer_that_cannot_be_compared_is_told(llama3, tmp_path):
     rewrite(folder / "tokenizer.json", pre_tokenizer={"type": "Metaspace"})
     write_tokens(tmp_path / "tokens", 262)
     config = config_of(folder, tmp_path / "run", tmp_path / "tokens")
-    configuration.check(config, 1, "cpu", warn=told.append)
+    check_job(config, 1, "cpu", warn=told.append)
     assert len(told) == 1 and f"init_from=hf:{folder}: its tokenizer is not compared with the data's" in told[0]
     list(import_model([f"hf={folder}", f"run={tmp_path / 'imported'}", "vocab.multiple=8"]))
     config.run.dir, config.init_from, told[:] = str(tmp_path / "imported"), None, []
-    configuration.check(config, 1, "cpu", warn=told.append)
+    check_job(config, 1, "cpu", warn=told.append)
     assert len(told) == 1 and "was imported without a tokenizer" in told[0]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
-from pretrain import config as configuration
+from pretrain.compose import freeze
 from pretrain.data import open_data
 from pretrain.interop import hf
 from pretrain.lens import __main__ as program
@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = make_corpus(folder / "data")
     config = tiny_config(data, folder / "a", vocab__size=None, train__steps=3, model__context=256, train__seq_len=16)
-    configuration.freeze(config, open_data(config.data))
+    freeze(config, open_data(config.data))
     run_ranks(1, train_rank, config)
     return folder / "a"
 

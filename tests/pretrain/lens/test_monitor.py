@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.token_file import Manifest, TokenFile, TokenFileWriter
-from pretrain import config as configuration
+from pretrain.build import validation_windows, vocab_rows
 from pretrain.checkpoint import checkpoints
+from pretrain.checks import check_job
+from pretrain.config.job import JobConfig
+from pretrain.config.monitor import LogConfig
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
 from pretrain.lens import monitor, run_lens
 from pretrain.lens.monitor import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
-from pretrain.monitor import LogConfig, MetricsLog
-from pretrain.settings import JobConfig
+from pretrain.monitor import MetricsLog
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -82,9 +84,9 @@ def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
 def dense(config: JobConfig) -> dict[str, float]:
     """Of the newest checkpoint, by whole float64 logits."""
     corpora = open_data(config.data)
-    rows = configuration.vocab_rows(config, corpora)
-    validation_windows = list(configuration.validation_windows(config, corpora).values())
-    batch, n = fixed_windows(validation_windows, config.monitor.lens_windows, 0, 1, rows)
+    rows = vocab_rows(config, corpora)
+    windows = list(validation_windows(config, corpora).values())
+    batch, n = fixed_windows(windows, config.monitor.lens_windows, 0, 1, rows)
     assert n == len(batch.tokens_BT) == config.monitor.lens_windows
     tokens, targets = batch.tokens_BT, batch.targets_BT
     weights = {name: value.double() for name, value in saved_tensors(config.run_dir).items()}
@@ -257,13 +259,13 @@ def test_bins_are_shares_of_the_training_tokens(tmp_path):
 
 
 def test_every_corpus_has_its_turn_and_windows_are_dealt_alike(tmp_path):
-    validation_windows = []
+    windows = []
     for name, count in (("a", 65), ("b", 17), ("c", 33)):  # 4 windows, 1, 2
-        write_tokens(tmp_path / name, np.full(count, len(validation_windows)), 307)
-        validation_windows.append(Windows([TokenFile(tmp_path / name)], 16))
-    whole, n = fixed_windows(validation_windows, 6, 0, 1, 307)
+        write_tokens(tmp_path / name, np.full(count, len(windows)), 307)
+        windows.append(Windows([TokenFile(tmp_path / name)], 16))
+    whole, n = fixed_windows(windows, 6, 0, 1, 307)
     assert whole.tokens_BT[:, 0].tolist() == [0, 1, 2, 0, 2, 0] and n == 6
-    parts = [fixed_windows(validation_windows, 6, rank, 4, 307) for rank in range(4)]
+    parts = [fixed_windows(windows, 6, rank, 4, 307) for rank in range(4)]
     assert [n for _, n in parts] == [2, 2, 1, 1] and {len(batch.tokens_BT) for batch, _ in parts} == {2}
     for rank, (batch, n) in enumerate(parts):
         assert torch.equal(batch.tokens_BT[:n], whole.tokens_BT[rank::4])
@@ -292,7 +294,7 @@ def test_what_cannot_be_is_named(data, tmp_path):
         config_of(data, tmp_path / "a", monitor__lens_windows=0)
     config = tiny_config(write_tokens_pair(tmp_path), tmp_path / "b", monitor__lens=5)
     with pytest.raises(ValueError, match=r"monitor\.lens=5 must be 0 where the data has no validation split"):
-        configuration.check(config, 1, "cpu")
+        check_job(config, 1, "cpu")
 
 
 def write_tokens_pair(folder: Path) -> Path:

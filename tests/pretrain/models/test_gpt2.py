@@ -8,12 +8,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from pretrain import config as configuration
+from pretrain.compose import build_config, register_groups
 from pretrain.models.attention import attention, block_mask, within_documents
 from pretrain.models.gpt2 import Attention, Body, GPT2Config
 
 SMALL = GPT2Config(layers=2, width=12, heads=3, context=8)
-CONF = Path(configuration.__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def initialised(config: GPT2Config, seed: int = 0) -> Body:
@@ -83,10 +83,10 @@ def test_the_block_mask_of_a_gpu_is_the_exact_mask():
     ],
 )
 def test_parameter_counts_of_the_family(name, parameters):
-    configuration.register()
+    register_groups()
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("train", [f"model={name}", "data.path=data", "run.dir=run"])
-    model = configuration.build(composed).model
+    model = build_config(composed).model
     with torch.device("meta"):
         body = model.body()
     assert sum(p.numel() for p in body.parameters()) + 50_257 * model.width == parameters

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from launch.rehearsal import rehearse
 from launch.step import total
-from pretrain import config as configuration
+from pretrain.compose import build_config, register_groups
 from pretrain.models.llama import Attention, Body, LlamaConfig, RMSNorm, frequencies
 from tests.benchmarks.plan import configured, step_of
 from tests.launch.simulate import simulate
@@ -114,10 +114,10 @@ def test_a_norm_keeps_the_dtype_of_what_it_scales():
     ],
 )
 def test_parameter_counts_of_the_family(name, matrices, rows, parameters):
-    configuration.register()
+    register_groups()
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("train", [f"model={name}", "data.path=data", "run.dir=run"])
-    model = configuration.build(composed).model
+    model = build_config(composed).model
     with torch.device("meta"):
         body = model.body()
     assert sum(p.numel() for p in body.parameters()) + matrices * rows * model.width == parameters

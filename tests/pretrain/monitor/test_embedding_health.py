@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.config.monitor import MonitorConfig
+from pretrain.config.optim import OptimConfig
 from pretrain.mesh import Mesh
-from pretrain.monitor import EmbeddingHealth, MonitorConfig, Seen
+from pretrain.monitor import EmbeddingHealth, Seen
 from pretrain.monitor.embedding_health import BINS, EDGES, MAX_LISTED_ROWS, SMALL, Rows
 from pretrain.monitor.spectrum import TOP
-from pretrain.optim import OptimConfig, VocabOptimizer
+from pretrain.optim import VocabOptimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.pretrain.helpers import padded_rows
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.monitor import LogConfig, MetricsLog
+from pretrain.config.monitor import LogConfig
+from pretrain.monitor import MetricsLog
 from pretrain.monitor.append import GrowingFile
 
 

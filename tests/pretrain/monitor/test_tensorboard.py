@@ -12,7 +12,8 @@ import urllib.request
 
 import pytest
 
-from pretrain.monitor import LogConfig, MetricsLog
+from pretrain.config.monitor import LogConfig
+from pretrain.monitor import MetricsLog
 from tests.browser import dumped
 
 STEPS, EVERY = 30, 10

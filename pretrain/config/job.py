@@ -1,20 +1,19 @@
-"""All settings of a run: the parts' own dataclasses in one, and the rules that reach across them."""
+"""All settings of a run: the groups' dataclasses in one, and the rules that reach across them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from .changes import CONFIG_FILE
+from ..changes import CONFIG_FILE
+from ..models.gpt2 import GPT2Config
+from ..models.llama import LlamaConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
-from .engine.deepspeed import DeepSpeedConfig
-from .engine.fsdp2 import FSDP2Config
-from .hooks import EvalConfig
-from .interop import folder_of
-from .models.gpt2 import GPT2Config
-from .models.llama import LlamaConfig
+from .engine import DeepSpeedConfig, FSDP2Config
+from .evaluation import EvalConfig
+from .init_from import folder_of
 from .monitor import LogConfig, MonitorConfig
 from .optim import OptimConfig
-from .trainer import TrainingConfig
+from .training import TrainingConfig
 from .vocab import VocabConfig
 
 LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
@@ -22,9 +21,9 @@ LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may se
 
 @dataclass
 class RunConfig:
-    """dir: the folder of the run; the same command with the same folder resumes."""
+    """Where the run lies on the disk."""
 
-    dir: str = ""
+    dir: str = ""  # folder of the run; the same command with the same folder resumes
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -33,21 +32,21 @@ class RunConfig:
 
 @dataclass
 class JobConfig:
-    """All settings of a run. init_from: hf:DIR begins with the weights of a Hugging Face model; null: drawn by seed."""
+    """All settings of a run."""
 
-    seed: int
-    model: GPT2Config | LlamaConfig
-    vocab: VocabConfig
-    data: DataConfig
-    optim: OptimConfig
-    engine: FSDP2Config | DeepSpeedConfig
-    train: TrainingConfig
-    eval: EvalConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
-    monitor: MonitorConfig
-    run: RunConfig
-    init_from: str | None = None
+    seed: int  # initial weights and the order of the samples depend on it
+    model: GPT2Config | LlamaConfig  # the body's family and its sizes
+    vocab: VocabConfig  # the embedding matrix and the loss
+    data: DataConfig  # the corpora
+    optim: OptimConfig  # optimizer and learning rate
+    engine: FSDP2Config | DeepSpeedConfig  # what shards and steps the body
+    train: TrainingConfig  # length, batch and precision of the training
+    eval: EvalConfig  # validation loss
+    checkpoint: CheckpointConfig  # what is saved, and what is kept
+    log: LogConfig  # what is logged
+    monitor: MonitorConfig  # what a run measures about its own weights
+    run: RunConfig  # where the run lies on the disk
+    init_from: str | None = None  # hf:DIR begins with the weights of a Hugging Face model; null: drawn by seed
 
     def __post_init__(self) -> None:
         if self.init_from is not None:
@@ -66,14 +65,14 @@ class JobConfig:
             )
 
     def resolve(self) -> None:
-        """Makes the paths of what is read whole: a job may run in another folder."""
+        """Makes the paths of what is read absolute: a job may run in another folder."""
         self.data.resolve()
         if self.init_from is not None:
             self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
 
     @property
     def reads(self) -> list[Path]:
-        """Corpora, and the model that it begins with."""
+        """Corpora, and the model that the run begins with."""
         model = [] if self.init_from is None else [folder_of(self.init_from)]
         return [*map(Path, self.data.paths.values()), *model]
 

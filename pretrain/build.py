@@ -1,0 +1,103 @@
+"""Builds the parts of a run from its settings. With config the only module that names the engines."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .config.engine import DeepSpeedConfig, FSDP2Config
+from .config.job import JobConfig
+from .data import Data, Order, PackedWindows, Samples, Windows
+from .engine import Engine
+from .engine.deepspeed import DeepSpeedEngine
+from .engine.fsdp2 import FSDP2Engine
+from .mesh import Mesh
+from .models.language_model import LanguageModel
+from .optim import VocabOptimizer
+from .placement import Machine, Parallel, Workload, choose_parallel
+from .precision import compute_dtype
+from .vocab import VocabParallelEmbedding, VocabShard
+
+ENGINES: dict[type, Callable[..., Engine]] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeedEngine}
+
+
+def vocab_rows(config: JobConfig, data: Data) -> int:
+    """V: vocab.size, or the tokenizer's where it is null."""
+    size, needed = config.vocab.size, data.vocab_size
+    if size is None and needed is None:
+        raise ValueError("vocab.size=null must be given: the data brings no tokenizer")
+    if size is not None and needed is not None and size < needed:
+        raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {data.tokenizer}")
+    rows = size if size is not None else needed
+    assert rows is not None
+    return rows
+
+
+def vocab_parallel(
+    config: JobConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
+) -> Parallel:
+    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check`."""
+    work = vocab_workload(config, rows, world, compute_dtype(config.train, device_type, bf16).itemsize)
+    return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
+
+
+def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> Workload:
+    """What a rank's matrix has to do in a step, `itemsize` bytes to a number of the compute dtype."""
+    return Workload(
+        rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
+        width=config.model.width,
+        matrices=config.vocab.matrices,
+        tokens=config.train.micro_batch * config.seq_len,
+        micro_batches=config.train.global_batch // (config.train.micro_batch * world),
+        itemsize=itemsize,
+        smoothing=config.vocab.label_smoothing > 0,
+    )
+
+
+def samples(config: JobConfig, data: Data) -> Samples:
+    """The windows of the data's corpora, in the order of the run."""
+    sources = {}
+    for title, corpus in data.corpora.items():
+        if config.data.packing == "best_fit":
+            windows: Windows = PackedWindows(corpus.train, config.seq_len)
+        else:
+            windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
+        if not len(windows):
+            raise ValueError(f"data.path={config.data.paths[title]}: no document has two tokens to pack")
+        sources[title] = windows, Order(len(windows), config.seed, corpus.name)
+    return Samples(sources, data.blend)
+
+
+def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
+    """The windows of the validation splits, by the titles of the corpora that have any."""
+    windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
+    return {title: of for title, of in windows.items() if len(of)}
+
+
+def about(config: JobConfig, data: Data) -> dict[str, Any]:
+    """What a checkpoint says of the run it is of."""
+    return {
+        "config": asdict(config),
+        "vocab_size": vocab_rows(config, data),
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+    }
+
+
+def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, VocabOptimizer]:
+    """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
+    dtype = compute_dtype(config.train, mesh.device.type)
+    vocab = VocabParallelEmbedding(
+        config.vocab,
+        VocabShard.of(mesh.vocab_rank, mesh.vocab_size, rows, config.vocab.multiple),
+        config.model.width,
+        seed=config.seed,
+        group=mesh.vocab_group if mesh.vocab_size > 1 else None,
+        compute_dtype=dtype,
+        device=mesh.device,
+    )
+    with torch.device("meta"):
+        body = config.model.body()
+    engine = ENGINES[type(config.engine)](config.engine, config.optim, dtype, config.seed)
+    model = LanguageModel(vocab, engine.wrap(body, mesh))
+    return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh)

@@ -1,0 +1,62 @@
+"""Whether a run may go on from a checkpoint with the settings of this command."""
+
+from dataclasses import asdict
+from typing import Any
+
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer_spec import TokenizerSpec
+
+from ..config.init_from import folder_of
+from ..config.job import JobConfig
+from ..config.vocab import VocabConfig
+from ..data import Data
+
+
+def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
+    """The model, its vocabulary and the order of the data belong to a run; the rest may change.
+
+    When a tied matrix is split may change as long as it is still to come. Of weights that were imported no sample has
+    been drawn: then the data's order is free, and of the tokenizer what the rows mean must stay.
+    """
+    saved, now = manifest["config"], asdict(config)
+    known_then = {  # a key that came later was at its default
+        "model": asdict(type(config.model)()) | saved["model"],
+        "vocab": asdict(VocabConfig()) | saved["vocab"],
+    }
+    saved = saved | known_then
+    drawn = not manifest.get("weights_only", False)
+    kept = [("seed",), ("train", "seq_len"), ("data", "packing")] if drawn else []
+    kept += [("vocab", key) for key in ("multiple", "tie", "softcap", "embed_scale")]
+    kept += [("model", key) for key in now["model"]]
+    for path in kept:
+        was, is_ = saved, now
+        for key in path:
+            was, is_ = was.get(key), is_[key]
+        if was != is_:
+            _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
+    began = saved.get("init_from")
+    if config.init_from is not None and (began is None or folder_of(began) != folder_of(config.init_from).absolute()):
+        _refuse(config, f"init_from={began or 'null'}", config.init_from)
+    step, was_untied = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
+    if config.vocab.tie == "tied" and config.vocab.untied_at(step) != was_untied.untied_at(step):
+        before, now_at = ("null" if at is None else at for at in (was_untied.untie_at, config.vocab.untie_at))
+        _refuse(config, f"vocab.untie_at={before} at step {step}", f"{now_at}")
+    if manifest["vocab_size"] != rows:
+        _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
+    if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint and (drawn or not _same_rows(config, data)):
+        _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{data.tokenizer_fingerprint}")
+
+
+def _same_rows(config: JobConfig, data: Data) -> bool:
+    """Of data and run, as far as both have a tokenizer."""
+    of_run = config.run_dir / TOKENIZER_FOLDER
+    if data.tokenizer is None or not of_run.is_dir():
+        return True
+    return TokenizerSpec.load(of_run).has_rows_of(TokenizerSpec.load(data.tokenizer))
+
+
+def _refuse(config: JobConfig, was: str, now: str) -> None:
+    raise ValueError(
+        f"run.dir={config.run.dir} holds a run with {was}, this command says {now}: choose another run.dir, or the"
+        " settings of that run"
+    )

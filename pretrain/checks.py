@@ -1,0 +1,117 @@
+"""What can be found wrong with a run, or be left to do in it, before its ranks start.
+
+Apart from the settings' own rules because it looks at the device, the data and the run's folder.
+"""
+
+from collections.abc import Callable, Mapping
+
+from data_prep.durable import check_file, check_folder
+from data_prep.token_file import TOKENIZER_FOLDER
+
+from .build import validation_windows, vocab_parallel, vocab_rows
+from .changes import CONFIG_FILE
+from .checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    check_files,
+    checkpoints,
+    newest_manifest,
+    read_manifest,
+    step_of,
+)
+from .checkpoint.resume import check_resumable
+from .compilers import check_compilers
+from .config.engine import DeepSpeedConfig, FSDP2Config
+from .config.job import JobConfig
+from .data import Data, open_data
+from .engine.deepspeed import check_extra
+from .exits import RESTARTS_FILE
+from .interop import check_initial
+from .locks import LAUNCH_LOCK, RANKS_LOCK
+from .precision import compute_dtype
+
+Warn = Callable[[str], None]
+
+
+def check_job(
+    config: JobConfig,
+    world: int,
+    device_type: str,
+    bf16: bool | None = None,
+    warn: Warn = lambda _: None,
+    environment: Mapping[str, str] | None = None,
+) -> Data:
+    """All that can be found wrong before a process group starts. ValueError: key, value, rule.
+
+    The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
+    the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
+    warn: takes a line on what could not be checked. environment: the ranks', if they run here.
+    """
+    check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
+    config.train.check_world(world)
+    config.optim.check_steps(config.train.steps)
+    compute_dtype(config.train, device_type, bf16)
+    _check_engine(config.engine, device_type)
+    if environment is not None:
+        compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
+        check_compilers(device_type, compiles, config.data.masked, environment)
+    data = open_data(config.data)
+    if config.monitor.lens and not validation_windows(config, data):
+        raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
+    rows = vocab_rows(config, data)
+    vocab_parallel(config, rows, world, world, device_type, bf16)
+    try:
+        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    if saved is not None:
+        check_resumable(config, data, rows, saved)
+        if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
+            warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
+    elif config.init_from is not None:
+        doubt = check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
+        if doubt:
+            warn(doubt)
+    return data
+
+
+def _check_engine(engine: FSDP2Config | DeepSpeedConfig, device_type: str) -> None:
+    if isinstance(engine, FSDP2Config):
+        engine.check_device(device_type)
+    else:
+        check_extra(engine)
+
+
+def check_logs(config: JobConfig) -> None:
+    """DataError if what a run writes besides checkpoints could not be. For the launcher: a run goes on without it."""
+    key, run = f"run.dir={config.run.dir}", config.run_dir
+    for folder in (TOKENIZER_FOLDER, *(["tensorboard"] if config.log.tensorboard else [])):
+        check_folder(key, run / folder)
+    for file in (CONFIG_FILE, "metrics.jsonl", RESTARTS_FILE, LAUNCH_LOCK, RANKS_LOCK):
+        check_file(key, run / file)
+
+
+def finished(config: JobConfig, data: Data) -> str | None:
+    """One line if there is nothing left to train, evaluate or repair; else None.
+
+    Reads the newest checkpoint against its hashes: if it is damaged, the ranks fall back to the one before.
+    """
+    newest = next(reversed(checkpoints(config.run_dir)), None)
+    if newest is None or step_of(newest) < config.train.last_step:
+        return None
+    step, steps, every = step_of(newest), config.train.steps, config.eval.every
+    evaluates = data.bytes_of_ids is not None and validation_windows(config, data)
+    due = step == steps or (every and step % every == 0)
+    try:
+        saved = read_manifest(newest)
+        if saved.get("weights_only") or (evaluates and due and saved.get("val_loss") is None):
+            return None  # imported, or a stop has cut the evaluation short
+        check_files(newest, saved)
+    except DamagedCheckpoint:
+        return None
+    if step >= steps:
+        return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps goes further"
+    return (
+        f"{config.run.dir} has reached train.stop_after={config.train.stop_after} (step {step} of {steps});"
+        " train.stop_after=null goes further"
+    )

@@ -1,0 +1,134 @@
+"""The configuration: composed by Hydra, built, frozen, read again.
+
+Hydra composes it once, in the launching process, which freezes it to RUN/config.yaml; ranks read that file. With the
+entries the only module that knows omegaconf.
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_prep.durable import durable
+from data_prep.errors import headline
+from data_prep.mistakes import said, unknown
+from data_prep.special_tokens import KEPT_AS, SpecialTokens
+from data_prep.token_file import TOKENIZER_FOLDER
+from data_prep.tokenizer_spec import TokenizerSpec
+
+from .changes import CONFIG_FILE, keep_older
+from .checkpoint import newest_manifest
+from .config.engine import ENGINES
+from .config.job import JobConfig
+from .data import Data
+from .interop import special_tokens
+from .models.gpt2 import GPT2Config
+from .models.llama import LlamaConfig
+
+MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}
+TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
+OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
+PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
+
+
+def register_groups() -> None:
+    """Tells Hydra the dataclass behind each group, so that keys and types are checked while it composes."""
+    store = ConfigStore.instance()
+    for name, engine in ENGINES.items():
+        node = OmegaConf.structured(engine)
+        if "extra" in node:
+            OmegaConf.set_struct(node.extra, False)  # it takes keys that we do not know
+        store.store(group="engine", name=name, node=node)
+    for name, model in MODELS.items():
+        store.store(group="model/family", name=name, node=model)
+    for group in PARTS.keys() - {"engine", "model"}:
+        node = OmegaConf.structured(PARTS[group])
+        for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
+            OmegaConf.set_struct(node[key], False)
+        store.store(group=group, name="default", node=node)
+
+
+def build_config(composed: DictConfig) -> JobConfig:
+    """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
+    for key in map(str, composed):
+        if key not in {*TOP_LEVEL_KEYS, *PARTS}:
+            raise ValueError(unknown(key, [*TOP_LEVEL_KEYS, *PARTS]))
+    engine, model = composed.engine.name, composed.model.family
+    if engine not in ENGINES:
+        raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
+    if model not in MODELS:
+        raise ValueError(f"model.family={model} must be one of {', '.join(MODELS)}")
+    chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
+    parts = {name: _part(name, part, _group(composed, name)) for name, part in chosen.items()}
+    if type(composed.seed) is not int or composed.seed < 0:
+        raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
+    init_from = composed.get("init_from")
+    return JobConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)
+
+
+def _part(name: str, kind: type, given: Any) -> Any:
+    """The dataclass of a group. ValueError: key, value, rule."""
+    known = [item.name for item in fields(kind)]
+    for key in map(str, given):
+        if key not in known:
+            raise ValueError(unknown(f"{name}.{key}", known))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key)
+        raise ValueError(said(key if key.startswith(f"{name}.") else f"{name}.{key}", error)) from error
+
+
+def _group(composed: DictConfig, name: str) -> Any:
+    """A run that was frozen before a group was there has its defaults."""
+    if name not in composed and name not in OPTIONAL_GROUPS:
+        raise ValueError(f"{name} is missing: a configuration has {', '.join(PARTS)}")
+    return composed.get(name, {})
+
+
+def freeze(config: JobConfig, data: Data) -> None:
+    """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself.
+
+    If the settings have changed, the file of the start before is kept as config-0001.yaml, config-0002.yaml, ...
+    """
+    special = None
+    if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
+        (config.run_dir / KEPT_AS).unlink(missing_ok=True)
+        special = None if config.init_from is None else special_tokens(config.init_from)
+    write_config(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer), special)
+
+
+def write_config(config: JobConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
+    """Does what `freeze` does, with a tokenizer and special tokens at hand."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(config.run_dir / TOKENIZER_FOLDER)
+    if special is not None:
+        special.save(config.run_dir)
+    keep_older(config.path, config_text(config))
+    with durable(config.path) as file:
+        file.write(config_text(config).encode())
+
+
+def config_text(config: JobConfig) -> str:
+    """What is frozen."""
+    return OmegaConf.to_yaml(asdict(config))
+
+
+def load_config(path: Path) -> JobConfig:
+    """Reads a frozen configuration."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a run's configuration, such as {path / CONFIG_FILE}")
+    try:
+        frozen = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: is {path.parent} a run?") from None
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not YAML: {headline(error)}") from error
+    if not isinstance(frozen, DictConfig):
+        raise ValueError(f"{path} must hold a run's settings")
+    return build_config(frozen)

@@ -1,0 +1,30 @@
+"""When a run saves, and which checkpoints stay. Group checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run saves, and which checkpoints stay."""
+
+    every: int = 500  # steps between saves; 0: only after the last step
+    asynchronous: bool = True  # training continues while the files are written
+    keep: int = 3  # number of newest checkpoints to keep; 0: all
+    keep_every: int = 0  # also keep each checkpoint whose step is a multiple of this; 0: none
+    keep_best: int = 0  # also keep this many checkpoints with the lowest validation loss; 0: none
+    seconds_before_limit: float = 60.0  # stop and save at least this many seconds before a time limit
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep", "keep_every", "keep_best", "seconds_before_limit"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
+
+    def kept(self, val_losses: Mapping[int, float | None]) -> set[int]:
+        """The steps whose checkpoints stay, given the validation loss of each if it was measured."""
+        steps = sorted(val_losses)
+        if not self.keep:
+            return set(steps)
+        measured = sorted((loss, step) for step, loss in val_losses.items() if loss is not None and loss == loss)
+        every = {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        return every | set(steps[-self.keep :]) | {step for _, step in measured[: self.keep_best]}

@@ -1,0 +1,49 @@
+"""What the comments beside the fields of a dataclass say, for help texts and settings pages.
+
+Apart from the dataclasses because it serves every one of them, also those of commands.
+"""
+
+import inspect
+import io
+import tokenize
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
+
+
+class Setting(NamedTuple):
+    """One field. default: MISSING if it must be given."""
+
+    type: Any
+    default: Any
+    text: str
+
+
+def describe(kind: type) -> dict[str, Setting]:
+    """Each field's type, default and text: the comment on its own line, or `#:` lines above it."""
+    texts = _comments(inspect.getsource(kind))
+    return {
+        item.name: Setting(
+            item.type,
+            item.default if item.default_factory is MISSING else item.default_factory(),
+            texts.get(item.name, ""),
+        )
+        for item in fields(kind)
+    }
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Text by the name that begins its line."""
+    texts: dict[str, str] = {}
+    above: list[str] = []
+    name = ""
+    line = 0
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+        if token.type == tokenize.COMMENT and token.string.startswith("#:"):
+            above.append(token.string.removeprefix("#:").strip())
+        elif token.type == tokenize.COMMENT and token.start[0] == line:
+            texts[name] = token.string.removeprefix("#").strip()
+        elif token.type == tokenize.NAME and token.start[0] != line:
+            name, line = token.string, token.start[0]
+            if above:
+                texts[name], above = " ".join(above), []
+    return texts

@@ -1,0 +1,123 @@
+"""What shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OWNED_KEYS = {  # keys of DeepSpeed's JSON, and what to set instead
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "managed_gradient_accumulation": "train.global_batch",
+    "gradient_clipping": "optim.clip",
+    "gradient_allreduce_op": "",
+    "gradient_predivide_factor": "",
+    "prescale_gradients": "",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "optim",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "seq_parallel_communication_data_type": "train.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "checkpoint": "checkpoint",
+    "curriculum_learning": "data",
+    "data_efficiency": "data",
+    "weight_quantization": "",
+    "compression_training": "",
+    "pipeline": "",
+    "hybrid_engine": "",
+    "tensor_parallel": "",
+    "expert_parallel": "",
+    "sequence_parallel_size": "",
+    "data_parallel_size": "",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
+    "zero_optimization.cpu_offload_use_pin_memory": "engine.offload",
+    "zero_optimization.compute_grad_norm": "optim.clip",
+    "zero_optimization.memory_efficient_linear": "engine.activation_checkpointing",
+    "zero_optimization.zenflow": "",
+    "zero_optimization.zero_hpz_partition_size": "",
+}
+ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
+
+
+@dataclass
+class FSDP2Config:
+    """`torch.distributed.fsdp.fully_shard` over all ranks."""
+
+    name: str = "fsdp2"  # fsdp2 or deepspeed
+    #: free a block's gathered weights after forward and gather them again in backward
+    reshard_after_forward: bool = True
+    #: shard over the vocab axis only and replicate over dp: gathers stay within a group (by default a node), and every
+    #: group holds the whole body
+    hsdp: bool = False
+    offload: str = "none"  # cpu: main weights, gradients and moments stay in host memory, and are stepped there
+    #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
+    activation_checkpointing: str = "none"
+    compile: bool = False  # compile each block with torch.compile
+
+    def __post_init__(self) -> None:
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
+        check_kind(self.activation_checkpointing)
+
+    @property
+    def title(self) -> str:
+        return "fsdp2 over vocab, replicated over dp" if self.hsdp else "fsdp2"
+
+    def check_device(self, device_type: str) -> None:
+        """ValueError where this device cannot do what is asked."""
+        if self.offload == "cpu" and device_type == "cpu":
+            raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
+
+
+@dataclass
+class DeepSpeedConfig:
+    """DeepSpeed's ZeRO over all ranks."""
+
+    name: str = "deepspeed"  # fsdp2 or deepspeed
+    zero_stage: int = 1  # 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too
+    offload: str = "none"  # cpu: main weights and moments stay in host memory, and are stepped there; stages 2 and 3
+    #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
+    activation_checkpointing: str = "none"
+    extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's JSON, passed on unchanged
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in range(4):
+            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"engine.offload={self.offload} must be none or cpu")
+        if self.offload == "cpu" and self.zero_stage < 2:
+            raise ValueError(f"engine.offload=cpu needs engine.zero_stage=2 or 3, not {self.zero_stage}")
+        check_kind(self.activation_checkpointing)
+        zero = self.extra.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"engine.extra.zero_optimization={zero} must be a mapping")
+        for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
+            if key in OWNED_KEYS:
+                instead = (
+                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change the numbers, or who holds what"
+                )
+                raise ValueError(f"engine.extra.{key} is not for DeepSpeed to know: {instead}")
+
+    @property
+    def title(self) -> str:
+        return f"deepspeed ZeRO-{self.zero_stage}"
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError unless there is that kind of activation checkpointing."""
+    if kind not in ACTIVATION_CHECKPOINTING:
+        raise ValueError(f"engine.activation_checkpointing={kind} must be one of {', '.join(ACTIVATION_CHECKPOINTING)}")
+
+
+ENGINES: dict[str, type] = {"fsdp2": FSDP2Config, "deepspeed": DeepSpeedConfig}

@@ -1,0 +1,16 @@
+"""How often the validation loss is measured, and on how much. Group eval."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EvalConfig:
+    """Validation loss, and bits per byte of the validation text."""
+
+    every: int = 250  # steps between evaluations; 0: only after the last step
+    max_windows: int = 0  # windows of each validation split to score; 0: all
+
+    def __post_init__(self) -> None:
+        for key in ("every", "max_windows"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"eval.{key}={getattr(self, key)} must not be negative")

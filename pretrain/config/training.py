@@ -1,0 +1,57 @@
+"""Length, batch and precision of a training. Group train."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch and precision of a training."""
+
+    steps: int = 1000  # length of the schedule, in optimizer steps
+    stop_after: int | None = None  # stop at this step, with a checkpoint; null: at the end of the schedule
+    #: stop and save before the ranks have run for this long, such as 4h or 1d12h30m; null: no limit
+    time_limit: str | None = None
+    #: seconds without a finished step, evaluation batch or save after which a rank ends itself and prints its stacks;
+    #: 0: never
+    hang_after: float = 1800.0
+    seq_len: int | None = None  # tokens per sequence; null: the model's context, at most 8192
+    global_batch: int = 32  # sequences per step, over all ranks
+    micro_batch: int = 4  # sequences that a rank computes at once
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device computes it natively
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seq_len", "global_batch", "micro_batch"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
+        if self.stop_after is not None and self.stop_after < 0:
+            raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
+        if self.time_limit is not None and self.time_limit_seconds is None:
+            raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
+        if not self.hang_after >= 0:
+            raise ValueError(f"train.hang_after={self.hang_after} must not be negative (0: never)")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
+        if self.global_batch % (self.micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"
+                f" must divide train.global_batch={self.global_batch}"
+            )
+
+    @property
+    def time_limit_seconds(self) -> int | None:
+        form = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.time_limit or "")
+        if form is None or not self.time_limit:
+            return None
+        days, hours, minutes, seconds = (int(number or 0) for number in form.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
+    def last_step(self) -> int:
+        """Where this launch stops."""
+        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)

@@ -1,0 +1,67 @@
+"""The vocabulary: how its matrix is held and used. Group vocab. pretrain.vocab imports it, so it imports nothing."""
+
+import math
+from dataclasses import dataclass
+
+LARGEST_VOCABULARY = 2**24  # ids travel among the fp32 statistics of the loss and must be exact there
+
+
+@dataclass
+class VocabConfig:
+    """The vocabulary and how its matrix is held."""
+
+    size: int | None = None  # rows of the matrix; null: those of the tokenizer
+    multiple: int = 128  # the matrix is padded to a multiple of this many rows
+    parallel: str = "auto"  # ranks that share one copy of the matrix; auto: chosen by an estimate, see placement.py
+    tie: str = "tied"  # tied: one matrix for input and output; untied: two, from the first step
+    #: step after which a tied matrix is split in two, each a copy of it, moments included; null: never
+    untie_at: int | None = None
+    embed_scale: float = 1.0  # factor of the embeddings that the lookup returns (Gemma: the root of the width)
+    #: factor of the gradient that the rows get through the lookup; 0: they are trained through the output alone
+    input_grad_scale: float = 1.0
+    z_loss: float = 0.0  # weight of the squared log of the softmax's sum in the loss; 0: off
+    label_smoothing: float = 0.0  # probability that the target gives to all rows, in equal parts; 0: off
+    softcap: float | None = None  # logits are capped by softcap·tanh(logit / softcap); null: no cap
+    #: MiB that the loss may hold at once besides the gradient of its rows, which sets how many tokens it works on at a
+    #: time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient if it is more. More gains little once 512
+    #: tokens fit (on a GPU: 2,048)
+    head_memory_mib: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not 1 <= self.size <= LARGEST_VOCABULARY:
+            raise ValueError(f"vocab.size={self.size} must be in [1, {LARGEST_VOCABULARY}] (or null: the tokenizer's)")
+        if self.multiple < 1:
+            raise ValueError(f"vocab.multiple={self.multiple} must be at least 1")
+        if self.parallel != "auto" and not (self.parallel.isdecimal() and int(self.parallel) >= 1):
+            raise ValueError(f"vocab.parallel={self.parallel} must be auto or a positive number of ranks")
+        if self.tie not in ("tied", "untied"):
+            raise ValueError(f"vocab.tie={self.tie} must be tied or untied")
+        if self.untie_at is not None and self.untie_at < 1:
+            raise ValueError(f"vocab.untie_at={self.untie_at} must be at least 1 (or null: never)")
+        if self.untie_at is not None and self.tie != "tied":
+            raise ValueError(f"vocab.untie_at={self.untie_at} needs vocab.tie=tied: two matrices cannot be split")
+        if not 0 < self.embed_scale < math.inf:
+            raise ValueError(f"vocab.embed_scale={self.embed_scale} must be positive")
+        if not 0 <= self.input_grad_scale < math.inf:
+            raise ValueError(f"vocab.input_grad_scale={self.input_grad_scale} must be a number of at least 0")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"vocab.z_loss={self.z_loss} must be a number of at least 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"vocab.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"vocab.softcap={self.softcap} must be positive (or null: no cap)")
+        if self.head_memory_mib is not None and self.head_memory_mib < 1:
+            raise ValueError(f"vocab.head_memory_mib={self.head_memory_mib} must be at least 1 (or null: by device)")
+
+    @property
+    def matrices(self) -> int:
+        """How many there are when most are."""
+        return 1 if self.untied_at(None) is None else 2
+
+    def untied_at(self, step: int | None) -> int | None:
+        """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None
+        where they still are one. step=None: of one at the end of time.
+        """
+        if self.tie == "untied":
+            return 0
+        return self.untie_at if self.untie_at is not None and (step is None or self.untie_at < step) else None

@@ -1,0 +1,18 @@
+"""Who has a run's folder: its launcher, and its ranks. Apart from both because they and tools share it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.durable import exclusive
+
+LAUNCH_LOCK = ".launch.lock"  # in the run's folder; held by the launcher
+RANKS_LOCK = ".ranks.lock"  # likewise; held by rank 0, or by who else may write or remove checkpoints
+
+
+@contextmanager
+def lock_run(run: Path, lock: str) -> Iterator[None]:
+    """Holds the run's folder for this process and its life. Raises ValueError if another one does."""
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / lock, f"run.dir={run} is in use by another process: stop it, or choose another run.dir"):
+        yield

@@ -1,0 +1,49 @@
+"""Every setting of a run has a text beside it."""
+
+from dataclasses import MISSING, dataclass, field
+
+import pytest
+
+from pretrain.config.checkpoint import CheckpointConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.describe import Setting, describe
+from pretrain.config.engine import ENGINES
+from pretrain.config.evaluation import EvalConfig
+from pretrain.config.job import JobConfig, RunConfig
+from pretrain.config.monitor import LogConfig, MonitorConfig
+from pretrain.config.optim import OptimConfig
+from pretrain.config.training import TrainingConfig
+from pretrain.config.vocab import VocabConfig
+
+GROUPS = [CheckpointConfig, DataConfig, EvalConfig, LogConfig, MonitorConfig, OptimConfig, TrainingConfig, VocabConfig]
+
+
+@dataclass
+class Example:
+    """A class, with # a comment that is no field's."""
+
+    required: int  # must be given
+    #: seconds to wait,
+    #: in two lines
+    delay: float = 1.5
+    names: list[str] = field(default_factory=list)  # empty: none
+    bare: str = "# no comment"
+
+    def method(self) -> None:
+        local = 1  # not a field
+        del local
+
+
+def test_a_field_has_its_type_default_and_comment():
+    assert describe(Example) == {
+        "required": Setting(int, MISSING, "must be given"),
+        "delay": Setting(float, 1.5, "seconds to wait, in two lines"),
+        "names": Setting(list[str], [], "empty: none"),
+        "bare": Setting(str, "# no comment", ""),
+    }
+
+
+@pytest.mark.parametrize("kind", [JobConfig, RunConfig, *GROUPS, *ENGINES.values()])
+def test_every_setting_has_a_text(kind):
+    settings = describe(kind)
+    assert settings and [key for key, setting in settings.items() if not setting.text] == []
