@@ -32,6 +32,7 @@ from pretrain.optim import VocabOptimizer
 from pretrain.precision import compute_dtype
 from pretrain.trainer import Trainer
 from pretrain.vocab import VocabShard
+from pretrain.vocab.checks import checks_skipped
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.kernels.torch import TorchKernels
 from pretrain.vocab.lookup import LookupPlan, plan_lookup
@@ -92,7 +93,7 @@ def staged(
         mesh = Mesh.of(parallel, torch.device("cpu"))
         shard = VocabShard.of(0, parallel, rows, config.vocab.multiple)
         plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, compute_dtype(config.train, "cpu"))
-        fake = FakeTensorMode() if isinstance(config.engine, FSDP2Config) else None
+        fake = None if config.engine.reads_values else FakeTensorMode()
         move: Callable[[Tensor], Tensor] = fake.from_tensor if fake else lambda tensor: tensor
         with ExitStack() as stack:
             for mode in (fake, watching):
@@ -107,6 +108,8 @@ def staged(
             micro = MicroBatch(tokens_BT, tokens_BT, starts_BT, plan.each(move))
             batch = Batch([micro] * repeats, tokens_BT.numel())
             stack.enter_context(Answers())
+            if fake:
+                stack.enter_context(checks_skipped())
             yield Stage(mesh, trainer, batch, plan)
     finally:
         dist.destroy_process_group()
@@ -141,17 +144,20 @@ class _NoSamples:
 
 
 class Answers(TorchDispatchMode):
-    """Where the step asks a fake tensor for a number, it gets one that lets it go on."""
+    """Answers where a step reads a fake tensor: every number is 1, and no target is this rank's.
 
-    differs: Tensor | None = None
+    Raises RuntimeError if it reads a condition: which answer lets the step go on is not known here.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fake = bool(args) and isinstance(args[0], FakeTensor)
         if fake and func is aten._local_scalar_dense.default:
-            return args[0] is not self.differs
+            if args[0].dtype is torch.bool:
+                raise RuntimeError(
+                    "the step reads a condition, and fake tensors have no values:"
+                    " check it with pretrain.vocab.checks.violated, which a rehearsal skips"
+                )
+            return 1
         if fake and func is aten.nonzero.default:  # this rank owns none of the targets
             return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
-        out = func(*args, **(kwargs or {}))
-        if func is aten.ne.Scalar:  # the gradient of the loss is 1
-            self.differs = out
-        return out
+        return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config.vocab import LARGEST_VOCABULARY
+from .checks import violated
 from .chunks import Chunks, chunk_budget
 from .collectives import on_host, token_comm
 from .head import Gradients, Head, compute_losses, recompute_gradients
@@ -161,9 +162,7 @@ def _check_shapes(
 
 def _check_targets(targets_N: Tensor, vocab_size: int, ignore_index: int) -> None:
     good_N = (targets_N == ignore_index) | ((targets_N >= 0) & (targets_N < vocab_size))
-    if targets_N.is_cuda:
-        torch._assert_async(good_N.all())
-    elif not good_N.all():
+    if violated(good_N.all()):
         position = int((~good_N).nonzero()[0])
         raise ValueError(
             f"target {int(targets_N[position])} at position {position} is outside [0, vocab_size={vocab_size})"
@@ -284,9 +283,7 @@ class _FinalLossSum(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         if ctx.dhidden_ND is None:
             raise RuntimeError("backward ran already on this loss; its rows' gradient would not be added again")
-        if g.is_cuda:
-            torch._assert_async(g == 1)
-        elif g != 1:
+        if violated(g == 1):
             raise ValueError(
                 f"the rows' gradient was made for this loss as it is, not for {float(g)} times it: use scale"
             )

@@ -37,6 +37,28 @@ class Clashing(GPT2Config):
         return body
 
 
+class Reading(Body):
+    """A check in a way of its own."""
+
+    def forward(self, hidden_BTD, starts_BT=None):
+        if (hidden_BTD == 0).all():
+            raise ValueError("all hidden states are zero")
+        return super().forward(hidden_BTD, starts_BT)
+
+
+@dataclass
+class ReadingConfig(GPT2Config):
+    def body(self) -> Body:
+        return Reading(self)
+
+
+def test_a_check_that_bypasses_the_seam_is_named():
+    config = configured("model=nano", "train.seq_len=64", "train.global_batch=64")
+    reading = replace(config, model=ReadingConfig(layers=1, width=64, heads=1, context=64))
+    with pytest.raises(ValueError, match=r"reads a condition.*check it with pretrain\.vocab\.checks\.violated"):
+        rehearse(reading, 300, 4, 8)
+
+
 def test_shapes_that_clash_are_one_error():
     config = configured("model=nano", "train.seq_len=64", "train.global_batch=64")
     broken = replace(config, model=Clashing(layers=1, width=64, heads=1, context=64))
