@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 from data_prep.overrides import shown
 from launch.hardware import GIB, Hardware
 from launch.step import Item, total
-from pretrain.config.engine import DeepSpeedConfig, FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.placement import Transfer
 
@@ -116,10 +115,11 @@ def _changes(config: JobConfig, world: int) -> Iterator[Change]:
     smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
     offloads = ["cpu"] if config.engine.offload == "none" else []
-    for micro, kind, (settings, engine), offload in product(
-        [None, *smaller], [None, *kinds], _engines(config.engine), [None, *offloads]
+    engines = [(None, config.engine), *config.engine.sharding_more()]
+    for micro, kind, (setting, engine), offload in product(
+        [None, *smaller], [None, *kinds], engines, [None, *offloads]
     ):
-        if offload and isinstance(engine, DeepSpeedConfig) and engine.zero_stage < 2:
+        if offload and not engine.can_offload:
             continue
         given = [("train.micro_batch", micro), ("engine.activation_checkpointing", kind), ("engine.offload", offload)]
         engine = replace(
@@ -129,24 +129,8 @@ def _changes(config: JobConfig, world: int) -> Iterator[Change]:
         )
         train = replace(config.train, micro_batch=micro or config.train.micro_batch)
         chosen = tuple(f"{key}={value}" for key, value in given if value is not None)
-        yield Change((*settings, *chosen), replace(config, engine=engine, train=train))
-
-
-def _engines(engine: FSDP2Config | DeepSpeedConfig) -> list[tuple[tuple[str, ...], Any]]:
-    """This one, and those that shard more. No engine is proposed that lacks a setting in use."""
-    found: list[tuple[tuple[str, ...], Any]] = [((), engine)]
-    if isinstance(engine, DeepSpeedConfig):
-        for stage in range(engine.zero_stage + 1, 4):
-            found.append(((f"engine.zero_stage={stage}",), replace(engine, zero_stage=stage)))
-        if not engine.extra:
-            fsdp2 = FSDP2Config(offload=engine.offload, activation_checkpointing=engine.activation_checkpointing)
-            found.append((("engine=fsdp2",), fsdp2))
-        return found
-    if engine.hsdp:
-        found.append((("engine.hsdp=false",), replace(engine, hsdp=False)))
-    if not engine.reshard_after_forward:
-        found.append((("engine.reshard_after_forward=true",), replace(engine, reshard_after_forward=True)))
-    return found
+        settings = chosen if setting is None else (setting, *chosen)
+        yield Change(settings, replace(config, engine=engine, train=train))
 
 
 def larger(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], room: int) -> str:

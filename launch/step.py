@@ -1,5 +1,5 @@
 """What one rank holds, moves and computes in a step, in bytes and FLOPs: the matrix, the head and the activations here,
-the engine's part in launch/body.py, the matrix's traffic in pretrain/vocab/parallel.py.
+the engine's part in pretrain/engine/footprint.py, the matrix's traffic in pretrain/placement.py.
 
 N: tokens of a rank and micro-batch. D: width. v: rows of a rank. i: bytes of a number of the compute dtype.
 """
@@ -9,8 +9,10 @@ from functools import cached_property
 
 import torch
 
-from launch.body import FP32, Activations, BodyFootprint, Shapes, body_of
+from launch.body import Activations
+from pretrain.build import body_footprint
 from pretrain.config.job import JobConfig
+from pretrain.engine.footprint import FP32, BodyFootprint, Shapes
 from pretrain.lens import Method
 from pretrain.lens.monitor import MEMORY_MIB
 from pretrain.placement import DISTINCT, Transfer, Workload, transfers
@@ -43,9 +45,9 @@ class StepCost:
     dtype: torch.dtype
     kernels: Kernels
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
-        return Shapes.of(self.config)
+        return self.body.shapes
 
     @cached_property
     def activations(self) -> Activations:
@@ -53,7 +55,7 @@ class StepCost:
 
     @cached_property
     def body(self) -> BodyFootprint:
-        return body_of(self.config, self.shapes, self.work, self.p, self.world)
+        return body_footprint(self.config, self.work, self.p, self.world)
 
     @cached_property
     def shard(self) -> RowShard:
@@ -128,7 +130,7 @@ class StepCost:
         ]
 
     def of_matrix(self, lookup: tuple[int, int] | None = None) -> list[Transfer]:
-        """What the step moves for the matrix. lookup: see `pretrain.vocab.parallel.transfers`."""
+        """What the step moves for the matrix. lookup: see `pretrain.placement.transfers`."""
         return transfers(self.p, self.work, self.world, -(-self.work.tokens // self.chunk), lookup)
 
     def of_body(self) -> list[Transfer]:

@@ -1,6 +1,5 @@
 """Builds the parts of a run from its settings. With config the only module that names the engines."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +10,7 @@ from .config.job import JobConfig
 from .data import Data, Order, PackedWindows, Samples, Windows
 from .engine import Engine
 from .engine.deepspeed import DeepSpeedEngine
+from .engine.footprint import BodyFootprint, Shapes
 from .engine.fsdp2 import FSDP2Engine
 from .mesh import Mesh
 from .models.language_model import LanguageModel
@@ -19,7 +19,7 @@ from .placement import Machine, Parallel, Workload, choose_parallel
 from .precision import compute_dtype
 from .vocab import VocabParallelEmbedding, VocabShard
 
-ENGINES: dict[type, Callable[..., Engine]] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeedEngine}
+ENGINES: dict[type, Any] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeedEngine}
 
 
 def vocab_rows(config: JobConfig, data: Data) -> int:
@@ -53,6 +53,14 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
         itemsize=itemsize,
         smoothing=config.vocab.label_smoothing > 0,
     )
+
+
+def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> BodyFootprint:
+    """What a rank of `world` holds and moves for the body in a step, with p ranks on the vocab axis."""
+    with torch.device("meta"):
+        shapes = Shapes.of(config.model.body())
+    footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
+    return footprint
 
 
 def samples(config: JobConfig, data: Data) -> Samples:

@@ -1,7 +1,7 @@
 """What shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 OWNED_KEYS = {  # keys of DeepSpeed's JSON, and what to set instead
     "train_batch_size": "train.global_batch",
@@ -54,6 +54,8 @@ ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
 class FSDP2Config:
     """`torch.distributed.fsdp.fully_shard` over all ranks."""
 
+    reads_values: ClassVar[bool] = False  # a step runs on fake tensors, too
+
     name: str = "fsdp2"  # fsdp2 or deepspeed
     #: free a block's gathered weights after forward and gather them again in backward
     reshard_after_forward: bool = True
@@ -79,10 +81,26 @@ class FSDP2Config:
         if self.offload == "cpu" and device_type == "cpu":
             raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
 
+    @property
+    def can_offload(self) -> bool:
+        """True if engine.offload=cpu is possible with the other settings."""
+        return True
+
+    def sharding_more(self) -> "list[tuple[str, FSDP2Config]]":
+        """Engines that shard more than this one, each with the setting that chooses it."""
+        found = []
+        if self.hsdp:
+            found.append(("engine.hsdp=false", replace(self, hsdp=False)))
+        if not self.reshard_after_forward:
+            found.append(("engine.reshard_after_forward=true", replace(self, reshard_after_forward=True)))
+        return found
+
 
 @dataclass
 class DeepSpeedConfig:
     """DeepSpeed's ZeRO over all ranks."""
+
+    reads_values: ClassVar[bool] = True  # so that no step runs on fake tensors
 
     name: str = "deepspeed"  # fsdp2 or deepspeed
     zero_stage: int = 1  # 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too
@@ -112,6 +130,24 @@ class DeepSpeedConfig:
     @property
     def title(self) -> str:
         return f"deepspeed ZeRO-{self.zero_stage}"
+
+    @property
+    def can_offload(self) -> bool:
+        """True if engine.offload=cpu is possible with the other settings."""
+        return self.zero_stage >= 2
+
+    def sharding_more(self) -> "list[tuple[str, DeepSpeedConfig | FSDP2Config]]":
+        """Engines that shard more than this one, each with the setting that chooses it.
+
+        None lacks a setting in use: FSDP2 has no `extra`.
+        """
+        found: list[tuple[str, DeepSpeedConfig | FSDP2Config]] = [
+            (f"engine.zero_stage={stage}", replace(self, zero_stage=stage)) for stage in range(self.zero_stage + 1, 4)
+        ]
+        if not self.extra:
+            fsdp2 = FSDP2Config(offload=self.offload, activation_checkpointing=self.activation_checkpointing)
+            found.append(("engine=fsdp2", fsdp2))
+        return found
 
 
 def check_kind(kind: str) -> None:

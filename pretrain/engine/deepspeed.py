@@ -22,9 +22,8 @@ from ..optim import build_adamw, set_moments
 from ..vocab import summed
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
+from .deepspeed_footprint import LARGEST_BUCKET, DeepSpeedFootprint
 from .zero import MAIN, MOMENTS, weights_at
-
-LARGEST_BUCKET = 500_000_000  # numbers: DeepSpeed's own choice, made for any model
 
 
 class DeepSpeedEngine:
@@ -32,6 +31,8 @@ class DeepSpeedEngine:
 
     Stage 0 has one set of weights, fp32, and computes under autocast.
     """
+
+    footprint = DeepSpeedFootprint
 
     def __init__(self, config: DeepSpeedConfig, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed

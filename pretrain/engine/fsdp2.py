@@ -14,10 +14,13 @@ from ..optim import apply_clip, build_adamw, global_norm, set_moments, step_at
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
 from .base import FIRST_MOMENT, SECOND_MOMENT
+from .fsdp2_footprint import FSDP2Footprint
 
 
 class FSDP2Engine:
     """Main weights, gradients and moments are fp32 shards; matmuls run in `compute_dtype`."""
+
+    footprint = FSDP2Footprint
 
     def __init__(self, config: FSDP2Config, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed

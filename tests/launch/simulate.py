@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from launch.rehearsal import staged
-from pretrain.config.engine import FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.mesh import Mesh
 from pretrain.vocab.kernels.base import Kernels
@@ -58,7 +57,7 @@ def simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: K
 
 def _simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
     held = Held()
-    fake = isinstance(config.engine, FSDP2Config)
+    fake = not config.engine.reads_values
     with staged(config, rows, parallel, world, kernels, watching=held if fake else None) as stage:
         stage.step()  # in which DTensor and ZeRO-3 learn what comes
         gc.collect()

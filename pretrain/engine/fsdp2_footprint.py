@@ -1,0 +1,56 @@
+"""What FSDP2 holds and moves in a step. Not part of fsdp2.py: it is needed by plans, which run no engine."""
+
+from ..config.engine import FSDP2Config
+from ..placement import Transfer, Workload
+from ..vocab.shard import RowShard
+from .footprint import FP32, Shapes, agreements, numbers
+
+
+class FSDP2Footprint:
+    """Main weights are the only ones kept; a block's are gathered for it, and its gradient is reduced at once."""
+
+    formulas = "body / ranks · 4", "body / ranks · 8", "body / ranks · 4", "2 blocks · i, 1 gradient · 4"
+
+    def __init__(self, engine: FSDP2Config, shapes: Shapes, work: Workload, p: int, world: int) -> None:
+        self.engine, self.shapes, self.work, self.p, self.world = engine, shapes, work, p, world
+        self.ranks = p if engine.hsdp else world
+        self.stepped = sum(RowShard(0, self.ranks, shape[0]).rows_per_rank * shape[1:].numel() for shape in shapes.all)
+        self._held = 0 if engine.offload == "cpu" else self.stepped
+
+    @property
+    def weights(self) -> int:
+        return FP32 * self._held
+
+    @property
+    def moments(self) -> int:
+        return 2 * FP32 * self._held
+
+    def gradients(self, behind: int) -> int:
+        part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)
+        return round(FP32 * self._held * part)
+
+    def gathered(self, behind: int, in_block: bool) -> int:
+        block, rest = numbers(self.shapes.blocks[0]), numbers(self.shapes.rest)
+        last = behind == len(self.shapes.blocks) - 1  # then there is none to gather ahead
+        weights = 0
+        if not self.engine.reshard_after_forward:
+            weights = numbers(self.shapes.all)
+        elif in_block:
+            weights = (1 if last else 2) * block + rest
+        return self.work.itemsize * weights + FP32 * block * (behind > 0)
+
+    def transfers(self) -> list[Transfer]:
+        repeats, axis = self.work.micro_batches, "vocab" if self.engine.hsdp else "world"
+        gathers = repeats * (2 if self.engine.reshard_after_forward else 1)
+        parts = len(self.shapes.blocks) + 1
+        weights = gathers * self.stepped * self.work.itemsize
+        gradients = repeats * self.ranks * self.stepped * FP32
+        moved = [
+            Transfer("weights", "all-gather", axis, self.ranks, gathers * parts, weights, "body / ranks · i, twice"),
+            Transfer("gradients", "reduce-scatter", axis, self.ranks, repeats * parts, gradients, "body · 4"),
+            agreements(self.world),
+        ]
+        if self.engine.hsdp:
+            sums, others = self.stepped * FP32, self.world // self.p
+            moved.append(Transfer("replicas' gradients", "all-reduce", "dp", others, parts, sums, "body / p · 4"))
+        return moved
