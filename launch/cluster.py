@@ -1,32 +1,22 @@
-"""What a job asks of a cluster, as in conf/cluster/NAME.yaml; how it is submitted; and what Slurm says of it."""
+"""What a job asks of a cluster, as in conf/cluster/NAME.yaml, and the job that this makes."""
 
 import math
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import submitit
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from launch.hardware import HARDWARE
+from launch.hardware import HARDWARE, Hardware
+from launch.submission import Job
 
-ENDED = {
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
-    *("DEADLINE", "REVOKED"),
-}
-ANSWER_SECONDS = 120
 TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
 CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
 OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to use instead
@@ -137,8 +127,9 @@ class ClusterConfig:
         return self.nodes * self.ranks_of_a_node
 
     @property
-    def device_type(self) -> str:
-        return "cuda" if self.gpus_per_node else "cpu"
+    def hardware(self) -> Hardware:
+        """What a rank computes on."""
+        return HARDWARE[self.gpu or "cpu"]
 
     @property
     def minutes(self) -> int:
@@ -154,6 +145,20 @@ class ClusterConfig:
         each = f"{self.ranks_of_a_node} ranks" if self.ranks_of_a_node > 1 else "1 rank"
         of = f" on {self.gpu}" if self.gpu else ""
         return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{of}, at most {self.time}"
+
+    def job(
+        self,
+        folder: Path,
+        name: str,
+        setup: list[str],
+        mounts: list[Path],
+        calls: Sequence[Callable[[], object]],
+        options: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """A job for each of the calls, with logs in `folder`; options: further ones of sbatch."""
+        parameters = self.parameters(name, setup, mounts)
+        parameters["additional_parameters"] |= options or {}
+        return Job(folder, self.task_python, parameters, calls)
 
     def parameters(self, name: str, setup: list[str], mounts: list[Path]) -> dict[str, Any]:
         """What submitit's executor is told. `setup` comes after our lines; `mounts` is what the job needs."""
@@ -216,91 +221,6 @@ def plain_path(key: str, path: str) -> Path:
     if not re.fullmatch(r"[\w@+=./-]+", path, re.ASCII):
         raise ValueError(f"{key}={path} must hold letters, digits and @+=./_- alone")
     return Path(os.path.abspath(path))
-
-
-def submit(
-    folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]
-) -> list[submitit.Job[object]]:
-    """Hands one job to Slurm, or several as one array. ValueError with sbatch's own words where it refuses."""
-    executor = submitit.SlurmExecutor(folder, python=python)
-    executor.update_parameters(**parameters)
-    try:
-        with _outside_of_jobs(), redirect_stderr(StringIO()):  # on which submitit repeats what is in its error
-            return executor.submit_array(calls)
-    except (FailedJobError, FailedSubmissionError) as error:
-        said = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).splitlines()[:1]
-        raise ValueError(f"sbatch refuses the job: {'; '.join(said)}") from error
-
-
-@contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """In an interactive job: without its variables, which would be taken for settings of the new one."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
-    with submitit.helpers.clean_env():
-        os.environ.update(kept)
-        yield
-
-
-def script(folder: Path, python: str, parameters: dict[str, Any], calls: Sequence[Callable[[], object]]) -> str:
-    """What `submit` would hand to sbatch, to the letter. Needs no Slurm, and leaves nothing behind."""
-    with _rehearsal() as scratch:
-        job, *_ = submit(scratch, python, parameters, calls)
-        return job.paths.submission_file.read_text().replace(str(scratch), str(folder))
-
-
-@contextmanager
-def _rehearsal() -> Iterator[Path]:
-    """A folder for submitit, while an `srun` and an `sbatch` that do nothing stand before those of the system."""
-    with tempfile.TemporaryDirectory(prefix="rowshard-") as scratch:
-        for command in ("srun", "sbatch"):
-            path = Path(scratch, command)
-            path.write_text("#!/bin/sh\necho Submitted batch job 1\n")
-            path.chmod(0o700)
-        before = os.environ.get("PATH", os.defpath)
-        os.environ["PATH"] = os.pathsep.join([scratch, before])
-        try:
-            yield Path(scratch, "slurm")
-        finally:
-            os.environ["PATH"] = before
-
-
-def state(job: str) -> str | None:
-    """squeue's word for a job; None for one that Slurm has forgotten. OSError where Slurm does not answer."""
-    done = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T")
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise OSError(f"squeue does not say what job {job} does: {done.stderr.strip() or done.returncode}")
-    return done.stdout.split()[0] if done.stdout.strip() else None
-
-
-def alive(job: str) -> bool:
-    """Whether a job waits, runs, or is about to."""
-    now = state(job)
-    return now is not None and now not in ENDED
-
-
-def exit_code(job: str) -> int | None:
-    """Of a job that has ended: 0 if it was completed, its own code, or 128 + the signal; None if nobody knows."""
-    done = _ask("scontrol", "--oneliner", "show", "job", job)
-    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
-    if found is None and shutil.which("sacct"):
-        done = _ask("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
-        found = re.search(r"(\w+).*\|(\d+):(\d+)", done.stdout)
-    if found is None:
-        return None
-    word, code, signal = found[1], int(found[2]), int(found[3])
-    if word == "COMPLETED":
-        return 0
-    return code or (128 + signal if signal else 1)
-
-
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{command[0]} has not answered for {ANSWER_SECONDS} s") from None
 
 
 def _option(key: object) -> str:

@@ -33,13 +33,14 @@ from data_prep.durable import durable
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.tokenizer import BpeTokenizer
-from launch import cluster as slurm
 from launch import site
-from launch.cluster import ClusterConfig
+from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
+from launch.job_state import JOB_FILE, holder_of
 from launch.snapshot import Snapshot, import_from
+from launch.submission import Job
 
 PARTS, MANIFEST = "parts", "manifest"  # the steps' names, beside PREPARE
-CODE, JOB_FILE = "code", "job.json"
+CODE = "code"
 WARNING = signal.SIGUSR1  # comes cluster.warn_seconds before the time limit
 LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 
@@ -68,7 +69,7 @@ class TokenizeJobConfig(TokenizeConfig):
     def here(self) -> Path:
         """The folder to write, in full."""
         assert self.out is not None
-        return slurm.plain_path("out", self.out)
+        return plain_path("out", self.out)
 
     @property
     def jobs(self) -> Path:
@@ -146,10 +147,10 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     """
     if len(composed) > 1:
         raise ValueError("--multirun is not for tokenising: a command makes one folder")
-    slurm.need_cluster(composed[0])
+    need_cluster(composed[0])
     config = app.config_of(composed[0])
     assert isinstance(config, TokenizeJobConfig)
-    slurm.need_slurm(config.dry_run)
+    need_slurm(config.dry_run)
     site.check(config.cluster, config.dry_run)
     output = app.output_of(config, config.here)
     if output.finished():
@@ -159,7 +160,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     if config.dry_run:
         terminal.product()
         names = {step.name: step.name.upper() for step in steps}  # in place of numbers that are not known
-        print(*(slurm.script(*job_of(config, step, names, snapshot)) for step in steps), sep="\n")
+        print(*(job_of(config, step, names, snapshot).script() for step in steps), sep="\n")
         return []
     refuse_if_held(config)
     if steps[0].name == PARTS:
@@ -187,16 +188,17 @@ def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
     return [JobStage(PREPARE, [PREPARE]), parts, last]
 
 
-def job_of(
-    config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot
-) -> tuple[Path, str, dict[str, Any], list[CorpusTask]]:
-    """A step as `slurm.submit` takes it, given the ids of those before it."""
-    here = Path.cwd()
-    name, mounts = f"{config.here.name}-{step.name}", [config.here.parent, here]
-    parameters = config.cluster.parameters(name, [import_from(config.jobs / CODE / snapshot.name)], mounts)
-    parameters["additional_parameters"] |= step.dependency(jobs)
-    tasks = [CorpusTask(replace(config.tokenizing(), part=part), str(here)) for part in step.parts]
-    return config.jobs, config.cluster.task_python, parameters, tasks
+def job_of(config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot) -> Job:
+    """A step as Slurm is handed it, given the ids of those before it."""
+    here, tokenizing = Path.cwd(), config.tokenizing()
+    return config.cluster.job(
+        folder=config.jobs,
+        name=f"{config.here.name}-{step.name}",
+        setup=[import_from(config.jobs / CODE / snapshot.name)],
+        mounts=[config.here.parent, here],
+        calls=[CorpusTask(replace(tokenizing, part=part), str(here)) for part in step.parts],
+        options=step.dependency(jobs),
+    )
 
 
 def submit(
@@ -206,7 +208,7 @@ def submit(
     jobs: dict[str, list[submitit.Job[object]]] = {}
     try:
         for step in steps:
-            jobs[step.name] = slurm.submit(*job_of(config, step, ids_of(jobs), snapshot))
+            jobs[step.name] = job_of(config, step, ids_of(jobs), snapshot).submit()
     except BaseException:
         for job in chain.from_iterable(jobs.values()):
             job.cancel(check=False)
@@ -220,12 +222,8 @@ def ids_of(jobs: Mapping[str, list[submitit.Job[object]]]) -> dict[str, str]:
 
 
 def refuse_if_held(config: TokenizeJobConfig) -> None:
-    """ValueError while the jobs of an earlier command have not ended: of those the last waits for all others."""
-    try:
-        job = json.loads((config.jobs / JOB_FILE).read_text())["job"]
-    except FileNotFoundError:
-        return
-    if slurm.alive(job):
+    """Raises ValueError while the jobs of an earlier command have not ended; the last of them waits for all others."""
+    if job := holder_of(config.jobs):
         raise ValueError(
             f"out={config.out} is held by job {job} and those it waits for: cancel them, or wait for its end"
         )

@@ -1,51 +1,21 @@
-"""What to change so that a training fits its GPUs, or fills them. Apart from plan.py: it tells of one configuration.
+"""What to change so that a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
 
 The search is arithmetic. It tries a smaller train.micro_batch, more of engine.activation_checkpointing, an engine that
 shards more, engine.offload, and every vocab.parallel, alone and together.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol
 
 from data_prep.overrides import shown
 from launch.hardware import GIB, Hardware
-from launch.step import Item, total
+from launch.planner import Plan, Size
+from launch.step import total
 from pretrain.config.job import JobConfig
-from pretrain.placement import Transfer
 
 CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the least
-
-
-class Size(Protocol):
-    """A step with one value of vocab.parallel; see launch/plan.py."""
-
-    @property
-    def ranks(self) -> int: ...
-
-    @property
-    def seconds(self) -> tuple[float, float]: ...
-
-    @property
-    def memory(self) -> list[Item]: ...
-
-    @property
-    def links(self) -> list[Transfer]: ...
-
-
-class Plan(Protocol):
-    """A step with each of them; see launch/plan.py."""
-
-    @property
-    def sizes(self) -> Sequence[Size]: ...
-
-    @property
-    def chosen(self) -> Size: ...
-
-    @property
-    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -116,9 +86,8 @@ def _changes(config: JobConfig, world: int) -> Iterator[Change]:
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
     offloads = ["cpu"] if config.engine.offload == "none" else []
     engines = [(None, config.engine), *config.engine.sharding_more()]
-    for micro, kind, (setting, engine), offload in product(
-        [None, *smaller], [None, *kinds], engines, [None, *offloads]
-    ):
+    options = [None, *smaller], [None, *kinds], engines, [None, *offloads]
+    for micro, kind, (setting, engine), offload in product(*options):
         if offload and not engine.can_offload:
             continue
         given = [("train.micro_batch", micro), ("engine.activation_checkpointing", kind), ("engine.offload", offload)]

@@ -1,12 +1,10 @@
-"""What a cluster is asked for, and what is made of Slurm's answers."""
+"""What a cluster is asked for."""
 
 from pathlib import Path
 
 import pytest
 
-from launch import cluster
 from launch.cluster import ClusterConfig
-from tests.launch.fake_slurm import SACCT
 
 GPUS = {"gpus_per_node": 8, "gpu": "h100", "time": "1:00:00"}
 
@@ -92,61 +90,3 @@ def test_a_wrong_value_is_named_with_its_rule(changes, message):
     with pytest.raises(ValueError) as caught:
         ClusterConfig(**{"time": "1:00:00"} | changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_job_submitted_from_within_another_is_none_of_its(fake_slurm, tmp_path, monkeypatch):
-    fake_slurm.command("sbatch", "env | grep ^S > environment; echo Submitted batch job 12")
-    told = given({})
-    for variables, passed in (
-        ({"SBATCH_ACCOUNT": "ours", "SLURM_CONF": "/etc/slurm.conf"}, {"SBATCH_ACCOUNT", "SLURM_CONF"}),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "9"}, {"SLURM_CONF"}),
-    ):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        (job,) = cluster.submit(tmp_path / "slurm", "python3", told, [int])
-        environment = (fake_slurm.folder / "environment").read_text().splitlines()
-        assert job.job_id == "12"
-        assert {line.split("=")[0] for line in environment if line.startswith(("SLURM_", "SBATCH_"))} == passed
-
-
-def test_a_job_lives_until_it_has_ended_or_is_forgotten(fake_slurm):
-    for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
-        fake_slurm.states(state)
-        assert cluster.alive("12"), state
-    for state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"):
-        fake_slurm.states(state)
-        assert not cluster.alive("12"), state
-    fake_slurm.forget()
-    assert cluster.state("12") is None and not cluster.alive("12")
-
-
-def test_a_slurm_that_does_not_answer_is_an_error(fake_slurm):
-    fake_slurm.command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(OSError, match=r"job 12 does: .*Unable to contact"):
-        cluster.alive("12")
-
-
-@pytest.mark.parametrize(
-    "state,code,ours",
-    [
-        ("COMPLETED", "0:0", 0),
-        ("FAILED", "2:0", 2),
-        ("FAILED", "0:9", 137),
-        ("CANCELLED", "0:15", 143),
-        ("TIMEOUT", "0:0", 1),
-        ("NODE_FAIL", "0:0", 1),
-    ],
-)
-def test_how_a_job_has_ended(fake_slurm, state, code, ours):
-    fake_slurm.ended(state, code)
-    assert cluster.exit_code("12") == ours
-
-
-def test_a_forgotten_job_is_asked_of_the_accounts_where_there_are_any(fake_slurm):
-    assert cluster.exit_code("12") is None
-    fake_slurm.command("sacct", SACCT)
-    assert cluster.exit_code("12") is None, "accounts that know nothing of it"
-    (fake_slurm.folder / "accounts").write_text("CANCELLED by 0|0:15\n")
-    assert cluster.exit_code("12") == 143
-    (fake_slurm.folder / "accounts").write_text("COMPLETED|0:0\n")
-    assert cluster.exit_code("12") == 0

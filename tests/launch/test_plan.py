@@ -13,7 +13,8 @@ import pytest
 
 from launch.fit import fitting, larger, refusal
 from launch.hardware import GIB, HARDWARE
-from launch.plan import main, plan
+from launch.plan import main
+from launch.planner import plan
 from launch.step import total
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.benchmarks.plan import CASES, configured, planned_and_measured, step_of

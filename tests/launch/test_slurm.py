@@ -14,7 +14,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from launch import slurm
+from launch import job_state, slurm, training
 from launch.hardware import HARDWARE
 from launch.snapshot import Snapshot
 from pretrain.compose import build_config, load_config
@@ -50,8 +50,8 @@ def test_files_that_are_links_are_mounted_where_they_lie(tmp_path):
     (snapshot := tmp_path / "snapshots" / "rev").mkdir(parents=True)
     (tmp_path / "blobs" / "0f").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/0f")
-    assert slurm.folders_of(snapshot) == {tmp_path / "snapshots", tmp_path / "blobs"}
-    assert slurm.folders_of(tmp_path / "blobs") == {tmp_path}
+    assert training.folders_of(snapshot) == {tmp_path / "snapshots", tmp_path / "blobs"}
+    assert training.folders_of(tmp_path / "blobs") == {tmp_path}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def code() -> Snapshot:
 @pytest.fixture
 def command(data, code, monkeypatch, capsys):
     """The command in this process, for importing torch takes longer than all it does."""
-    monkeypatch.setattr(slurm, "ASK_EVERY", 0.01)
-    monkeypatch.setattr(slurm, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(slurm.Snapshot, "take", lambda: code)
+    monkeypatch.setattr(job_state, "ASK_EVERY", 0.01)
+    monkeypatch.setattr(job_state, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(Snapshot, "take", lambda: code)
 
     def run(arguments: str) -> Said:
         given = f"{arguments} data.path={data} vocab.size={VOCAB} {SMALL}".split()
@@ -207,7 +207,7 @@ def test_a_log_is_followed_through_a_requeue(command, fake_slurm, tmp_path, monk
     fake_slurm.command("sbatch", f"mkdir -p {log.parent}; echo first >> {log}; echo Submitted batch job 12")
     fake_slurm.states("PENDING", "RUNNING", "COMPLETED", "PENDING", "RUNNING", "COMPLETED", "COMPLETED")
     fake_slurm.ended("COMPLETED", "0:0")
-    monkeypatch.setattr(slurm, "show", show := Shown(slurm.show, log))
+    monkeypatch.setattr(job_state, "show", show := Shown(job_state.show, log))
     said = command(f"+cluster=cpu run.dir={tmp_path}/a tail=true")
     assert said.code == 0 and show.calls >= 6
     assert said.out.split("cancel: scancel 12\n")[1] == "first\n" + "more\n" * 3

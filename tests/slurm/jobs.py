@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.cluster import ENDED
+from launch.job_state import ENDED
 from pretrain.exits import RESTARTS_FILE
 from tests.pretrain.tiny import VOCAB
 from tests.reliability import steps_logged

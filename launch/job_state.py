@@ -1,0 +1,115 @@
+"""What becomes of submitted jobs: what Slurm says of one, which job holds a folder, and a log that is followed.
+
+Not part of submission.py: this is for jobs of earlier commands, too.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+from data_prep import terminal
+from data_prep.terminal import EXIT_INTERRUPTED
+
+JOB_FILE = "job.json"  # beside what a job makes: the job that was submitted last
+ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
+FORGOTTEN = "forgotten"
+ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
+    *("DEADLINE", "REVOKED"),
+}
+ANSWER_SECONDS = 120
+
+
+def state(job: str) -> str | None:
+    """squeue's word for a job; None for one that Slurm has forgotten. OSError where Slurm does not answer."""
+    done = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T")
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise OSError(f"squeue does not say what job {job} does: {done.stderr.strip() or done.returncode}")
+    return done.stdout.split()[0] if done.stdout.strip() else None
+
+
+def alive(job: str) -> bool:
+    """Whether a job waits, runs, or is about to."""
+    now = state(job)
+    return now is not None and now not in ENDED
+
+
+def exit_code(job: str) -> int | None:
+    """Of a job that has ended: 0 if it was completed, its own code, or 128 + the signal; None if nobody knows."""
+    done = _ask("scontrol", "--oneliner", "show", "job", job)
+    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
+    if found is None and shutil.which("sacct"):
+        done = _ask("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
+        found = re.search(r"(\w+).*\|(\d+):(\d+)", done.stdout)
+    if found is None:
+        return None
+    word, code, signal = found[1], int(found[2]), int(found[3])
+    if word == "COMPLETED":
+        return 0
+    return code or (128 + signal if signal else 1)
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} has not answered for {ANSWER_SECONDS} s") from None
+
+
+def holder_of(folder: Path) -> str | None:
+    """The job of `folder`/job.json, if it has not ended yet."""
+    try:
+        job: str = json.loads((folder / JOB_FILE).read_text())["job"]
+    except FileNotFoundError:
+        return None
+    return job if alive(job) else None
+
+
+def follow(job: submitit.Job[object]) -> int:
+    """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
+    terminal.product()
+    said, seen, ended, due = "", 0, 0, 0.0
+    try:
+        while ended < 2:  # a job that is requeued may seem to have ended for a moment
+            if time.monotonic() >= due:
+                now = _state(job.job_id)
+                ended = ended + 1 if now == FORGOTTEN or now in ENDED else 0
+                if now != said:
+                    print(f"job {job.job_id}: {now}", file=sys.stderr, flush=True)
+                said, due = now, time.monotonic() + ASK_EVERY
+            seen = show(job.paths.stdout, seen)
+            time.sleep(LOOK_EVERY)
+    except KeyboardInterrupt:
+        print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    show(job.paths.stdout, seen)
+    code = exit_code(job.job_id)
+    if code is None:
+        raise ValueError(f"Slurm has forgotten job {job.job_id}; its log: {job.paths.stdout}")
+    return code
+
+
+def _state(job: str) -> str:
+    try:
+        return state(job) or FORGOTTEN
+    except OSError as error:  # a controller that is being restarted
+        return str(error)
+
+
+def show(log: Path, seen: int) -> int:
+    """Prints what a log holds beyond the bytes that were seen; how many are seen now."""
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(seen)
+            new = stream.read()
+    except FileNotFoundError:
+        return seen
+    sys.stdout.buffer.write(new)
+    sys.stdout.buffer.flush()
+    return seen + len(new)

@@ -1,0 +1,146 @@
+"""A training's step with every size of the vocab axis, on given hardware: memory, traffic and time.
+
+Not part of plan.py, which is the command: a Slurm submit needs a plan, too, and fit.py searches among many.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from data_prep.columns import aligned
+from launch.hardware import Hardware
+from launch.step import Item, StepCost, total
+from pretrain.build import vocab_workload
+from pretrain.config.job import JobConfig
+from pretrain.placement import UPDATE, Machine, Transfer, choose_parallel, estimate
+from pretrain.precision import compute_dtype
+from pretrain.vocab.kernels import choose_kernels
+
+MIB = 2**20
+AXES = ("vocab", "dp", "world")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One step with `ranks` to a copy of the matrix. near, far: bytes that a rank sends within a node and to others, on
+    each axis. seconds: of the matrix and of the body.
+    """
+
+    ranks: int
+    phases: dict[str, list[Item]]
+    links: list[Transfer]
+    near: dict[str, float]
+    far: dict[str, float]
+    seconds: tuple[float, float]
+
+    @property
+    def memory(self) -> list[Item]:
+        """What is held when most is."""
+        return max(self.phases.values(), key=total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on that hardware with each size of the vocab axis, and the one that the run will take."""
+
+    hardware: Hardware
+    sizes: list[Size]
+    chosen: Size
+    tokens: int  # of a rank and step
+
+    @property
+    def memory(self) -> list[Item]:
+        return self.chosen.memory
+
+    @property
+    def peak_bytes(self) -> int:
+        return total(self.memory)
+
+    @property
+    def links(self) -> list[Transfer]:
+        return self.chosen.links
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.chosen.seconds)
+
+    def table(self) -> str:
+        return "\n\n".join([self._memory(), self._links(), self._sizes()])
+
+    def _memory(self) -> str:
+        phases = self.chosen.phases
+        header = ["a rank holds, MiB", *phases, ""]
+        rows = [
+            [items[0].name, *(f"{item.bytes / MIB:,.0f}" for item in items), f"  {items[0].formula}"]
+            for items in zip(*phases.values(), strict=True)
+        ]
+        of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
+        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), of])
+        return "\n".join(aligned([header, *rows], left=(0, -1)))
+
+    def _links(self) -> str:
+        rows = [["a rank sends, MiB a step", "axis", "calls", "", "", ""]]
+        for one in self.links:
+            sent = f"{one.sent / MIB:,.1f}"
+            rows.append(
+                [one.purpose, f"{one.axis} ({one.ranks})", f"{one.calls:,}", sent, f"  {one.kind}", one.formula]
+            )
+        return "\n".join(aligned(rows, left=(0, 4, 5)))
+
+    def _sizes(self) -> str:
+        header = ["ranks to a copy"]
+        for axis in AXES:
+            header += [f"{axis}: in node", "between"]
+        rows = [[*header, "ms a step", "tokens/s a rank", "peak MiB", ""]]
+        for size in self.sizes:
+            row = [f"{size.ranks:,}"]
+            for axis in AXES:
+                row += [f"{size.near[axis] / MIB:,.0f}", f"{size.far[axis] / MIB:,.0f}"]
+            seconds = sum(size.seconds)
+            row += [f"{seconds * 1e3:,.0f}", f"{self.tokens / seconds:,.0f}", f"{total(size.memory) / MIB:,.0f}"]
+            rows.append([*row, " <" * (size is self.chosen)])
+        return "\n".join(aligned(rows, left=(0, -1)))
+
+
+def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
+    """Plans for a vocabulary of `rows` on `world` ranks, `node` of them on each node.
+
+    Raises ValueError if the settings clash.
+    """
+    config.train.check_world(world)
+    dtype = compute_dtype(config.train, hardware.device, hardware.bf16)
+    kernels = choose_kernels(torch.device(hardware.device))
+    work = vocab_workload(config, rows, world, dtype.itemsize)
+    chosen = choose_parallel(config.vocab.parallel, work, Machine.of(hardware.device, world, node)).ranks
+    sizes = {
+        p: _size(StepCost(config, work, p, world, dtype, kernels), node, hardware)
+        for p in range(1, world + 1)
+        if world % p == 0
+    }
+    return Plan(hardware, list(sizes.values()), sizes[chosen], work.tokens * work.micro_batches)
+
+
+def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
+    links = [*step.of_matrix(), *step.of_body()]
+    near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
+    for one in links:
+        outside = one.sent * _outside(one, step, node)
+        near[one.axis] += one.sent - outside
+        far[one.axis] += outside
+    machine = hardware.machine(step.world, node, step.dtype.itemsize)
+    matrix = estimate(step.p, step.work, machine).seconds
+    body = step.of_body()
+    outside = sum(one.sent * _outside(one, step, node) for one in body)
+    moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
+    matmuls = step.flops / machine.flops
+    update = UPDATE * step.body.stepped / machine.memory
+    seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
+    return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
+
+
+def _outside(one: Transfer, step: StepCost, node: int) -> float:
+    """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
+    if step.world <= node or (one.axis == "vocab" and step.p <= node and node % step.p == 0):
+        return 0.0
+    here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
+    return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here

@@ -1,0 +1,252 @@
+"""A training on Slurm: check, plan and rehearse each run, then submit all as one job.
+
+Not part of slurm.py, which is the command and composes what is typed; corpus.py is the same for tokenising.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import submitit
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep import terminal
+from data_prep.command import warn
+from data_prep.durable import durable
+from data_prep.overrides import shown
+from launch import resume, site
+from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
+from launch.fit import refusal
+from launch.job import SlurmRank
+from launch.job_state import JOB_FILE, holder_of
+from launch.planner import plan
+from launch.rehearsal import rehearse
+from launch.restart import RestartConfig
+from launch.snapshot import Snapshot, import_from
+from launch.submission import Job
+from pretrain.announce import counts, parameters
+from pretrain.build import vocab_rows
+from pretrain.checks import check_job, check_logs, finished
+from pretrain.compose import build_config, config_text, freeze
+from pretrain.config.job import JobConfig, RunConfig
+from pretrain.data import Data
+from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
+
+
+@dataclass
+class LaunchConfig:
+    """What the command says besides the training."""
+
+    cluster: ClusterConfig = MISSING
+    restart: RestartConfig = field(default_factory=RestartConfig)
+    dry_run: bool = False
+    tail: bool = False
+
+
+@dataclass
+class Run:
+    """One training of the command."""
+
+    config: JobConfig
+    data: Data
+    rows: int  # of the vocabulary
+    model: str  # its parameter counts, in words
+
+    @property
+    def dir(self) -> Path:
+        return self.config.run_dir
+
+
+def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Job[object]]:
+    """Submits what was composed, each with its overrides, or prints it if `dry_run`. Returns the job to follow.
+
+    Raises ValueError: key, value, rule.
+    """
+    configs = [one for one, _ in composed]
+    ours = settings_of(configs)
+    need_slurm(ours.dry_run)
+    if len(configs) > 1 and any(one.resume for one in configs):
+        raise ValueError("resume is for one run: in a sweep each job has a folder of its own")
+    for one, overrides in composed:
+        resume.apply(one, overrides)
+    site.check(ours.cluster, ours.dry_run)
+    base = run_dir(configs)
+    for one, name in zip(configs, names([overrides for _, overrides in composed]), strict=True):
+        one.run.dir = str(base / name)
+    runs = [prepared(one, ours.cluster) for one in configs]
+    if not ours.dry_run and (runs := unfinished(runs)) == []:
+        return []
+    snapshot = Snapshot.take()
+    job = job_of(ours, base, runs, snapshot)
+    if ours.dry_run:
+        terminal.product()
+        print(job.script())
+        for run in runs:
+            print(f"# {run.config.path}\n# model: {run.model}\n{config_text(run.config)}")
+        return []
+    jobs = submit(job, ours, base, runs, snapshot)
+    return jobs if ours.tail else []
+
+
+def settings_of(composed: list[DictConfig]) -> LaunchConfig:
+    """Takes what is not the training's out of the composed configurations. ValueError unless they agree on it."""
+    found = []
+    for one in composed:
+        OmegaConf.set_struct(one, False)
+        need_cluster(one)
+        given = {item.name: one.pop(item.name) for item in fields(LaunchConfig)}
+        try:
+            found.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LaunchConfig), given)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+    if any(other != found[0] for other in found):
+        raise ValueError("--multirun is for settings of the training: one array has one cluster, restart and dry_run")
+    ours = found[0]
+    assert isinstance(ours, LaunchConfig)
+    if ours.tail and len(found) > 1:
+        raise ValueError("tail=true follows one job, not an array")
+    if ours.cluster.tasks != 1:
+        raise ValueError(
+            f"cluster.tasks={ours.cluster.tasks} is for tokenising; ranks: cluster.nodes and cluster.tasks_per_node"
+        )
+    return ours
+
+
+def run_dir(composed: list[DictConfig]) -> Path:
+    """run.dir in full: a job may have another current folder. ValueError where Slurm would read it in its own way."""
+    given, *others = {one.run.dir for one in composed}
+    RunConfig(given)
+    if others:
+        raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
+    return plain_path("run.dir", given)
+
+
+def names(overrides: Sequence[list[str]]) -> list[str]:
+    """A folder for each job of a sweep: the settings that not all have in common. Of a single job: none."""
+    common = set.intersection(*map(set, overrides))
+    own = ["_".join(one.lstrip("+") for one in job if one not in common) for job in overrides]
+    found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
+    if len(set(found)) < len(found):
+        raise ValueError(f"two jobs of this sweep would share the folder {max(found, key=found.count)}")
+    return found
+
+
+def prepared(composed: DictConfig, cluster: ClusterConfig) -> Run:
+    """A run that can be trained on that cluster, as far as can be known here. Raises ValueError: key, value, rule."""
+    run = checked(composed, cluster)
+    rehearse(run.config, run.rows, planned(run, cluster), cluster.ranks)
+    return run
+
+
+def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
+    """A run with valid settings, and with data and a checkpoint, if there is one, that match them."""
+    config, hardware = build_config(composed), cluster.hardware
+    config.resolve()
+    data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
+    check_logs(config)
+    rows = vocab_rows(config, data)
+    return Run(config, data, rows, parameters(config, *counts(config, rows), rows))
+
+
+def planned(run: Run, cluster: ClusterConfig) -> int:
+    """How many ranks will share a copy of the matrix. Raises ValueError if the cluster's GPU cannot hold the run."""
+    world, node, hardware = cluster.ranks, cluster.ranks_of_a_node, cluster.hardware
+    planner = partial(plan, rows=run.rows, world=world, node=node, hardware=hardware)
+    if cluster.gpu and (refused := refusal(run.config, world, planner, cluster.gpu, hardware)):
+        raise ValueError(f"{refused}; launch/plan.py shows what it is")
+    return planner(run.config).chosen.ranks
+
+
+def unfinished(runs: list[Run]) -> list[Run]:
+    """The runs that have something left to do; says so of the others."""
+    left = []
+    for run in runs:
+        done = finished(run.config, run.data)
+        if done is None:
+            left.append(run)
+        else:
+            print(done, flush=True)
+    return left
+
+
+def job_of(ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> Job:
+    """What Slurm is handed: one job, or an array of one per run."""
+    mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
+    lines = setup(runs, base / "code" / snapshot.name, ours.restart)
+    return ours.cluster.job(base / "slurm", base.name, lines, mounts, [SlurmRank(str(run.config.path)) for run in runs])
+
+
+def folders_of(path: Path) -> set[Path]:
+    """The folders with a folder's files: a snapshot of the hub has links, whose targets a container must see, too."""
+    return {path.parent, *(file.resolve().parent for file in path.glob("*") if file.is_symlink())}
+
+
+def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
+    """Lines of the job's script: the run's own code, and who decides how it goes on when the ranks have ended."""
+    python, run = shlex.quote(sys.executable), str(runs[0].dir)
+    lines = [import_from(code)]
+    if len(runs) > 1:
+        lines.append(f"runs=({' '.join(str(run.dir) for run in runs)})")
+        run = "${runs[$SLURM_ARRAY_TASK_ID]}"
+    close = f"{python} -m launch.job close {run} {restart.without_progress} {restart.delay}"
+    return [*lines, f"trap {shlex.quote(f'{close} || exit 1')} EXIT"]
+
+
+def submit(job: Job, ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> list[submitit.Job[object]]:
+    """Freezes settings and code into the runs, hands the job to Slurm, and prints what was submitted.
+
+    Raises ValueError if a run is in use or Slurm refuses; a folder that was not there before is gone then.
+    """
+    for run in runs:
+        refuse_if_held(run.dir)
+    new = not base.exists()
+    with ExitStack() as locks:
+        try:
+            for run in runs:
+                locks.enter_context(lock_run(run.dir, LAUNCH_LOCK))
+                refuse_if_held(run.dir)  # by a launcher that was quicker
+                with lock_run(run.dir, RANKS_LOCK):
+                    freeze(run.config, run.data)
+            snapshot.save(base / "code")
+            jobs = job.submit()
+        except (ValueError, OSError):
+            if new:
+                shutil.rmtree(base)
+            raise
+        for run, submitted in zip(runs, jobs, strict=True):
+            record(run, submitted, snapshot)
+        print(farewell(ours, base, runs, jobs), flush=True)  # last: a closed pipe must not leave a job unknown
+    return jobs
+
+
+def refuse_if_held(run: Path) -> None:
+    """Raises ValueError if a job that was submitted for this run has not ended yet."""
+    if job := holder_of(run):
+        raise ValueError(f"run.dir={run} is held by job {job}: wait for its end, or scancel {job}")
+
+
+def record(run: Run, job: submitit.Job[object], snapshot: Snapshot) -> None:
+    """RUN/job.json: which job has the run, where its log is, and what code it runs."""
+    known: dict[str, Any] = {"job": job.job_id, "submitted": round(time.time()), "log": str(job.paths.stdout)}
+    known |= {"code": snapshot.name, "commit": snapshot.commit}
+    with durable(run.dir / JOB_FILE) as file:
+        file.write(json.dumps(known, indent=1).encode() + b"\n")
+
+
+def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submitit.Job[object]]) -> str:
+    several, job = len(runs) > 1, jobs[0].job_id.split("_")[0]
+    lines = [f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()})"]
+    for run, submitted in zip(runs, jobs, strict=True):
+        lines += [f"run: {run.dir}", f"model: {run.model}", f"log: {submitted.paths.stdout}"]
+    lines.append(f"curves: {shown('tensorboard', '--logdir', str(base if several else base.parent))}")
+    return "\n".join([*lines, f"state: squeue -j {job}", f"cancel: scancel {job}"])
