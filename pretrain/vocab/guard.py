@@ -26,7 +26,7 @@ class GuardedRows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises RuntimeError if fully_shard puts a shard of the rows in their place."""
-        if name in ROWS and value is not None and type(value) is not nn.Parameter:
+        if name in ROWS and _is_sharded(value):
             raise RuntimeError(_RESHARDED)
         super().__setattr__(name, value)
 
@@ -71,6 +71,12 @@ _RESHARDED = (
     "the rows of a VocabParallelEmbedding are one rank's already and cannot be sharded again: give fully_shard"
     " ignored_params=set(vocab.parameters()), FullyShardedDataParallel ignored_states=[vocab], or either the body alone"
 )
+
+
+def _is_sharded(value: object) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def _refuse_part(module: nn.Module, prefix: str, keep_vars: bool) -> None:
