@@ -61,10 +61,11 @@ def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
     Two blocks stand for all, which are alike, and a micro-batch for all. DeepSpeed looks at numbers, so FSDP2 stands in
     for it. Nothing is compiled or offloaded.
     """
+    precision = "fp32" if config.train.precision == "fp32" else "auto"  # bf16 may be for GPUs alone, not for this CPU
     alone = replace(
         config,
         model=replace(config.model, layers=min(2, config.model.layers)),
-        train=replace(config.train, global_batch=config.train.micro_batch * world),
+        train=replace(config.train, global_batch=config.train.micro_batch * world, precision=precision),
         engine=FSDP2Config(activation_checkpointing=config.engine.activation_checkpointing),
     )
     try:
