@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch.restart import Decision, RestartConfig, decide
 from launch.supervisor import Supervisor
 from pretrain.exits import Exit
+from pretrain.memory import OutOfMemory, shortage_named
 from pretrain.stops import StopRequests
-from tests.pretrain.tiny import write_tokens
+from tests.pretrain.tiny import tiny_config, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.micro_batch=4"
@@ -20,6 +23,7 @@ CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.25 GiB is free."
     " If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF."
 )
+HELP = "To need less: train.micro_batch=2, or engine.activation_checkpointing=block, or vocab.parallel=2"
 FAULTS = {
     "GPU": (f"torch.OutOfMemoryError({CUDA!r})", "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"),
     "host": (
@@ -42,8 +46,18 @@ def short_of_memory(folder: Path, error: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_out_of_memory_ends_the_run_and_names_what_would_help(tmp_path, fault):
+def test_every_shortage_is_named_with_what_would_help(tmp_path, fault):
     error, message = FAULTS[fault]
+    config = tiny_config(tmp_path, tmp_path / "run", train__global_batch=8, train__micro_batch=4)
+    mesh = SimpleNamespace(device=torch.device("cpu"), world=2, replicas=2)
+    with pytest.raises(OutOfMemory) as caught, shortage_named(config, mesh):
+        raise eval(error)
+    said = str(caught.value)
+    assert message in said and "If reserved" not in said and said.endswith(f". {HELP}")
+
+
+def test_out_of_memory_ends_the_run_and_names_what_would_help(tmp_path):
+    error, message = FAULTS["GPU"]
     data, run = write_tokens(tmp_path / "tokens"), tmp_path / "run"
     command = f"launch/local.py nproc=2 data.path={data} vocab.size=307 run.dir={run} vocab.parallel=1 {SMALL}"
     done = subprocess.run(
@@ -57,9 +71,7 @@ def test_out_of_memory_ends_the_run_and_names_what_would_help(tmp_path, fault):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error on rank 1: ")]
     assert message in line and "If reserved" not in line
-    assert line.endswith(
-        ". To need less: train.micro_batch=2, or engine.activation_checkpointing=block, or vocab.parallel=2"
-    )
+    assert line.endswith(f". {HELP}")
     (end,) = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     assert (end["class"], end["rank"], end["decision"]) == ("OUT_OF_MEMORY", 1, "give up")
     assert end["why"] == "the same settings would run out of memory again" and message in end["last"]

@@ -8,13 +8,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.command import compose_settings
-from launch import resume
+from launch import local, resume
 from launch.restart import History, RestartConfig, cause, changes_at_start, decide
 from launch.supervisor import Record
 from pretrain.changes import keep_older, settings_changed, table
 from pretrain.compose import build_config, load_config, register_groups, write_config
 from pretrain.exits import Exit
-from tests.launch.test_local import run
+from tests.in_process import in_process
+from tests.launch.commands import run
 from tests.pretrain.tiny import write_tokens
 
 SMALL = "model.layers=1 model.width=16 model.heads=2 model.context=16 train.global_batch=4 train.micro_batch=2"
@@ -119,7 +120,7 @@ def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path)
     begin = f"data.path={write_tokens(tmp_path / 'tokens')} run.dir={folder} train.steps=6 {SMALL}"
     done = run(f"launch/local.py nproc=1 {begin} train.stop_after=2")
     assert done.returncode == 0, done.stderr
-    done = run(f"launch/local.py nproc=1 run.dir={folder}")
+    done = in_process(local.main, "nproc=1", f"run.dir={folder}")
     assert done.returncode == 0, done.stderr
     assert f"{folder} has reached train.stop_after=2 (step 2 of 6); train.stop_after=null goes further" in done.stdout
     done = run(f"launch/local.py nproc=1 resume={folder} train.stop_after=null optim.lr=5e-3 train.global_batch=8")
@@ -136,7 +137,7 @@ def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path)
     old = load_config(folder / "config-0001.yaml")
     assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (6e-4, 4, 2)
     for again in (f"resume={folder}", f"resume={folder} train.steps=5"):
-        done = run(f"launch/local.py nproc=1 {again}")
+        done = in_process(local.main, "nproc=1", *again.split())
         assert done.returncode == 0, done.stderr
         assert f"{folder} is finished (6 of" in done.stdout and "a larger train.steps goes further" in done.stdout
         assert len((folder / "restarts.jsonl").read_text().splitlines()) == 2, "no rank was started"

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import app
 from data_prep.durable import check_file, check_folder
 from data_prep.errors import DataError
+from launch import local as launcher
 from launch.local import farewell
 from pretrain import train
 from pretrain.checks import check_job, check_logs
 from pretrain.exits import Exit
+from pretrain.lens import __main__ as lens
+from tests.in_process import in_process
 from tests.pretrain.tiny import tiny_config, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,16 +90,16 @@ def test_a_run_with_nowhere_to_save_is_refused_before_anything_is_written(tokens
     run = tmp_path / "run"
     run.mkdir()
     nowhere(run / "checkpoints")
-    done = start("launch/local.py", *local(tokens, run))
+    done = in_process(launcher.main, *local(tokens, run))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"error: run.dir={run}: {run}/checkpoints is a link to /gone/away")
     assert [path.name for path in run.iterdir()] == ["checkpoints"]
 
 
-@pytest.mark.parametrize("command", ["-m pretrain.lens run=x text=a", "data_prep/tokenize.py corpus=stdlib"])
-def test_an_out_folder_that_leads_nowhere_is_refused_before_any_work(tmp_path, command):
+@pytest.mark.parametrize("main,settings", [(lens.main, "run=x text=a"), (app.main, "corpus=stdlib")])
+def test_an_out_folder_that_leads_nowhere_is_refused_before_any_work(tmp_path, main, settings):
     nowhere(tmp_path / "out")
-    done = start(*command.split(), f"out={tmp_path}/out/deeper")
+    done = in_process(main, *settings.split(), f"out={tmp_path}/out/deeper")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"error: out={tmp_path}/out/deeper: {tmp_path}/out is a link to /gone/away")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.build import build_model
+from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.config.engine import FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.data import Windows, open_corpus
@@ -15,6 +16,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.optim import VocabOptimizer, clip_factor
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.dense import DenseModel, dense_training, windows_of
+from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -144,3 +146,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(t
     with pytest.raises(AssertionError, match=r"FloatingPointError: the gradient's norm is (nan|inf) at step"):
         run_ranks(2, train_rank, config)
     assert saved_tensors(tmp_path / "run")
+
+
+def test_the_best_by_validation_loss_stays(tmp_path):
+    """Evaluated before it is saved, at the same step; a rate that is far too high makes the first the best."""
+    rules = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_best": 1, "eval__every": 2}
+    wild = {"optim__lr": 0.5, "optim__warmup_steps": 4, "optim__clip": 0.0}
+    stops = {"train__steps": 8, "train__stop_after": 6}
+    config = tiny_config(make_corpus(tmp_path / "data"), tmp_path / "run", **stops, **rules, **wild)
+    run_ranks(2, train_rank, config)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    kept = {step_of(folder): read_manifest(folder)["val_loss"] for folder in checkpoints(config.run_dir)}
+    assert best < 6 and kept == {step: losses[step] for step in (best, 6)} and len(losses) == 3
