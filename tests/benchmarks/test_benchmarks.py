@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import step, watching
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, lacks
+from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
 from tests.ranks import run_ranks
 
@@ -42,6 +45,15 @@ def table(*arguments: str) -> list[list[str]]:
     """The rows of the table that a benchmark prints."""
     command = [sys.executable, *(part for argument in arguments for part in argument.split())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return rows_of(done)
+
+
+def table_here(main: Callable[[], None], *arguments: str) -> list[list[str]]:
+    """Runs the benchmark in this process, so that its ranks are forked from the server of the other tests."""
+    return rows_of(in_process(main, *(part for argument in arguments for part in argument.split())))
+
+
+def rows_of(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -55,7 +67,7 @@ def test_the_head():
 
 def test_the_whole_step():
     """The three systems train alike: their losses are near, and the first two columns of ratios follow."""
-    rows = table("tests/benchmarks/step.py --vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1")
+    rows = table_here(step.main, "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1")
     losses = [float(row[-1]) for row in rows]
     assert len(rows) == 3 and max(losses) - min(losses) < 0.01 * losses[0]
 
@@ -75,7 +87,12 @@ def test_reading(tmp_path):
 
 @pytest.mark.parametrize("monitor", ["embedding", "lens"])
 def test_a_monitor(tmp_path, monitor):
+    """The first one in a process of its own."""
     small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
     data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 10"
-    rows = table(f"tests/benchmarks/watching.py --monitor {monitor} {data} --settings {small}")
+    arguments = f"--monitor {monitor} {data} --settings {small}"
+    if monitor == "embedding":
+        rows = table(f"tests/benchmarks/watching.py {arguments}")
+    else:
+        rows = table_here(watching.main, arguments)
     assert [row[0] for row in rows] == ["25", "50", "100", "250", "500"] and all(row[1].endswith("%") for row in rows)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -32,10 +33,10 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize("tie,precision", [("tied", "fp32"), ("untied", "auto")])
 def test_resuming_is_exact_to_the_last_bit(tmp_path, tie, precision):
     data = write_tokens(tmp_path / "tokens")
-    settings = {"train__steps": 40, "vocab__tie": tie, "train__precision": precision}
+    settings = {"train__steps": 20, "vocab__tie": tie, "train__precision": precision}
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
-    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", train__stop_after=20, **settings))
-    assert len(losses(tmp_path / "parts")) == 20
+    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", train__stop_after=10, **settings))
+    assert len(losses(tmp_path / "parts")) == 10
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", **settings))
     assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
     straight, parts = saved_tensors(tmp_path / "straight"), saved_tensors(tmp_path / "parts")
@@ -44,13 +45,22 @@ def test_resuming_is_exact_to_the_last_bit(tmp_path, tie, precision):
         assert torch.equal(tensor, parts[name]), f"{name} differs after resuming"
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory) -> Path:
+    """A folder with tokens, 20 steps of them, and the first 12 of the same run."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tokens(folder / "tokens")
+    run_ranks(2, train_rank, tiny_config(folder / "tokens", folder / "straight"))
+    run_ranks(2, train_rank, tiny_config(folder / "tokens", folder / "parts", train__stop_after=12))
+    return folder
+
+
 @pytest.mark.parametrize("world,vocab_parallel", [(1, 1), (4, 4), (4, 2)])
-def test_a_run_goes_on_at_another_world_size(tmp_path, world, vocab_parallel):
-    data = write_tokens(tmp_path / "tokens")
-    run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", train__steps=30))
-    run_ranks(2, train_rank, tiny_config(data, tmp_path / "parts", train__steps=30, train__stop_after=20))
-    run_ranks(world, train_rank, tiny_config(data, tmp_path / "parts", train__steps=30, vocab__parallel=vocab_parallel))
-    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "straight"), rtol=1e-5)
+def test_a_run_goes_on_at_another_world_size(on_two_ranks, tmp_path, world, vocab_parallel):
+    parts = Path(shutil.copytree(on_two_ranks / "parts", tmp_path / "parts"))
+    run_ranks(world, train_rank, tiny_config(on_two_ranks / "tokens", parts, vocab__parallel=vocab_parallel))
+    assert len(losses(parts)) == 20
+    np.testing.assert_allclose(losses(parts), losses(on_two_ranks / "straight"), rtol=1e-5)
 
 
 def test_the_position_is_counted_in_samples(tmp_path):

@@ -18,11 +18,13 @@ from data_prep.special_tokens import SpecialTokens
 from pretrain.checkpoint import CheckpointRows, checkpoints
 from pretrain.generate import GenerateConfig, generate
 from pretrain.interop import export, folder, load_model
+from pretrain.interop import hf as hugging_face
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 from pretrain.models.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
+from tests.in_process import in_process
 from tests.pretrain.interop import memory, models
 from tests.pretrain.interop.models import KINDS, VOCAB
 from tests.ranks import run_ranks
@@ -340,13 +342,13 @@ def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
 
 
 def test_commands_and_their_mistakes(hf, tmp_path):
-    """The command itself, in a process of its own."""
+    """The first one in a process of its own."""
 
     def command(*arguments: str):
-        return python("-m", "pretrain.interop.hf", *arguments, cwd=ROOT)
+        return in_process(hugging_face.main, *arguments)
 
     run, out, source = tmp_path / "run", tmp_path / "out", hf("gpt2 tied")
-    done = command("import", f"hf={source}", f"run={run}", "seed=3")
+    done = python("-m", "pretrain.interop.hf", "import", f"hf={source}", f"run={run}", "seed=3", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{run}/checkpoints/step-00000000: 0.0M parameters, 260 rows, tied")
     assert "seed: 3" in (run / "config.yaml").read_text()

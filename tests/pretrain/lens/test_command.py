@@ -18,6 +18,7 @@ from pretrain.data import open_data
 from pretrain.interop import hf
 from pretrain.lens import __main__ as program
 from pretrain.lens.examples import EXAMPLES
+from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -37,9 +38,12 @@ def run(tmp_path_factory) -> Path:
     return folder / "a"
 
 
-def lens(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "pretrain.lens", *arguments]
+def lens(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Alone in this process; several ranks in processes of their own."""
+    if ranks == 1:
+        return in_process(program.main, *arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "pretrain.lens"]
+    command += arguments
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -140,9 +144,6 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
         (["hf=x", "step=3", "text=a"], "step=3 must be null with hf=x"),
     ],
 )
-def test_a_wrong_setting_is_one_line(run, settings, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lens", *(setting.format(run=run) for setting in settings or ["out=x"])])
-    with pytest.raises(SystemExit) as ended:
-        program.main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and message in error, error
+def test_a_wrong_setting_is_one_line(run, settings, message):
+    done = lens(*(setting.format(run=run) for setting in settings or ["out=x"]))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
