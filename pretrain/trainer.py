@@ -16,7 +16,7 @@ from .data import Batch, BatchLoader, MicroBatch
 from .engine import Engine
 from .mesh import Mesh
 from .models.language_model import LanguageModel
-from .optim import VocabOptimizer, clip_factor
+from .optim import VocabOptimizer, clip_factor, lr_at
 from .stops import StopCheck, StopReason
 from .vocab.collectives import on_host
 from .vocab.lookup import LookupTraffic
@@ -118,7 +118,7 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {self.state.step + 1}: nothing was changed by this step;"
                 " lower optim.lr or raise optim.warmup_steps, and run again from the last checkpoint"
             )
-        lr = self.optim.lr_at(self.state.step, self.loop.steps)
+        lr = lr_at(self.optim, self.state.step, self.loop.steps)
         self.before_update()
         self.engine.step(lr, factor)
         self.matrix.step(lr, factor)

@@ -21,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..config.checkpoint import CheckpointConfig
-from ..engine import FIRST_MOMENT, SECOND_MOMENT
 from ..mesh import Mesh
 from ..monitor import SEEN
+from ..optim import STATE_PREFIX
 from .folder import (
     FORMAT_VERSION,
     UNFINISHED,
@@ -45,7 +45,6 @@ from .state import ModelState, TrainState, check_shards, restore_rng, rng_state,
 from .tensor_file import Slice, file_name, write_slices
 
 T = TypeVar("T")
-MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
@@ -122,7 +121,7 @@ class CheckpointManager:
         return final
 
     def wait_for_copy(self) -> None:
-        """Until this rank may change its weights and moments, with an asynchronous save at work. Not collective."""
+        """Waits until this rank may change its weights and their states: a save may be copying them. Not collective."""
         self._taken.wait()
 
     def failed(self) -> bool:
@@ -178,7 +177,7 @@ class CheckpointManager:
         missing = set(manifest["tensors"]) - set(tensors) - {SEEN}
         if missing:
             raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
-        parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTS)}
+        parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE_PREFIX)}
         read_tensors(folder, parameters if manifest.get("weights_only") else tensors, alone=False)
         state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
         self.model.load(tensors, state.step)

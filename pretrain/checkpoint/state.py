@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..engine import FIRST_MOMENT, SECOND_MOMENT, Engine
+from ..engine import Engine
 from ..mesh import Mesh
 from ..monitor import SEEN, Seen
-from ..optim import VocabOptimizer, set_moments
+from ..optim import VocabOptimizer
 from ..vocab import VocabParallelEmbedding, VocabShard
 from ..vocab.collectives import on_host
 from ..vocab.full_state import rows_dtensor
@@ -36,8 +36,8 @@ class TrainState:
 
 
 class ModelState:
-    """All tensors of a run, body and matrix, parameters (fp32) and both moments, as DTensors; and what was seen, if a
-    monitor counts.
+    """All tensors of a run, body and matrix, parameters (fp32) and optimizer states, as DTensors; and what was seen, if
+    a monitor counts.
     """
 
     def __init__(
@@ -59,17 +59,15 @@ class ModelState:
         """To be written, or to be filled in place and handed to `load`."""
         state = self.engine.state()
         for name, rows in self.vocab.named_rows().items():
-            moments = self.matrix.adamw.state[rows]
-            state[name] = matrix_dtensor(rows.detach(), self.vocab.shard, self.mesh)
-            state[FIRST_MOMENT + name] = matrix_dtensor(moments["exp_avg"], self.vocab.shard, self.mesh)
-            state[SECOND_MOMENT + name] = matrix_dtensor(moments["exp_avg_sq"], self.vocab.shard, self.mesh)
+            for saved, tensor_vD in self.matrix.optimizer.tensors(name, rows).items():
+                state[saved] = matrix_dtensor(tensor_vD, self.vocab.shard, self.mesh)
         if self.seen is not None:
             state[SEEN] = matrix_dtensor(self.seen.gather(), self.vocab.shard, self.mesh)
         return state
 
     def load(self, tensors: dict[str, DTensor], step: int) -> None:
         self.engine.load(tensors, step)
-        set_moments(self.matrix.adamw, step)
+        self.matrix.optimizer.load(step)
 
     def digests(self) -> dict[str, tuple[int, int] | None]:
         """Of this rank's rows of each matrix; None where it has none but padding, which all look alike."""

@@ -39,21 +39,6 @@ class OptimConfig:
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1)")
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of the step, counted from 0, in a schedule of that many steps."""
-        warmup = self.warmup(steps)
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        floor = self.lr * self.min_lr_ratio
-        if self.schedule == "cosine":
-            done = (step - warmup) / max(1, steps - 1 - warmup)
-            return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        decay = self.decay(steps)
-        if decay == 0:
-            return self.lr
-        left = (steps - 1 - step) / decay
-        return floor + (self.lr - floor) * min(1.0, max(0.0, left))
-
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up in a schedule of that many."""
         if self.warmup_steps is not None:

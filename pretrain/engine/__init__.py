@@ -1,5 +1,5 @@
 """Engines: what shards and steps the body."""
 
-from .base import FIRST_MOMENT, SECOND_MOMENT, Engine
+from .base import Engine
 
-__all__ = ["FIRST_MOMENT", "SECOND_MOMENT", "Engine"]
+__all__ = ["Engine"]

@@ -8,8 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
 
-FIRST_MOMENT, SECOND_MOMENT = "optim.exp_avg.", "optim.exp_avg_sq."  # before the parameter's name, in a state
-
 
 class Engine(Protocol):
     """Shards a body over all ranks of the mesh, and owns its gradients and its optimizer.
@@ -36,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, DTensor]:
-        """By full name: fp32 parameters and both moments. To be filled in place before `load`."""
+        """By full name: fp32 parameters and the optimizer's state. To be filled in place before `load`."""
         ...
 
     def load(self, state: dict[str, DTensor], step: int) -> None:

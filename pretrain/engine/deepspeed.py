@@ -1,6 +1,6 @@
 """DeepSpeed over all ranks. ZeRO stage 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too.
 
-DeepSpeed is handed a body and an AdamW and nothing else: batches, clipping, schedule, precision and checkpoints are
+DeepSpeed is handed a body and an optimizer and nothing else: batches, clipping, schedule, precision and checkpoints are
 ours. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
 """
 
@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor, Shard
 from ..config.engine import DeepSpeedConfig
 from ..config.optim import OptimConfig
 from ..mesh import Mesh, name_rank
-from ..optim import build_adamw, set_moments
+from ..optim import body_optimizer, saved_name
 from ..vocab import summed
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
 from .deepspeed_footprint import LARGEST_BUCKET, DeepSpeedFootprint
-from .zero import MAIN, MOMENTS, weights_at
+from .zero import MAIN, weights_at
 
 
 class DeepSpeedEngine:
-    """Main weights, gradients and moments are fp32; at stages 1 to 3 the module itself is in `compute_dtype`.
+    """Main weights, gradients and optimizer states are fp32; at stages 1 to 3 the module itself is in `compute_dtype`.
 
     Stage 0 has one set of weights, fp32, and computes under autocast.
     """
@@ -60,18 +60,18 @@ class DeepSpeedEngine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
             deepspeed.utils.set_z3_leaf_module(block, True)
-        self.adamw = build_adamw(self.optim, self.parameters.values())
+        self.optimizer = body_optimizer(self.optim).build(self.parameters.values(), self.optim)
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self.engine, *_ = deepspeed.initialize(
                 model=body,
-                optimizer=self.adamw,
+                optimizer=self.optimizer.stepper,
                 config=deepspeed_json(self.config, low_precision and self.config.zero_stage > 0, numbers),
                 dist_init_required=False,  # the group is there; else it would look for MPI
             )
-        self.weights = weights_at(self.config.zero_stage, low_precision)(self.engine.optimizer, self.adamw, mesh)
-        set_moments(self.adamw, 0, self.weights.stepped())
-        self.weights.link_moments()
+        self.weights = weights_at(self.config.zero_stage, low_precision)(self.engine.optimizer, self.optimizer, mesh)
+        self.optimizer.load(0, self.weights.stepped())
+        self.weights.link_states()
         for name, values in initial.items():  # DeepSpeed's own main weights are rounded to the compute dtype
             self.weights.write(self.parameters[name], values.full_tensor(), MAIN)
         return summed(self.engine, mesh.flat.get_group())  # it averages gradients over ranks
@@ -85,25 +85,27 @@ class DeepSpeedEngine:
         return self.weights.grad_norm()
 
     def step(self, lr: float, clip: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         self.weights.clip(clip)
         self.engine.step()
 
     def state(self) -> dict[str, DTensor]:
         """Copies of this rank's rows, cut as FSDP2 cuts. Gathers one parameter at a time, and keeps its slice."""
         return {
-            kind + name: self._slice(name, self.weights.read(parameter, kind))
+            saved_name(name, kind): self._slice(name, self.weights.read(parameter, kind))
             for name, parameter in self.parameters.items()
-            for kind in (MAIN, *MOMENTS)
+            for kind in self._kinds(name)
         }
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
         """Gathers one parameter at a time, and keeps what this rank holds of it."""
         for name, parameter in self.parameters.items():
-            for kind in (MAIN, *MOMENTS):
-                self.weights.write(parameter, state[kind + name].full_tensor(), kind)
-        set_moments(self.adamw, step, self.weights.stepped())
+            for kind in self._kinds(name):
+                self.weights.write(parameter, state[saved_name(name, kind)].full_tensor(), kind)
+        self.optimizer.load(step, self.weights.stepped())
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        return MAIN, *self.optimizer.state_names(self.shapes[name])
 
     def _initial(self, body: nn.Module, name: str) -> DTensor:
         rows = self._rows(name)

@@ -10,15 +10,14 @@ from torch.distributed.tensor import DTensor
 from ..config.engine import FSDP2Config
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from ..optim import apply_clip, build_adamw, global_norm, set_moments, step_at
+from ..optim import apply_clip, body_optimizer, global_norm
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
-from .base import FIRST_MOMENT, SECOND_MOMENT
 from .fsdp2_footprint import FSDP2Footprint
 
 
 class FSDP2Engine:
-    """Main weights, gradients and moments are fp32 shards; matmuls run in `compute_dtype`."""
+    """Main weights, gradients and optimizer states are fp32 shards; matmuls run in `compute_dtype`."""
 
     footprint = FSDP2Footprint
 
@@ -54,8 +53,8 @@ class FSDP2Engine:
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
-        self.adamw = build_adamw(self.optim, self.parameters.values())  # type: ignore[arg-type]
-        set_moments(self.adamw, step=0)
+        self.optimizer = body_optimizer(self.optim).build(self.parameters.values(), self.optim)  # type: ignore[arg-type]
+        self.optimizer.load(step=0)
         return body
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
@@ -70,20 +69,17 @@ class FSDP2Engine:
 
     def step(self, lr: float, clip: float) -> None:
         apply_clip(self._local_gradients(), clip)
-        step_at(self.adamw, lr)
+        self.optimizer.step(lr)
 
     def state(self) -> dict[str, DTensor]:
         """The live shards themselves: filling them in place is loading them."""
         state: dict[str, DTensor] = {}
         for name, parameter in self.parameters.items():
-            moments = self.adamw.state[parameter]
-            state[name] = parameter.detach()  # type: ignore[assignment]
-            state[FIRST_MOMENT + name] = moments["exp_avg"]
-            state[SECOND_MOMENT + name] = moments["exp_avg_sq"]
+            state |= self.optimizer.tensors(name, parameter)  # type: ignore[arg-type]
         return state
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
-        set_moments(self.adamw, step)
+        self.optimizer.load(step)
 
     def _local_gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters.values() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps fp32 weights and their moments, at each stage of ZeRO, and the norm of the gradients."""
+"""Where DeepSpeed keeps fp32 weights and optimizer states, at each stage of ZeRO, and the norm of the gradients."""
 
 from typing import Any
 
@@ -6,28 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from ..mesh import Mesh
-from ..optim import apply_clip, global_norm
-from .base import FIRST_MOMENT, SECOND_MOMENT
+from ..optim import Optimizer, apply_clip, global_norm
 
-MAIN, MOMENTS = "", {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}
+MAIN = ""  # the kind of a main weight; the others are names of its state
 
 
 class Stage0Weights:
     """Stage 0: every rank holds all, and DeepSpeed sums gradients only."""
 
-    def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, mesh: Mesh) -> None:
-        self.optimizer, self.adamw, self.mesh = optimizer, adamw, mesh
+    def __init__(self, zero: Any, optimizer: Optimizer, mesh: Mesh) -> None:
+        self.zero, self.optimizer, self.mesh = zero, optimizer, mesh  # zero: DeepSpeed's optimizer around ours
 
     def stepped(self) -> list[Tensor]:
-        """The tensors that AdamW steps, and under which it keeps their moments."""
-        return [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+        """The tensors that are stepped, and under which their states are kept."""
+        return self.optimizer.parameters
 
-    def link_moments(self) -> None:
-        """To be called once the moments are there."""
+    def link_states(self) -> None:
+        """To be called once the states are there."""
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole main weight, or one of its moments, fp32."""
-        return self.adamw.state[parameter][MOMENTS[kind]] if kind else parameter.detach()
+        """The whole main weight, or a tensor of its state, fp32."""
+        return self.optimizer.state_of(parameter)[kind] if kind else parameter.detach()
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
         """Sets it, and with a main weight what the next forward computes with."""
@@ -41,39 +40,39 @@ class Stage0Weights:
         apply_clip(self._gradients(), factor)
 
     def _gradients(self) -> list[Tensor]:
-        """What AdamW will be handed here, to be changed in place."""
+        """What the optimizer will be handed here, to be changed in place."""
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
 
 
 class Stage1And2Weights(Stage0Weights):
-    """Stages 1 and 2: AdamW steps this rank's part of all weights, laid end to end, in fp32.
+    """Stages 1 and 2: the optimizer steps this rank's part of all weights, laid end to end, in fp32.
 
     DeepSpeed's own norm is an fp32 sum that depends on how the weights are cut. From stage 1 on it takes that at each
     step, and skips the step if it overflows; it is given 0 instead, for the norm was looked at and the clip is done.
     """
 
-    def __init__(self, optimizer: Any, adamw: torch.optim.AdamW, mesh: Mesh) -> None:
-        super().__init__(optimizer, adamw, mesh)
+    def __init__(self, zero: Any, optimizer: Optimizer, mesh: Mesh) -> None:
+        super().__init__(zero, optimizer, mesh)
         self._replace_norm(torch.zeros((), device=mesh.device))
 
     def _replace_norm(self, norm: Tensor) -> None:
-        self.optimizer.scaled_global_norm = lambda: norm
+        self.zero.scaled_global_norm = lambda: norm
 
-    def link_moments(self) -> None:
-        self.optimizer._lazy_init_hp_params_optimizer_state()  # else its first step does
+    def link_states(self) -> None:
+        self.zero._lazy_init_hp_params_optimizer_state()  # else its first step does
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if kind:
-            return safe_get_full_optimizer_state(parameter, MOMENTS[kind])
+            return safe_get_full_optimizer_state(parameter, kind)
         return safe_get_full_fp32_param(parameter)
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if kind:
-            safe_set_full_optimizer_state(parameter, whole, MOMENTS[kind])
+            safe_set_full_optimizer_state(parameter, whole, kind)
         else:
             safe_set_full_fp32_param(parameter, whole)
             parameter.detach().copy_(whole)
@@ -85,32 +84,32 @@ class Stage1And2Weights(Stage0Weights):
     def _gradients(self) -> list[Tensor]:
         if self._offloaded():
             return super()._gradients()
-        return [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
+        return [part for parts in self.zero.averaged_gradients.values() for part in parts]
 
     def _offloaded(self) -> bool:
         """Returns True if gradients are in the host's memory, and waits until they are."""
-        if self.optimizer.cpu_offload:
-            self.optimizer._wait_for_offload_copies()
-        return self.optimizer.cpu_offload
+        if self.zero.cpu_offload:
+            self.zero._wait_for_offload_copies()
+        return self.zero.cpu_offload
 
 
 class Stage1BF16Weights(Stage1And2Weights):
     """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own."""
 
     def _replace_norm(self, norm: Tensor) -> None:
-        self.optimizer.get_grads_for_norm = lambda: ([norm], {})
+        self.zero.get_grads_for_norm = lambda: ([norm], {})
 
     def _gradients(self) -> list[Tensor]:
-        return self.optimizer.fp32_groups_gradient_flat_partition
+        return self.zero.fp32_groups_gradient_flat_partition
 
 
 class Stage3Weights(Stage1And2Weights):
     """Stage 3: each parameter is cut on its own, flat, the last part padded."""
 
     def stepped(self) -> list[Tensor]:
-        return self.optimizer.fp32_partitioned_groups_flat
+        return self.zero.fp32_partitioned_groups_flat
 
-    def link_moments(self) -> None:
+    def link_states(self) -> None:
         pass
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
@@ -121,17 +120,17 @@ class Stage3Weights(Stage1And2Weights):
         mine = whole.flatten()[self.mesh.rank * size :][:size]
         mine = nn.functional.pad(mine, (0, size - len(mine)))
         if kind:
-            safe_set_local_optimizer_state(parameter, mine, MOMENTS[kind])
+            safe_set_local_optimizer_state(parameter, mine, kind)
             return
         safe_set_local_fp32_param(parameter, mine)
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.detach().copy_(whole)
 
     def _replace_norm(self, norm: Tensor) -> None:
-        self.optimizer._get_norm_groups = lambda: [norm]
+        self.zero._get_norm_groups = lambda: [norm]
 
     def _offloaded(self) -> bool:
-        return self.optimizer.offload_optimizer  # backward has waited
+        return self.zero.offload_optimizer  # backward has waited
 
 
 def weights_at(stage: int, low_precision: bool) -> type[Stage0Weights]:

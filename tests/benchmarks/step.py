@@ -31,7 +31,7 @@ from pretrain.data.loader import Batch, MicroBatch
 from pretrain.mesh import Mesh
 from pretrain.models.gpt2 import GPT2Config
 from pretrain.models.language_model import LanguageModel
-from pretrain.optim import VocabOptimizer, build_adamw
+from pretrain.optim import VocabOptimizer, body_optimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
@@ -148,7 +148,7 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
         else:
             values = whole.body.initial_rows(name.removeprefix("body."), 0, rows.start, rows.stop)
         parameter.detach().to_local().copy_(values)
-    adamw = build_adamw(optim, whole.parameters())
+    optimizer = body_optimizer(optim).build(whole.parameters(), optim)
     mine = ids_as_in_text(vocab, sequences, model.context, mesh.world)[mesh.rank]
     targets = mesh.world * sequences * model.context
 
@@ -156,8 +156,7 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
         loss = whole(mine[:, :-1].contiguous(), mine[:, 1:].contiguous()) / targets
         loss.backward()
         nn.utils.clip_grad_norm_(whole.parameters(), optim.clip)
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step(optim.lr)
         total = loss.detach()
         dist.all_reduce(total)
         return float(total)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.config.job import JobConfig
 from pretrain.data import IGNORED, Order, PackedWindows, Windows, open_corpus
-from pretrain.optim import build_adamw
+from pretrain.optim import body_optimizer, lr_at
 from pretrain.vocab import VocabParallelEmbedding, VocabShard
 from tests.pretrain.tiny import VOCAB
 
@@ -68,17 +68,14 @@ class Dense(NamedTuple):
 def dense_training(config: JobConfig) -> Dense:
     """A plain training loop: AdamW, clip, schedule."""
     model = DenseModel(config, torch.float32)
-    adamw = build_adamw(config.optim, model.parameters())
+    optimizer = body_optimizer(config.optim).build(model.parameters(), config.optim)
     losses, norms = [], []
     for step in range(config.train.steps):
         loss = (model.loss_of_documents if config.data.masked else model.loss)(*windows_of(config, step))
         losses.append(float(loss.detach()))
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
-        for group in adamw.param_groups:
-            group["lr"] = config.optim.lr_at(step, config.train.steps)
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step(lr_at(config.optim, step, config.train.steps))
     weights = {name: parameter.detach() for name, parameter in model.body.named_parameters()}
     weights["embedding.weight"] = model.weight.detach()
     if model.head_weight is not None:

@@ -16,6 +16,7 @@ from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checks import check_job
 from pretrain.config.job import JobConfig
 from pretrain.data import IGNORED
+from pretrain.optim import lr_at
 from tests.pretrain.dense import DenseModel, windows_of
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -57,7 +58,7 @@ def dense_untied_training(config: JobConfig) -> Truth:
             p.grad = None
         loss.backward()
         norm = sum(float(p.grad.square().sum()) for p in parameters.values()) ** 0.5
-        factor, lr = min(1.0, optim.clip / (norm + 1e-6)), optim.lr_at(step, config.train.steps)
+        factor, lr = min(1.0, optim.clip / (norm + 1e-6)), lr_at(optim, step, config.train.steps)
         with torch.no_grad():
             for name, p in parameters.items():
                 gradient = p.grad * factor
@@ -127,8 +128,8 @@ def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
 
     def watched(self, batch):
         if self.state.step == AT:
-            vocab, state = self.model.vocab, self.matrix.adamw.state
-            one, other = state[vocab.weight], state[vocab.head_weight]
+            vocab, optimizer = self.model.vocab, self.matrix.optimizer
+            one, other = optimizer.state_of(vocab.weight), optimizer.state_of(vocab.head_weight)
             seen.extend(torch.equal(one[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
             seen.append(torch.equal(vocab.weight, vocab.head_weight) and vocab.weight is not vocab.head_weight)
             seen.append(one["exp_avg"].data_ptr() != other["exp_avg"].data_ptr())

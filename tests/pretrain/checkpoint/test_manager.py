@@ -83,8 +83,8 @@ def load(rank, world, run, changes=None):
     state, _ = manager.restore(no_warning)
     steps = {
         float(s["step"])
-        for adamw in (manager.model.engine.adamw, manager.model.matrix.adamw)
-        for s in adamw.state.values()
+        for optimizer in (manager.model.engine.optimizer, manager.model.matrix.optimizer)
+        for s in optimizer.stepper.state.values()
     }
     return is_filled(manager) and state == POSITION and steps == {POSITION.step}, torch.rand(4)
 

@@ -61,7 +61,7 @@ def test_ten_steps_agree_for_every_layout_and_engine(tokens):
 
 
 def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
-    """Norm of one backward's gradient, and of what AdamW is handed after a clip by 1/2."""
+    """Norm of one backward's gradient, and of what the optimizer is handed after a clip by 1/2."""
     engine, model, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
     hidden_BTD = torch.randn(2, 16, config.model.width, generator=torch.Generator().manual_seed(rank))
     hidden_BTD = hidden_BTD.to(model.vocab.compute_dtype).requires_grad_()
@@ -69,13 +69,13 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
     whole = float(engine.grad_norm())
     handed = torch.zeros((), dtype=torch.float64)
 
-    def count(adamw, args, kwargs):
-        for group in adamw.param_groups:
+    def count(stepper, args, kwargs):
+        for group in stepper.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
                 handed.add_(gradient.double().square().sum())
 
-    engine.adamw.register_step_pre_hook(count)
+    engine.optimizer.stepper.register_step_pre_hook(count)
     engine.step(1e-3, clip=0.5)
     if config.engine.title != "deepspeed ZeRO-0":  # else every rank is handed all
         dist.all_reduce(handed)
@@ -84,7 +84,7 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_adamw_is_handed_the_clipped_gradient_of_that_norm(tokens, engine, precision):
+def test_optimizer_is_handed_the_clipped_gradient_of_that_norm(tokens, engine, precision):
     """A block of 3 million numbers."""
     name, *offload = engine.split()
     config = config_of(tokens, tokens.parent / "clip", name, 1, model__width=512, train__precision=precision)

@@ -21,7 +21,7 @@ from pretrain.data import IGNORED, open_data
 from pretrain.interop import check_initial
 from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
-from pretrain.optim import build_adamw
+from pretrain.optim import body_optimizer, lr_at
 from pretrain.vocab import VocabConfig
 from tests.data_prep.commands import small_spec
 from tests.pretrain.dense import windows_of
@@ -67,17 +67,14 @@ def config_of(folder: Path, kind: str, name: str, **changes):
 def losses_of_transformers(folder: Path, kind: str) -> list[float]:
     """A plain loop around their model."""
     config, model = config_of(folder, kind, "unused"), models.load(folder / kind)
-    adamw, losses = build_adamw(config.optim, model.parameters()), []
+    optimizer, losses = body_optimizer(config.optim).build(model.parameters(), config.optim), []
     for step in range(STEPS):
         tokens, targets = windows_of(config, step)
         loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         losses.append(float(loss.detach()))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        for group in adamw.param_groups:
-            group["lr"] = config.optim.lr_at(step, STEPS)
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step(lr_at(config.optim, step, STEPS))
     return losses
 
 

@@ -1,0 +1,38 @@
+"""AdamW. Apart from base.py, which names no algorithm."""
+
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+from torch import nn
+
+from ..config.optim import OptimConfig
+from .base import Optimizer
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter, arXiv:1711.05101: torch's fused one, with the mean of gradients and that of their squares.
+
+    Weight decay reaches parameters of two dims and more, not biases and norms. Each number is stepped on its own, so
+    it steps parts of parameters as well.
+    """
+
+    @classmethod
+    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig) -> Self:
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        stepper = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        return cls(stepper)
+
+    @staticmethod
+    def state_names(shape: torch.Size) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
