@@ -24,6 +24,7 @@ from .changes import CONFIG_FILE, keep_older
 from .checkpoint import newest_manifest
 from .config.engine import ENGINES
 from .config.job import JobConfig
+from .config.optim import OPTIMIZERS, OptimConfig
 from .data import Data
 from .interop import special_tokens
 from .models.gpt2 import GPT2Config
@@ -45,7 +46,9 @@ def register_groups() -> None:
         store.store(group="engine", name=name, node=node)
     for name, model in MODELS.items():
         store.store(group="model/family", name=name, node=model)
-    for group in PARTS.keys() - {"engine", "model"}:
+    for name, optim in OPTIMIZERS.items():
+        store.store(group="optim/algorithm", name=name, node=optim)
+    for group in PARTS.keys() - {"engine", "model", "optim"}:
         node = OmegaConf.structured(PARTS[group])
         for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
             OmegaConf.set_struct(node[key], False)
@@ -58,11 +61,14 @@ def build_config(composed: DictConfig) -> JobConfig:
         if key not in {*TOP_LEVEL_KEYS, *PARTS}:
             raise ValueError(unknown(key, [*TOP_LEVEL_KEYS, *PARTS]))
     engine, model = composed.engine.name, composed.model.family
+    optim = composed.get("optim", {}).get("name", OptimConfig.name)  # runs were frozen before it had a name
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
     if model not in MODELS:
         raise ValueError(f"model.family={model} must be one of {', '.join(MODELS)}")
-    chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model]}
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"optim.name={optim} must be one of {', '.join(OPTIMIZERS)}")
+    chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model], "optim": OPTIMIZERS[optim]}
     parts = {name: _part(name, part, _group(composed, name)) for name, part in chosen.items()}
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")

@@ -1,15 +1,45 @@
 """The optimizer and its learning rate. Group optim."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 LONGEST_WARMUP = 100  # steps, unless optim.warmup_steps is given
+RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, what they may be, in words
+    (("lr", "eps"), lambda value: 0 < value < math.inf, "must be positive"),
+    (("warmup_steps", "clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
+    (("min_lr_ratio", "decay_fraction"), lambda value: 0 <= value <= 1, "must be in [0, 1]"),
+    (("beta1", "beta2"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
+)
+
+
+class Hyperparameters(NamedTuple):
+    """What one owner of parameters, the body or the vocabulary, is stepped with."""
+
+    lr_factor: float  # its learning rate / the common one, over the whole schedule
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass
+class OwnerConfig:
+    """Settings of the body or of the vocabulary alone. null: the common one."""
+
+    lr: float | None = None  # the largest learning rate of the same schedule
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
 
 
 @dataclass
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) and its learning rate over the steps of the run."""
+    """The optimizer and its learning rate over the steps of the run."""
 
+    name: str = "adamw"  # what steps the body; the vocabulary is always stepped by AdamW
     lr: float = 6e-4  # the largest learning rate of the schedule
     #: cosine falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395) holds
     #: lr and falls linearly over the last decay_fraction of the steps
@@ -18,26 +48,28 @@ class OptimConfig:
     min_lr_ratio: float = 0.1  # learning rate of the last step, as a fraction of lr
     decay_fraction: float = 0.2  # last part of the steps in which wsd lowers the learning rate
     clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    beta1: float = 0.9  # decay of the first moment, per step
-    beta2: float = 0.95  # decay of the second moment, per step
-    eps: float = 1e-8  # added to the root of the second moment
+    beta1: float = 0.9  # decay of the mean of the gradients, per step
+    beta2: float = 0.95  # decay of the mean of their squares, per step
+    eps: float = 1e-8  # added to the root of the mean of squares
     weight_decay: float = 0.1  # of matrices; biases and norms are never decayed
+    body: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the body
+    vocab: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the embedding and the head
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd"):
             raise ValueError(f"optim.schedule={self.schedule} must be cosine or wsd")
-        for key in ("lr", "eps"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be positive")
-        for key in ("warmup_steps", "clip", "weight_decay"):
-            if getattr(self, key) is not None and not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be a number of at least 0")
-        for key in ("min_lr_ratio", "decay_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1]")
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be in [0, 1)")
+        _check("optim", self)
+        _check("optim.body", self.body)
+        _check("optim.vocab", self.vocab)
+
+    def hyperparameters(self, own: OwnerConfig) -> Hyperparameters:
+        """Settings of an owner, `body` or `vocab`: its own, else the common ones."""
+
+        def value(key: str) -> float:
+            given = getattr(own, key)
+            return getattr(self, key) if given is None else given
+
+        return Hyperparameters(value("lr") / self.lr, *map(value, Hyperparameters._fields[1:]))
 
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up in a schedule of that many."""
@@ -62,3 +94,15 @@ class OptimConfig:
                 f"optim.warmup_steps={warmup} and the {decay} steps of optim.decay_fraction={self.decay_fraction} must"
                 f" not overlap in train.steps={steps}: {advice}"
             )
+
+
+def _check(prefix: str, settings: Any) -> None:
+    """Raises ValueError if one of its numbers is out of range. A key that is missing or null has no rule."""
+    for keys, allowed, rule in RULES:
+        for key in keys:
+            value = getattr(settings, key, None)
+            if value is not None and not allowed(value):
+                raise ValueError(f"{prefix}.{key}={value} {rule}")
+
+
+OPTIMIZERS: dict[str, type[OptimConfig]] = {"adamw": OptimConfig}

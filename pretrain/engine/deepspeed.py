@@ -60,7 +60,8 @@ class DeepSpeedEngine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
             deepspeed.utils.set_z3_leaf_module(block, True)
-        self.optimizer = body_optimizer(self.optim).build(self.parameters.values(), self.optim)
+        optimizer = body_optimizer(self.optim)
+        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body)
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # it prints its memory
             self.engine, *_ = deepspeed.initialize(

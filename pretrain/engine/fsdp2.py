@@ -53,7 +53,8 @@ class FSDP2Engine:
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
-        self.optimizer = body_optimizer(self.optim).build(self.parameters.values(), self.optim)  # type: ignore[arg-type]
+        optimizer = body_optimizer(self.optim)
+        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body)  # type: ignore[arg-type]
         self.optimizer.load(step=0)
         return body
 

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from ..config.optim import OptimConfig
+from ..config.optim import OptimConfig, OwnerConfig
 from .base import Optimizer
 
 
@@ -18,20 +18,19 @@ class AdamW(Optimizer):
     """
 
     @classmethod
-    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig) -> Self:
-        parameters = list(parameters)
+    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig, own: OwnerConfig) -> Self:
+        parameters, chosen = list(parameters), optim.hyperparameters(own)
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": chosen.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         stepper = torch.optim.AdamW(
             [group for group in groups if group["params"]],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
+            betas=(chosen.beta1, chosen.beta2),
+            eps=chosen.eps,
             fused=True,
         )
-        return cls(stepper)
+        return cls(stepper, chosen.lr_factor)
 
     @staticmethod
     def state_names(shape: torch.Size) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..config.optim import OptimConfig
+from ..config.optim import OptimConfig, OwnerConfig
 
 STATE_PREFIX = "optim."  # of the names of all states in a checkpoint, such as optim.exp_avg.blocks.0.mlp.up.weight
 NUMBER = 4  # bytes: states are fp32
@@ -23,12 +23,13 @@ class Optimizer(ABC):
     then a checkpoint of step 0 is like any other.
     """
 
-    def __init__(self, stepper: torch.optim.Optimizer) -> None:
-        self.stepper = stepper
+    def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float) -> None:
+        self.stepper, self.lr_factor = stepper, lr_factor
 
     @classmethod
     @abstractmethod
-    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig) -> Self: ...
+    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig, own: OwnerConfig) -> Self:
+        """own: optim.body or optim.vocab."""
 
     @staticmethod
     @abstractmethod
@@ -74,12 +75,12 @@ class Optimizer(ABC):
         self.stepper.state[new] = {name: tensor.clone() for name, tensor in self.state_of(source).items()}
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the next step."""
+        """Sets the learning rate of the next step from the common one."""
         for group in self.stepper.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.lr_factor
 
     def step(self, lr: float) -> None:
-        """Takes one step at this learning rate, and frees the gradients."""
+        """Takes one step at this common learning rate, and frees the gradients."""
         self.set_lr(lr)
         self.stepper.step()
         self.stepper.zero_grad(set_to_none=True)

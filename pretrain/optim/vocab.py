@@ -17,7 +17,7 @@ class VocabOptimizer:
         self.rows = list(rows)
         self.mesh = mesh
         self.observers: list[Callable[[], None]] = []  # of the summed gradients, before they are clipped
-        self.optimizer = vocab_optimizer(config).build(self.rows, config)
+        self.optimizer = vocab_optimizer(config).build(self.rows, config, config.vocab)
         self.optimizer.load(step=0)
 
     def add_copy(self, rows: nn.Parameter, of: nn.Parameter) -> None:

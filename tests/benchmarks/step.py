@@ -148,7 +148,7 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
         else:
             values = whole.body.initial_rows(name.removeprefix("body."), 0, rows.start, rows.stop)
         parameter.detach().to_local().copy_(values)
-    optimizer = body_optimizer(optim).build(whole.parameters(), optim)
+    optimizer = body_optimizer(optim).build(whole.parameters(), optim, optim.body)
     mine = ids_as_in_text(vocab, sequences, model.context, mesh.world)[mesh.rank]
     targets = mesh.world * sequences * model.context
 

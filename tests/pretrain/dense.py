@@ -68,7 +68,7 @@ class Dense(NamedTuple):
 def dense_training(config: JobConfig) -> Dense:
     """A plain training loop: AdamW, clip, schedule."""
     model = DenseModel(config, torch.float32)
-    optimizer = body_optimizer(config.optim).build(model.parameters(), config.optim)
+    optimizer = body_optimizer(config.optim).build(model.parameters(), config.optim, config.optim.body)
     losses, norms = [], []
     for step in range(config.train.steps):
         loss = (model.loss_of_documents if config.data.masked else model.loss)(*windows_of(config, step))

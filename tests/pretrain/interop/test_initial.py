@@ -67,14 +67,15 @@ def config_of(folder: Path, kind: str, name: str, **changes):
 def losses_of_transformers(folder: Path, kind: str) -> list[float]:
     """A plain loop around their model."""
     config, model = config_of(folder, kind, "unused"), models.load(folder / kind)
-    optimizer, losses = body_optimizer(config.optim).build(model.parameters(), config.optim), []
+    optim, losses = config.optim, []
+    optimizer = body_optimizer(optim).build(model.parameters(), optim, optim.body)
     for step in range(STEPS):
         tokens, targets = windows_of(config, step)
         loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         losses.append(float(loss.detach()))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step(lr_at(config.optim, step, STEPS))
+        optimizer.step(lr_at(optim, step, STEPS))
     return losses
 
 

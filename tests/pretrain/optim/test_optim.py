@@ -69,7 +69,7 @@ def test_schedule_that_just_fits_is_accepted():
 def test_only_matrices_decay():
     matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     optim = OptimConfig(weight_decay=0.5)
-    optimizer = body_optimizer(optim).build([matrix, bias], optim)
+    optimizer = body_optimizer(optim).build([matrix, bias], optim, optim.body)
     matrix.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step(lr=0.1)
     assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5))
