@@ -1,13 +1,14 @@
 """Optimizers of the body and the matrix, the schedule, and the clip over both."""
 
 from .base import STATE_PREFIX, Optimizer, saved_name
-from .build import body_optimizer, vocab_optimizer
+from .build import VOCAB_OPTIMIZER, body_optimizer
 from .clip import apply_clip, clip_factor, global_norm
 from .schedule import lr_at
 from .vocab import VocabOptimizer
 
 __all__ = [
     "STATE_PREFIX",
+    "VOCAB_OPTIMIZER",
     "Optimizer",
     "VocabOptimizer",
     "apply_clip",
@@ -16,5 +17,4 @@ __all__ = [
     "global_norm",
     "lr_at",
     "saved_name",
-    "vocab_optimizer",
 ]

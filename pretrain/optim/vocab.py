@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from .build import vocab_optimizer
+from .build import VOCAB_OPTIMIZER
 from .clip import apply_clip, global_norm
 
 
@@ -17,7 +17,7 @@ class VocabOptimizer:
         self.rows = list(rows)
         self.mesh = mesh
         self.observers: list[Callable[[], None]] = []  # of the summed gradients, before they are clipped
-        self.optimizer = vocab_optimizer(config).build(self.rows, config, config.vocab)
+        self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab)
         self.optimizer.load(step=0)
 
     def add_copy(self, rows: nn.Parameter, of: nn.Parameter) -> None:
