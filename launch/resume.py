@@ -1,7 +1,7 @@
 """`resume=RUN`: the frozen settings of a run, with what is typed on top.
 
 Apart from the launchers because both take it. Hydra composes what is typed, and so checks it, over the run's own
-engine and family of models; `apply` then puts the typed settings onto the frozen ones.
+engine, optimizer and family of models; `apply` then puts the typed settings onto the frozen ones.
 """
 
 from pathlib import Path
@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.overrides import home
 from pretrain.changes import CONFIG_FILE
 from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
+from pretrain.config.optim import OptimConfig
 
 FAMILY = "family/"  # begins the name of the option that has a family's keys alone
+NAMED = ("engine", "optim")  # groups whose options differ in their keys, each named as its option
 
 
 def in_full(arguments: list[str]) -> list[str]:
@@ -31,7 +33,8 @@ def in_full(arguments: list[str]) -> list[str]:
         return arguments
     frozen = _frozen(run)
     first = next(i for i, argument in enumerate(arguments) if _key(argument) in typed and "=" in argument)
-    needed = {"resume": run, "engine": frozen.engine.name, "model": f"{FAMILY}{frozen.model.family}"}
+    named = {group: frozen[group].name for group in NAMED}
+    needed = {"resume": run, **named, "model": f"{FAMILY}{frozen.model.family}"}
     return arguments[:first] + [f"{k}={v}" for k, v in needed.items() if k not in typed] + arguments[first:]
 
 
@@ -46,8 +49,8 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
         part = key.partition(".")[0]
         if part not in PARTS and part not in TOP_LEVEL_KEYS:
             continue
-        if key in PARTS:  # a choice; that of the same engine changes nothing
-            if not value.startswith(FAMILY) and not (key == "engine" and value == frozen.engine.name):
+        if key in PARTS:  # a choice; the same one changes nothing
+            if not value.startswith(FAMILY) and not (key in NAMED and value == frozen[key].name):
                 frozen[key] = composed[key]
         else:
             OmegaConf.update(frozen, key, OmegaConf.select(composed, key), force_add=True)
@@ -81,4 +84,6 @@ def _frozen(run: str) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"resume={run} must be the folder of a run: {path} is missing")
     load_config(path)
-    return OmegaConf.create(yaml.safe_load(path.read_bytes()))
+    frozen = OmegaConf.create(yaml.safe_load(path.read_bytes()))
+    frozen.optim.setdefault("name", OptimConfig.name)  # runs were frozen before it had one
+    return frozen

@@ -65,6 +65,14 @@ def test_another_engine_may_be_typed(frozen):
     assert config.model == load_config(frozen / "config.yaml").model
 
 
+def test_run_frozen_before_optim_was_a_group_keeps_its_settings(frozen):
+    old = OmegaConf.load(frozen / "config.yaml")
+    old.optim = {"lr": 5e-3, "beta1": 0.8}
+    OmegaConf.save(old, frozen / "config.yaml")
+    optim = resumed([f"resume={frozen}", "optim=adamw", "optim.vocab.lr=1e-3"]).optim
+    assert (optim.lr, optim.beta1, optim.vocab.lr, optim.body.lr) == (5e-3, 0.8, 1e-3, None)
+
+
 def test_the_full_command_takes_no_frozen_settings(frozen, tmp_path):
     typed = [f"run.dir={frozen}", f"data.path={tmp_path}/tokens"]
     assert resume.in_full(typed) == typed
