@@ -12,7 +12,7 @@ from launch.hardware import Hardware
 from launch.step import Item, StepCost, total
 from pretrain.build import vocab_workload
 from pretrain.config.job import JobConfig
-from pretrain.placement import UPDATE, Machine, Transfer, choose_parallel, estimate
+from pretrain.placement import Machine, Transfer, choose_parallel, estimate, update_bytes
 from pretrain.precision import compute_dtype
 from pretrain.vocab.kernels import choose_kernels
 
@@ -133,7 +133,7 @@ def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
     outside = sum(one.sent * _outside(one, step, node) for one in body)
     moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
     matmuls = step.flops / machine.flops
-    update = UPDATE * step.body.stepped / machine.memory
+    update = update_bytes(step.shapes.state) * step.body.stepped / machine.memory
     seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
     return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
 

@@ -97,13 +97,14 @@ class StepCost:
         N, D, i = self.work.tokens, self.work.width, self.work.itemsize
         matrix = self.shard.rows * D
         used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # an untied head's comes first
-        of_body = self.body.weights, self.body.moments, self.body.gradients(behind)
+        of_body = self.body.weights, self.body.states, self.body.gradients(behind)
         watched = self.config.monitor.embedding > 0 and self.config.vocab.tie == "tied"
         gradients = max(used, 2) if watched else used  # the lookup's also on its own
-        of_matrix = (FP32 * n * matrix for n in (self.work.matrices, 2 * self.work.matrices, gradients))
+        state, numbers = self.work.state, matrix * self.work.matrices
+        of_matrix = FP32 * numbers, state * numbers, FP32 * gradients * matrix
         names = "weights", "moments", "gradients"
         items = [
-            Item(name, body + rows, f"{formula} + v · D · {8 if name == 'moments' else 4}")
+            Item(name, body + rows, f"{formula} + v · D · {state if name == 'moments' else FP32}")
             for name, body, rows, formula in zip(names, of_body, of_matrix, self.body.formulas, strict=False)
         ]
 

@@ -14,7 +14,7 @@ from .engine.footprint import BodyFootprint, Shapes
 from .engine.fsdp2 import FSDP2Engine
 from .mesh import Mesh
 from .models.language_model import LanguageModel
-from .optim import VocabOptimizer
+from .optim import VOCAB_OPTIMIZER, VocabOptimizer, body_optimizer
 from .placement import Machine, Parallel, Workload, choose_parallel
 from .precision import compute_dtype
 from .vocab import VocabParallelEmbedding, VocabShard
@@ -51,6 +51,7 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
         tokens=config.train.micro_batch * config.seq_len,
         micro_batches=config.train.global_batch // (config.train.micro_batch * world),
         itemsize=itemsize,
+        state=VOCAB_OPTIMIZER.bytes_per_parameter(torch.Size((rows, config.model.width))),
         smoothing=config.vocab.label_smoothing > 0,
     )
 
@@ -58,7 +59,7 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
 def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> BodyFootprint:
     """What a rank of `world` holds and moves for the body in a step, with p ranks on the vocab axis."""
     with torch.device("meta"):
-        shapes = Shapes.of(config.model.body())
+        shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
     footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
     return footprint
 

@@ -8,7 +8,7 @@ group's tokens have to meet all of them:
                matmuls on a GPU
     lookup     (p-1)/p of the distinct rows, about N/3, out and their gradients back, a micro-batch
     replicas   all-reduce of the gradient of V·D/p, once a step, where there are several copies
-    rows       AdamW on V·D/p once a step, its compute copy and its gradient once a micro-batch
+    rows       the optimizer on V·D/p once a step, its compute copy and its gradient once a micro-batch
 
 Gathering the weights instead, as FSDP does, moves V·D out and back a micro-batch: more than the tokens as long as the
 group has fewer of them than there are rows, M < V. It is shown beside the others, not chosen.
@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from .vocab.shard import RowShard
 
 DISTINCT = 1 / 3  # of the ids in text
-GRADIENT = STATISTIC = 4  # bytes: fp32
+WEIGHT = GRADIENT = STATISTIC = 4  # bytes: fp32
 ID = 8  # bytes: int64
 STATISTICS = 3  # a token and shard: max, sum, and the target's logit; label smoothing needs one more
-STATES = 16  # bytes held for each number: main weight, gradient, two moments
-UPDATE, TOUCH = 28, 14  # bytes read and written for each: AdamW, and compute copy and gradient of a micro-batch
+TOUCH = 14  # bytes read and written per number: compute copy and gradient of a micro-batch
 SLOWER = 1.05  # memory decides between sizes that are no slower than this
 CLEARLY_SLOWER, CLEARLY_LARGER = 1.25, 2.0  # than what auto chooses: worth a word
 WORTH_A_WORD = 256 * 2**20  # bytes
@@ -33,7 +32,8 @@ WORTH_A_WORD = 256 * 2**20  # bytes
 @dataclass(frozen=True)
 class Workload:
     """rows: V, padding included. width: D. matrices: 1 tied, 2 untied. tokens: N, of a rank and micro-batch.
-    micro_batches: a rank's in a step. itemsize: of the compute dtype. smoothing: whether labels are smoothed.
+    micro_batches: a rank's in a step. itemsize: of the compute dtype. state: bytes of the optimizer's state per number.
+    smoothing: whether labels are smoothed.
     """
 
     rows: int
@@ -42,7 +42,13 @@ class Workload:
     tokens: int
     micro_batches: int
     itemsize: int
+    state: int
     smoothing: bool = False
+
+    @property
+    def held(self) -> int:
+        """Bytes per number: main weight, gradient and state."""
+        return WEIGHT + GRADIENT + self.state
 
     def rows_of_a_rank(self, p: int) -> int:
         """v, with p ranks to a copy."""
@@ -187,9 +193,9 @@ def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
     tokens = sum(one.sent for one in moved) - lookup - replicas
     matmuls = _matmuls(work, machine)
     head = max(matmuls, tokens / inside) if machine.overlaps else matmuls + tokens / inside
-    rows = numbers * (UPDATE + TOUCH * work.micro_batches) / machine.memory
+    rows = numbers * (update_bytes(work.state) + TOUCH * work.micro_batches) / machine.memory
     seconds = head + lookup / inside + replicas / outside + rows
-    return Estimate(p, seconds, tokens + lookup + replicas, numbers * (STATES + work.itemsize))
+    return Estimate(p, seconds, tokens + lookup + replicas, numbers * (work.held + work.itemsize))
 
 
 def weights_gathered(work: Workload, machine: Machine) -> Estimate:
@@ -197,10 +203,15 @@ def weights_gathered(work: Workload, machine: Machine) -> Estimate:
     numbers = work.rows * work.width * work.matrices
     others = (machine.world - 1) / machine.world
     sent = work.micro_batches * others * numbers * (work.itemsize + GRADIENT)
-    rows = numbers * (UPDATE / machine.world + TOUCH * work.micro_batches) / machine.memory
+    rows = numbers * (update_bytes(work.state) / machine.world + TOUCH * work.micro_batches) / machine.memory
     link = machine.near if machine.world <= machine.node else machine.far
-    held = numbers * (STATES / machine.world + work.itemsize + GRADIENT)
+    held = numbers * (work.held / machine.world + work.itemsize + GRADIENT)
     return Estimate(machine.world, _matmuls(work, machine) + sent / link + rows, sent, held)
+
+
+def update_bytes(state: float) -> float:
+    """Bytes per number that an optimizer's step moves: it reads and writes weight and state, and reads the gradient."""
+    return 2 * (WEIGHT + state) + GRADIENT
 
 
 def _matmuls(work: Workload, machine: Machine) -> float:

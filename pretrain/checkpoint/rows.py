@@ -70,7 +70,7 @@ class CheckpointRows:
 
 
 def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None]) -> Path:
-    """Makes step 0 of a run that has no checkpoint: parameters alone, for all moments are zero there; where it is.
+    """Makes step 0 of a run that has no checkpoint: parameters alone, for optimizer states are zero there; where it is.
 
     describe: puts down what the run is, once all weights are on the disk and before the checkpoint has its name.
     ValueError where it has one, or another process holds it; OSError on a full disk, and there is no checkpoint.

@@ -62,7 +62,7 @@ class FSDP2Config:
     #: shard over the vocab axis only and replicate over dp: gathers stay within a group (by default a node), and every
     #: group holds the whole body
     hsdp: bool = False
-    offload: str = "none"  # cpu: main weights, gradients and moments stay in host memory, and are stepped there
+    offload: str = "none"  # cpu: main weights, gradients and optimizer states stay in host memory, are stepped there
     #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
     activation_checkpointing: str = "none"
     compile: bool = False  # compile each block with torch.compile
@@ -104,7 +104,7 @@ class DeepSpeedConfig:
 
     name: str = "deepspeed"  # fsdp2 or deepspeed
     zero_stage: int = 1  # 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too
-    offload: str = "none"  # cpu: main weights and moments stay in host memory, and are stepped there; stages 2 and 3
+    offload: str = "none"  # cpu: main weights and optimizer states stay in host memory, are stepped there; stages 2, 3
     #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
     activation_checkpointing: str = "none"
     extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's JSON, passed on unchanged

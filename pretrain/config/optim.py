@@ -29,17 +29,17 @@ class OwnerConfig:
     """Settings of the body or of the vocabulary alone. null: the common one."""
 
     lr: float | None = None  # the largest learning rate of the same schedule
-    beta1: float | None = None
-    beta2: float | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
+    beta1: float | None = None  # decay of the mean of the gradients, per step
+    beta2: float | None = None  # decay of the mean of their squares, per step
+    eps: float | None = None  # added to the root of the mean of squares
+    weight_decay: float | None = None  # of matrices; biases and norms are never decayed
 
 
 @dataclass
 class OptimConfig:
     """The optimizer and its learning rate over the steps of the run."""
 
-    name: str = "adamw"  # what steps the body; the vocabulary is always stepped by AdamW
+    name: str = "adamw"  # what steps the body; AdamW steps the vocabulary whatever it is
     lr: float = 6e-4  # the largest learning rate of the schedule
     #: cosine falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395) holds
     #: lr and falls linearly over the last decay_fraction of the steps

@@ -14,7 +14,7 @@ class VocabConfig:
     multiple: int = 128  # the matrix is padded to a multiple of this many rows
     parallel: str = "auto"  # ranks that share one copy of the matrix; auto: chosen by an estimate, see placement.py
     tie: str = "tied"  # tied: one matrix for input and output; untied: two, from the first step
-    #: step after which a tied matrix is split in two, each a copy of it, moments included; null: never
+    #: step after which a tied matrix is split in two, each a copy of it, optimizer state included; null: never
     untie_at: int | None = None
     embed_scale: float = 1.0  # factor of the embeddings that the lookup returns (Gemma: the root of the width)
     #: factor of the gradient that the rows get through the lookup; 0: they are trained through the output alone

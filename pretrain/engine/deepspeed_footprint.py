@@ -28,7 +28,7 @@ class DeepSpeedFootprint:
         stage, copies = engine.zero_stage, "body · i + body / ranks · 4"
         self.formulas = (
             ("body · 4", copies, copies, "body / ranks · (i + 4)")[stage],
-            ("body · 8", "body / ranks · 8", "body / ranks · 8", "body / ranks · 8")[stage],
+            f"body{' / ranks' * (stage > 0)} · {shapes.state:g}",
             ("body · 4", "body · (i + 4)", "body / ranks · 4", "body / ranks · 4")[stage],
             ("bucket · 4, body · i", "bucket · 4", "bucket · (4 + 2 · i)", "bucket · (4 + 2 · i), body · i")[stage],
         )
@@ -42,8 +42,8 @@ class DeepSpeedFootprint:
         return FP32 * self._held + item * (self.all if stage < 3 else self.cut + small)
 
     @property
-    def moments(self) -> int:
-        return 2 * FP32 * self._held
+    def states(self) -> int:
+        return round(self.shapes.state * self._held)
 
     def gradients(self, behind: int) -> int:
         part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..optim import Optimizer
 from ..placement import Transfer
 
-FP32 = 4  # bytes: main weights, gradients, moments and sums
+FP32 = 4  # bytes: main weights, gradients and sums
 COUNT, NORM = 8, 8  # bytes: what all ranks agree on in a step
 
 
@@ -23,13 +24,14 @@ class Shapes:
 
     blocks: list[list[torch.Size]]
     rest: list[torch.Size]
+    optimizer: type[Optimizer]  # what steps them
 
     @classmethod
-    def of(cls, body: nn.Module) -> "Shapes":
+    def of(cls, body: nn.Module, optimizer: type[Optimizer]) -> "Shapes":
         blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}
         rest = [parameter.shape for parameter in body.parameters() if id(parameter) not in inside]
-        return cls([[parameter.shape for parameter in block.parameters()] for block in blocks], rest)
+        return cls([[parameter.shape for parameter in block.parameters()] for block in blocks], rest, optimizer)
 
     @property
     def all(self) -> list[torch.Size]:
@@ -39,6 +41,12 @@ class Shapes:
     def matmuls(self) -> int:
         """Numbers that every token is multiplied with."""
         return sum(shape.numel() for block in self.blocks for shape in block if len(shape) == 2)
+
+    @property
+    def state(self) -> float:
+        """Bytes of optimizer state per number, on average over the parameters."""
+        states = sum(shape.numel() * self.optimizer.bytes_per_parameter(shape) for shape in self.all)
+        return states / numbers(self.all)
 
 
 def numbers(part: Sequence[torch.Size]) -> int:
@@ -50,14 +58,14 @@ class BodyFootprint(Protocol):
     """What one engine holds and moves. `behind`: how many blocks have been through the backward."""
 
     shapes: Shapes
-    formulas: tuple[str, str, str, str]  # of weights, moments, gradients, gathered
+    formulas: tuple[str, str, str, str]  # of weights, optimizer states, gradients, gathered
     stepped: int  # numbers that this rank's optimizer steps
 
     @property
     def weights(self) -> int: ...
 
     @property
-    def moments(self) -> int: ...
+    def states(self) -> int: ...
 
     def gradients(self, behind: int) -> int: ...
 

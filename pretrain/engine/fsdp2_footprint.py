@@ -9,21 +9,21 @@ from .footprint import FP32, Shapes, agreements, numbers
 class FSDP2Footprint:
     """Main weights are the only ones kept; a block's are gathered for it, and its gradient is reduced at once."""
 
-    formulas = "body / ranks · 4", "body / ranks · 8", "body / ranks · 4", "2 blocks · i, 1 gradient · 4"
-
     def __init__(self, engine: FSDP2Config, shapes: Shapes, work: Workload, p: int, world: int) -> None:
         self.engine, self.shapes, self.work, self.p, self.world = engine, shapes, work, p, world
         self.ranks = p if engine.hsdp else world
         self.stepped = sum(RowShard(0, self.ranks, shape[0]).rows_per_rank * shape[1:].numel() for shape in shapes.all)
         self._held = 0 if engine.offload == "cpu" else self.stepped
+        part, state = "body / ranks · 4", f"body / ranks · {shapes.state:g}"
+        self.formulas = part, state, part, "2 blocks · i, 1 gradient · 4"
 
     @property
     def weights(self) -> int:
         return FP32 * self._held
 
     @property
-    def moments(self) -> int:
-        return 2 * FP32 * self._held
+    def states(self) -> int:
+        return round(self.shapes.state * self._held)
 
     def gradients(self, behind: int) -> int:
         part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)

@@ -86,8 +86,8 @@ class HFModel:
     def fill(self, tensors: dict[str, Any]) -> None:
         """Puts the weights into tensors and DTensors of our names, of these what lies on this rank. No collective.
 
-        What has no name of ours (moments) stays. Rows of the matrix beyond V are padding, and stay. Of a tied model a
-        second matrix is the first.
+        What has no name of ours (optimizer state) stays. Rows of the matrix beyond V are padding, and stay. Of a tied
+        model a second matrix is the first.
         """
         sources = {name: name for name in self.mappings} | {OUTPUT: OUTPUT if OUTPUT in self.mappings else EMBEDDING}
         for name, source in sources.items():

@@ -11,8 +11,8 @@ from pretrain.vocab import VocabShard, collectives
 from pretrain.vocab import vocab_parallel_linear_cross_entropy as cross_entropy
 from tests.ranks import run_ranks
 
-LLAMA3 = Workload(rows=128_256, width=4096, matrices=1, tokens=8192, micro_batches=4, itemsize=2)
-GPT2 = Workload(rows=50_304, width=768, matrices=1, tokens=8192, micro_batches=4, itemsize=2)
+LLAMA3 = Workload(rows=128_256, width=4096, matrices=1, tokens=8192, micro_batches=4, itemsize=2, state=8)
+GPT2 = Workload(rows=50_304, width=768, matrices=1, tokens=8192, micro_batches=4, itemsize=2, state=8)
 NODE = Machine.of("cuda", world=8, node=8)
 NODES = Machine.of("cuda", world=64, node=8)
 
@@ -34,7 +34,7 @@ def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
     weight = torch.randn(shard.rows, width, requires_grad=True)
     hidden = torch.randn(tokens, width).bfloat16().requires_grad_()
     targets = torch.randint(rows, (tokens,))
-    options = {"scale": 1.0, "main_grad_vD": torch.zeros_like(weight), "metrics": False, "longest": tokens}
+    options = {"scale": 1.0, "main_grad_vD": torch.zeros_like(weight), "metrics": False, "max_tokens_per_rank": tokens}
     cross_entropy(hidden, weight, targets, shard=shard, group=dist.group.WORLD, **options).loss.backward()
     return sum(sent)
 
@@ -42,7 +42,7 @@ def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_loss_sends_the_bytes_of_the_estimate(world):
     rows, width, tokens = 96, 2048, 64
-    work = Workload(rows, width, matrices=1, tokens=tokens, micro_batches=1, itemsize=2)
+    work = Workload(rows, width, matrices=1, tokens=tokens, micro_batches=1, itemsize=2, state=8)
     told = sum(one.sent for one in transfers(world, work, world) if one.kind != "all-to-all")
     for sent in run_ranks(world, rank_bytes_of_the_loss, rows, width, tokens):
         assert sent == told
@@ -62,7 +62,7 @@ def test_a_copy_for_each_node(work):
 
 
 def test_one_copy_each_where_tokens_are_many_and_rows_few():
-    work = Workload(rows=1000, width=1024, matrices=1, tokens=65_536, micro_batches=1, itemsize=2)
+    work = Workload(rows=1000, width=1024, matrices=1, tokens=65_536, micro_batches=1, itemsize=2, state=8)
     assert choose_parallel("auto", work, Machine.of("cpu", 8, 8)).ranks == 1
 
 

@@ -11,11 +11,21 @@ from pretrain.config.engine import ENGINES
 from pretrain.config.evaluation import EvalConfig
 from pretrain.config.job import JobConfig, RunConfig
 from pretrain.config.monitor import LogConfig, MonitorConfig
-from pretrain.config.optim import OptimConfig
+from pretrain.config.optim import OptimConfig, OwnerConfig
 from pretrain.config.training import TrainingConfig
 from pretrain.config.vocab import VocabConfig
 
-GROUPS = [CheckpointConfig, DataConfig, EvalConfig, LogConfig, MonitorConfig, OptimConfig, TrainingConfig, VocabConfig]
+GROUPS = [
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MonitorConfig,
+    OptimConfig,
+    OwnerConfig,
+    TrainingConfig,
+    VocabConfig,
+]
 
 
 @dataclass
