@@ -28,6 +28,7 @@ from pretrain.config.engine import FSDP2Config
 from pretrain.config.optim import OptimConfig
 from pretrain.config.training import TrainingConfig
 from pretrain.data.loader import Batch, MicroBatch
+from pretrain.engine.fsdp2 import FSDP2Engine
 from pretrain.mesh import Mesh
 from pretrain.models.gpt2 import GPT2Config
 from pretrain.models.language_model import LanguageModel
@@ -99,7 +100,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     )
     with torch.device("meta"):
         body = model.body()
-    engine = FSDP2Config().build(optim, BF16, 0)
+    engine = FSDP2Engine(FSDP2Config(), optim, BF16, 0)
     loop = TrainingConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
     language = LanguageModel(matrix, engine.wrap(body, mesh))
     rows = VocabOptimizer(matrix.parameters(), optim, mesh)

@@ -11,6 +11,7 @@ from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.config.engine import FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.data import Windows, open_corpus
+from pretrain.engine.fsdp2 import FSDP2Engine
 from pretrain.mesh import Mesh
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim import VocabOptimizer, clip_factor
@@ -39,7 +40,7 @@ def one_step_in_float64(rank: int, world: int, config: JobConfig):
     )
     with torch.device("meta"):
         body = config.model.body()
-    engine = FSDP2Config().build(config.optim, torch.float64, config.seed)
+    engine = FSDP2Engine(FSDP2Config(), config.optim, torch.float64, config.seed)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
     matrix = VocabOptimizer(vocab.parameters(), config.optim, mesh)
     tokens, targets = (part.chunk(world)[rank] for part in windows_of(config, 0))
