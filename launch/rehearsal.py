@@ -5,7 +5,7 @@ seconds. (torchtitan's fake backend and torch.compile's tracing rest on the same
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,19 +24,22 @@ from pretrain.config.engine import FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.config.optim import OptimConfig
 from pretrain.config.training import TrainingConfig
+from pretrain.control import RunControl
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine import Engine
+from pretrain.hooks import Hook
 from pretrain.mesh import Mesh
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim import VocabOptimizer
+from pretrain.parts import ModelParts
 from pretrain.precision import compute_dtype
+from pretrain.stops import StopRequests
 from pretrain.trainer import Trainer
 from pretrain.vocab import VocabShard
 from pretrain.vocab.checks import checks_skipped
 from pretrain.vocab.kernels.base import Kernels
 from pretrain.vocab.kernels.torch import TorchKernels
 from pretrain.vocab.lookup import LookupPlan, plan_lookup
-from pretrain.watchdog import Watchdog
 
 aten = torch.ops.aten
 WHOLE = TorchKernels(slab_bytes=2**60, memory_mib=2**40)  # all logits at once: what is fake needs no memory
@@ -132,11 +135,11 @@ def trainer_of(
     mesh: Mesh,
     loop: TrainingConfig,
     optim: OptimConfig,
-    before_update: Callable[[], None] = lambda: None,
+    hooks: Sequence[Hook] = (),
 ) -> Trainer:
     """For steps on given batches, without anything around them."""
-    parts = model, engine, matrix, _NoSamples(), mesh, loop, optim, TrainState()
-    return Trainer(*parts, hooks=[], stops=[], before_update=before_update, watchdog=Watchdog(0))  # type: ignore[arg-type]
+    parts, control = ModelParts(engine, model, matrix, mesh), RunControl(loop, StopRequests())
+    return Trainer(parts, _NoSamples(), loop, optim, TrainState(), hooks, control)  # type: ignore[arg-type]
 
 
 class _NoSamples:

@@ -13,8 +13,8 @@ from launch.body import Activations
 from pretrain.build import body_footprint
 from pretrain.config.job import JobConfig
 from pretrain.engine.footprint import FP32, BodyFootprint, Shapes
+from pretrain.hooks.lens import MEMORY_MIB
 from pretrain.lens import Method
-from pretrain.lens.monitor import MEMORY_MIB
 from pretrain.placement import DISTINCT, Transfer, Workload, transfers
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels
@@ -96,7 +96,7 @@ class StepCost:
         """With that many blocks through the backward."""
         N, D, i = self.work.tokens, self.work.width, self.work.itemsize
         matrix = self.shard.rows * D
-        used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # an untied head's comes first
+        used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # a head of its own comes first
         of_body = self.body.weights, self.body.states, self.body.gradients(behind)
         watched = self.config.monitor.embedding > 0 and self.config.vocab.tie == "tied"
         gradients = max(used, 2) if watched else used  # the lookup's also on its own

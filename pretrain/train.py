@@ -10,8 +10,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,27 +21,27 @@ import torch
 from data_prep.errors import DataError
 
 from .announce import announce
-from .build import about, build_model, samples, validation_windows, vocab_parallel, vocab_rows
-from .changes import markdown, settings_changed
-from .checkpoint import CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState
+from .build import about, build_model, samples, vocab_parallel, vocab_rows
+from .changes import Change, markdown, settings_changed
+from .checkpoint import CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
 from .checks import check_job
 from .compose import load_config
 from .config.job import JobConfig
-from .data import BatchLoader, Data, MicroBatch, validation_batches
+from .control import RunControl
+from .data import BatchLoader, Data
 from .exits import Exit
-from .hooks import CheckpointHook, EvalHook, LogHook
+from .hooks import Run
+from .hooks.registry import build_hooks
 from .interop import initialise
-from .lens.monitor import LensMonitor
 from .locks import RANKS_LOCK, lock_run
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
-from .monitor import EmbeddingHealth, MetricsLog, Seen, TieDrift
-from .optim import VocabOptimizer
+from .monitor import MetricsLog
+from .parts import ModelParts
 from .rendezvous import NotMet, hopeless, words
-from .stops import Deadline, StopCheck, StopReason, StopRequests
-from .trainer import Hook, Trainer
+from .stops import StopReason, StopRequests
+from .trainer import Trainer
 from .vocab import VocabParallelEmbedding
-from .watchdog import Watchdog
 
 LOCK_SECONDS = 180  # to wait for a lock of a start before this one
 
@@ -117,67 +117,31 @@ def _config_path(arguments: list[str]) -> Path:
 
 def train(config: JobConfig, device: torch.device, requests: StopRequests) -> StopReason:
     """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
-    started = time.time()
-    world = torch.distributed.get_world_size()
+    control, world = RunControl(config.train, requests), torch.distributed.get_world_size()
     data = check_job(config, world, device.type, environment=os.environ)
     rows = vocab_rows(config, data)
     parallel = vocab_parallel(config, rows, world, ranks_of_a_node(device), device.type)
     mesh = Mesh.of(parallel.ranks, device, _timeout(config))
-    with _held(config, mesh), Watchdog(config.train.hang_after) as watchdog, shortage_named(config, mesh):
-        engine, model, matrix = build_model(config, mesh, rows)
-        seen = Seen(model.vocab.shard, mesh.device) if config.monitor.embedding else None
-        tensors = ModelState(engine, model.vocab, matrix, mesh, seen)
-        manager = CheckpointManager(
-            config.run_dir,
-            tensors,
-            mesh,
-            config.checkpoint,
-            seed=config.seed,
-            about=about(config, data),
-        )
-        state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
-        if found is None and config.init_from is not None:
-            initialise(config.init_from, tensors)
-            manager.check_shards()
-        loader = _loader(config, data, mesh, model.vocab)
+    with _held(config, mesh), control, shortage_named(config, mesh):
+        parts = ModelParts(*build_model(config, mesh, rows), mesh)
+        run = Run(data, parts, _manager(config, data, parts))
+        run.manager.hooks = hooks = build_hooks(config, run)
+        state, found = _restore(config, run.manager)
+        loader = _loader(config, data, mesh, parts.model.vocab)
         loader.load_state_dict(state.samples)
-        log = None
         if mesh.rank == 0:
             changes = settings_changed(config.run_dir, found)
-            announce(config, data, loader.samples, model, mesh, parallel, state, found, changes)
-            log = MetricsLog(config.run_dir, config.log, state.step, config.train.steps)
-            if changes:
-                log.text("settings changed", markdown(changes), state.step)
-        evaluations = _evaluations(config, data, mesh, model.vocab.shard.vocab_size)
-        monitors = _monitors(config, data, model.vocab, matrix, seen, mesh, state.step, log)
-        hooks: list[Hook] = [*evaluations, *monitors, LogHook(config.log.every, log)]
-        if config.checkpoint.every:
-            hooks.append(CheckpointHook(config.checkpoint.every, manager))
-        stops: list[StopCheck] = [
-            (StopReason.REQUESTED, requests.asked),
-            (StopReason.UNSAVED, manager.failed),
-            *_deadlines(config, started, manager),
-        ]
-        loop, copied = config.train, manager.wait_for_copy
-        trainer = Trainer(
-            model, engine, matrix, loader, mesh, loop, config.optim, state, hooks, stops, copied, watchdog
-        )
-        try:
-            for evaluate in evaluations:
-                measured = evaluate.catch_up(trainer)
-                if measured:
-                    manager.save(state)  # it is there; now its loss is known
-                if measured and log is not None:
-                    log.complete(state.step, measured)
+            announce(config, data, loader.samples, parts.model, mesh, parallel, state, found, changes)
+            run.log = _log(config, state.step, changes)
+        control.watch_saves(run.manager, config.checkpoint.seconds_before_limit, os.environ)
+        with closing(run), closing(loader):
+            trainer = Trainer(parts, loader, config.train, config.optim, state, hooks, control)
+            for hook in hooks:
+                hook.before_training(trainer)
             reason = trainer.fit()
-            watchdog.alive()
-            saved = manager.save(state)
-            manager.wait()
-        finally:
-            loader.close()
-            manager.close()
-            if log is not None:
-                log.close()
+            control.alive()
+            saved = run.manager.save(state)
+            run.manager.wait()
     if mesh.rank == 0:
         print(f"{'stopped and saved' if reason else 'saved'}: {saved}", flush=True)
     return reason
@@ -210,6 +174,28 @@ def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def _manager(config: JobConfig, data: Data, parts: ModelParts) -> CheckpointManager:
+    state = ModelState(parts.engine, parts.model.vocab, parts.matrix, parts.mesh)
+    facts = about(config, data)
+    return CheckpointManager(config.run_dir, state, parts.mesh, config.checkpoint, seed=config.seed, about=facts)
+
+
+def _restore(config: JobConfig, manager: CheckpointManager) -> tuple[TrainState, Path | None]:
+    """Where the run stands, and the checkpoint it goes on from; a run without one may begin with given weights."""
+    state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
+    if found is None and config.init_from is not None:
+        initialise(config.init_from, manager.model)
+        manager.check_shards()
+    return state, found
+
+
+def _log(config: JobConfig, step: int, changes: list[Change]) -> MetricsLog:
+    log = MetricsLog(config.run_dir, config.log, step, config.train.steps)
+    if changes:
+        log.text("settings changed", markdown(changes), step)
+    return log
+
+
 def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
     return BatchLoader(
         samples(config, data),
@@ -222,63 +208,6 @@ def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbed
         device=mesh.device,
         prefetch=config.data.prefetch,
     )
-
-
-def _evaluations(config: JobConfig, data: Data, mesh: Mesh, vocab_size: int) -> list[EvalHook]:
-    """One, where there is something to evaluate on."""
-    batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
-    for title, windows in validation_windows(config, data).items():
-        batches[title] = partial(
-            validation_batches,
-            windows,
-            config.eval.max_windows,
-            batch=config.train.micro_batch,
-            rank=mesh.data_rank,
-            world=mesh.data_world,
-            vocab_size=vocab_size,
-            device=mesh.device,
-        )
-    if not batches or data.bytes_of_ids is None:
-        return []
-    return [EvalHook(config.eval, batches, torch.from_numpy(data.bytes_of_ids).to(mesh.device))]
-
-
-def _monitors(
-    config: JobConfig,
-    data: Data,
-    vocab: VocabParallelEmbedding,
-    matrix: VocabOptimizer,
-    seen: Seen | None,
-    mesh: Mesh,
-    step: int,
-    log: MetricsLog | None,
-) -> list[Hook]:
-    """What looks at the matrix while it trains, and at what the layers make of it."""
-    monitors: list[Hook] = []
-    if config.vocab.untie_at is not None:
-        monitors.append(TieDrift(vocab, config.log.every))
-    if seen is not None:
-        monitors.append(EmbeddingHealth(config.monitor.embedding, vocab, matrix, seen, mesh, step))
-    if config.monitor.lens:
-        windows = list(validation_windows(config, data).values())
-        files = [file for corpus in data.corpora.values() for file in corpus.train]
-        monitors.append(LensMonitor.of(config.monitor, windows, files, mesh, vocab.shard.vocab_size, log))
-    return monitors
-
-
-def _deadlines(config: JobConfig, started: float, manager: CheckpointManager) -> list[StopCheck]:
-    """The run's own time limit, and that of its job: ROWSHARD_DEADLINE. ValueError where that is no unix time."""
-    limits = []
-    if config.train.time_limit_seconds is not None:
-        limits.append((StopReason.TIME_LIMIT, started + config.train.time_limit_seconds))
-    given = os.environ.get("ROWSHARD_DEADLINE")
-    if given:
-        try:
-            limits.append((StopReason.REQUESTED, float(given)))
-        except ValueError:
-            raise ValueError(f"ROWSHARD_DEADLINE={given} in the environment must be a unix time") from None
-    reserve = config.checkpoint.seconds_before_limit
-    return [(reason, Deadline(limit, reserve, lambda: manager.longest)) for reason, limit in limits]
 
 
 def _leave_at_once() -> None:

@@ -1,51 +1,22 @@
-"""The loop: batches in, steps out, hooks after each step."""
+"""The loop: batches in, steps out, hooks around each step."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .checkpoint import TrainState
 from .config.optim import OptimConfig
 from .config.training import TrainingConfig
-from .data import Batch, BatchLoader, MicroBatch
-from .engine import Engine
-from .mesh import Mesh
-from .models.language_model import LanguageModel
-from .optim import VocabOptimizer, clip_factor, lr_at
-from .stops import StopCheck, StopReason
+from .control import RunControl
+from .data import Batch, BatchLoader
+from .hooks import Hook, StepReport
+from .optim import clip_factor, lr_at
+from .parts import ModelParts
+from .stops import StopReason
 from .vocab.collectives import on_host
-from .vocab.lookup import LookupTraffic
-from .watchdog import Watchdog
-
-
-@dataclass
-class StepReport:
-    """What one step measured. `loss` is this rank's part of it: the sum over ranks is the loss of the batch.
-
-    tokens: targets in the global batch; lookups: the traffic of this vocab group's; seconds: from one step edge to the
-    next, hooks left out; waited: of them, for the batch; scalars, rows: what hooks add for the log, the same on all
-    ranks: numbers, and ids of rows of the matrix. micro_batches: of this rank.
-    """
-
-    step: int
-    loss: Tensor
-    grad_norm: float
-    lr: float
-    tokens: int
-    lookups: list[LookupTraffic] = field(default_factory=list)
-    seconds: float = 0.0
-    waited: float = 0.0
-    scalars: dict[str, float] = field(default_factory=dict)
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    micro_batches: list[MicroBatch] = field(default_factory=list)
-
-
-Hook = Callable[["Trainer", StepReport], None]
 
 
 class Trainer:
@@ -53,23 +24,17 @@ class Trainer:
 
     def __init__(
         self,
-        model: LanguageModel,
-        engine: Engine,
-        matrix: VocabOptimizer,
+        parts: ModelParts,
         batches: BatchLoader,
-        mesh: Mesh,
         loop: TrainingConfig,
         optim: OptimConfig,
         state: TrainState,
-        hooks: list[Hook],
-        stops: list[StopCheck],
-        before_update: Callable[[], None],
-        watchdog: Watchdog,
+        hooks: Sequence[Hook],
+        control: RunControl,
     ) -> None:
-        self.model, self.engine, self.matrix, self.batches, self.mesh = model, engine, matrix, batches, mesh
-        self.loop, self.optim, self.state, self.hooks, self.stops = loop, optim, state, hooks, stops
-        self.before_update = before_update  # a save may still be reading what an update changes
-        self.watchdog, self.reason = watchdog, StopReason.NONE
+        self.model, self.engine, self.matrix, self.mesh = parts.model, parts.engine, parts.matrix, parts.mesh
+        self.batches, self.loop, self.optim, self.state = batches, loop, optim, state
+        self.hooks, self.control, self.reason = hooks, control, StopReason.NONE
 
     def fit(self) -> StopReason:
         """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop, and gives it."""
@@ -77,27 +42,20 @@ class Trainer:
             start = time.monotonic()
             batch = next(self.batches)
             waited = time.monotonic() - start
-            self.untie_when_due()
+            for hook in self.hooks:
+                hook.before_step(self)
             report = self.train_step(batch)
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
-                hook(self, report)
+                hook.after_step(self, report)
         return self.reason
-
-    def untie_when_due(self) -> None:
-        """Splits the matrix before step vocab.untie_at + 1: a checkpoint of step untie_at still has it whole."""
-        vocab = self.model.vocab
-        due = vocab.config.untie_at == self.state.step
-        if due and vocab.head_weight is None:
-            self.before_update()  # a save at work asks for the matrices by name
-            self.matrix.add_copy(vocab.untie(), vocab.weight)
 
     def must_stop(self) -> bool:
         """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number; a sign of life."""
-        self.watchdog.alive()
+        self.control.alive()
         if not self.reason:
-            mine = max([reason for reason, stop in self.stops if stop()], default=StopReason.NONE)
-            agreed = torch.full((), int(mine), device=self.mesh.device)  # torch.tensor would wait for the device
+            mine = int(self.control.reason())
+            agreed = torch.full((), mine, device=self.mesh.device)  # torch.tensor would wait for the device
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             self.reason = StopReason(int(on_host(agreed)))
         return self.reason is not StopReason.NONE
@@ -119,7 +77,8 @@ class Trainer:
                 " lower optim.lr or raise optim.warmup_steps, and run again from the last checkpoint"
             )
         lr = lr_at(self.optim, self.state.step, self.loop.steps)
-        self.before_update()
+        for hook in self.hooks:
+            hook.before_update(self)
         self.engine.step(lr, factor)
         self.matrix.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None

@@ -13,7 +13,7 @@ from .folder import (
 from .manager import CheckpointManager, read_tensors
 from .reading import model_for_reading
 from .rows import CheckpointRows, save_weights
-from .state import ModelState, TrainState, matrix_dtensor
+from .state import HookState, ModelState, TrainState, matrix_dtensor
 from .tensor_file import Streamed, write_streamed
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointManager",
     "CheckpointRows",
     "DamagedCheckpoint",
+    "HookState",
     "ModelState",
     "Streamed",
     "TrainState",

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ..config.checkpoint import CheckpointConfig
 from ..mesh import Mesh
-from ..monitor import SEEN
 from ..optim import STATE_PREFIX
 from .folder import (
     FORMAT_VERSION,
@@ -41,7 +40,18 @@ from .folder import (
     write_manifest,
 )
 from .host_copies import HostCopies
-from .state import ModelState, TrainState, check_shards, restore_rng, rng_state, shapes, slices
+from .state import (
+    HOOK_PREFIX,
+    HookStates,
+    ModelState,
+    Stateful,
+    TrainState,
+    check_shards,
+    restore_rng,
+    rng_state,
+    shapes,
+    slices,
+)
 from .tensor_file import Slice, file_name, write_slices
 
 T = TypeVar("T")
@@ -83,6 +93,7 @@ class CheckpointManager:
         self.run, self.folder = run, run / "checkpoints"
         self.model, self.mesh, self.config, self.seed = model, mesh, config, seed
         self.about = about  # goes into the manifest as it is: config, tokenizer
+        self.hooks: list[Stateful] = []  # their state is saved and restored with the model's
         self.longest = 0.0  # seconds from the call of a save to its end
         self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
@@ -104,7 +115,8 @@ class CheckpointManager:
         if self._as_seen_by_first_rank(lambda: _is_sound(final)):
             self._on_first_rank(lambda: _complete(final, state.val_loss))
             return final
-        tensors = self.model.tensors()
+        tensors, hooks = self.model.tensors(), HookStates(self.hooks)
+        tensors |= hooks.tensors
         manifest = {
             "format_version": FORMAT_VERSION,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,6 +124,7 @@ class CheckpointManager:
             **self.about,
             "mesh": self.mesh.sizes,
             "tensors": shapes(tensors),
+            **({"hooks": hooks.numbers} if hooks.numbers else {}),
         }
         self._taken.clear()
         self._copies.mark()
@@ -171,16 +184,17 @@ class CheckpointManager:
         """
         manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
         self.model.match(manifest["tensors"])
-        tensors = self.model.tensors()
-        if SEEN not in manifest["tensors"]:
-            tensors.pop(SEEN, None)  # nobody has counted so far
-        missing = set(manifest["tensors"]) - set(tensors) - {SEEN}
+        saved = manifest["tensors"]
+        tensors, hooks = self.model.tensors(), HookStates(self.hooks)
+        tensors |= {name: tensor for name, tensor in hooks.tensors.items() if name in saved}
+        missing = {name for name in saved if not name.startswith(HOOK_PREFIX)} - set(tensors)
         if missing:
             raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
         parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE_PREFIX)}
         read_tensors(folder, parameters if manifest.get("weights_only") else tensors, alone=False)
         state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
         self.model.load(tensors, state.step)
+        hooks.load(manifest)
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
         return state
 

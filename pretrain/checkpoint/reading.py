@@ -40,8 +40,7 @@ def model_for_reading(
         device=device,
         dtype=dtype,
     )
-    if vocab.was_untied(saved):
-        vocab.untie()
+    vocab.match(saved)
     body.to(dtype).to_empty(device=device)
     tensors: dict[str, Any] = {name: parameter.detach() for name, parameter in body.named_parameters()}
     for name, rows_vD in vocab.named_rows().items():

@@ -37,10 +37,9 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
     began = saved.get("init_from")
     if config.init_from is not None and (began is None or folder_of(began) != folder_of(config.init_from).absolute()):
         _refuse(config, f"init_from={began or 'null'}", config.init_from)
-    step, was_untied = manifest["step"], VocabConfig(untie_at=saved["vocab"]["untie_at"])
-    if config.vocab.tie == "tied" and config.vocab.untied_at(step) != was_untied.untied_at(step):
-        before, now_at = ("null" if at is None else at for at in (was_untied.untie_at, config.vocab.untie_at))
-        _refuse(config, f"vocab.untie_at={before} at step {step}", f"{now_at}")
+    split = config.vocab.split_otherwise(saved["vocab"], manifest["step"])
+    if split is not None:
+        _refuse(config, *split)
     if manifest["vocab_size"] != rows:
         _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
     if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint and (drawn or not _same_rows(config, data)):

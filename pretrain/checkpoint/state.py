@@ -2,9 +2,9 @@
 
 import base64
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from ..engine import Engine
 from ..mesh import Mesh
-from ..monitor import SEEN, Seen
 from ..optim import VocabOptimizer
 from ..vocab import VocabParallelEmbedding, VocabShard
 from ..vocab.collectives import on_host
@@ -35,25 +34,56 @@ class TrainState:
     val_loss: float | None = None
 
 
-class ModelState:
-    """All tensors of a run, body and matrix, parameters (fp32) and optimizer states, as DTensors; and what was seen, if
-    a monitor counts.
-    """
+HookState = Mapping[str, DTensor | float]  # by names that begin with HOOK_PREFIX
+HOOK_PREFIX = "monitor."  # of what may be missing, in a checkpoint or in the run that resumes it
 
-    def __init__(
-        self,
-        engine: Engine,
-        vocab: VocabParallelEmbedding,
-        matrix: VocabOptimizer,
-        mesh: Mesh,
-        seen: Seen | None = None,
-    ) -> None:
-        self.engine, self.vocab, self.matrix, self.mesh, self.seen = engine, vocab, matrix, mesh, seen
+
+class Stateful(Protocol):
+    """Has something that must survive besides the model: see `pretrain.hooks.Hook`."""
+
+    def state_dict(self) -> HookState: ...
+    def load_state_dict(self, state: HookState) -> None: ...
+
+
+class HookStates:
+    """The state of each hook, as it is at this moment. Made on all ranks together: it may have collectives."""
+
+    def __init__(self, hooks: Iterable[Stateful]) -> None:
+        self.states = [(hook, hook.state_dict()) for hook in hooks]
+        self.all = {name: value for _, state in self.states for name, value in state.items()}
+        assert all(name.startswith(HOOK_PREFIX) for name in self.all), f"{list(self.all)}: see Hook.state_dict"
+
+    @property
+    def tensors(self) -> dict[str, DTensor]:
+        return {name: value for name, value in self.all.items() if isinstance(value, DTensor)}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What goes into a manifest: under "hooks", if there is any."""
+        return {name: value for name, value in self.all.items() if not isinstance(value, DTensor)}
+
+    def load(self, manifest: Mapping[str, Any]) -> None:
+        """Hands each hook what a checkpoint with this manifest has of its state; its tensors are filled."""
+        numbers = manifest.get("hooks", {})
+        for hook, state in self.states:
+            found = {name: value for name, value in state.items() if name in manifest["tensors"]} | {
+                name: numbers[name] for name in state if name in numbers
+            }
+            if found:
+                hook.load_state_dict(found)
+
+
+class ModelState:
+    """All tensors of a run, body and matrix, parameters (fp32) and optimizer states, as DTensors."""
+
+    def __init__(self, engine: Engine, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, mesh: Mesh) -> None:
+        self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
 
     def match(self, saved: Container[str]) -> None:
-        """Before `tensors`: splits the matrix if it is to be split at some step, and `saved` tensors have it split."""
-        if self.vocab.was_untied(saved):
-            self.matrix.add_copy(self.vocab.untie(), self.vocab.weight)
+        """Before `tensors`: as many matrices as there are in a checkpoint whose tensors have the names `saved`."""
+        head = self.vocab.match(saved)
+        if head is not None:
+            self.matrix.add_copy(head, self.vocab.weight)
 
     def tensors(self) -> dict[str, DTensor]:
         """To be written, or to be filled in place and handed to `load`."""
@@ -61,8 +91,6 @@ class ModelState:
         for name, rows in self.vocab.named_rows().items():
             for saved, tensor_vD in self.matrix.optimizer.tensors(name, rows).items():
                 state[saved] = matrix_dtensor(tensor_vD, self.vocab.shard, self.mesh)
-        if self.seen is not None:
-            state[SEEN] = matrix_dtensor(self.seen.gather(), self.vocab.shard, self.mesh)
         return state
 
     def load(self, tensors: dict[str, DTensor], step: int) -> None:

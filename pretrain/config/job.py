@@ -56,8 +56,7 @@ class JobConfig:
         self.optim.warmup_steps = self.optim.warmup(self.train.steps)
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
-        if self.vocab.untie_at is not None and self.vocab.untie_at >= self.train.steps:
-            raise ValueError(f"vocab.untie_at={self.vocab.untie_at} must be below train.steps={self.train.steps}")
+        self.vocab.check_steps(self.train.steps)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.seconds_before_limit
         if limit is not None and limit <= reserve:
             raise ValueError(

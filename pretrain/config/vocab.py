@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 LARGEST_VOCABULARY = 2**24  # ids travel among the fp32 statistics of the loss and must be exact there
 
@@ -57,6 +58,21 @@ class VocabConfig:
     def matrices(self) -> int:
         """How many there are when most are."""
         return 1 if self.untied_at(None) is None else 2
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError if the matrix would be split after the last of that many steps."""
+        if self.untie_at is not None and self.untie_at >= steps:
+            raise ValueError(f"vocab.untie_at={self.untie_at} must be below train.steps={steps}")
+
+    def split_otherwise(self, saved: dict[str, Any], step: int) -> tuple[str, str] | None:
+        """What `saved` settings and these say if their matrices differ at `step`: a split that is still to come may be
+        put off or brought forward, one that has been may not be undone. None if they agree.
+        """
+        was = VocabConfig(untie_at=saved["untie_at"])
+        if self.tie != "tied" or self.untied_at(step) == was.untied_at(step):
+            return None
+        before, now = ("null" if at is None else at for at in (was.untie_at, self.untie_at))
+        return f"vocab.untie_at={before} at step {step}", f"{now}"
 
     def untied_at(self, step: int | None) -> int | None:
         """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None

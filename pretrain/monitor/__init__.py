@@ -1,8 +1,6 @@
 """What a run tells while it trains."""
 
-from .embedding_health import BINS, EDGES, EmbeddingHealth
 from .metrics import MetricsLog
-from .seen import SEEN, Seen
-from .tie_drift import TieDrift
+from .rows import BINS, EDGES, Rows, blocks
 
-__all__ = ["BINS", "EDGES", "SEEN", "EmbeddingHealth", "MetricsLog", "Seen", "TieDrift"]
+__all__ = ["BINS", "EDGES", "MetricsLog", "Rows", "blocks"]

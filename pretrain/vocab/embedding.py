@@ -99,9 +99,12 @@ class VocabParallelEmbedding(GuardedRows):
         self.head_weight = nn.Parameter(self.weight.detach().clone())
         return self.head_weight
 
-    def was_untied(self, tensors: Container[str]) -> bool:
-        """Whether a checkpoint with tensors of these names has a second matrix, and mine is one that is to be split."""
-        return self.head_weight is None and self.config.untie_at is not None and "head.weight" in tensors
+    def match(self, saved: Container[str]) -> nn.Parameter | None:
+        """Splits a matrix that is to be split at some step if a checkpoint with tensors `saved` has it split; the rows
+        that are new, if so.
+        """
+        due = self.head_weight is None and self.config.untie_at is not None
+        return self.untie() if due and "head.weight" in saved else None
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The lookup, for ranks with any number of tokens each.

@@ -33,6 +33,7 @@ from launch.rehearsal import trainer_of
 from pretrain.build import build_model
 from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
+from pretrain.hooks.base import Hook, TrainerView
 from pretrain.mesh import Mesh
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
@@ -83,7 +84,7 @@ def main() -> None:
     print(markdown([*header, "CPU, s", "on disk after, s", "extra peak MiB a rank"], rows))
 
 
-class Run:
+class Run(Hook):
     """One rank of a training, and its three ways to save."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
@@ -94,7 +95,7 @@ class Run:
         self.mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
         engine, model, matrix = build_model(config, self.mesh, options.vocab)
         self.state = ModelState(engine, model.vocab, matrix, self.mesh)
-        self.trainer = trainer_of(model, engine, matrix, self.mesh, config.train, config.optim, self.wait_for_copies)
+        self.trainer = trainer_of(model, engine, matrix, self.mesh, config.train, config.optim, [self])
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([part[:, :-1].flatten() for part in ids], model.vocab.shard, model.vocab.compute_dtype)
@@ -107,7 +108,7 @@ class Run:
             rules = tiny_config(folder, folder, checkpoint__asynchronous=kind == "asynchronous").checkpoint
             self.managers[kind] = CheckpointManager(folder / kind, self.state, self.mesh, rules, seed=0, about={})
 
-    def wait_for_copies(self) -> None:
+    def before_update(self, trainer: TrainerView) -> None:
         start = time.perf_counter()
         for manager in self.managers.values():
             manager.wait_for_copy()

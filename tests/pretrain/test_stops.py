@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import pretrain.hooks.evaluation
 import pretrain.train
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config.job import JobConfig
@@ -42,7 +43,7 @@ def stopped_while_evaluating(rank: int, world: int, config: JobConfig, number: i
                 os.kill(os.getpid(), number)
             yield batch
 
-    pretrain.train.validation_batches = batches  # this process is a rank, and ends after it
+    pretrain.hooks.evaluation.validation_batches = batches  # this process is a rank, and ends after it
     with StopRequests() as requests:
         return pretrain.train.train(config, torch.device("cpu"), requests), taken
 

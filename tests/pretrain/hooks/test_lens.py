@@ -19,8 +19,9 @@ from pretrain.checks import check_job
 from pretrain.config.job import JobConfig
 from pretrain.config.monitor import LogConfig
 from pretrain.data import IGNORED, MicroBatch, Windows, open_data
-from pretrain.lens import monitor, run_lens
-from pretrain.lens.monitor import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
+from pretrain.hooks import Run, lens
+from pretrain.hooks.lens import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
+from pretrain.lens import run_lens
 from pretrain.monitor import MetricsLog
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
@@ -188,7 +189,7 @@ def stopped_at_the_first_window(rank: int, world: int, config: JobConfig) -> int
             signal.raise_signal(signal.SIGTERM)
         return run_lens(*given, **settings)
 
-    monitor.run_lens = signalled
+    lens.run_lens = signalled
     train_rank(rank, world, config)
     return len(results)
 
@@ -210,7 +211,7 @@ def time_left_at_each_window(rank: int, world: int, config: JobConfig) -> list[f
         signal.setitimer(signal.ITIMER_REAL, left[-1] / 2)
         return run_lens(*given, **settings)
 
-    monitor.run_lens = slow
+    lens.run_lens = slow
     train_rank(rank, world, config)
     return left
 
@@ -276,7 +277,10 @@ def test_no_heat_maps_without_a_board(tmp_path):
     for board in (True, False):
         (tmp_path / str(board)).mkdir()
         log = MetricsLog(tmp_path / str(board), LogConfig(tensorboard=board), 0, 1)
-        of_board = LensMonitor(1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), log)
+        of_board = LensMonitor(
+            1, MicroBatch(torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1), Run(None, None, None, log)
+        )
+        of_board.before_training(None)
         assert (of_board.maps is not None) == board
         log.close()
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from data_prep.token_file import TokenFile
 
-from ..config.monitor import MonitorConfig
+from ..build import validation_windows
+from ..config.job import JobConfig
 from ..data import IGNORED, MicroBatch, Windows
 from ..data.loader import read
-from ..mesh import Mesh
+from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, Method, run_lens
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog
-from ..trainer import StepReport, Trainer
 from ..vocab.collectives import on_host
-from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, Method, run_lens
+from .base import Hook, Run, StepReport, TrainerView
 
 ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row
 BY_FREQUENCY = ("kl_input", "rank_input")  # of these also by the input token's bin
@@ -35,18 +35,13 @@ BINS = ("uncounted", *BINS_OF_ROWS[1:])  # of a sample nobody can say "never"
 
 
 def fixed_windows(
-    validation_windows: list[Windows], most: int, rank: int, world: int, vocab_size: int
+    of_corpora: list[Windows], most: int, rank: int, world: int, vocab_size: int
 ) -> tuple[MicroBatch, int]:
     """This rank's part of `most` windows, of the corpora in turn, and how many are its own. On the host.
 
     Every rank gets as many: the first window fills up, without targets.
     """
-    in_turn = (
-        (windows, i)
-        for i in range(max(map(len, validation_windows)))
-        for windows in validation_windows
-        if i < len(windows)
-    )
+    in_turn = ((windows, i) for i in range(max(map(len, of_corpora))) for windows in of_corpora if i < len(windows))
     places = list(islice(in_turn, most))
     mine, each = places[rank::world], -(-len(places) // world)
     batch = read(mine + places[:1] * (each - len(mine)), vocab_size)
@@ -71,8 +66,8 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
     return torch.where(of_ids > 0, 1 + torch.bucketize(share, torch.tensor(EDGES, dtype=torch.float64), right=True), 0)
 
 
-class LensMonitor:
-    """A hook. Adds to the log, as means over all positions of all windows, the same for any number of ranks:
+class LensMonitor(Hook):
+    """Adds to the log, as means over all positions of all windows, the same for any number of ranks:
 
     of each row, `lens_kl_final/ROW`, KL(final ‖ row); `lens_kl_input`, KL(input ‖ row); `lens_entropy`; `lens_loss`;
     `lens_rank_final` and `lens_rank_input`, geometric means of the ranks of the final guess and of the input token. The
@@ -85,31 +80,17 @@ class LensMonitor:
     to stop, a forward of the model and `Readout.read` in the vocab group; one all-reduce of sums.
     """
 
-    def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, log: MetricsLog | None) -> None:
-        """`bins_BT`: of the tokens; -1: of a window that only fills up. `log`: where heat maps go, if they can."""
-        self.every, self.batch, self.bins_BT = every, batch, bins_BT
+    def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, run: Run) -> None:
+        """`bins_BT`: of the tokens; -1: of a window that only fills up."""
+        self.every, self.batch, self.bins_BT, self.run = every, batch, bins_BT, run
+        self.maps: HeatMaps | None = None
+
+    def before_training(self, trainer: TrainerView) -> None:
+        """Reads what the log has for heat maps, if there is a board that takes them."""
+        log = self.run.log
         self.maps = HeatMaps(log) if log is not None and log.has_board else None
 
-    @classmethod
-    def of(
-        cls,
-        settings: MonitorConfig,
-        validation_windows: list[Windows],
-        files: list[TokenFile],
-        mesh: Mesh,
-        vocab_size: int,
-        log: MetricsLog | None,
-    ) -> "LensMonitor":
-        """On windows of `validation_windows`, whose tokens' frequency is counted in `files`."""
-        batch, mine = fixed_windows(
-            validation_windows, settings.lens_windows, mesh.data_rank, mesh.data_world, vocab_size
-        )
-        bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
-        bins_BT[mine:] = -1
-        on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
-        return cls(settings.lens, on_device, bins_BT.to(mesh.device), log)
-
-    def __call__(self, trainer: Trainer, report: StepReport) -> None:
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         if report.step % self.every:
             return
         start = time.monotonic()
@@ -120,7 +101,7 @@ class LensMonitor:
             self.maps.add(report.step, scalars)
         report.scalars.update(scalars, lens_seconds=time.monotonic() - start)
 
-    def measure(self, trainer: Trainer) -> dict[str, float] | None:
+    def measure(self, trainer: TrainerView) -> dict[str, float] | None:
         """Sums first, over all windows and ranks, then means. None where the run must stop: the save comes first."""
         model = trainer.model
         of_windows = []
@@ -244,3 +225,17 @@ def heat_map(values: np.ndarray, rows: list[str], steps: list[int], title: str) 
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).ax.tick_params(labelsize=7)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def build(config: JobConfig, run: Run) -> LensMonitor | None:
+    """The hook, if monitor.lens is not 0: on validation windows; their tokens' frequency is counted in the corpora."""
+    if not config.monitor.lens:
+        return None
+    mesh, vocab_size = run.parts.mesh, run.parts.model.vocab.shard.vocab_size
+    windows = list(validation_windows(config, run.data).values())
+    files = [file for corpus in run.data.corpora.values() for file in corpus.train]
+    batch, mine = fixed_windows(windows, config.monitor.lens_windows, mesh.data_rank, mesh.data_world, vocab_size)
+    bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
+    bins_BT[mine:] = -1
+    on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
+    return LensMonitor(config.monitor.lens, on_device, bins_BT.to(mesh.device), run)

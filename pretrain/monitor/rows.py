@@ -1,98 +1,31 @@
-"""Is the tie hurting? The gradients of the matrix's two uses side by side, and what becomes of its rows.
+"""Measures of the rows of a matrix, and of the gradients of its two uses.
 
 All is exact on the shards: sums over rows are all-reduced over the vocab group, and no row leaves its rank.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mesh import Mesh
-from ..optim import VocabOptimizer
-from ..vocab import VocabParallelEmbedding, VocabShard
+from ..vocab import VocabShard
 from ..vocab.collectives import on_host
-from .hook import StepReport, blocks
-from .seen import Seen
 from .spectrum import isotropy
 
 BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row, of a million
 EDGES = (1.0, 10.0, 100.0, 1000.0)
 SMALL = 0.1  # of the mean norm: padding rows are zero, and nothing moves a row that is as good as one
 MAX_LISTED_ROWS = 50  # ids of a kind
+BLOCK = 2**20  # numbers of a matrix that are worked on at once
 
 
-class EmbeddingHealth:
-    """Every n steps: what the gradients of that step were, and the rows after it. A hook; see docs/tie.md for each
-    measure.
-
-    On the steps it samples of a tied matrix the lookup's gradient is also kept in a buffer of its own. It changes no
-    bit of the training. Sampled steps: an all-reduce of that buffer over `dp`, one of 2·V counts over all ranks; over
-    the vocab group a few of sums (of D² numbers for each matrix) and gathers of ids.
-    """
-
-    def __init__(
-        self, every: int, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, seen: Seen, mesh: Mesh, step: int
-    ) -> None:
-        """`step`: those that are done."""
-        self.every, self.vocab, self.seen, self.mesh = every, vocab, seen, mesh
-        self.uses_v3: Tensor | None = None  # of the step at hand, if it is sampled
-        matrix.observers.append(self.observe)
-        self._arm(step + 1)
-
-    def __call__(self, trainer: object, report: StepReport) -> None:
-        for micro in report.micro_batches:
-            self.seen.add(micro.tokens_BT, micro.targets_BT)
-        if self.uses_v3 is not None:
-            self._measure(report)
-        self._arm(report.step + 1)
-
-    def _arm(self, step: int) -> None:
-        self.sampled, self.uses_v3 = step % self.every == 0, None
-        if self.sampled and self.vocab.head_weight is None:
-            self.vocab.input_grad_vD = torch.zeros_like(self.vocab.weight, requires_grad=False)
-
-    def observe(self) -> None:
-        """Of each row, before the clip: square norms of the gradients as input and as output, and their product."""
-        if not self.sampled:
-            return
-        vocab, entering_vD = self.vocab, self.vocab.input_grad_vD
-        vocab.input_grad_vD = None
-        grad_vD = vocab.weight.grad
-        assert grad_vD is not None
-        if vocab.head_weight is not None:  # split since, or from the start
-            entering_vD, split = grad_vD, True
-        else:
-            assert entering_vD is not None
-            split = False
-            self.mesh.sum_replicas([entering_vD])
-        self.uses_v3 = torch.zeros(vocab.shard.rows, 3, dtype=torch.float64, device=grad_vD.device)
-        for part in blocks(vocab.shard.valid_rows, grad_vD.shape[1]):
-            enter = entering_vD[part].double()
-            if split:
-                assert vocab.head_weight is not None and vocab.head_weight.grad is not None
-                leave = vocab.head_weight.grad[part].double()
-            else:
-                leave = grad_vD[part].double() - enter
-            self.uses_v3[part] = torch.stack(
-                [enter.square().sum(1), leave.square().sum(1), (enter * leave).sum(1)], dim=1
-            )
-
-    @torch.no_grad()
-    def _measure(self, report: StepReport) -> None:
-        assert self.uses_v3 is not None
-        counts_v2 = self.seen.gather()
-        rows = Rows(self.vocab.shard, self.vocab.group, counts_v2)
-        report.scalars.update(rows.gradients(self.uses_v3))
-        report.scalars.update(rows.unseen())
-        for title, name in (("embedding", "embedding.weight"), ("head", "head.weight")):
-            weight_vD = self.vocab.named_rows().get(name)
-            if weight_vD is not None:
-                scalars, ids = rows.of_matrix(weight_vD)
-                report.scalars.update({f"{title}_{key}": value for key, value in scalars.items()})
-                report.rows.update({f"{title}_{key}": few for key, few in ids.items()})
+def blocks(rows: int, width: int) -> Iterator[slice]:
+    """Of rows, so that what is made of them needs little room."""
+    height = max(1, BLOCK // width)
+    return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
 class Rows:

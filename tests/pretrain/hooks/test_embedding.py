@@ -15,9 +15,9 @@ from torch import Tensor
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config.monitor import MonitorConfig
 from pretrain.config.optim import OptimConfig
+from pretrain.hooks.embedding import EmbeddingHealth
 from pretrain.mesh import Mesh
-from pretrain.monitor import EmbeddingHealth, Seen
-from pretrain.monitor.embedding_health import BINS, EDGES, MAX_LISTED_ROWS, SMALL, Rows
+from pretrain.monitor.rows import BINS, EDGES, MAX_LISTED_ROWS, SMALL, Rows
 from pretrain.monitor.spectrum import TOP
 from pretrain.optim import VocabOptimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
@@ -133,9 +133,10 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
     )
     for rows in vocab.parameters():
         rows.data = padded_rows(weight, shard)
-    matrix, seen = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh), Seen(shard, mesh.device)
-    health = EmbeddingHealth(2, vocab, matrix, seen, mesh, step=0)
+    matrix = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh)
+    health = EmbeddingHealth(2, vocab, matrix, mesh)
     for step in range(2):
+        health.before_step(SimpleNamespace(state=SimpleNamespace(step=step)))
         micro_batches = []
         for micro in range(2):
             ids, wanted = tokens[step, micro, rank], targets[step, micro, rank]
@@ -145,7 +146,7 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
         assert (vocab.input_grad_vD is not None) == (step == 1 and tie == "tied")
         matrix.reduce_gradients()
         report = SimpleNamespace(step=step + 1, scalars={}, rows={}, micro_batches=micro_batches)
-        health(None, report)
+        health.after_step(None, report)
         assert bool(report.scalars) == (step == 1)
         for rows in vocab.parameters():
             rows.grad = None

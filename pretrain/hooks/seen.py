@@ -3,22 +3,38 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ..checkpoint import HookState, matrix_dtensor
+from ..mesh import Mesh
 from ..vocab import VocabShard
+from .base import Hook, StepReport, TrainerView
 
 SEEN = "monitor.seen"  # its name in a checkpoint
 
 
-class Seen:
+class Seen(Hook):
     """Counts ids on every rank, and brings them to the owners of their rows when `gather` is called.
 
     counts_v2: of my rows, up to the last `gather`: as input, as target, in float64, exact up to 2^53.
     """
 
-    def __init__(self, shard: VocabShard, device: torch.device) -> None:
-        self.shard = shard
-        self.counts_v2 = torch.zeros(shard.rows, 2, dtype=torch.float64, device=device)
-        self._mine_2V = torch.zeros(2, shard.padded_size, dtype=torch.int64, device=device)
+    def __init__(self, shard: VocabShard, mesh: Mesh) -> None:
+        self.shard, self.mesh = shard, mesh
+        self.counts_v2 = torch.zeros(shard.rows, 2, dtype=torch.float64, device=mesh.device)
+        self._mine_2V = torch.zeros(2, shard.padded_size, dtype=torch.int64, device=mesh.device)
+
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        for micro in report.micro_batches:
+            self.add(micro.tokens_BT, micro.targets_BT)
+
+    def state_dict(self) -> HookState:
+        return {SEEN: matrix_dtensor(self.gather(), self.shard, self.mesh)}
+
+    def load_state_dict(self, state: HookState) -> None:
+        counts = state[SEEN]
+        assert isinstance(counts, DTensor)
+        self.counts_v2 = counts.to_local()
 
     def add(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         """Ids of this rank; a target below 0 is ignored. Local."""

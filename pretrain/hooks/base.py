@@ -1,0 +1,96 @@
+"""What a hook is: the moments at which it is called, and what it is built from."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ..checkpoint import CheckpointManager, HookState, TrainState
+from ..config.training import TrainingConfig
+from ..data import BatchLoader, Data, MicroBatch
+from ..engine import Engine
+from ..mesh import Mesh
+from ..models.language_model import LanguageModel
+from ..monitor import MetricsLog
+from ..optim import VocabOptimizer
+from ..parts import ModelParts
+from ..stops import StopReason
+from ..vocab.lookup import LookupTraffic
+
+
+@dataclass
+class StepReport:
+    """What one step measured, and what hooks add for the log: the same on all ranks."""
+
+    step: int
+    loss: Tensor  # this rank's part: the sum over ranks is the loss of the batch
+    grad_norm: float
+    lr: float
+    tokens: int  # targets in the global batch
+    lookups: list[LookupTraffic] = field(default_factory=list)  # of this vocab group
+    seconds: float = 0.0  # wall time of the step without hooks
+    waited: float = 0.0  # of which waiting for the batch
+    scalars: dict[str, float] = field(default_factory=dict)  # added by hooks: numbers
+    rows: dict[str, list[int]] = field(default_factory=dict)  # added by hooks: ids of rows of the matrix
+    micro_batches: list[MicroBatch] = field(default_factory=list)  # of this rank
+
+
+class TrainerView(Protocol):
+    """What a hook may ask of the trainer."""
+
+    model: LanguageModel
+    engine: Engine
+    matrix: VocabOptimizer
+    mesh: Mesh
+    batches: BatchLoader
+    loop: TrainingConfig
+    state: TrainState
+    reason: StopReason
+
+    def must_stop(self) -> bool: ...
+
+
+class Hook:
+    """Takes part in a run at the moments that a subclass overrides. All ranks call them together, in the order of the
+    registry, so a hook may have collectives.
+    """
+
+    def before_training(self, trainer: TrainerView) -> None:
+        """Once per start, the log is open; also if no step is left."""
+
+    def before_step(self, trainer: TrainerView) -> None:
+        """Before forward and backward; `trainer.state.step` steps are done."""
+
+    def before_update(self, trainer: TrainerView) -> None:
+        """Between backward and update: the gradients are summed and not yet clipped, no weight has changed."""
+
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        """After the update. Adds to the report what is to be logged."""
+
+    def state_dict(self) -> HookState:
+        """What must survive, by names that begin with `monitor.`: DTensors, and numbers, which go into the manifest.
+
+        Called at each save, and before a load, which fills its tensors in place. A save may read them until the update
+        of the next step: they must not be changed in place.
+        """
+        return {}
+
+    def load_state_dict(self, state: HookState) -> None:
+        """Takes what the checkpoint has of `state_dict`: its tensors filled in place, and numbers. Not called if it has
+        nothing of it.
+        """
+
+
+@dataclass
+class Run:
+    """What hooks are built from: the parts of this rank's run."""
+
+    data: Data
+    parts: ModelParts
+    manager: CheckpointManager
+    log: MetricsLog | None = None  # rank 0's; open from `before_training` on
+
+    def close(self) -> None:
+        self.manager.close()
+        if self.log is not None:
+            self.log.close()

@@ -1,0 +1,92 @@
+"""Is the tie hurting? The gradients of the matrix's two uses side by side, and what becomes of its rows."""
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import HookState
+from ..config.job import JobConfig
+from ..mesh import Mesh
+from ..monitor import Rows, blocks
+from ..optim import VocabOptimizer
+from ..vocab import VocabParallelEmbedding
+from .base import Hook, Run, StepReport, TrainerView
+from .seen import Seen
+
+
+class EmbeddingHealth(Hook):
+    """Every n steps: what the gradients of that step were, and the rows after it. See docs/tie.md for each measure.
+
+    On the steps it samples of a tied matrix the lookup's gradient is also kept in a buffer of its own. It changes no
+    bit of the training. Sampled steps: an all-reduce of that buffer over `dp`, one of 2·V counts over all ranks; over
+    the vocab group a few of sums (of D² numbers for each matrix) and gathers of ids.
+    """
+
+    def __init__(self, every: int, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, mesh: Mesh) -> None:
+        self.every, self.vocab, self.mesh, self.seen = every, vocab, mesh, Seen(vocab.shard, mesh)
+        self.sampled = False
+        self.uses_v3: Tensor | None = None  # of the step at hand, if it is sampled
+        matrix.observers.append(self.observe)
+
+    def before_step(self, trainer: TrainerView) -> None:
+        self.sampled, self.uses_v3 = (trainer.state.step + 1) % self.every == 0, None
+        if self.sampled and self.vocab.head_weight is None:
+            self.vocab.input_grad_vD = torch.zeros_like(self.vocab.weight, requires_grad=False)
+
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        self.seen.after_step(trainer, report)
+        if self.uses_v3 is not None:
+            self._measure(report)
+
+    def state_dict(self) -> HookState:
+        return self.seen.state_dict()
+
+    def load_state_dict(self, state: HookState) -> None:
+        self.seen.load_state_dict(state)
+
+    def observe(self) -> None:
+        """Of each row, before the clip: square norms of the gradients as input and as output, and their product."""
+        if not self.sampled:
+            return
+        vocab, entering_vD = self.vocab, self.vocab.input_grad_vD
+        vocab.input_grad_vD = None
+        grad_vD = vocab.weight.grad
+        assert grad_vD is not None
+        two = vocab.head_weight is not None  # from the start, or since this step
+        if two:
+            entering_vD = grad_vD
+        assert entering_vD is not None
+        if not two:
+            self.mesh.sum_replicas([entering_vD])
+        self.uses_v3 = torch.zeros(vocab.shard.rows, 3, dtype=torch.float64, device=grad_vD.device)
+        for part in blocks(vocab.shard.valid_rows, grad_vD.shape[1]):
+            enter = entering_vD[part].double()
+            if vocab.head_weight is not None:
+                assert vocab.head_weight.grad is not None
+                leave = vocab.head_weight.grad[part].double()
+            else:
+                leave = grad_vD[part].double() - enter
+            self.uses_v3[part] = torch.stack(
+                [enter.square().sum(1), leave.square().sum(1), (enter * leave).sum(1)], dim=1
+            )
+
+    @torch.no_grad()
+    def _measure(self, report: StepReport) -> None:
+        assert self.uses_v3 is not None
+        counts_v2 = self.seen.gather()
+        rows = Rows(self.vocab.shard, self.vocab.group, counts_v2)
+        report.scalars.update(rows.gradients(self.uses_v3))
+        report.scalars.update(rows.unseen())
+        for title, name in (("embedding", "embedding.weight"), ("head", "head.weight")):
+            weight_vD = self.vocab.named_rows().get(name)
+            if weight_vD is not None:
+                scalars, ids = rows.of_matrix(weight_vD)
+                report.scalars.update({f"{title}_{key}": value for key, value in scalars.items()})
+                report.rows.update({f"{title}_{key}": few for key, few in ids.items()})
+
+
+def build(config: JobConfig, run: Run) -> EmbeddingHealth | None:
+    """The hook, if monitor.embedding is not 0."""
+    parts = run.parts
+    if not config.monitor.embedding:
+        return None
+    return EmbeddingHealth(config.monitor.embedding, parts.model.vocab, parts.matrix, parts.mesh)

@@ -1,0 +1,98 @@
+"""The loss on validation data."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..build import validation_windows
+from ..config.evaluation import EvalConfig
+from ..config.job import JobConfig
+from ..data import IGNORED, MicroBatch, validation_batches
+from ..vocab.collectives import on_host
+from .base import Hook, Run, StepReport, TrainerView
+
+
+class EvalHook(Hook):
+    """Validation loss, and bits per byte of the validation text: comparable between tokenizers."""
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        batches: dict[str, Callable[[], Iterator[MicroBatch]]],
+        bytes_of_ids_V: Tensor,
+        run: Run,
+    ) -> None:
+        """`batches`: of each corpus, by its title."""
+        self.config, self.batches, self.bytes_of_ids_V, self.run = config, batches, bytes_of_ids_V, run
+
+    def before_training(self, trainer: TrainerView) -> None:
+        """Catches up on the evaluation that a stop has cut short, if one has."""
+        state = trainer.state
+        missing = state.step and state.val_loss is None and self._due(trainer)
+        measured = self._measured(trainer) if missing else {}
+        if measured:
+            self.run.manager.save(state)  # it is there; now its loss is known
+        if measured and self.run.log is not None:
+            self.run.log.complete(state.step, measured)
+
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        if self._due(trainer):
+            report.scalars |= self._measured(trainer)
+
+    def _due(self, trainer: TrainerView) -> bool:
+        step = trainer.state.step
+        return step == trainer.loop.steps or bool(self.config.every and step % self.config.every == 0)
+
+    def _measured(self, trainer: TrainerView) -> dict[str, float]:
+        measured = self.measure(trainer)
+        trainer.state.val_loss = measured.get("val_loss")
+        return measured
+
+    @torch.no_grad()
+    def measure(self, trainer: TrainerView) -> dict[str, float]:
+        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. With several
+        corpora of all their targets together, and of each. Nothing where the ranks must stop before the end.
+
+        One all-reduce of three numbers a corpus, and one of one number a batch, besides the model's.
+        """
+        sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
+        for corpus, batches in zip(sums, self.batches.values(), strict=True):
+            for micro in batches():
+                if trainer.must_stop():
+                    return {}
+                out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
+                counted_BT = micro.targets_BT != IGNORED  # as an index, this mask would wait for the device
+                text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
+                corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
+        dist.all_reduce(sums)
+        measured = {"": sums.sum(0)} | {f"/{title}": of for title, of in zip(self.batches, sums, strict=True)}
+        scalars = {}
+        for title, of in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
+            loss, tokens, text_bytes = on_host(of).tolist()
+            scalars[f"val_loss{title}"] = loss / tokens
+            scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
+        return scalars
+
+
+def build(config: JobConfig, run: Run) -> EvalHook | None:
+    """The hook, if there is something to evaluate on."""
+    mesh = run.parts.mesh
+    batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
+    for title, windows in validation_windows(config, run.data).items():
+        batches[title] = partial(
+            validation_batches,
+            windows,
+            config.eval.max_windows,
+            batch=config.train.micro_batch,
+            rank=mesh.data_rank,
+            world=mesh.data_world,
+            vocab_size=run.parts.model.vocab.shard.vocab_size,
+            device=mesh.device,
+        )
+    if not batches or run.data.bytes_of_ids is None:
+        return None
+    return EvalHook(config.eval, batches, torch.from_numpy(run.data.bytes_of_ids).to(mesh.device), run)

@@ -1,0 +1,21 @@
+"""Which hooks a run has, and in which order they are called."""
+
+from collections.abc import Callable
+
+from ..config.job import JobConfig
+from . import embedding, evaluation, lens, log, save, untie
+from .base import Hook, Run
+
+BUILDERS: tuple[Callable[[JobConfig, Run], Hook | None], ...] = (
+    evaluation.build,
+    untie.build,
+    embedding.build,
+    lens.build,
+    log.build,  # after all that add to the report of a step
+    save.build,  # last: what was evaluated goes into the checkpoint
+)
+
+
+def build_hooks(config: JobConfig, run: Run) -> list[Hook]:
+    """The hooks that the settings ask for."""
+    return [hook for build in BUILDERS if (hook := build(config, run)) is not None]

@@ -1,0 +1,61 @@
+"""Splits a tied matrix in two in the middle of a run, and measures how far its halves move apart."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config.job import JobConfig
+from ..monitor import blocks
+from ..optim import VocabOptimizer
+from ..vocab import VocabParallelEmbedding
+from ..vocab.collectives import on_host
+from .base import Hook, Run, StepReport, TrainerView
+
+
+class UntieHook(Hook):
+    """Splits the matrix before step vocab.untie_at + 1: a checkpoint of step untie_at still has it whole.
+
+    Every few steps from then on it adds `tie_distance`, ‖head - embedding‖ / ‖embedding‖, and `tie_cosine`, the mean
+    over the rows of the cosine between a row of one and that of the other. What a checkpoint needs is in its tensors:
+    one that has the head's makes `VocabParallelEmbedding.match` split the matrix on a resume.
+    """
+
+    def __init__(
+        self, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, every: int, wait_for_copy: Callable[[], None]
+    ) -> None:
+        self.vocab, self.matrix, self.every, self.wait_for_copy = vocab, matrix, every, wait_for_copy
+
+    def before_step(self, trainer: TrainerView) -> None:
+        if self.vocab.config.untie_at == trainer.state.step and self.vocab.head_weight is None:
+            self.wait_for_copy()  # a save at work asks for the matrices by name
+            self.matrix.add_copy(self.vocab.untie(), self.vocab.weight)
+
+    def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        if report.step % self.every == 0 and self.vocab.head_weight is not None:
+            report.scalars.update(self.drift(self.vocab.head_weight))
+
+    @torch.no_grad()
+    def drift(self, head_vD: Tensor) -> dict[str, float]:
+        """In float64, one pass over both. One all-reduce of three numbers over the vocab group."""
+        sums = torch.zeros(3, dtype=torch.float64, device=head_vD.device)
+        for part in blocks(self.vocab.shard.valid_rows, head_vD.shape[1]):
+            embedding, head = self.vocab.weight[part].double(), head_vD[part].double()
+            norms = embedding.norm(dim=1) * head.norm(dim=1)
+            cosines = torch.where(norms > 0, (embedding * head).sum(1) / norms, 0.0)
+            sums += torch.stack([(head - embedding).square().sum(), embedding.square().sum(), cosines.sum()])
+        if self.vocab.group is not None:
+            dist.all_reduce(sums, group=self.vocab.group)
+        apart, whole, cosine = on_host(sums).tolist()
+        return {
+            "tie_distance": (apart / whole) ** 0.5 if whole else 0.0,
+            "tie_cosine": cosine / self.vocab.shard.vocab_size,
+        }
+
+
+def build(config: JobConfig, run: Run) -> UntieHook | None:
+    """The hook, if the matrix is to be split at some step."""
+    if config.vocab.untie_at is None:
+        return None
+    return UntieHook(run.parts.model.vocab, run.parts.matrix, config.log.every, run.manager.wait_for_copy)
