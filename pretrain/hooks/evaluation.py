@@ -69,10 +69,10 @@ class EvalHook(Hook):
                 text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
                 corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)
-        measured = {"": sums.sum(0)} | {f"/{title}": of for title, of in zip(self.batches, sums, strict=True)}
+        measured = {"": sums.sum(0)} | {f"/{title}": sums_3 for title, sums_3 in zip(self.batches, sums, strict=True)}
         scalars = {}
-        for title, of in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
-            loss, tokens, text_bytes = on_host(of).tolist()
+        for title, sums_3 in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
+            loss, tokens, text_bytes = on_host(sums_3).tolist()
             scalars[f"val_loss{title}"] = loss / tokens
             scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
         return scalars
