@@ -9,7 +9,7 @@ CheckFreq does (Mohan et al., FAST '21). Nothing that is read is a pickle.
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -93,7 +93,7 @@ class CheckpointManager:
         self.run, self.folder = run, run / "checkpoints"
         self.model, self.mesh, self.config, self.seed = model, mesh, config, seed
         self.about = about  # goes into the manifest as it is: config, tokenizer
-        self.hooks: list[Stateful] = []  # their state is saved and restored with the model's
+        self.hooks: Sequence[Stateful] = ()  # their state is saved and restored with the model's
         self.longest = 0.0  # seconds from the call of a save to its end
         self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
