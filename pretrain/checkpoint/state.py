@@ -65,10 +65,9 @@ class HookStates:
     def load(self, manifest: Mapping[str, Any]) -> None:
         """Hands each hook what a checkpoint with this manifest has of its state; its tensors are filled."""
         numbers = manifest.get("hooks", {})
+        saved = manifest["tensors"].keys() | numbers.keys()
         for hook, state in self.states:
-            found = {name: value for name, value in state.items() if name in manifest["tensors"]} | {
-                name: numbers[name] for name in state if name in numbers
-            }
+            found = {name: numbers.get(name, value) for name, value in state.items() if name in saved}
             if found:
                 hook.load_state_dict(found)
 
