@@ -22,16 +22,14 @@ AXES = ("vocab", "dp", "world")
 
 @dataclass(frozen=True)
 class Size:
-    """One step with `ranks` to a copy of the matrix. near, far: bytes that a rank sends within a node and to others, on
-    each axis. seconds: of the matrix and of the body.
-    """
+    """One step with one size of the vocab axis."""
 
-    ranks: int
-    phases: dict[str, list[Item]]
-    links: list[Transfer]
-    near: dict[str, float]
-    far: dict[str, float]
-    seconds: tuple[float, float]
+    ranks: int  # to a copy of the matrix
+    phases: dict[str, list[Item]]  # what a rank holds in each, by the phase's name
+    links: list[Transfer]  # all that a rank moves
+    near: dict[str, float]  # bytes that a rank sends within its node, by axis
+    far: dict[str, float]  # bytes that a rank sends to other nodes, by axis
+    seconds: tuple[float, float]  # of the matrix and of the body
 
     @property
     def memory(self) -> list[Item]:

@@ -99,7 +99,7 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
 
 
 def settings_of(composed: list[DictConfig]) -> LaunchConfig:
-    """Takes what is not the training's out of the composed configurations. ValueError unless they agree on it."""
+    """Takes what is not the training's out of the composed configurations. Raises ValueError unless they agree."""
     found = []
     for one in composed:
         OmegaConf.set_struct(one, False)
@@ -123,7 +123,7 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
 
 
 def run_dir(composed: list[DictConfig]) -> Path:
-    """run.dir in full: a job may have another current folder. ValueError where Slurm would read it in its own way."""
+    """The whole path of run.dir: a job may have another current folder. Raises ValueError if Slurm would misread it."""
     given, *others = {one.run.dir for one in composed}
     RunConfig(given)
     if others:
@@ -132,7 +132,7 @@ def run_dir(composed: list[DictConfig]) -> Path:
 
 
 def names(overrides: Sequence[list[str]]) -> list[str]:
-    """A folder for each job of a sweep: the settings that not all have in common. Of a single job: none."""
+    """Names a folder per job of a sweep by the settings that not all share; '' for a single job."""
     common = set.intersection(*map(set, overrides))
     own = ["_".join(one.lstrip("+") for one in job if one not in common) for job in overrides]
     found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
@@ -168,7 +168,7 @@ def planned(run: Run, cluster: ClusterConfig) -> int:
 
 
 def unfinished(runs: list[Run]) -> list[Run]:
-    """The runs that have something left to do; says so of the others."""
+    """The runs that have something left to do. Prints one line for each of the others."""
     left = []
     for run in runs:
         done = finished(run.config, run.data)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from .config.engine import FSDP2Config
 from .config.job import JobConfig
 from .mesh import Mesh
 
@@ -67,16 +66,11 @@ def _need_less(config: JobConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
         less.append(f"train.micro_batch={max(part for part in range(1, batch) if batch % part == 0)}")
     if engine.activation_checkpointing != "block":
         less.append("engine.activation_checkpointing=block")
-    if isinstance(engine, FSDP2Config):
-        less += ["engine.hsdp=false"] * (engine.hsdp and mesh.replicas > 1)
-        less += ["engine.reshard_after_forward=true"] * (not engine.reshard_after_forward and mesh.world > 1)
-    elif engine.zero_stage < 3 and mesh.world > 1:
-        less.append("engine.zero_stage=3")
+    less += engine.less_memory(mesh.world, mesh.replicas)
     if mesh.replicas > 1:
         less.append(f"vocab.parallel={mesh.world}")
     if of_host and config.checkpoint.asynchronous:
         less.append("checkpoint.asynchronous=false")
     if on_gpu and engine.offload == "none":
-        stage = "engine.zero_stage=3 " * (not isinstance(engine, FSDP2Config) and engine.zero_stage < 2)
-        less.append(f"{stage}engine.offload=cpu")
+        less.append("engine.offload=cpu" if engine.can_offload else "engine.zero_stage=3 engine.offload=cpu")
     return less

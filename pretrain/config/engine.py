@@ -95,6 +95,11 @@ class FSDP2Config:
             found.append(("engine.reshard_after_forward=true", replace(self, reshard_after_forward=True)))
         return found
 
+    def less_memory(self, world: int, replicas: int) -> list[str]:
+        """Settings with which a rank of `world` needs less memory; replicas: copies of the matrix."""
+        less = ["engine.hsdp=false"] if self.hsdp and replicas > 1 else []
+        return less + ["engine.reshard_after_forward=true"] * (not self.reshard_after_forward and world > 1)
+
 
 @dataclass
 class DeepSpeedConfig:
@@ -148,6 +153,10 @@ class DeepSpeedConfig:
             fsdp2 = FSDP2Config(offload=self.offload, activation_checkpointing=self.activation_checkpointing)
             found.append(("engine=fsdp2", fsdp2))
         return found
+
+    def less_memory(self, world: int, replicas: int) -> list[str]:
+        """Settings with which a rank of `world` needs less memory, however many copies of the matrix there are."""
+        return ["engine.zero_stage=3"] if self.zero_stage < 3 and world > 1 else []
 
 
 def check_kind(kind: str) -> None:
