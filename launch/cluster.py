@@ -45,38 +45,29 @@ OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to us
 
 @dataclass
 class ClusterConfig:
-    """nodes, gpus_per_node, cpus_per_task: how many. gpu: what GPU a node has, a name in launch/hardware.py; null where
-    there is none. tasks_per_node: ranks of a node; null: one a GPU, or one. tasks: jobs side by side, of tokenising
-    alone. memory: of a node, such as 400G; 0: all. time: Slurm's limit, such as 1-12:00:00. partition, account, qos,
-    constraint, exclude: as for sbatch.
-
-    container: an image for Slurm's --container-image (pyxis); mounts: what it sees besides the run and the data, as
-    FROM:TO. python: the command that is Python in a task; null: this one, or python3 in a container.
-    setup: lines of the job's script. environment: variables of every rank. warn_seconds: how long before its time
-    limit the job is told to save. requeue: whether it may go on by itself. sbatch: further keys of sbatch.
-    """
+    """What a job asks of Slurm. partition, account, qos, constraint and exclude are sbatch's."""
 
     nodes: int = 1
     gpus_per_node: int = 0
-    gpu: str | None = None
-    tasks_per_node: int | None = None
+    gpu: str | None = None  # what GPU a node has, a name in launch/hardware.py; null: none
+    tasks_per_node: int | None = None  # ranks of a node; null: one per GPU, or one
     cpus_per_task: int = 1
-    tasks: int = 1
-    memory: str = "0"
-    time: str = ""
+    tasks: int = 1  # jobs side by side, for tokenising only
+    memory: str = "0"  # of a node, such as 400G; 0: all
+    time: str = ""  # Slurm's limit, such as 1-12:00:00
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     exclude: str | None = None
-    container: str | None = None
-    mounts: list[str] = field(default_factory=list)
-    python: str | None = None
-    setup: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
-    warn_seconds: int = 120
-    requeue: bool = True
-    sbatch: dict[str, Any] = field(default_factory=dict)
+    container: str | None = None  # an image for Slurm's --container-image (pyxis)
+    mounts: list[str] = field(default_factory=list)  # what the container sees besides the run and the data, as FROM:TO
+    python: str | None = None  # the command that is Python in a task; null: this one, or python3 in a container
+    setup: list[str] = field(default_factory=list)  # lines of the job's script
+    environment: dict[str, str] = field(default_factory=dict)  # variables of every rank
+    warn_seconds: int = 120  # the job is told to save so long before its time limit
+    requeue: bool = True  # the job may go on by itself
+    sbatch: dict[str, Any] = field(default_factory=dict)  # further keys of sbatch
 
     def __post_init__(self) -> None:
         leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "tasks": 1}

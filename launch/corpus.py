@@ -117,33 +117,33 @@ class CorpusTask:
 
 @dataclass(frozen=True)
 class JobStage:
-    """One submission: its tasks, and which steps must have ended before it, and how."""
+    """One submission."""
 
     name: str
-    parts: list[str | None]
-    after: Mapping[str, str] = field(default_factory=dict)
+    parts: list[str | None]  # of each of its tasks, as part=
+    after: Mapping[str, str] = field(default_factory=dict)  # how each step before it must have ended, by name
 
     def dependency(self, jobs: Mapping[str, str]) -> dict[str, Any]:
-        """For sbatch, by the ids of the steps that were submitted."""
+        """Options of sbatch, by the ids of the steps that were submitted."""
         waits = [f"{how}:{jobs[name]}" for name, how in self.after.items() if name in jobs]
         return {"dependency": ",".join(waits), "kill-on-invalid-dep": "yes"} if waits else {}
 
 
 def register() -> None:
-    """Tells Hydra that, here, conf/tokenize.yaml has the keys of CorpusConfig."""
+    """Tells Hydra that, here, conf/tokenize.yaml has the keys of TokenizeJobConfig."""
     app.register()
     ConfigStore.instance().store(name="tokenize_schema", node=TokenizeJobConfig)
 
 
 def asked_for(composed: DictConfig) -> bool:
-    """Whether the configuration that was composed is this one."""
+    """True if a corpus is to be tokenised: then Hydra has composed a TokenizeJobConfig."""
     return OmegaConf.get_type(composed) is TokenizeJobConfig
 
 
 def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
-    """Submits the jobs, or prints their scripts; those to follow, one after the other, if `tail` says so.
+    """Submits the jobs, or prints their scripts if `dry_run`. Returns those to follow, in order, if `tail` says so.
 
-    ValueError: key, value, rule.
+    Raises ValueError: key, value, rule.
     """
     if len(composed) > 1:
         raise ValueError("--multirun is not for tokenising: a command makes one folder")

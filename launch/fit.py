@@ -20,15 +20,16 @@ CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the le
 
 @dataclass(frozen=True)
 class Change:
-    """settings: as on the command line. config: the training with them."""
+    """A training with other settings."""
 
-    settings: tuple[str, ...]
-    config: JobConfig
+    settings: tuple[str, ...]  # as on the command line
+    config: JobConfig  # with them
 
     @property
     def cost(self) -> tuple[bool, int]:
-        """Whether it offloads, whose traffic to the host tokens/s do not show; how many settings change. Another engine
-        counts twice: `engine=` must replace the one on the command line.
+        """True if it offloads, whose traffic to the host tokens/s do not show; and how many settings change.
+
+        Another engine counts twice: `engine=` must replace the one on the command line.
         """
         offloads = any(setting.startswith("engine.offload=") for setting in self.settings)
         return offloads, len(self.settings) + any(setting.startswith("engine=") for setting in self.settings)
@@ -81,7 +82,7 @@ def fitting(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan],
 
 
 def _changes(config: JobConfig, world: int) -> Iterator[Change]:
-    """All of them together, and every part of them; the first is none."""
+    """Yields all changes together, and every subset of them; the first is none."""
     smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
     offloads = ["cpu"] if config.engine.offload == "none" else []
@@ -131,6 +132,6 @@ def _sent(size: Size) -> float:
 
 
 def _micro_batches(config: JobConfig, world: int) -> list[int]:
-    """Those by which the ranks can share the batch."""
+    """The sizes by which the ranks can share the batch."""
     samples = config.train.global_batch // world
     return [n for n in range(1, samples + 1) if samples % n == 0]

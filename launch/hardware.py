@@ -11,20 +11,17 @@ ATTAINED = 0.5  # of every peak; good for comparing, not measured
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of one rank. device: torch's name of its type. memory: bytes; reserved: those of the driver, NCCL's buffers and
-    the allocator's gaps. bf16: whether it computes that natively. flops: peak of its matmuls, in bf16 and in fp32.
-    bandwidth: of its memory; near, far: of its links within a node and to other nodes, one way; bytes/s.
-    """
+    """What one rank computes on."""
 
-    device: str
-    memory: int
-    reserved: int
-    bf16: bool
-    flops_bf16: float
+    device: str  # torch's name of its type
+    memory: int  # bytes
+    reserved: int  # bytes of the driver, NCCL's buffers and the allocator's gaps
+    bf16: bool  # computes it natively
+    flops_bf16: float  # peak of its matmuls, per second
     flops_fp32: float
-    bandwidth: float
-    near: float
-    far: float
+    bandwidth: float  # of its memory, bytes/s
+    near: float  # of its links within a node, one way, bytes/s
+    far: float  # of its links to other nodes, one way, bytes/s
 
     def machine(self, world: int, node: int, itemsize: int) -> Machine:
         """What can be counted on, for `world` ranks, `node` of them on each node."""

@@ -36,13 +36,13 @@ def total(items: list[Item]) -> int:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step of rank 0 of `world`, `p` of them to a copy of the matrix. dtype: that it computes in."""
+    """One step of rank 0."""
 
     config: JobConfig
     work: Workload
-    p: int
-    world: int
-    dtype: torch.dtype
+    p: int  # ranks to a copy of the matrix
+    world: int  # ranks
+    dtype: torch.dtype  # of the matmuls
     kernels: Kernels
 
     @property

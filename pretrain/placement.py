@@ -31,19 +31,16 @@ WORTH_A_WORD = 256 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """rows: V, padding included. width: D. matrices: 1 tied, 2 untied. tokens: N, of a rank and micro-batch.
-    micro_batches: a rank's in a step. itemsize: of the compute dtype. state: bytes of the optimizer's state per number.
-    smoothing: whether labels are smoothed.
-    """
+    """What the matrix has to do in a step."""
 
-    rows: int
-    width: int
-    matrices: int
-    tokens: int
-    micro_batches: int
-    itemsize: int
-    state: int
-    smoothing: bool = False
+    rows: int  # V, padding included
+    width: int  # D
+    matrices: int  # 1 tied, 2 untied
+    tokens: int  # N, per rank and micro-batch
+    micro_batches: int  # per rank and step
+    itemsize: int  # bytes of a number of the compute dtype
+    state: int  # bytes of optimizer state per number
+    smoothing: bool = False  # labels are smoothed
 
     @property
     def held(self) -> int:
@@ -51,24 +48,21 @@ class Workload:
         return WEIGHT + GRADIENT + self.state
 
     def rows_of_a_rank(self, p: int) -> int:
-        """v, with p ranks to a copy."""
+        """The rows v of a rank, with p ranks to a copy."""
         return RowShard(0, p, self.rows).rows_per_rank
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The collectives of one purpose in a step, of one kind, over the `ranks` of an axis (vocab, dp or world).
-
-    given: bytes that a rank hands to all the calls; to an all-to-all, those for others.
-    """
+    """The collectives of one purpose in a step."""
 
     purpose: str
-    kind: str
-    axis: str
-    ranks: int
+    kind: str  # all-gather, reduce-scatter, all-reduce or all-to-all
+    axis: str  # vocab, dp or world
+    ranks: int  # on the axis
     calls: int
-    given: int
-    formula: str
+    given: int  # bytes that a rank hands to all the calls; to an all-to-all, those for others
+    formula: str  # of the bytes of one call
 
     @property
     def sent(self) -> float:
@@ -80,17 +74,15 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Machine:
-    """world ranks, `node` of them on each node. Of a rank: FLOP/s of its matmuls, bytes/s of its memory and of what it
-    sends within a node and to others; whether it sends behind matmuls. Their ratios are what counts.
-    """
+    """What the ranks compute and send with. Only the ratios of the speeds matter."""
 
-    world: int
-    node: int
-    flops: float
-    memory: float
-    near: float
-    far: float
-    overlaps: bool
+    world: int  # ranks
+    node: int  # ranks of each node
+    flops: float  # of a rank's matmuls, per second
+    memory: float  # bytes/s of a rank's memory
+    near: float  # bytes/s that a rank sends within its node
+    far: float  # bytes/s that a rank sends to other nodes
+    overlaps: bool  # a rank sends behind its matmuls
 
     @classmethod
     def of(cls, device_type: str, world: int, node: int) -> "Machine":
@@ -102,28 +94,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """ranks: p, those that share a copy. Of a rank and step: seconds of the head, the lookup and the rows' optimizer;
-    bytes sent; bytes held.
-    """
+    """One step of a rank, with one size of the vocab axis."""
 
-    ranks: int
-    seconds: float
-    sent: float
-    held: float
+    ranks: int  # p, those that share a copy
+    seconds: float  # of the head, the lookup and the rows' optimizer
+    sent: float  # bytes
+    held: float  # bytes
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """ranks: the size of the vocab axis. why: what to tell the user, "" for nothing."""
+    """The size of the vocab axis that was chosen."""
 
     ranks: int
-    why: str
+    why: str  # for the user; "" if there is nothing to say
 
 
 def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
-    """`asked`: "auto", or a number of ranks. ValueError if that does not divide the world.
+    """Chooses, if `asked` is "auto", the size that holds least among those about as fast as the fastest.
 
-    Of the sizes that divide the world, the one that holds least among those about as fast as the fastest.
+    Raises ValueError if `asked` is a number that does not divide the world.
     """
     if asked != "auto" and machine.world % int(asked):
         raise ValueError(f"vocab.parallel={asked} must divide the number of ranks, {machine.world}")
