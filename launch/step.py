@@ -9,10 +9,10 @@ from functools import cached_property
 
 import torch
 
-from launch.body import Activations
 from pretrain.build import body_footprint
 from pretrain.config.job import JobConfig
 from pretrain.engine.footprint import FP32, BodyFootprint, Shapes
+from pretrain.families import Activations
 from pretrain.hooks.lens import MEMORY_MIB
 from pretrain.lens import Method
 from pretrain.placement import DISTINCT, Transfer, Workload, transfers
@@ -51,7 +51,7 @@ class StepCost:
 
     @cached_property
     def activations(self) -> Activations:
-        return Activations.of(self.config)
+        return self.config.model.activations(self.config.engine.activation_checkpointing)
 
     @cached_property
     def body(self) -> BodyFootprint:

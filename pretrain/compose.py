@@ -26,11 +26,9 @@ from .config.engine import ENGINES
 from .config.job import JobConfig
 from .config.optim import OPTIMIZERS, OptimConfig
 from .data import Data
+from .families import FAMILIES
 from .interop import special_tokens
-from .models.gpt2 import GPT2Config
-from .models.llama import LlamaConfig
 
-MODELS: dict[str, type] = {"gpt2": GPT2Config, "llama": LlamaConfig}
 TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
 OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
 PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
@@ -44,8 +42,14 @@ def register_groups() -> None:
         if "extra" in node:
             OmegaConf.set_struct(node.extra, False)  # it takes keys that we do not know
         store.store(group="engine", name=name, node=node)
-    for name, model in MODELS.items():
-        store.store(group="model/family", name=name, node=model)
+    for name, family in FAMILIES.items():
+        if not family.vocab:
+            store.store(group="model/family", name=name, node=family.config)
+            continue
+        store.store(group="model/settings", name=name, node=family.config)
+        store.store(group="vocab/family", name=name, node=family.vocab)
+        both = [f"/model/settings/{name}@_here_", f"/vocab/family/{name}@_global_.vocab"]
+        store.store(group="model/family", name=name, node={"defaults": both})
     for name, optim in OPTIMIZERS.items():
         store.store(group="optim/algorithm", name=name, node=optim)
     for group in PARTS.keys() - {"engine", "model", "optim"}:
@@ -64,11 +68,11 @@ def build_config(composed: DictConfig) -> JobConfig:
     optim = composed.get("optim", {}).get("name", OptimConfig.name)  # runs were frozen before it had a name
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
-    if model not in MODELS:
-        raise ValueError(f"model.family={model} must be one of {', '.join(MODELS)}")
+    if model not in FAMILIES:
+        raise ValueError(f"model.family={model} must be one of {', '.join(FAMILIES)}")
     if optim not in OPTIMIZERS:
         raise ValueError(f"optim.name={optim} must be one of {', '.join(OPTIMIZERS)}")
-    chosen = PARTS | {"engine": ENGINES[engine], "model": MODELS[model], "optim": OPTIMIZERS[optim]}
+    chosen = PARTS | {"engine": ENGINES[engine], "model": FAMILIES[model].config, "optim": OPTIMIZERS[optim]}
     parts = {name: _part(name, part, _group(composed, name)) for name, part in chosen.items()}
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -41,7 +43,9 @@ def test_the_environment_is_read_where_ranks_start_and_meet_alone():
         assert path.name in readers or "os.environ" not in path.read_text(), path
 
 
-def test_reading_token_files_loads_no_heavy_package():
-    code = "import sys, data_prep.token_file; print(*{'torch', 'tiktoken', 'datasets', 'hydra'} & set(sys.modules))"
+@pytest.mark.parametrize("module", ["data_prep.token_file", "pretrain.families"])
+def test_a_light_module_loads_no_heavy_package(module):
+    heavy = {"torch", "tiktoken", "datasets", "hydra", "omegaconf"}
+    code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "", done.stdout + done.stderr

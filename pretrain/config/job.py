@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..changes import CONFIG_FILE
-from ..models.gpt2 import GPT2Config
-from ..models.llama import LlamaConfig
+from ..families import ModelConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .engine import DeepSpeedConfig, FSDP2Config
@@ -35,7 +34,7 @@ class JobConfig:
     """All settings of a run."""
 
     seed: int  # initial weights and the order of the samples depend on it
-    model: GPT2Config | LlamaConfig  # the body's family and its sizes
+    model: ModelConfig  # the body's family and its sizes
     vocab: VocabConfig  # the embedding matrix and the loss
     data: DataConfig  # the corpora
     optim: OptimConfig  # optimizer and learning rate

@@ -14,20 +14,18 @@ from data_prep.special_tokens import CONFIG, GENERATION, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..checkpoint import CheckpointRows, Streamed, write_streamed
+from ..families import FAMILIES, HuggingFace, ModelConfig, WeightMapping
+from ..families.family import HEAD
 from .folder import EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces
-from .gpt2 import GPT2
-from .llama import LLAMA
-from .mappings import HEAD, Family, Model, WeightMapping
 from .tokenizer import to_hf
 
-FAMILIES: dict[str, Family] = {"gpt2": GPT2, "llama": LLAMA}  # by our names
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_BYTES = 5_000_000_000
 
 
 def export(
     checkpoint: CheckpointRows,
-    model: Model,
+    model: ModelConfig,
     spec: TokenizerSpec | None,
     out: Path,
     dtype: torch.dtype,
@@ -42,7 +40,7 @@ def export(
     ends with the end of a document. materialize_head: a tied model, too, has its head in the files, for readers that
     look for it. Raises ValueError if OUT is not free or transformers has no such model, OSError on a full disk.
     """
-    family = FAMILIES[model.family]
+    family = FAMILIES[model.family].hugging_face
     one = OUTPUT not in checkpoint.shapes
     tied = one and embed_scale == 1
     output = None if tied and not materialize_head else EMBEDDING if one else OUTPUT
@@ -68,8 +66,8 @@ def export(
 
 def streams(
     checkpoint: CheckpointRows,
-    model: Model,
-    family: Family,
+    model: ModelConfig,
+    family: HuggingFace,
     dtype: torch.dtype,
     output: str | None,
     embed_scale: float,
@@ -95,7 +93,7 @@ def streams(
 
 
 def _mapped(
-    checkpoint: CheckpointRows, mapping: WeightMapping, family: Family, dtype: torch.dtype
+    checkpoint: CheckpointRows, mapping: WeightMapping, family: HuggingFace, dtype: torch.dtype
 ) -> Iterator[Streamed]:
     first = 0
     for theirs, rows in mapping.theirs.items():

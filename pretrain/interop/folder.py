@@ -16,11 +16,9 @@ from torch.distributed.tensor import DTensor
 from data_prep.lfs import refuse_pointer
 from data_prep.special_tokens import CONFIG, read_json
 
-from .gpt2 import GPT2
-from .llama import LLAMA
-from .mappings import HEAD, Family, Model, WeightMapping
+from ..families import Family, ModelConfig, WeightMapping, hugging_face_types
+from ..families.family import HEAD
 
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
 PIECE_BYTES = 64 << 20
@@ -39,29 +37,31 @@ class HFModel:
             raise ValueError(f"{folder} is a file: give the folder of the model, {folder.parent}")
         self.config = read_json(folder / CONFIG)
         kind = self.config.get("model_type")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"{folder / CONFIG}: model_type={kind} must be one of {', '.join(FAMILIES)}")
-        self.family: Family = FAMILIES[kind]
+        known = hugging_face_types()
+        if not isinstance(kind, str) or kind not in known:
+            raise ValueError(f"{folder / CONFIG}: model_type={kind} must be one of {', '.join(known)}")
+        self.family: Family = known[kind]
+        self.format = self.family.hugging_face
         try:
-            self.model: Model = self.family.model(self.config)
+            self.model: ModelConfig = self.format.model(self.config)
         except (ValueError, TypeError, AttributeError) as error:  # the latter of values of another type
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._opened: dict[Path, Any] = {}
         self.files = self._find()
-        prefixed = any(name.startswith(self.family.prefix) for name in self.files)
-        self.prefix = self.family.prefix if prefixed else ""
-        self.mappings = {mapping.ours: mapping for mapping in self.family.mappings(self.model)}
-        self.mappings[EMBEDDING] = WeightMapping(EMBEDDING, {self.family.embedding: self.vocab_size})
+        prefixed = any(name.startswith(self.format.prefix) for name in self.files)
+        self.prefix = self.format.prefix if prefixed else ""
+        self.mappings = {mapping.ours: mapping for mapping in self.format.mappings(self.model)}
+        self.mappings[EMBEDDING] = WeightMapping(EMBEDDING, {self.format.embedding: self.vocab_size})
         if self.tie == "untied":
             self.mappings[OUTPUT] = WeightMapping(OUTPUT, {HEAD: self.vocab_size})
         self._check_names()
 
     @cached_property
     def vocab_size(self) -> int:
-        embedding = self._named(self.family.embedding)
+        embedding = self._named(self.format.embedding)
         if embedding not in self.files:
             only = f", only {HEAD}, but {CONFIG} does not say tie_word_embeddings=true" if HEAD in self.files else ""
-            raise ValueError(f"{self.folder} has no tensor {self.family.prefix}{self.family.embedding}{only}")
+            raise ValueError(f"{self.folder} has no tensor {self.format.prefix}{self.format.embedding}{only}")
         rows = next(iter(self._slice(embedding).get_shape()), 0)
         said = self.config.get("vocab_size", rows)
         if said != rows:
@@ -70,7 +70,7 @@ class HFModel:
 
     @property
     def tie(self) -> str:
-        return "tied" if self.config.get("tie_word_embeddings", self.family.tied) else "untied"
+        return "tied" if self.config.get("tie_word_embeddings", self.format.tied) else "untied"
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
@@ -119,7 +119,7 @@ class HFModel:
             self._check_head(shapes[EMBEDDING])
             known.add(HEAD)
         for theirs in sorted(self.files.keys() - known):
-            if not theirs.endswith(self.family.buffers):
+            if not theirs.endswith(self.format.buffers):
                 raise ValueError(f"{self.files[theirs]} has tensor {theirs}, which has no place in our body")
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
@@ -135,7 +135,7 @@ class HFModel:
     def _check_head(self, shape: tuple[int, ...]) -> None:
         """A tied model's head, where its file has one, is its embedding."""
         self._check_shape(HEAD, shape)
-        head, embedding = self._slice(HEAD), self._slice(self._named(self.family.embedding))
+        head, embedding = self._slice(HEAD), self._slice(self._named(self.format.embedding))
         for low, high in pieces(0, shape[0], 4 * shape[1]):
             if not torch.equal(head[low:high], embedding[low:high]):
                 raise ValueError(
@@ -146,7 +146,7 @@ class HFModel:
     def _named(self, theirs: str) -> str:
         """The name in the files. Of a tied model they may have the one matrix under the head's name alone."""
         name = theirs if theirs == HEAD else self.prefix + theirs
-        alone = theirs == self.family.embedding and self.tie == "tied" and name not in self.files
+        alone = theirs == self.format.embedding and self.tie == "tied" and name not in self.files
         return HEAD if alone and HEAD in self.files else name
 
     def _slice(self, name: str) -> Any:

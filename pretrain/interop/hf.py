@@ -25,13 +25,15 @@ from ..checkpoint import (
 )
 from ..compose import build_config, register_groups, write_config
 from ..config.job import JobConfig
+from ..families import FAMILIES, hugging_face_types
 from ..locks import LAUNCH_LOCK, lock_run
-from ..vocab import VocabShard
+from ..vocab import VocabConfig, VocabShard
 from .export import DTYPES, export
 from .folder import EMBEDDING, OUTPUT, HFModel, pieces
 from .initial import tokenizer_of
 
-HELP = """Models of Hugging Face, in and out: GPT-2, Llama, Mistral, Qwen2, Qwen3; safetensors, never a pickle.
+NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
+HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pickle.
 
   python -m pretrain.interop.hf import hf=DIR run=RUN               a run with the model of DIR as its step 0
   python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of a training, as in launch/local.py
@@ -101,6 +103,7 @@ def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
     composed = compose_settings("train", settings)
     OmegaConf.set_struct(composed, False)
     composed.model = OmegaConf.create(asdict(found.model))
+    composed.vocab.update(found.family.vocab)
     composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
     if not composed.data.path and not composed.data.corpora:
         composed.data.path = "no data"
@@ -139,11 +142,13 @@ def export_model(arguments: list[str]) -> Iterator[str]:
     checkpoint = CheckpointRows(checkpoint_of(run, None if step is None else int(step)))
     check_files(checkpoint.folder, checkpoint.manifest)
     config = build_config(OmegaConf.create(checkpoint.manifest["config"]))
-    if config.vocab.softcap is not None:
-        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers would not cap logits")
+    theirs = VocabConfig(**FAMILIES[config.model.family].vocab)
+    if config.vocab.softcap != theirs.softcap:
+        capped = "would not cap logits" if theirs.softcap is None else f"caps logits at {theirs.softcap}"
+        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers {capped}")
     tokenizer = run / TOKENIZER_FOLDER
     spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
-    scale, special = config.vocab.embed_scale, SpecialTokens.of_run(run)
+    scale, special = config.vocab.embed_scale / theirs.embed_scale, SpecialTokens.of_run(run)
     count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true", scale, special)
     yield f"{out}: {checkpoint.folder}, {count / 1e6:,.1f}M parameters in {dtype}"
     if spec is None:

@@ -1,6 +1,6 @@
 """A run that begins with the weights of a Hugging Face model: `init_from=hf:DIR`."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,33 +13,33 @@ from data_prep.tokenizer_spec import TokenizerSpec
 from ..checkpoint import ModelState, model_for_reading
 from ..config.init_from import folder_of
 from ..config.vocab import VocabConfig
+from ..families import ModelConfig
 from ..models.language_model import LanguageModel
-from ..models.llama import LlamaConfig
 from .folder import HFModel
-from .mappings import Model
 
 
-def check_initial(init_from: str, model: Model, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:
+def check_initial(init_from: str, model: ModelConfig, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:
     """A warning, or nothing.
 
     Raises ValueError if a run of that model, `rows` and data's tokenizer cannot begin with these weights.
 
-    A context of a Llama may be another: it has no weights. A tied model may go on untied, from two equal matrices.
+    A setting that no weight depends on may differ, as the context of a Llama. A tied model may go on untied, from two
+    equal matrices.
     """
     found = HFModel(folder_of(init_from))
-    theirs, ours = _settings(found.model), _settings(model)
-    if theirs["family"] != ours["family"]:
-        raise ValueError(f"model.family={ours['family']} must be {theirs['family']}, which {init_from} is")
-    free = {"context"} if theirs["family"] == "llama" else set()
+    family = found.family
+    if model.family != family.name:
+        raise ValueError(f"model.family={model.family} must be {family.name}, which {init_from} is")
+    theirs, ours, their_vocab = family.explicit(found.model), family.explicit(model), VocabConfig(**family.vocab)
+    free = family.without_weights
     other = [f"model.{key}={_text(theirs[key])}" for key in theirs if theirs[key] != ours[key] and key not in free]
     if found.vocab_size != rows:
         other.append(f"vocab.size={found.vocab_size}")
     if found.tie == "untied" and vocab.tie != "untied":
         other.append("vocab.tie=untied")
-    if vocab.embed_scale != 1:
-        other.append("vocab.embed_scale=1.0")
-    if vocab.softcap is not None:
-        other.append("vocab.softcap=null")
+    for key in ("embed_scale", "softcap"):
+        if getattr(vocab, key) != getattr(their_vocab, key):
+            other.append(f"vocab.{key}={_text(getattr(their_vocab, key))}")
     if other:
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
     spec, _, why = tokenizer_of(found)
@@ -73,7 +73,7 @@ def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.
     """
     with torch.device("meta"):
         body = found.model.body()
-    config = VocabConfig(tie=found.tie)
+    config = VocabConfig(tie=found.tie, **found.family.vocab)
     model, tensors = model_for_reading(body, config, found.vocab_size, found.model.width, device, dtype)
     found.fill(tensors)
     return model
@@ -107,11 +107,6 @@ def tokenizer_of(found: HFModel) -> FoundTokenizer:
     (name,) = beyond
     kept = replace(spec, special_tokens={name: id for name, id in spec.special_tokens.items() if id < rows})
     return FoundTokenizer(kept, special, f"without {name}, id {beyond[name]:,}: the matrix has no row for it")
-
-
-def _settings(model: Model) -> dict[str, Any]:
-    """head_size null is a number, too."""
-    return asdict(model) | ({"head_size": model.size} if isinstance(model, LlamaConfig) else {})
 
 
 def _text(value: Any) -> str:

@@ -5,47 +5,13 @@ Architecture and initial values: Radford et al., "Language Models are Unsupervis
 its published code.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..vocab.shard import seeded_normal
+from ..families.gpt2 import GELUS, GPT2Config
 from .attention import Mask, attention, within_documents
-
-GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
-
-
-@dataclass
-class GPT2Config:
-    """GPT-2. layers: blocks; width: D; heads: of D / heads each; context: the most positions it can see.
-
-    eps: of the norms. gelu: tanh, GPT-2's own form of it, or exact, which some that came after took.
-    """
-
-    family: str = "gpt2"
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    context: int = 1024
-    eps: float = 1e-5
-    gelu: str = "tanh"
-
-    def __post_init__(self) -> None:
-        for key in ("layers", "width", "heads", "context"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"model.eps={self.eps} must be positive")
-        if self.gelu not in GELUS:
-            raise ValueError(f"model.gelu={self.gelu} must be one of {', '.join(GELUS)}")
-
-    def body(self) -> "Body":
-        return Body(self)
+from .initial import STD, initial_rows
 
 
 class Body(nn.Module):
@@ -74,20 +40,9 @@ class Body(nn.Module):
         return self.norm(hidden_BTD)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the parameter's initial value, fp32, on the CPU; the same for any split.
-
-        Weights are normal with std 0.02, positions 0.01; the two projections that write to the residual stream
-        are scaled by 1/sqrt(2 L), so that its variance does not grow with depth. Biases 0, norm scales 1.
-        """
-        shape = self.get_parameter(name).shape
-        if name.endswith("bias"):
-            return torch.zeros(stop - start)
-        if len(shape) == 1:
-            return torch.ones(stop - start)
-        std = 0.01 if name == "positions" else 0.02
-        if name.endswith((".attention.out.weight", ".mlp.down.weight")):
-            std /= math.sqrt(2 * self.config.layers)
-        return seeded_normal(name, seed, start, stop, shape[1], std)
+        """Rows of a parameter's initial value, as `initial.initial_rows` draws them; positions have std 0.01."""
+        std = 0.01 if name == "positions" else STD
+        return initial_rows(self.get_parameter(name).shape, name, seed, start, stop, self.config.layers, std)
 
 
 class Block(nn.Module):

@@ -12,63 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..vocab.shard import seeded_normal
+from ..families.llama import LlamaConfig
 from .attention import Mask, attention, within_documents
-
-
-@dataclass
-class LlamaConfig:
-    """layers: blocks; width: D; heads: H; kv_heads: K, which H is a multiple of; head_size: d, null: D / H; inner: F.
-
-    context: the most positions it can see. eps: of the norms. rope_theta: base of the rotary frequencies. rope_factor:
-    how many times slower the slow ones turn than they did in a context of rope_original positions, where 1 changes
-    none: those of fewer than rope_low turns in it are slow, those of more than rope_high stay as they are (Llama 3.1).
-    qk_norm: queries and keys are normed, each head on its own (Qwen3). bias: none; qkv (Qwen2); or attention, which
-    has one after its output as well.
-    """
-
-    family: str = "llama"
-    layers: int = 16
-    width: int = 2048
-    heads: int = 32
-    kv_heads: int = 8
-    head_size: int | None = None
-    inner: int = 8192
-    context: int = 8192
-    eps: float = 1e-5
-    rope_theta: float = 500_000.0
-    rope_factor: float = 1.0
-    rope_low: float = 1.0
-    rope_high: float = 4.0
-    rope_original: int = 8192
-    qk_norm: bool = False
-    bias: str = "none"
-
-    def __post_init__(self) -> None:
-        for key in ("layers", "width", "heads", "kv_heads", "inner", "context", "rope_original"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
-        for key in ("eps", "rope_theta", "rope_factor", "rope_low", "rope_high"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be positive")
-        if self.rope_low >= self.rope_high:
-            raise ValueError(f"model.rope_low={self.rope_low} must be below model.rope_high={self.rope_high}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}")
-        if self.head_size is None and self.width % self.heads:
-            raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}, or give model.head_size")
-        if self.size < 2 or self.size % 2:
-            raise ValueError(f"model.head_size={self.size} must be even: its dims turn in pairs")
-        if self.bias not in ("none", "qkv", "attention"):
-            raise ValueError(f"model.bias={self.bias} must be none, qkv or attention")
-
-    @property
-    def size(self) -> int:
-        """d."""
-        return self.head_size if self.head_size is not None else self.width // self.heads
-
-    def body(self) -> "Body":
-        return Body(self)
+from .initial import initial_rows
 
 
 @dataclass(frozen=True)
@@ -118,20 +64,8 @@ class Body(nn.Module):
         return RotaryTables(angles.cos(), angles.sin(), mask)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the parameter's initial value, fp32, on the CPU; the same for any split.
-
-        Weights are normal with std 0.02; the two projections that write to the residual stream are scaled by
-        1/sqrt(2 L), so that its variance does not grow with depth. Biases 0, norm scales 1.
-        """
-        shape = self.get_parameter(name).shape
-        if name.endswith("bias"):
-            return torch.zeros(stop - start)
-        if len(shape) == 1:
-            return torch.ones(stop - start)
-        std = 0.02
-        if name.endswith((".attention.out.weight", ".mlp.down.weight")):
-            std /= math.sqrt(2 * self.config.layers)
-        return seeded_normal(name, seed, start, stop, shape[1], std)
+        """Rows of a parameter's initial value, as `initial.initial_rows` draws them."""
+        return initial_rows(self.get_parameter(name).shape, name, seed, start, stop, self.config.layers)
 
 
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:

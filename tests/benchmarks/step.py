@@ -29,8 +29,8 @@ from pretrain.config.optim import OptimConfig
 from pretrain.config.training import TrainingConfig
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine.fsdp2 import FSDP2Engine
+from pretrain.families.gpt2 import GPT2Config
 from pretrain.mesh import Mesh
-from pretrain.models.gpt2 import GPT2Config
 from pretrain.models.language_model import LanguageModel
 from pretrain.optim import VocabOptimizer, body_optimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard

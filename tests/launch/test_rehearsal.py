@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from launch.rehearsal import rehearse
-from pretrain.models.gpt2 import Body, GPT2Config
+from pretrain.families.gpt2 import GPT2Config
+from pretrain.models.gpt2 import Body
 from tests.benchmarks.plan import configured
 
 

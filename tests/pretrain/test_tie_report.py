@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pretrain.models.gpt2 import GPT2Config
+from pretrain.families.gpt2 import GPT2Config
 from pretrain.tie_report.page import page
 from pretrain.tie_report.report import Chart, facts, sections, warnings
 from pretrain.tie_report.run import ReportRun

@@ -14,6 +14,7 @@ from pretrain.config.monitor import LogConfig, MonitorConfig
 from pretrain.config.optim import OptimConfig, OwnerConfig
 from pretrain.config.training import TrainingConfig
 from pretrain.config.vocab import VocabConfig
+from pretrain.families import FAMILIES
 
 GROUPS = [
     CheckpointConfig,
@@ -26,6 +27,7 @@ GROUPS = [
     TrainingConfig,
     VocabConfig,
 ]
+MODELS = [family.config for family in FAMILIES.values()]
 
 
 @dataclass
@@ -53,7 +55,7 @@ def test_a_field_has_its_type_default_and_comment():
     }
 
 
-@pytest.mark.parametrize("kind", [JobConfig, RunConfig, *GROUPS, *ENGINES.values()])
+@pytest.mark.parametrize("kind", [JobConfig, RunConfig, *GROUPS, *ENGINES.values(), *MODELS])
 def test_every_setting_has_a_text(kind):
     settings = describe(kind)
     assert settings and [key for key, setting in settings.items() if not setting.text] == []

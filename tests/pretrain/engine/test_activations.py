@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.engine.activations import EXPENSIVE, checkpoint_activations
-from pretrain.models.gpt2 import Block, GPT2Config
+from pretrain.families.gpt2 import GPT2Config
+from pretrain.models.gpt2 import Block
 
 
 class Count(TorchDispatchMode):

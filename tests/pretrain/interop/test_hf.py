@@ -146,7 +146,7 @@ def test_a_bare_body_has_no_prefix_and_a_materialised_head_is_the_embedding(hf, 
         list(export_model([f"run={run}", f"out={out}", "materialize_head=true"]))
         got = models.tensors_of(out)
         head = got.pop("lm_head.weight")
-        assert torch.equal(head, got[HFModel(out).family.embedding])
+        assert torch.equal(head, got[HFModel(out).format.embedding])
         assert all(torch.equal(got[name], whole[name]) for name in whole) and HFModel(out).tie == "tied"
         torch.testing.assert_close(
             models.logits(out, ids(0), torch.float32), models.logits(hf(kind), ids(0), torch.float32)

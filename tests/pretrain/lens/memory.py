@@ -8,8 +8,8 @@ import sys
 
 import torch
 
+from pretrain.families.gpt2 import GPT2Config
 from pretrain.lens import Method, run_lens
-from pretrain.models.gpt2 import GPT2Config
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.benchmarks.measure import free_at_once
 

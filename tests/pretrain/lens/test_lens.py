@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from pretrain.families.gpt2 import GPT2Config
+from pretrain.families.llama import LlamaConfig
 from pretrain.lens import LensResult, Method, run_lens
-from pretrain.models.gpt2 import GPT2Config
-from pretrain.models.llama import LlamaConfig
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.readout import Readout
 from tests.pretrain.helpers import padded_rows

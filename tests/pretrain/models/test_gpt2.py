@@ -9,8 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from pretrain.compose import build_config, register_groups
+from pretrain.families.gpt2 import GPT2Config
 from pretrain.models.attention import attention, block_mask, within_documents
-from pretrain.models.gpt2 import Attention, Body, GPT2Config
+from pretrain.models.gpt2 import Attention, Body
 
 SMALL = GPT2Config(layers=2, width=12, heads=3, context=8)
 CONF = Path(__file__).parents[3] / "conf"

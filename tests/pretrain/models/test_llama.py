@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from launch.rehearsal import rehearse
 from launch.step import total
 from pretrain.compose import build_config, register_groups
-from pretrain.models.llama import Attention, Body, LlamaConfig, RMSNorm, frequencies
+from pretrain.families.llama import LlamaConfig
+from pretrain.models.llama import Attention, Body, RMSNorm, frequencies
 from tests.benchmarks.plan import configured, step_of
 from tests.launch.simulate import simulate
 from tests.launch.test_plan import GPU, told

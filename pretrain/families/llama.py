@@ -1,15 +1,94 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as Hugging Face keeps them. They differ in biases and norms, and in what is said."""
+"""Llama, Mistral, Qwen2, Qwen3: their settings, their names in Hugging Face's files, their footprint.
 
-from typing import Any
+The body is in models/llama.py; apart from it because a launcher reads this without torch. The four differ in biases,
+norms and in what a config.json leaves out.
+"""
 
-from ..models.llama import LlamaConfig
-from .mappings import Family, WeightMapping, must_be, need
+from dataclasses import asdict, dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from .family import Activations, Family, HuggingFace, WeightMapping, check_positive, must_be, need
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BIASES = {"llama": ("none", "attention"), "mistral": ("none",), "qwen2": ("qkv",), "qwen3": ("none", "attention")}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
+@dataclass
+class LlamaConfig:
+    """Settings of a Llama, Mistral or Qwen.
+
+    Where a context is longer than the one of pretraining, Llama 3.1 slows the rotary frequencies: those of fewer than
+    rope_low turns in rope_original positions by rope_factor, those of more than rope_high not at all.
+    """
+
+    family: str = "llama"  # what kind of body it is
+    layers: int = 16  # blocks
+    width: int = 2048  # D
+    heads: int = 32  # H query heads
+    kv_heads: int = 8  # K heads of keys and values, each for H / K query heads
+    head_size: int | None = None  # d, dims of a head; null: D / H
+    inner: int = 8192  # F, width inside the MLP
+    context: int = 8192  # most positions that it can see
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 500_000.0  # base of the rotary frequencies
+    rope_factor: float = 1.0  # how many times slower the slow frequencies turn; 1 changes none
+    rope_low: float = 1.0  # frequencies of fewer turns are slow
+    rope_high: float = 4.0  # frequencies of more turns stay as they are
+    rope_original: int = 8192  # positions in which turns are counted
+    qk_norm: bool = False  # norms queries and keys, each head on its own (Qwen3)
+    bias: str = "none"  # none; qkv (Qwen2); attention: of qkv and of attention's output
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self,
+            whole=("layers", "width", "heads", "kv_heads", "inner", "context", "rope_original"),
+            real=("eps", "rope_theta", "rope_factor", "rope_low", "rope_high"),
+        )
+        if self.rope_low >= self.rope_high:
+            raise ValueError(f"model.rope_low={self.rope_low} must be below model.rope_high={self.rope_high}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}")
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}, or give model.head_size")
+        if self.size < 2 or self.size % 2:
+            raise ValueError(f"model.head_size={self.size} must be even: its dims turn in pairs")
+        if self.bias not in ("none", "qkv", "attention"):
+            raise ValueError(f"model.bias={self.bias} must be none, qkv or attention")
+
+    @property
+    def size(self) -> int:
+        """d."""
+        return self.head_size if self.head_size is not None else self.width // self.heads
+
+    def body(self) -> "nn.Module":
+        return resolve_name("pretrain.models.llama:Body")(self)
+
+    def activations(self, checkpointing: str) -> Activations:
+        """The footprint on a GPU, where a norm keeps its input alone."""
+        D, F, queries, keys = self.width, self.inner, self.heads * self.size, self.kv_heads * self.size
+        qkv, turned = queries + 2 * keys, queries + keys
+        # inputs of two norms and of two projections, queries and keys before and after they turn; four of the MLP
+        everything = 4 * D + qkv + turned + queries + 4 * F
+        kept, again, formula = {
+            "none": (everything, 0, "4 · D + 3 · (queries + keys) + 4 · F"),
+            "block": (D, everything - D, "D"),
+            "selective": (
+                3 * D + qkv + queries + 2 * F,
+                3 * D + turned + 2 * F,
+                "3 · D + 2 · (queries + keys) + 2 · F",
+            ),
+        }[checkpointing]
+        sums = (self.heads + (self.heads + self.kv_heads) * self.qk_norm) * (checkpointing != "block")
+        formula = f"a block: N · (i · ({formula}) + 4 · heads)"
+        return Activations(kept, again, D + 2 * F, sums, queries, formula)
+
+
 def model(config: dict[str, Any]) -> LlamaConfig:
+    """Reads a config.json."""
     kind = config["model_type"]
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     layers, width, heads, inner, context = need(config, *names)
@@ -45,7 +124,7 @@ def _head_size(config: dict[str, Any], width: int, heads: int) -> int | None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Of files of transformers 4, rope_theta and rope_scaling, and of transformers 5, rope_parameters."""
+    """Reads rope_theta and rope_scaling of transformers 4, and rope_parameters of transformers 5."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # whole, as transformers 5 takes them
     if config.get("original_max_position_embeddings") is not None:
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"]}
@@ -66,7 +145,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(model: LlamaConfig) -> dict[str, Any]:
-    """Of the plainest kind that is this model."""
+    """Writes a config.json of the plainest kind that is this model."""
     kind = "qwen3" if model.qk_norm else "qwen2" if model.bias == "qkv" else "llama"
     if kind == "llama" and model.width % model.heads:
         raise ValueError(f"model.heads={model.heads} must divide model.width={model.width} for transformers' Llama")
@@ -127,19 +206,25 @@ def mappings(model: LlamaConfig) -> list[WeightMapping]:
 
 
 def missing(model: LlamaConfig) -> dict[str, int]:
-    """Qwen3 has a bias after attention if it has one before it."""
+    """Biases after attention: Qwen3 has one if it has one before attention."""
     if not model.qk_norm or model.bias != "qkv":
         return {}
     return {f"layers.{i}.self_attn.o_proj.bias": model.width for i in range(model.layers)}
 
 
 LLAMA = Family(
-    prefix="model.",
-    embedding="embed_tokens.weight",
-    tied=False,
-    buffers=(".rotary_emb.inv_freq",),
-    model=model,
-    settings=settings,
-    mappings=mappings,
-    missing=missing,
+    LlamaConfig,
+    HuggingFace(
+        model_types={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+        prefix="model.",
+        embedding="embed_tokens.weight",
+        tied=False,
+        buffers=(".rotary_emb.inv_freq",),
+        model=model,
+        settings=settings,
+        mappings=mappings,
+        missing=missing,
+    ),
+    without_weights=frozenset({"context"}),
+    explicit=lambda model: asdict(model) | {"head_size": model.size},
 )

@@ -1,0 +1,136 @@
+"""GPT-2: its settings, its names in Hugging Face's files, its footprint. The body is in models/gpt2.py.
+
+Apart from the body because a launcher reads this without torch. Hugging Face keeps GPT-2's projections as Conv1D, whose
+weights are [in, out]; ours are [out, in].
+"""
+
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from .family import Activations, Family, HuggingFace, WeightMapping, check_positive, must_be, need
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
+THEIR_GELUS = {
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_fast": "tanh",
+    "gelu": "exact",
+    "gelu_python": "exact",
+}
+NORMS = {"norm1": "ln_1", "norm2": "ln_2"}
+PROJECTIONS = {
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+@dataclass
+class GPT2Config:
+    """Settings of a GPT-2."""
+
+    family: str = "gpt2"  # what kind of body it is
+    layers: int = 12  # blocks
+    width: int = 768  # D
+    heads: int = 12  # attention heads, of D / heads dims each
+    context: int = 1024  # most positions that it can see: each has a weight
+    eps: float = 1e-5  # of the norms
+    gelu: str = "tanh"  # tanh: GPT-2's own approximation; exact
+
+    def __post_init__(self) -> None:
+        check_positive(self, whole=("layers", "width", "heads", "context"), real=())
+        if self.width % self.heads:
+            raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}")
+        check_positive(self, whole=(), real=("eps",))
+        if self.gelu not in GELUS:
+            raise ValueError(f"model.gelu={self.gelu} must be one of {', '.join(GELUS)}")
+
+    def body(self) -> "nn.Module":
+        return resolve_name("pretrain.models.gpt2:Body")(self)
+
+    def activations(self, checkpointing: str) -> Activations:
+        kept, again = {
+            # inputs of two norms (1, 1) and of four projections (1, 1, 1, 4), qkv (3), GELU's input (4)
+            "none": (16, 0),
+            "block": (1, 15),  # its input alone
+            "selective": (11, 7),  # its input, and what matmuls (3, 1, 4, 1) and attention (1) have made
+        }[checkpointing]
+        D, sums = self.width, self.heads * (checkpointing != "block")
+        gradients = 5 * D  # of its output and of GELU's
+        formula = f"a block: N · (D · i · {kept} + 4 · heads)"
+        return Activations(kept * D, again * D, gradients, sums, D, formula)
+
+
+def model(config: dict[str, Any]) -> GPT2Config:
+    """Reads a config.json."""
+    layers, width, heads = need(config, "n_layer", "n_embd", "n_head")
+    context = config.get("n_positions") or config.get("n_ctx") or 1024
+    must_be(config, "n_inner", None, 4 * width)
+    must_be(config, "scale_attn_weights", True)
+    must_be(config, "scale_attn_by_inverse_layer_idx", False)
+    must_be(config, "add_cross_attention", False)
+    must_be(config, "activation_function", *THEIR_GELUS)
+    (eps,) = need({"layer_norm_epsilon": 1e-5} | config, "layer_norm_epsilon", kinds=(int, float))
+    return GPT2Config(
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=context,
+        eps=eps,
+        gelu=THEIR_GELUS[config.get("activation_function", "gelu_new")],
+    )
+
+
+def settings(model: GPT2Config) -> dict[str, Any]:
+    """Writes a config.json."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": model.layers,
+        "n_embd": model.width,
+        "n_head": model.heads,
+        "n_positions": model.context,
+        "n_inner": None,
+        "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[model.gelu],
+        "layer_norm_epsilon": model.eps,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def mappings(model: GPT2Config) -> list[WeightMapping]:
+    D = model.width
+    rows = {"attention.qkv": 3 * D, "attention.out": D, "mlp.up": 4 * D, "mlp.down": D}
+    found = [WeightMapping("positions", {"wpe.weight": model.context})]
+    for i in range(model.layers):
+        ours, theirs = f"blocks.{i}", f"h.{i}"
+        for name, other in NORMS.items():
+            found += [
+                WeightMapping(f"{ours}.{name}.{kind}", {f"{theirs}.{other}.{kind}": D}) for kind in ("weight", "bias")
+            ]
+        for name, other in PROJECTIONS.items():
+            weight = {f"{theirs}.{other}.weight": rows[name]}
+            found.append(WeightMapping(f"{ours}.{name}.weight", weight, transposed=True))
+            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{other}.bias": rows[name]}))
+    return found + [WeightMapping(f"norm.{kind}", {f"ln_f.{kind}": D}) for kind in ("weight", "bias")]
+
+
+GPT2 = Family(
+    GPT2Config,
+    HuggingFace(
+        model_types={"gpt2": "GPT-2"},
+        prefix="transformer.",
+        embedding="wte.weight",
+        tied=True,
+        buffers=(".attn.bias", ".attn.masked_bias"),
+        model=model,
+        settings=settings,
+        mappings=mappings,
+    ),
+)
