@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from launch.rehearsal import staged
+from pretrain import precision
 from pretrain.config.job import JobConfig
 from pretrain.mesh import Mesh
 from pretrain.vocab.kernels.base import Kernels
@@ -47,15 +48,21 @@ class Simulated:
     held: int
 
 
-def simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+def simulate(
+    config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels, bf16: bool | None = None
+) -> Simulated:
     """Rank 0's second step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch
-    has the same tokens.
+    has the same tokens. bf16: whether its tensors are in bf16 if they are fake; None: if this processor computes it.
     """
     with ProcessPoolExecutor(1, mp_context=context) as pool:  # DeepSpeed keeps groups beyond their end
-        return pool.submit(_simulate, config, rows, parallel, world, kernels).result()
+        return pool.submit(_simulate, config, rows, parallel, world, kernels, bf16).result()
 
 
-def _simulate(config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels) -> Simulated:
+def _simulate(
+    config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels, bf16: bool | None
+) -> Simulated:
+    if bf16 is not None:
+        precision._computes_bf16 = lambda device_type: bf16  # type: ignore[assignment]
     held = Held()
     fake = not config.engine.reads_values
     with staged(config, rows, parallel, world, kernels, watching=held if fake else None) as stage:

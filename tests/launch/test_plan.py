@@ -16,6 +16,7 @@ from launch.hardware import GIB, HARDWARE
 from launch.plan import main
 from launch.planner import plan
 from launch.step import total
+from pretrain import precision
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.benchmarks.plan import CASES, configured, planned_and_measured, step_of
 from tests.in_process import in_process
@@ -105,11 +106,13 @@ def test_a_rank_holds_what_the_plan_says(name):
     ],
     ids=["selective", "hsdp"],
 )
-def test_the_tensors_of_a_large_step_are_those_of_the_plan(settings):
+def test_the_tensors_of_a_large_step_are_those_of_the_plan(settings, monkeypatch):
+    """In bf16, whatever this processor computes: in fp32 a plan for a GPU's kernels is up to 12 % above."""
+    monkeypatch.setattr(precision, "_computes_bf16", lambda device_type: True)
     config = configured(*settings, "model.layers=2", "train.global_batch=256")
     step = step_of(config, 50_257, 8, 16, GPU)
     told = max(map(total, step.phases().values()))
-    assert told == pytest.approx(simulate(config, 50_257, 8, 16, GPU).held, rel=0.05)
+    assert told == pytest.approx(simulate(config, 50_257, 8, 16, GPU, bf16=True).held, rel=0.05)
 
 
 def test_the_command_prints_the_plan_and_draws_it(tmp_path):
