@@ -69,7 +69,7 @@ class Chunks:
             traffic.max_tokens_per_rank(N, hidden_ND.device) if max_tokens_per_rank is None else max_tokens_per_rank
         )
         if self.max_tokens_per_rank < N:
-            raise ValueError(f"longest={max_tokens_per_rank} must be at least the {N} tokens of this rank")
+            raise ValueError(f"max_tokens_per_rank={max_tokens_per_rank} must be at least the {N} tokens of this rank")
         self.size = chunk_size(self.max_tokens_per_rank, traffic.ranks, budget)
 
     @property
