@@ -44,7 +44,7 @@ class EmbeddingHealth(Hook):
         self.seen.load_state_dict(state)
 
     def observe(self) -> None:
-        """Of each row, before the clip: square norms of the gradients as input and as output, and their product."""
+        """Keeps, for each row and before the clip, the squares of both uses' gradients and their product."""
         if not self.sampled:
             return
         vocab, entering_vD = self.vocab, self.vocab.input_grad_vD

@@ -23,7 +23,7 @@ BLOCK = 2**20  # numbers of a matrix that are worked on at once
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
-    """Of rows, so that what is made of them needs little room."""
+    """Slices of rows, of at most `BLOCK` numbers each: what is computed of a slice needs little memory."""
     height = max(1, BLOCK // width)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
