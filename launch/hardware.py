@@ -1,8 +1,10 @@
 """What a GPU, or a CPU core, and its links can do, by name. Peaks are the makers' figures; a plan counts on half."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pretrain.placement import Machine
+if TYPE_CHECKING:
+    from pretrain.placement import Machine
 
 GB = 10**9
 GIB = 2**30
@@ -23,8 +25,10 @@ class Hardware:
     near: float  # of its links within a node, one way, bytes/s
     far: float  # of its links to other nodes, one way, bytes/s
 
-    def machine(self, world: int, node: int, itemsize: int) -> Machine:
+    def machine(self, world: int, node: int, itemsize: int) -> "Machine":
         """What can be counted on, for `world` ranks, `node` of them on each node."""
+        from pretrain.placement import Machine  # needs torch
+
         return Machine(
             world,
             node,

@@ -8,6 +8,7 @@ after a failure that another start may mend.
 import os
 import shlex
 import sys
+from glob import glob
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,11 +20,9 @@ from data_prep import terminal  # noqa: E402
 if __name__ == "__main__":
     terminal.begin()  # before the imports that take seconds
 
-import torch  # noqa: E402
 from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from torch.distributed import TCPStore  # noqa: E402
 
 from data_prep.command import one_line, run_hydra, warn  # noqa: E402
 from data_prep.mistakes import INSTALLED  # noqa: E402
@@ -35,8 +34,10 @@ from launch.supervisor import Supervisor  # noqa: E402
 from pretrain.checks import check_job, check_logs, finished  # noqa: E402
 from pretrain.compose import build_config, freeze, register_groups  # noqa: E402
 from pretrain.config.job import JobConfig  # noqa: E402
-from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run  # noqa: E402
+from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, check_free, lock_run  # noqa: E402
 from pretrain.stops import StopRequests  # noqa: E402
+
+GPU_DEVICES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd")  # NVIDIA: cards, Jetson, WSL; AMD
 
 
 def main() -> None:
@@ -52,11 +53,12 @@ def main() -> None:
 def _composed(composed: DictConfig) -> None:
     with one_line():
         OmegaConf.set_struct(composed, False)
-        nproc = ranks_here(composed.pop("nproc"))
+        asked = composed.pop("nproc")
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         resume.apply(composed, list(HydraConfig.get().overrides.task))
         config = build_config(composed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # again below; here torch has not been waited for
+        nproc, device = ranks_here(asked), "cuda" if gpus() else "cpu"
         data = check_job(config, nproc, device, warn=warn, environment=os.environ)
         check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
@@ -74,12 +76,21 @@ def _composed(composed: DictConfig) -> None:
 
 def ranks_here(nproc: object) -> int:
     """How many ranks to start. ValueError unless it is a whole number that this machine's GPUs allow."""
-    gpus = torch.cuda.device_count()
+    found = gpus()
     if not isinstance(nproc, int) or nproc < 0:
         raise ValueError(f"nproc={nproc} must be a number of ranks (0: one a GPU, or one where there is none)")
-    if gpus and nproc > gpus:
-        raise ValueError(f"nproc={nproc} must not exceed the {gpus} GPUs of this machine")
-    return nproc or gpus or 1
+    if found and nproc > found:
+        raise ValueError(f"nproc={nproc} must not exceed the {found} GPUs of this machine")
+    return nproc or found or 1
+
+
+def gpus() -> int:
+    """How many GPUs torch sees. It is not imported if the system has no device of a GPU: that takes seconds."""
+    if not any(glob(pattern) for pattern in GPU_DEVICES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:
@@ -87,6 +98,8 @@ def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
     """
+    from torch.distributed import TCPStore  # only now: refusing a setting needs no torch
+
     history, command = History(config.run_dir), [sys.executable, "-m", "pretrain.train", str(config.path)]
     with StopRequests() as requests:
         while True:

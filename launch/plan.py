@@ -20,13 +20,10 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch import cluster as clusters  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
-from launch.fit import larger, refusal  # noqa: E402
 from launch.hardware import Hardware  # noqa: E402
-from launch.planner import plan  # noqa: E402
-from pretrain.announce import counts, parameters  # noqa: E402
-from pretrain.build import vocab_rows  # noqa: E402
 from pretrain.compose import build_config, register_groups  # noqa: E402
 from pretrain.config.job import JobConfig  # noqa: E402
+from pretrain.corpora import vocab_rows  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
 
 ROWS = (32_768, 65_536, 131_072, 262_144, 524_288)  # of the picture
@@ -40,6 +37,8 @@ def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Pat
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(f"plot={path} needs matplotlib: pip install matplotlib") from None
+    from launch.planner import plan
+
     repeats = config.train.global_batch // world
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     memory, speed = figure.subplots(1, 2)
@@ -75,6 +74,11 @@ def _composed(composed: DictConfig) -> None:
         cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), given))
         assert isinstance(cluster, ClusterConfig)
         config, rows = _training(composed)
+        config.train.check_world(cluster.ranks)
+        from launch.fit import larger, refusal  # these need torch: no refusal above waits for it
+        from launch.planner import plan
+        from pretrain.announce import counts, parameters
+
         hardware, node, world = cluster.hardware, cluster.ranks_of_a_node, cluster.ranks
         planner = partial(plan, rows=rows, world=world, node=node, hardware=hardware)
         planned = planner(config)

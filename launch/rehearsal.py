@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import headline
 from pretrain.build import build_model
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoint.state import TrainState
 from pretrain.config.engine import FSDP2Config
 from pretrain.config.job import JobConfig
 from pretrain.config.optim import OptimConfig

@@ -10,8 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.overrides import home
-from pretrain.changes import CONFIG_FILE
 from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
+from pretrain.config.job import CONFIG_FILE
 from pretrain.config.optim import OptimConfig
 
 FAMILY = "family/"  # begins the name of the option that has a family's keys alone

@@ -14,7 +14,7 @@ from pretrain.config.job import JobConfig
 from pretrain.engine.footprint import FP32, BodyFootprint, Shapes
 from pretrain.families import Activations
 from pretrain.hooks.lens import MEMORY_MIB
-from pretrain.lens import Method
+from pretrain.lens.method import Method
 from pretrain.placement import DISTINCT, Transfer, Workload, transfers
 from pretrain.vocab.chunks import chunk_budget, chunk_size, token_bytes
 from pretrain.vocab.kernels.base import Kernels

@@ -26,19 +26,15 @@ from data_prep.durable import durable
 from data_prep.overrides import shown
 from launch import resume, site
 from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
-from launch.fit import refusal
 from launch.job import SlurmRank
 from launch.job_state import JOB_FILE, holder_of
-from launch.planner import plan
-from launch.rehearsal import rehearse
 from launch.restart import RestartConfig
 from launch.snapshot import Snapshot, import_from
 from launch.submission import Job
-from pretrain.announce import counts, parameters
-from pretrain.build import vocab_rows
 from pretrain.checks import check_job, check_logs, finished
 from pretrain.compose import build_config, config_text, freeze
 from pretrain.config.job import JobConfig, RunConfig
+from pretrain.corpora import vocab_rows
 from pretrain.data import Data
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 
@@ -144,6 +140,8 @@ def names(overrides: Sequence[list[str]]) -> list[str]:
 def prepared(composed: DictConfig, cluster: ClusterConfig) -> Run:
     """A run that can be trained on that cluster, as far as can be known here. Raises ValueError: key, value, rule."""
     run = checked(composed, cluster)
+    from launch.rehearsal import rehearse  # needs torch, as below: no refusal of a setting waits for it
+
     rehearse(run.config, run.rows, planned(run, cluster), cluster.ranks)
     return run
 
@@ -155,11 +153,16 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
     check_logs(config)
     rows = vocab_rows(config, data)
+    from pretrain.announce import counts, parameters
+
     return Run(config, data, rows, parameters(config, *counts(config, rows), rows))
 
 
 def planned(run: Run, cluster: ClusterConfig) -> int:
     """How many ranks will share a copy of the matrix. Raises ValueError if the cluster's GPU cannot hold the run."""
+    from launch.fit import refusal
+    from launch.planner import plan
+
     world, node, hardware = cluster.ranks, cluster.ranks_of_a_node, cluster.hardware
     planner = partial(plan, rows=run.rows, world=world, node=node, hardware=hardware)
     if cluster.gpu and (refused := refusal(run.config, world, planner, cluster.gpu, hardware)):

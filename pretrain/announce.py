@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .changes import Change, table
-from .checkpoint import TrainState
+from .checkpoint.state import TrainState
 from .config.job import JobConfig
 from .data import Data, PackedWindows, Samples
 from .mesh import Mesh

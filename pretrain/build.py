@@ -7,7 +7,8 @@ import torch
 
 from .config.engine import DeepSpeedConfig, FSDP2Config
 from .config.job import JobConfig
-from .data import Data, Order, PackedWindows, Samples, Windows
+from .corpora import vocab_rows
+from .data import Data
 from .engine import Engine
 from .engine.deepspeed import DeepSpeedEngine
 from .engine.footprint import BodyFootprint, Shapes
@@ -20,18 +21,6 @@ from .precision import compute_dtype
 from .vocab import VocabParallelEmbedding, VocabShard
 
 ENGINES: dict[type, Any] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeedEngine}
-
-
-def vocab_rows(config: JobConfig, data: Data) -> int:
-    """V: vocab.size, or the tokenizer's where it is null."""
-    size, needed = config.vocab.size, data.vocab_size
-    if size is None and needed is None:
-        raise ValueError("vocab.size=null must be given: the data brings no tokenizer")
-    if size is not None and needed is not None and size < needed:
-        raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {data.tokenizer}")
-    rows = size if size is not None else needed
-    assert rows is not None
-    return rows
 
 
 def vocab_parallel(
@@ -62,26 +51,6 @@ def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> Bod
         shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
     footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
     return footprint
-
-
-def samples(config: JobConfig, data: Data) -> Samples:
-    """The windows of the data's corpora, in the order of the run."""
-    sources = {}
-    for title, corpus in data.corpora.items():
-        if config.data.packing == "best_fit":
-            windows: Windows = PackedWindows(corpus.train, config.seq_len)
-        else:
-            windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
-        if not len(windows):
-            raise ValueError(f"data.path={config.data.paths[title]}: no document has two tokens to pack")
-        sources[title] = windows, Order(len(windows), config.seed, corpus.name)
-    return Samples(sources, data.blend)
-
-
-def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
-    """The windows of the validation splits, by the titles of the corpora that have any."""
-    windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
-    return {title: of for title, of in windows.items() if len(of)}
 
 
 def about(config: JobConfig, data: Data) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import yaml
 from data_prep.columns import aligned
 from data_prep.durable import durable
 
-CONFIG_FILE = "config.yaml"  # of a run: the settings of its latest start
+from .config.job import CONFIG_FILE
+
 MANIFEST = "manifest.json"
 Change = dict[str, Any]  # key, was, is
 PATHS = ("data.", "init_from")  # a launcher may have made these whole

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from data_prep.durable import check_file, check_folder
 from data_prep.token_file import TOKENIZER_FOLDER
 
-from .build import validation_windows, vocab_parallel, vocab_rows
-from .changes import CONFIG_FILE
 from .checkpoint import (
     CheckpointError,
     DamagedCheckpoint,
@@ -22,13 +20,11 @@ from .checkpoint import (
 from .checkpoint.resume import check_resumable
 from .compilers import check_compilers
 from .config.engine import DeepSpeedConfig, FSDP2Config
-from .config.job import JobConfig
+from .config.job import CONFIG_FILE, JobConfig
+from .corpora import validation_windows, vocab_rows
 from .data import Data, open_data
-from .engine.deepspeed import check_extra
 from .exits import RESTARTS_FILE
-from .interop import check_initial
 from .locks import LAUNCH_LOCK, RANKS_LOCK
-from .precision import compute_dtype
 
 Warn = Callable[[str], None]
 
@@ -50,36 +46,51 @@ def check_job(
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     config.train.check_world(world)
     config.optim.check_steps(config.train.steps)
-    compute_dtype(config.train, device_type, bf16)
-    _check_engine(config.engine, device_type)
-    if environment is not None:
-        compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
-        check_compilers(device_type, compiles, config.data.masked, environment)
+    if isinstance(config.engine, FSDP2Config):
+        config.engine.check_device(device_type)
     data = open_data(config.data)
     if config.monitor.lens and not validation_windows(config, data):
         raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
     rows = vocab_rows(config, data)
-    vocab_parallel(config, rows, world, world, device_type, bf16)
     try:
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if saved is not None:
         check_resumable(config, data, rows, saved)
-        if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
-            warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
-    elif config.init_from is not None:
+    _check_with_torch(config, rows, world, device_type, bf16, environment)
+    if saved is not None and saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
+        warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
+    if saved is None and config.init_from is not None:
+        from .interop.initial import check_initial
+
         doubt = check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
         if doubt:
             warn(doubt)
     return data
 
 
-def _check_engine(engine: FSDP2Config | DeepSpeedConfig, device_type: str) -> None:
-    if isinstance(engine, FSDP2Config):
-        engine.check_device(device_type)
-    else:
-        check_extra(engine)
+def _check_with_torch(
+    config: JobConfig,
+    rows: int,
+    world: int,
+    device_type: str,
+    bf16: bool | None,
+    environment: Mapping[str, str] | None,
+) -> None:
+    """The rules that need torch: the last ones, as its import takes longer than all the others."""
+    from .build import vocab_parallel
+    from .precision import compute_dtype
+
+    compute_dtype(config.train, device_type, bf16)
+    if isinstance(config.engine, DeepSpeedConfig) and config.engine.extra:
+        from .engine.deepspeed import check_extra
+
+        check_extra(config.engine)
+    if environment is not None:
+        compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
+        check_compilers(device_type, compiles, config.data.masked, environment)
+    vocab_parallel(config, rows, world, world, device_type, bf16)
 
 
 def check_logs(config: JobConfig) -> None:

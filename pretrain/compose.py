@@ -20,14 +20,13 @@ from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from .changes import CONFIG_FILE, keep_older
+from .changes import keep_older
 from .checkpoint import newest_manifest
 from .config.engine import ENGINES
-from .config.job import JobConfig
+from .config.job import CONFIG_FILE, JobConfig
 from .config.optim import OPTIMIZERS, OptimConfig
 from .data import Data
 from .families import FAMILIES
-from .interop import special_tokens
 
 TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
 OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
@@ -108,7 +107,10 @@ def freeze(config: JobConfig, data: Data) -> None:
     special = None
     if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
         (config.run_dir / KEPT_AS).unlink(missing_ok=True)
-        special = None if config.init_from is None else special_tokens(config.init_from)
+        if config.init_from is not None:
+            from .interop.initial import special_tokens  # needs torch
+
+            special = special_tokens(config.init_from)
     write_config(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer), special)
 
 

@@ -16,3 +16,11 @@ def lock_run(run: Path, lock: str) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / lock, f"run.dir={run} is in use by another process: stop it, or choose another run.dir"):
         yield
+
+
+def check_free(run: Path, *locks: str) -> None:
+    """Raises ValueError, early, if another process holds one of the run's locks. Makes no folder."""
+    for lock in locks:
+        if (run / lock).exists():
+            with lock_run(run, lock):
+                pass

@@ -21,18 +21,22 @@ import torch
 from data_prep.errors import DataError
 
 from .announce import announce
-from .build import about, build_model, samples, vocab_parallel, vocab_rows
+from .build import about, build_model, vocab_parallel
 from .changes import Change, markdown, settings_changed
-from .checkpoint import CheckpointError, CheckpointManager, DamagedCheckpoint, ModelState, TrainState
+from .checkpoint import CheckpointError, DamagedCheckpoint
+from .checkpoint.manager import CheckpointManager
+from .checkpoint.state import ModelState, TrainState
 from .checks import check_job
 from .compose import load_config
 from .config.job import JobConfig
 from .control import RunControl
-from .data import BatchLoader, Data
+from .corpora import samples, vocab_rows
+from .data import Data
+from .data.loader import BatchLoader
 from .exits import Exit
 from .hooks import Run
 from .hooks.registry import build_hooks
-from .interop import initialise
+from .interop.initial import initialise
 from .locks import RANKS_LOCK, lock_run
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node

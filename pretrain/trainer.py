@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .checkpoint import TrainState
+from .checkpoint.state import TrainState
 from .config.optim import OptimConfig
 from .config.training import TrainingConfig
 from .control import RunControl
-from .data import Batch, BatchLoader
+from .data.loader import Batch, BatchLoader
 from .hooks import Hook, StepReport
 from .optim import clip_factor, lr_at
 from .parts import ModelParts

@@ -3,6 +3,7 @@
 import glob
 from pathlib import Path
 
+from data_prep.arguments import key_values
 from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
 from data_prep.formats.layouts import LAYOUTS, Layout
@@ -54,12 +55,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _given(settings: list[str], *keys: str) -> dict[str, str]:
-    given = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if key not in keys or not equals:
-            raise DataError(f"{setting!r} must be key=value, the key one of {', '.join(keys)}; see --help")
-        given[key] = value
+    given = key_values(settings, keys, f"key=value, the key one of {', '.join(keys)}")
     for key in keys:
         if not given.get(key):
             raise DataError(f"{key}= must be given; see --help")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import terminal
+from data_prep.arguments import count_of, key_values
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import exclusive
 
@@ -125,19 +126,11 @@ COMMANDS: dict[str, Callable[[Settings], int]] = {"list": show, "verify": verify
 
 
 def _settings(arguments: list[str]) -> Settings:
-    given = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in {"run", "step", *RULES}:
-            raise ValueError(f"{argument!r} must be run=, step=, {'=, '.join(RULES)}=; see --help")
-        given[key] = value
+    given = key_values(arguments, ("run", "step", *RULES), f"run=, step=, {'=, '.join(RULES)}=")
     if not given.get("run"):
         raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
-    for key in given.keys() - {"run"}:
-        if not given[key].isdecimal():
-            raise ValueError(f"{key}={given[key]} must be a number of at least 0")
-    step = int(given["step"]) if "step" in given else None
-    return Settings(Path(given["run"]), step, {key: int(given[key]) for key in RULES if key in given})
+    numbers = {key: count_of(key, given[key]) for key in ("step", *RULES) if key in given}
+    return Settings(Path(given["run"]), numbers.pop("step", None), numbers)
 
 
 def _chosen(settings: Settings) -> list[Path]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..changes import CONFIG_FILE
 from ..families import ModelConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
@@ -15,6 +14,7 @@ from .optim import OptimConfig
 from .training import TrainingConfig
 from .vocab import VocabConfig
 
+CONFIG_FILE = "config.yaml"  # in the run's folder: the settings of its latest start
 LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
 
 

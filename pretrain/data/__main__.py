@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import terminal
+from data_prep.arguments import count_of, key_values
 from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.tokenizer import Tokenizer
 
-from ..build import samples
-from ..changes import CONFIG_FILE
 from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
 from ..compose import build_config, load_config, register_groups
-from ..config.job import JobConfig
+from ..config.job import CONFIG_FILE, JobConfig
+from ..corpora import samples
 from ..data import open_data
 from .dataset import Windows
 from .samples import Samples
 
+NUMBERS = ("step", "rank", "world")
 MOST_STEPS = 2**40  # times a batch, it still is a number of samples
 HELP = """What did the model see?
 
@@ -57,25 +58,16 @@ def main() -> None:
 
 
 def _request(arguments: list[str]) -> Request:
-    given, settings = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument!r} must be key=value; see --help")
-        if key in ("run", "step", "rank", "world"):
-            given[key] = value
-        else:
-            settings.append(argument)
-    for key in given.keys() - {"run"}:
-        if not given[key].isdecimal():
-            raise ValueError(f"{key}={given[key]} must be a number of at least 0")
-    step, rank, world = int(given.get("step", 1)), given.get("rank"), int(given.get("world", 1))
+    given = key_values(arguments)
+    settings = [argument for argument in arguments if argument.partition("=")[0] not in ("run", *NUMBERS)]
+    numbers = {key: count_of(key, given[key]) for key in NUMBERS if key in given}
+    step, rank, world = numbers.get("step", 1), numbers.get("rank"), numbers.get("world", 1)
     for key, number in (("step", step), ("world", world)):
         if number < 1:
             raise ValueError(f"{key}={number} must be at least 1")
     if step > MOST_STEPS:
         raise ValueError(f"step={step} must be at most {MOST_STEPS}")
-    if rank is not None and int(rank) >= world:
+    if rank is not None and rank >= world:
         raise ValueError(f"rank={rank} must be below world={world}")
     if "run" in given:
         if settings:
@@ -86,7 +78,7 @@ def _request(arguments: list[str]) -> Request:
         config = build_config(compose_settings("train", ["run.dir=unused", *settings]))
     config.train.check_world(world)
     run = Path(given["run"]) if "run" in given else None
-    return Request(config, run, step, None if rank is None else int(rank), world)
+    return Request(config, run, step, rank, world)
 
 
 def show(request: Request, coloured: bool) -> Iterator[str]:

@@ -5,9 +5,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..checkpoint import CheckpointManager, HookState, TrainState
+from ..checkpoint.manager import CheckpointManager
+from ..checkpoint.state import HookState, TrainState
 from ..config.training import TrainingConfig
-from ..data import BatchLoader, Data, MicroBatch
+from ..data import Data
+from ..data.loader import BatchLoader, MicroBatch
 from ..engine import Engine
 from ..mesh import Mesh
 from ..models.language_model import LanguageModel

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checkpoint import HookState
+from ..checkpoint.state import HookState
 from ..config.job import JobConfig
 from ..mesh import Mesh
 from ..monitor import Rows, blocks

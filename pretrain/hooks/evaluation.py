@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..build import validation_windows
 from ..config.evaluation import EvalConfig
 from ..config.job import JobConfig
-from ..data import IGNORED, MicroBatch, validation_batches
+from ..corpora import validation_windows
+from ..data import IGNORED
+from ..data.loader import MicroBatch, validation_batches
 from ..vocab.collectives import on_host
 from .base import Hook, Run, StepReport, TrainerView
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from data_prep.token_file import TokenFile
 
-from ..build import validation_windows
 from ..config.job import JobConfig
-from ..data import IGNORED, MicroBatch, Windows
-from ..data.loader import read
-from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, Method, run_lens
+from ..corpora import validation_windows
+from ..data import IGNORED, Windows
+from ..data.loader import MicroBatch, read
+from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, run_lens
+from ..lens.method import Method
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog
 from ..vocab.collectives import on_host

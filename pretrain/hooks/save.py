@@ -1,6 +1,6 @@
 """Checkpoints on the way."""
 
-from ..checkpoint import CheckpointManager
+from ..checkpoint.manager import CheckpointManager
 from ..config.job import JobConfig
 from .base import Hook, Run, StepReport, TrainerView
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint import HookState, matrix_dtensor
+from ..checkpoint.state import HookState, matrix_dtensor
 from ..mesh import Mesh
 from ..vocab import VocabShard
 from .base import Hook, StepReport, TrainerView

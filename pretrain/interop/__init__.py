@@ -1,6 +1,1 @@
-"""Hugging Face in and out."""
-
-from .folder import HFModel
-from .initial import check_initial, initialise, load_model, special_tokens, tokenizer_of
-
-__all__ = ["HFModel", "check_initial", "initialise", "load_model", "special_tokens", "tokenizer_of"]
+"""Hugging Face in and out. The names are in the modules: most of them need torch."""

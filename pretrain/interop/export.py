@@ -13,7 +13,8 @@ from data_prep.durable import durable, durable_folder
 from data_prep.special_tokens import CONFIG, GENERATION, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint import CheckpointRows, Streamed, write_streamed
+from ..checkpoint.rows import CheckpointRows
+from ..checkpoint.tensor_file import Streamed, write_streamed
 from ..families import FAMILIES, HuggingFace, ModelConfig, WeightMapping
 from ..families.family import HEAD
 from .folder import EMBEDDING, INDEX, OUTPUT, WEIGHTS, pieces

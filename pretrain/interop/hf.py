@@ -1,36 +1,14 @@
 """Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import torch
-from omegaconf import OmegaConf
-from torch import Tensor
+from data_prep.arguments import key_values
+from data_prep.command import arguments_or, one_line
 
-from data_prep.command import arguments_or, compose_settings, one_line
-from data_prep.special_tokens import KEPT_AS, SpecialTokens
-from data_prep.token_file import TOKENIZER_FOLDER
-from data_prep.tokenizer_spec import TokenizerSpec
-
-from ..checkpoint import (
-    CheckpointError,
-    CheckpointRows,
-    Streamed,
-    check_files,
-    checkpoint_of,
-    checkpoints,
-    save_weights,
-)
-from ..compose import build_config, register_groups, write_config
-from ..config.job import JobConfig
-from ..families import FAMILIES, hugging_face_types
-from ..locks import LAUNCH_LOCK, lock_run
-from ..vocab import VocabConfig, VocabShard
-from .export import DTYPES, export
-from .folder import EMBEDDING, OUTPUT, HFModel, pieces
-from .initial import tokenizer_of
+from ..checkpoint import CheckpointError, checkpoint_of
+from ..families import hugging_face_types
+from ..locks import LAUNCH_LOCK, check_free
 
 NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
 HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pickle.
@@ -43,7 +21,7 @@ HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pic
 dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
 for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
 """
-SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
+DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
 
 
 def main() -> None:
@@ -58,78 +36,19 @@ def main() -> None:
 
 def import_model(arguments: list[str]) -> Iterator[str]:
     """Makes RUN of a folder; yields what to print."""
-    given, settings = _given(arguments, ("hf", "run"), others=True)
+    keys = ("hf", "run")
+    given = key_values(arguments, form="hf=, run=")
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
-    found = HFModel(source)
-    spec, special, remark = tokenizer_of(found)
-    config = training(found, run, settings)
-    about = {
-        "config": asdict(config),
-        "vocab_size": found.vocab_size,
-        "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
-    }
-    tensors = streams(found, config.vocab.multiple)
-    with lock_run(run, LAUNCH_LOCK):
-        _refuse_run(run, config.path)
-        try:
-            folder = save_weights(run, tensors, about, partial(write_config, config, spec, special))
-        except BaseException:
-            (run / KEPT_AS).unlink(missing_ok=True)
-            config.path.unlink(missing_ok=True)  # there was none before
-            raise
-    padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
-    count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
-    yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
-    if spec is None:
-        yield f"tokenizer: none; {remark}"
-    else:
-        yield f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids{remark and f'; {remark}'}"
+    check_free(run, LAUNCH_LOCK)
+    from .convert import import_folder  # needs torch
 
-
-def _refuse_run(run: Path, config: Path) -> None:
-    """ValueError where it is a run already, be it one that waits in a queue and holds no lock."""
-    for there in (*checkpoints(run)[-1:], config):
-        if there.exists():
-            raise ValueError(f"run={run} has {there.name}: choose another folder")
-
-
-def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
-    """The settings of a training of that model. ValueError where a setting says what the model tells."""
-    for setting in settings:
-        key = setting.partition("=")[0].lstrip("+~")
-        if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
-            raise ValueError(f"{key} is told by hf= and run=, and not to be given")
-    register_groups()
-    composed = compose_settings("train", settings)
-    OmegaConf.set_struct(composed, False)
-    composed.model = OmegaConf.create(asdict(found.model))
-    composed.vocab.update(found.family.vocab)
-    composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
-    if not composed.data.path and not composed.data.corpora:
-        composed.data.path = "no data"
-    return build_config(composed)
-
-
-def streams(found: HFModel, multiple: int) -> list[Streamed]:
-    """Our tensors, in fp32; the matrix with its rows of padding."""
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in found.model.body().named_parameters()}
-    padded = VocabShard.of(0, 1, found.vocab_size, multiple).padded_size
-    for name in (EMBEDDING, OUTPUT) if found.tie == "untied" else (EMBEDDING,):
-        shapes[name] = (padded, found.model.width)
-
-    def read(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        rows = found.vocab_size if name in (EMBEDDING, OUTPUT) else shape[0]
-        for low, high in pieces(0, rows, torch.empty(shape[1:], device="meta").nbytes):
-            yield found.rows(name, low, high)
-        yield torch.zeros(shape[0] - rows, *shape[1:])
-
-    return [Streamed(name, torch.float32, shape, partial(read, name, shape)) for name, shape in sorted(shapes.items())]
+    yield from import_folder(source, run, [one for one in arguments if one.partition("=")[0] not in keys])
 
 
 def export_model(arguments: list[str]) -> Iterator[str]:
     """Makes OUT of a run's checkpoint; yields what to print."""
-    given, _ = _given(arguments, ("run", "out", "step", "dtype", "materialize_head"))
+    keys = ("run", "out", "step", "dtype", "materialize_head")
+    given = key_values(arguments, keys, f"{'=, '.join(keys)}=")
     run, out = Path(_needed(given, "run")), Path(_needed(given, "out"))
     dtype, head = given.get("dtype", "fp32"), given.get("materialize_head", "false")
     if dtype not in DTYPES:
@@ -139,37 +58,13 @@ def export_model(arguments: list[str]) -> Iterator[str]:
     step = given.get("step")
     if step is not None and not step.isdecimal():
         raise ValueError(f"step={step} must be a whole number")
-    checkpoint = CheckpointRows(checkpoint_of(run, None if step is None else int(step)))
-    check_files(checkpoint.folder, checkpoint.manifest)
-    config = build_config(OmegaConf.create(checkpoint.manifest["config"]))
-    theirs = VocabConfig(**FAMILIES[config.model.family].vocab)
-    if config.vocab.softcap != theirs.softcap:
-        capped = "would not cap logits" if theirs.softcap is None else f"caps logits at {theirs.softcap}"
-        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers {capped}")
-    tokenizer = run / TOKENIZER_FOLDER
-    spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
-    scale, special = config.vocab.embed_scale / theirs.embed_scale, SpecialTokens.of_run(run)
-    count = export(checkpoint, config.model, spec, out, DTYPES[dtype], head == "true", scale, special)
-    yield f"{out}: {checkpoint.folder}, {count / 1e6:,.1f}M parameters in {dtype}"
-    if spec is None:
-        yield f"no tokenizer: {run} has none"
+    folder = checkpoint_of(run, None if step is None else int(step))
+    from .convert import export_run  # needs torch
+
+    yield from export_run(folder, run, out, dtype, head == "true")
 
 
 COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}
-
-
-def _given(arguments: list[str], keys: tuple[str, ...], others: bool = False) -> tuple[dict[str, str], list[str]]:
-    """By key, and the rest."""
-    given, rest = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key in keys and equals:
-            given[key] = value
-        elif others and equals:
-            rest.append(argument)
-        else:
-            raise ValueError(f"{argument!r} must be {'=, '.join(keys)}=; see --help")
-    return given, rest
 
 
 def _needed(given: dict[str, str], key: str) -> str:

@@ -10,7 +10,8 @@ from data_prep.hf_tokenizer import from_hf
 from data_prep.special_tokens import SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint import ModelState, model_for_reading
+from ..checkpoint.reading import model_for_reading
+from ..checkpoint.state import ModelState
 from ..config.init_from import folder_of
 from ..config.vocab import VocabConfig
 from ..families import ModelConfig

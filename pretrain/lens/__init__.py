@@ -1,5 +1,1 @@
-"""The logit lens: what each layer would guess."""
-
-from .lens import LensResult, Method, run_lens
-
-__all__ = ["LensResult", "Method", "run_lens"]
+"""The logit lens: what each layer would guess. The names are in the modules: most of them need torch."""

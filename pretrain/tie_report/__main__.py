@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
+from data_prep.arguments import key_values
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
-from .page import page
-from .report import facts, warnings
-from .run import ReportRun
 
 HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
 
@@ -23,7 +21,7 @@ def main() -> None:
     """Exits 0, or 2 with one line on a wrong command."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
-        given = dict(_pair(argument) for argument in arguments)
+        given = key_values(arguments, ("tied", "untied", "out"), "tied=, untied= or out=")
         for key in ("tied", "untied"):
             if not given.get(key):
                 raise ValueError(f"{key} is missing: name the folder of a run, such as {key}=runs/{key}")
@@ -32,6 +30,10 @@ def main() -> None:
             raise ValueError(f"out={out} is a folder: name a file, such as out={out / 'tie.html'}")
         if not out.parent.is_dir():
             raise ValueError(f"out={out} must be in a folder that exists: {out.parent} does not")
+        from .page import page  # they need torch
+        from .report import facts, warnings
+        from .run import ReportRun
+
         tied, untied = ReportRun("tied", Path(given["tied"])), ReportRun("untied", Path(given["untied"]))
         with durable(out) as file:
             file.write(page(tied, untied).encode())
@@ -40,13 +42,6 @@ def main() -> None:
         for name, *values in facts(tied, untied):
             print(f"{name:<28} {values[0]:>15} {values[1]:>15} {values[2]:>22}")
         print(f"page: {out}")
-
-
-def _pair(argument: str) -> tuple[str, str]:
-    key, equals, value = argument.partition("=")
-    if not equals or key not in ("tied", "untied", "out"):
-        raise ValueError(f"{argument!r} must be tied=, untied= or out=; see --help")
-    return key, value
 
 
 if __name__ == "__main__":

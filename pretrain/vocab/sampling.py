@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config.generation import check_sampling
 from .collectives import all_gather
 from .readout import logits_in
 from .shard import VocabShard
 
 SCORE_BYTES = 32 * 2**20  # of scores at a time
-COLDEST = 1e-6  # of temperatures; below, logits divided by it leave the range of floats
 
 
 @torch.no_grad()
@@ -56,18 +56,6 @@ def sample(
         winner_n = best_pn.max(0).indices  # the lowest rank on ties, hence the lowest id
         found.append(ids_pn.gather(0, winner_n.unsqueeze(0)).squeeze(0))
     return torch.cat(found) if found else ids_v.new_zeros(0)
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises ValueError on a setting out of range."""
-    if temperature != 0 and not COLDEST <= temperature < math.inf:
-        raise ValueError(
-            f"temperature={temperature} must be 0 (the likeliest token), or a number of at least {COLDEST}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 (null: all rows)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
 
 
 def _largest(scores_Nv: Tensor, ids_v: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from data_prep.durable import sha256_of
 from launch.rehearsal import trainer_of
 from pretrain.build import build_model
-from pretrain.checkpoint import CheckpointManager, ModelState, TrainState
+from pretrain.checkpoint.manager import CheckpointManager
+from pretrain.checkpoint.state import ModelState, TrainState
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.hooks.base import Hook, TrainerView
 from pretrain.mesh import Mesh

@@ -17,7 +17,7 @@ from data_prep.token_file import Manifest
 from pretrain import generate
 from pretrain.checkpoint import checkpoints, step_of
 from pretrain.data import Windows, open_corpus
-from pretrain.generate import load_model
+from pretrain.generation import load_model
 from tests.in_process import in_process
 from tests.launch.commands import SMALL, refused, run, scalars
 from tests.pretrain.helpers import TIMES

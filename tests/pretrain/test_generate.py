@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from pretrain.compose import freeze
+from pretrain.config.generation import GenerateConfig
 from pretrain.data import open_data
-from pretrain.generate import GenerateConfig, generate, main
+from pretrain.generate import main
+from pretrain.generation import generate
 from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import tiny_config, train_rank

@@ -180,6 +180,8 @@ def test_left_over_variables_without_peers_mean_alone(monkeypatch, environment):
 
 def test_a_sample_under_left_over_variables_says_what_it_waits_for(monkeypatch, capsys, tmp_path):
     place(monkeypatch)
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000001/manifest.json").touch()
     monkeypatch.setattr(mesh, "PATIENCE", timedelta(seconds=0.2))
     monkeypatch.setattr(sys, "argv", ["generate", f"run={tmp_path}", "prompt=x"])
     with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,7 @@ import pretrain.train
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config.job import JobConfig
 from pretrain.config.training import TrainingConfig
-from pretrain.data import MicroBatch, validation_batches
+from pretrain.data.loader import MicroBatch, validation_batches
 from pretrain.locks import RANKS_LOCK, lock_run
 from pretrain.mesh import device_error, lost_peer
 from pretrain.stops import STOP_SIGNALS, StopReason, StopRequests

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from data_prep.token_file import TokenFileWriter
-from pretrain.checkpoint import checkpoints, read_manifest, read_tensors
+from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checkpoint.manager import read_tensors
 from pretrain.compose import build_config
 from pretrain.config.job import JobConfig
 from pretrain.stops import StopRequests

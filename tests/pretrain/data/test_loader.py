@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
-from pretrain.data import IGNORED, BatchLoader, Order, Samples, Windows, validation_batches
+from pretrain.data import IGNORED, Order, Samples, Windows
 from pretrain.data import loader as loading
 from pretrain.data.blend import Blend
+from pretrain.data.loader import BatchLoader, validation_batches
 from pretrain.vocab import VocabShard
 from pretrain.vocab.lookup import plan_lookup
 from tests.pretrain.helpers import write_tokens

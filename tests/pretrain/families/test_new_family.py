@@ -12,7 +12,8 @@ from hydra.core.config_store import ConfigStore
 from torch import Tensor, nn
 
 from launch.rehearsal import rehearse
-from pretrain.checkpoint import CheckpointRows, checkpoints
+from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint.rows import CheckpointRows
 from pretrain.compose import load_config
 from pretrain.config.job import JobConfig
 from pretrain.families import FAMILIES, Activations, Family, HuggingFace, WeightMapping

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import checkpoints, matrix_dtensor, read_manifest
+from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checkpoint.state import matrix_dtensor
 from pretrain.config.job import JobConfig
 from pretrain.hooks import Hook, Run, registry
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens

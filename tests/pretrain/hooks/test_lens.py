@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.token_file import Manifest, TokenFile, TokenFileWriter
-from pretrain.build import validation_windows, vocab_rows
 from pretrain.checkpoint import checkpoints
 from pretrain.checks import check_job
 from pretrain.config.job import JobConfig
 from pretrain.config.monitor import LogConfig
-from pretrain.data import IGNORED, MicroBatch, Windows, open_data
+from pretrain.corpora import validation_windows, vocab_rows
+from pretrain.data import IGNORED, Windows, open_data
+from pretrain.data.loader import MicroBatch
 from pretrain.hooks import Run, lens
 from pretrain.hooks.lens import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
-from pretrain.lens import run_lens
+from pretrain.lens.lens import run_lens
 from pretrain.monitor import MetricsLog
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank

@@ -13,11 +13,13 @@ from data_prep.tokenizer_spec import TokenizerSpec
 from pretrain.checks import check_job
 from pretrain.compose import freeze
 from pretrain.config.data import DataConfig
+from pretrain.config.generation import GenerateConfig
 from pretrain.data import open_data
-from pretrain.generate import GenerateConfig, generate
-from pretrain.interop import HFModel
+from pretrain.generation import generate
+from pretrain.interop.folder import HFModel
 from pretrain.interop.hf import export_model, import_model
-from pretrain.lens.__main__ import LensConfig, open_source
+from pretrain.lens.command import LensConfig
+from pretrain.lens.show import open_source
 from pretrain.vocab import VocabParallelEmbedding
 from tests.data_prep.commands import small_spec
 from tests.pretrain.interop import models
@@ -107,7 +109,7 @@ def test_lens_and_generate_begin_with_bos_and_stop_at_any_eos(llama3, tmp_path, 
             return real(self, ids)
 
         with monkeypatch.context() as patch:
-            patch.setattr("pretrain.generate.sample", sample)
+            patch.setattr("pretrain.generation.sample", sample)
             patch.setattr(VocabParallelEmbedding, "lookup", recorded)
             list(generate(GenerateConfig(run=str(run), prompt="the", tokens=3), CPU))
         assert [ids[0] for ids in seen] == [BOS, BOS]

@@ -9,7 +9,8 @@ import sys
 import torch
 
 from pretrain.families.gpt2 import GPT2Config
-from pretrain.lens import Method, run_lens
+from pretrain.lens.lens import run_lens
+from pretrain.lens.method import Method
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from tests.benchmarks.measure import free_at_once
 

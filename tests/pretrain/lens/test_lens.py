@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from pretrain.families.gpt2 import GPT2Config
 from pretrain.families.llama import LlamaConfig
-from pretrain.lens import LensResult, Method, run_lens
+from pretrain.lens.lens import LensResult, run_lens
+from pretrain.lens.method import Method
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.readout import Readout
 from tests.pretrain.helpers import padded_rows

@@ -12,7 +12,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from pretrain.lens import LensResult, Method, run_lens
+from pretrain.lens.lens import LensResult, run_lens
+from pretrain.lens.method import Method
 from pretrain.lens.plot import draw, page, write_pictures
 from pretrain.lens.views import Heatmap, LensTable, sheet, visible
 from tests.browser import dumped, screenshot

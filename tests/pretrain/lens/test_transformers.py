@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pretrain.interop import HFModel, load_model
-from pretrain.lens import Method, run_lens
+from pretrain.interop.folder import HFModel
+from pretrain.interop.initial import load_model
+from pretrain.lens.lens import run_lens
+from pretrain.lens.method import Method
 from tests.pretrain.lens.test_lens import measured
 from tests.ranks import run_ranks
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pretrain.arguments import defaults, settings_of
+from data_prep.arguments import defaults, settings_of
 
 
 @dataclass

@@ -1,0 +1,51 @@
+"""Settings of the lens's command. Apart from __main__.py and show.py because both of them read it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .examples import EXAMPLES
+from .method import Method
+
+MOST_GUESSES = 100  # a page has them all
+
+
+@dataclass
+class LensConfig:
+    """Settings of `python -m pretrain.lens`."""
+
+    run: str = ""  # folder of the run
+    step: int | None = None  # step of the checkpoint; null: the newest
+    hf: str = ""  # instead of run: folder of a Hugging Face model
+    text: str = ""  # what to read, after <|endoftext|>, or bos of a Hugging Face model
+    file: str = ""  # instead of text: a file with it
+    example: str = ""  # instead of text: one of ours
+    out: str = "lens"  # folder of the pictures and the page
+    window: str | None = None  # positions to show, START:STOP; null: all
+    only: str = ""  # show only the tokens with this text; empty: all
+    points: list[str] = field(default_factory=lambda: ["block"])  # see Method
+    input: str = "positions"  # see Method
+    norm: str = "full"  # see Method
+    decoder: str = "none"  # see Method
+    stride: int = 1  # see Method
+    guesses: int = 5  # likeliest tokens kept for each cell
+    memory_mib: int = 256  # MiB of logits at a time
+
+    def __post_init__(self) -> None:
+        if bool(self.run) == bool(self.hf):
+            raise ValueError("give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model")
+        if self.hf and self.step is not None:
+            raise ValueError(f"step={self.step} must be null with hf={self.hf}, which has no steps")
+        if sum(map(bool, (self.text, self.file, self.example))) != 1:
+            raise ValueError("give one of text=, file= and example=: what to read")
+        if self.example and self.example not in EXAMPLES:
+            raise ValueError(f"example={self.example} must be one of {', '.join(EXAMPLES)}")
+        if not 1 <= self.guesses <= MOST_GUESSES:
+            raise ValueError(f"guesses={self.guesses} must be in [1, {MOST_GUESSES}]")
+        if not self.out or (Path(self.out).exists() and not Path(self.out).is_dir()):
+            raise ValueError(f"out={self.out} must be a folder, there or to be made")
+        if self.memory_mib < 1:
+            raise ValueError(f"memory_mib={self.memory_mib} must be at least 1")
+        self.method()
+
+    def method(self) -> Method:
+        return Method(tuple(self.points), self.input, self.norm, self.decoder, self.stride)
