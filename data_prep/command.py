@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser  # its only list of the flags that it takes
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -29,6 +30,8 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
     What is wrong with those is one line. sweeps: --multirun calls it once a job.
     """
     terminal.loaded()
+    # Hydra copies the store for each group that --help lists, a second in all. It also copies what it loads from it.
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
     composing = True
 
