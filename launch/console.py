@@ -40,9 +40,9 @@ def generate() -> None:
 
 def lens() -> None:
     """Draws the logit lens, as `python -m pretrain.lens` does."""
-    _run("pretrain.lens.__main__")
+    _run("pretrain.commands.lens")
 
 
 def hf() -> None:
     """Imports and exports Hugging Face models, as `python -m pretrain.interop.hf` does."""
-    _run("pretrain.interop.hf")
+    _run("pretrain.commands.hf")

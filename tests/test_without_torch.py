@@ -48,25 +48,25 @@ COMMANDS = {
         (["run={run}", "top_p=2"], "top_p=2.0 must be in (0, 1]"),
         (["runs={run}"], "unknown key runs"),
     ],
-    "pretrain.lens.__main__": [
+    "pretrain.commands.lens": [
         (["run={run}", "text=a"], "run={run} has no checkpoint"),
         (["run={run}", "text=a", "norm=half"], "norm=half must be one of"),
     ],
-    "pretrain.checkpoint.__main__": [
+    "pretrain.commands.checkpoint": [
         (["list", "run={run}"], "run={run} has no checkpoint"),
         (["list", "runs={run}"], "must be run=, step="),
     ],
-    "pretrain.interop.hf": [
+    "pretrain.commands.hf": [
         (["export", "run={run}", "out={run}"], "run={run} has no checkpoint"),
         (["export", "run={run}", "out={run}", "dtype=fp8"], "dtype=fp8 must be one of fp32, bf16, fp16"),
         (["import", "hf={run}", "run={held}"], "run.dir={held} is in use by another process"),
     ],
-    "pretrain.data.__main__": [
+    "pretrain.commands.data": [
         (["show", "run={run}"], "{run}/config.yaml is missing"),
         (["show", "data.path={run}", "world=x"], "world=x must be a number of at least 0"),
         (["show", *TRAINING[1:], "step=1", "train.steps=0"], "train.steps=0 must be at least 1"),
     ],
-    "pretrain.tie_report.__main__": [(["tied={run}"], "untied is missing")],
+    "pretrain.commands.tie_report": [(["tied={run}"], "untied is missing")],
 }
 
 

@@ -1,4 +1,4 @@
-"""Settings of the lens's command. Apart from __main__.py and show.py because both of them read it."""
+"""Settings of the lens command. Apart from the command because what needs torch reads them, too."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

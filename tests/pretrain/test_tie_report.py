@@ -141,7 +141,7 @@ def test_a_token_is_no_part_of_the_page(runs, monkeypatch):
     ],
 )
 def test_a_wrong_command_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
-    from pretrain.tie_report import __main__ as command
+    from pretrain.commands import tie_report as command
 
     quiet, empty = tmp_path / "quiet", tmp_path / "empty"
     shutil.copytree(runs["tied"] / "checkpoints", quiet / "checkpoints")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import __main__ as program
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checkpoint.folder import write_manifest
+from pretrain.commands import checkpoint as program
 from tests.in_process import in_process
 from tests.pretrain.checkpoint.test_manager import SECOND, flip, save
 from tests.ranks import run_ranks

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain.build import build_model
 from pretrain.checkpoint import CheckpointError, DamagedCheckpoint, checkpoints, read_manifest
-from pretrain.checkpoint import __main__ as program
 from pretrain.checkpoint import manager as manager_module
 from pretrain.checkpoint.folder import write_manifest
 from pretrain.checkpoint.manager import CheckpointManager, read_tensors
 from pretrain.checkpoint.state import ModelState, TrainState
+from pretrain.commands import checkpoint as program
 from pretrain.config.checkpoint import CheckpointConfig
 from pretrain.mesh import Mesh
 from pretrain.vocab.shard import stable_seed

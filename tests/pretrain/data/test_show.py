@@ -14,11 +14,11 @@ import torch
 
 from data_prep.token_file import TokenFile
 from pretrain.checkpoint import checkpoints
+from pretrain.commands.data import COLOURS, main
 from pretrain.compose import freeze
 from pretrain.config.job import JobConfig
 from pretrain.corpora import samples
 from pretrain.data import Windows, open_data
-from pretrain.data.__main__ import COLOURS, main
 from pretrain.data.loader import BatchLoader
 from pretrain.vocab import VocabShard
 from tests.in_process import in_process

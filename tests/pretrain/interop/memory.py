@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
-from pretrain.interop.hf import export_model, import_model
+from pretrain.commands.hf import export_model, import_model
 from tests.benchmarks.measure import in_fresh_process, status_mib
 
 VOCAB, WIDTH = 2**18, 256

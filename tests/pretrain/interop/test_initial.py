@@ -16,11 +16,11 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.rows import CheckpointRows
 from pretrain.checks import check_job
+from pretrain.commands.hf import export_model, import_model
 from pretrain.compose import build_config
 from pretrain.config.data import DataConfig
 from pretrain.data import IGNORED, open_data
 from pretrain.interop.folder import HFModel
-from pretrain.interop.hf import export_model, import_model
 from pretrain.interop.initial import check_initial
 from pretrain.optim import body_optimizer, lr_at
 from pretrain.vocab import VocabConfig

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file, save_model
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 from pretrain.checks import check_job
+from pretrain.commands.hf import export_model, import_model
+from pretrain.commands.lens_show import open_source
 from pretrain.compose import freeze
 from pretrain.config.data import DataConfig
 from pretrain.config.generation import GenerateConfig
 from pretrain.data import open_data
 from pretrain.generation import generate
 from pretrain.interop.folder import HFModel
-from pretrain.interop.hf import export_model, import_model
 from pretrain.lens.command import LensConfig
-from pretrain.lens.show import open_source
 from pretrain.vocab import VocabParallelEmbedding
 from tests.data_prep.commands import small_spec
 from tests.pretrain.interop import models

@@ -13,10 +13,10 @@ import torch
 
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
+from pretrain.commands import hf
+from pretrain.commands import lens as program
 from pretrain.compose import freeze
 from pretrain.data import open_data
-from pretrain.interop import hf
-from pretrain.lens import __main__ as program
 from pretrain.lens.examples import EXAMPLES
 from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus

@@ -1,4 +1,4 @@
-"""Runs the lens on a text and draws what it found. Apart from __main__.py, the command, because it needs torch."""
+"""Runs the lens on a text and draws what it found. Apart from lens.py, the command, because it needs torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from ..generation import load_model
 from ..interop.folder import HFModel
 from ..interop.initial import load_model as load_hf_model
 from ..interop.initial import tokenizer_of
+from ..lens.command import LensConfig
+from ..lens.examples import EXAMPLES
+from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, LensResult, run_lens
+from ..lens.plot import MOST_COLUMNS, write_pictures
+from ..lens.views import LensTable, sheet, visible
 from ..mesh import ranks_or_alone
 from ..models.language_model import LanguageModel
-from .command import LensConfig
-from .examples import EXAMPLES
-from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, LensResult, run_lens
-from .plot import MOST_COLUMNS, write_pictures
-from .views import LensTable, sheet, visible
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from ..checkpoint.tensor_file import Streamed
 from ..compose import build_config, register_groups, write_config
 from ..config.job import JobConfig
 from ..families import FAMILIES
+from ..interop.export import DTYPES, export
+from ..interop.folder import EMBEDDING, OUTPUT, HFModel, pieces
+from ..interop.initial import tokenizer_of
 from ..locks import LAUNCH_LOCK, lock_run
 from ..vocab import VocabConfig, VocabShard
-from .export import DTYPES, export
-from .folder import EMBEDDING, OUTPUT, HFModel, pieces
-from .initial import tokenizer_of
 
 SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 

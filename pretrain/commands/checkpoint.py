@@ -1,0 +1,150 @@
+"""Look after the checkpoints of a run: `python -m pretrain.checkpoint --help`. Starts no process group."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep import terminal
+from data_prep.arguments import count_of, key_values
+from data_prep.command import arguments_or, one_line
+from data_prep.durable import exclusive
+
+from ..checkpoint.folder import (
+    CheckpointError,
+    checkpoints,
+    faults,
+    newest_manifest,
+    read_manifest,
+    remove,
+    remove_unfinished,
+    set_aside_in,
+    step_of,
+    superfluous,
+)
+from ..config.checkpoint import CheckpointConfig
+from ..locks import RANKS_LOCK
+
+HELP = """Look after the checkpoints of a run.
+
+  python -m pretrain.checkpoint list   run=runs/a             step, date, size, samples, validation loss, ranks, engine
+  python -m pretrain.checkpoint verify run=runs/a             every file against its sha256; exits 1, naming each fault
+  python -m pretrain.checkpoint verify run=runs/a step=500    of that checkpoint alone
+  python -m pretrain.checkpoint prune  run=runs/a             removes what the run's own settings do not keep
+  python -m pretrain.checkpoint prune  run=runs/a keep=2      the newest two; keep_every=1000 and keep_best=1 likewise
+
+prune is refused while the run is training. It leaves damaged checkpoints, and what was set aside as damaged-….
+"""
+RULES = ("keep", "keep_every", "keep_best")
+
+
+@dataclass
+class Settings:
+    """run: its folder. step: of the checkpoint, null for all. The rules replace those of the run."""
+
+    run: Path
+    step: int | None
+    rules: dict[str, int]
+
+
+def main() -> None:
+    """Exits 0, 1 where a checkpoint is damaged, 2 with one line on a wrong command."""
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"{arguments[0]} must be one of {', '.join(COMMANDS)}; see --help")
+        sys.exit(COMMANDS[arguments[0]](_settings(arguments[1:])))
+
+
+def show(settings: Settings) -> int:
+    """A line for each checkpoint, oldest first."""
+    terminal.product()
+    rows = [["step", "date", "MiB", "samples", "val loss", "ranks", "engine"]]
+    for folder in _chosen(settings):
+        try:
+            rows.append(_row(step_of(folder), read_manifest(folder)))
+        except CheckpointError as error:
+            rows.append([f"{step_of(folder):,}", str(error)])
+    widths = [max(len(row[i]) for row in rows if len(row) == len(rows[0])) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)))
+    for aside in set_aside_in(settings.run):
+        print(f"set aside: {aside}")
+    return 0
+
+
+def _row(step: int, manifest: dict[str, Any]) -> list[str]:
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    loss, mesh = manifest.get("val_loss"), manifest.get("mesh", {})
+    return [
+        f"{step:,}",
+        manifest.get("date", ""),
+        f"{size / 2**20:,.1f}",
+        f"{sum(manifest['samples'].values()):,}",
+        "" if loss is None else f"{loss:.4f}",
+        f"{mesh.get('dp', '?')} dp × {mesh.get('vocab', '?')} vocab",
+        manifest.get("config", {}).get("engine", {}).get("name", ""),
+    ]
+
+
+def verify(settings: Settings) -> int:
+    """A line for each checkpoint, and one for each fault on stderr."""
+    terminal.product()
+    damaged = 0
+    for folder in _chosen(settings):
+        try:
+            manifest = read_manifest(folder)
+            found = list(faults(folder, manifest))
+        except CheckpointError as error:
+            found = [str(error)]
+        for fault in found:
+            print(fault, file=sys.stderr)
+        print(f"{folder}: {f'damaged, {len(found)} fault(s)' if found else 'whole'}", flush=True)
+        damaged += bool(found)
+    return 1 if damaged else 0
+
+
+def prune(settings: Settings) -> int:
+    """Removes what the rules do not keep, and what killed processes have left."""
+    if settings.step is not None:
+        raise ValueError("prune goes by rules, and takes no step")
+    folders = _chosen(settings)
+    with exclusive(settings.run / RANKS_LOCK, f"run={settings.run} is in use by another process: it prunes by itself"):
+        saved = (newest_manifest(settings.run) or {}).get("config", {}).get("checkpoint", {})
+        rules = CheckpointConfig(**{key: saved[key] for key in RULES if key in saved} | settings.rules)
+        remove_unfinished(settings.run)
+        doomed = superfluous(settings.run, rules, known={})
+        for folder in doomed:
+            remove(folder)
+            print(f"removed {folder}")
+    print(f"{len(folders) - len(doomed)} checkpoints stay")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Settings], int]] = {"list": show, "verify": verify, "prune": prune}
+
+
+def _settings(arguments: list[str]) -> Settings:
+    given = key_values(arguments, ("run", "step", *RULES), f"run=, step=, {'=, '.join(RULES)}=")
+    if not given.get("run"):
+        raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+    numbers = {key: count_of(key, given[key]) for key in ("step", *RULES) if key in given}
+    return Settings(Path(given["run"]), numbers.pop("step", None), numbers)
+
+
+def _chosen(settings: Settings) -> list[Path]:
+    """ValueError where there is none."""
+    found = checkpoints(settings.run)
+    if not found:
+        raise ValueError(f"run={settings.run} has no checkpoint")
+    chosen = [folder for folder in found if settings.step in (None, step_of(folder))]
+    if not chosen:
+        raise ValueError(
+            f"step={settings.step} has no checkpoint; there are {', '.join(str(step_of(f)) for f in found)}"
+        )
+    return chosen
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data_prep.arguments import key_values
+from data_prep.command import arguments_or, one_line
+
+from ..checkpoint import CheckpointError, checkpoint_of
+from ..families import hugging_face_types
+from ..locks import LAUNCH_LOCK, check_free
+
+NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
+HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pickle.
+
+  python -m pretrain.interop.hf import hf=DIR run=RUN               a run with the model of DIR as its step 0
+  python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of a training, as in launch/local.py
+  python -m pretrain.interop.hf export run=RUN out=DIR              its newest checkpoint, for transformers
+  python -m pretrain.interop.hf export run=RUN out=DIR step=500 dtype=bf16 materialize_head=true
+
+dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
+for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
+"""
+DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
+
+
+def main() -> None:
+    """Exits 0, or 2 with one line on a wrong command, folder or model."""
+    with one_line(CheckpointError):
+        arguments = arguments_or(HELP)
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"{arguments[0]} must be one of {', '.join(COMMANDS)}; see --help")
+        for line in COMMANDS[arguments[0]](arguments[1:]):
+            print(line, flush=True)
+
+
+def import_model(arguments: list[str]) -> Iterator[str]:
+    """Makes RUN of a folder; yields what to print."""
+    keys = ("hf", "run")
+    given = key_values(arguments, form="hf=, run=")
+    source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
+    check_free(run, LAUNCH_LOCK)
+    from .convert import import_folder  # needs torch
+
+    yield from import_folder(source, run, [one for one in arguments if one.partition("=")[0] not in keys])
+
+
+def export_model(arguments: list[str]) -> Iterator[str]:
+    """Makes OUT of a run's checkpoint; yields what to print."""
+    keys = ("run", "out", "step", "dtype", "materialize_head")
+    given = key_values(arguments, keys, f"{'=, '.join(keys)}=")
+    run, out = Path(_needed(given, "run")), Path(_needed(given, "out"))
+    dtype, head = given.get("dtype", "fp32"), given.get("materialize_head", "false")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
+    if head not in ("true", "false"):
+        raise ValueError(f"materialize_head={head} must be true or false")
+    step = given.get("step")
+    if step is not None and not step.isdecimal():
+        raise ValueError(f"step={step} must be a whole number")
+    folder = checkpoint_of(run, None if step is None else int(step))
+    from .convert import export_run  # needs torch
+
+    yield from export_run(folder, run, out, dtype, head == "true")
+
+
+COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}
+
+
+def _needed(given: dict[str, str], key: str) -> str:
+    if not given.get(key):
+        raise ValueError(f"{key}= is missing; see --help")
+    return given[key]
+
+
+if __name__ == "__main__":
+    main()
