@@ -102,11 +102,11 @@ def staged(
         with ExitStack() as stack:
             for mode in (fake, watching):
                 stack.enter_context(mode or nullcontext())
-            engine, model, matrix = build_model(config, mesh, rows)
+            engine, model, vocab_optimizer = build_model(config, mesh, rows)
             model.vocab.kernels = kernels
             if config.vocab.untie_at is not None:  # what a run must have room for
-                matrix.add_copy(model.vocab.untie(), model.vocab.weight)
-            trainer = trainer_of(model, engine, matrix, mesh, config.train, config.optim)
+                vocab_optimizer.add_copy(model.vocab.untie(), model.vocab.weight)
+            trainer = trainer_of(model, engine, vocab_optimizer, mesh, config.train, config.optim)
             tokens_BT, repeats = move(ids_pBT[0]), config.train.global_batch // (config.train.micro_batch * world)
             starts_BT = torch.zeros_like(tokens_BT) if config.data.masked else None
             micro = MicroBatch(tokens_BT, tokens_BT, starts_BT, plan.each(move))
@@ -131,14 +131,14 @@ def text_like(ranks: int, config: JobConfig, rows: int) -> list[Tensor]:
 def trainer_of(
     model: LanguageModel,
     engine: Engine,
-    matrix: VocabOptimizer,
+    vocab_optimizer: VocabOptimizer,
     mesh: Mesh,
     loop: TrainingConfig,
     optim: OptimConfig,
     hooks: Sequence[Hook] = (),
 ) -> Trainer:
     """For steps on given batches, without anything around them."""
-    parts, control = ModelParts(engine, model, matrix, mesh), RunControl(loop, StopRequests())
+    parts, control = ModelParts(engine, model, vocab_optimizer, mesh), RunControl(loop, StopRequests())
     return Trainer(parts, _NoSamples(), loop, optim, TrainState(), hooks, control)  # type: ignore[arg-type]
 
 

@@ -14,5 +14,5 @@ class ModelParts:
 
     engine: Engine  # steps the body
     model: LanguageModel
-    matrix: VocabOptimizer  # steps this rank's rows of the matrix
+    vocab_optimizer: VocabOptimizer  # steps this rank's rows of the matrix
     mesh: Mesh

@@ -179,7 +179,7 @@ def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
 
 
 def _manager(config: JobConfig, data: Data, parts: ModelParts) -> CheckpointManager:
-    state = ModelState(parts.engine, parts.model.vocab, parts.matrix, parts.mesh)
+    state = ModelState(parts.engine, parts.model.vocab, parts.vocab_optimizer, parts.mesh)
     facts = about(config, data)
     return CheckpointManager(config.run_dir, state, parts.mesh, config.checkpoint, seed=config.seed, about=facts)
 

@@ -32,7 +32,8 @@ class Trainer:
         hooks: Sequence[Hook],
         control: RunControl,
     ) -> None:
-        self.model, self.engine, self.matrix, self.mesh = parts.model, parts.engine, parts.matrix, parts.mesh
+        self.model, self.engine, self.mesh = parts.model, parts.engine, parts.mesh
+        self.vocab_optimizer = parts.vocab_optimizer
         self.batches, self.loop, self.optim, self.state = batches, loop, optim, state
         self.hooks, self.control, self.reason = hooks, control, StopReason.NONE
 
@@ -69,8 +70,8 @@ class Trainer:
             part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
             self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
             loss += part.detach()
-        self.matrix.reduce_gradients()
-        norm, factor = clip_factor(self.engine.grad_norm(), self.matrix.grad_norm(), self.optim.clip)
+        self.vocab_optimizer.reduce_gradients()
+        norm, factor = clip_factor(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(), self.optim.clip)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm} at step {self.state.step + 1}: nothing was changed by this step;"
@@ -80,7 +81,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_update(self)
         self.engine.step(lr, factor)
-        self.matrix.step(lr, factor)
+        self.vocab_optimizer.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # those of other corpora stay

@@ -75,26 +75,28 @@ class HookStates:
 class ModelState:
     """All tensors of a run, body and matrix, parameters (fp32) and optimizer states, as DTensors."""
 
-    def __init__(self, engine: Engine, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, mesh: Mesh) -> None:
-        self.engine, self.vocab, self.matrix, self.mesh = engine, vocab, matrix, mesh
+    def __init__(
+        self, engine: Engine, vocab: VocabParallelEmbedding, vocab_optimizer: VocabOptimizer, mesh: Mesh
+    ) -> None:
+        self.engine, self.vocab, self.vocab_optimizer, self.mesh = engine, vocab, vocab_optimizer, mesh
 
     def match(self, saved: Container[str]) -> None:
         """Before `tensors`: as many matrices as there are in a checkpoint whose tensors have the names `saved`."""
         head = self.vocab.match(saved)
         if head is not None:
-            self.matrix.add_copy(head, self.vocab.weight)
+            self.vocab_optimizer.add_copy(head, self.vocab.weight)
 
     def tensors(self) -> dict[str, DTensor]:
         """To be written, or to be filled in place and handed to `load`."""
         state = self.engine.state()
         for name, rows in self.vocab.named_rows().items():
-            for saved, tensor_vD in self.matrix.optimizer.tensors(name, rows).items():
+            for saved, tensor_vD in self.vocab_optimizer.optimizer.tensors(name, rows).items():
                 state[saved] = matrix_dtensor(tensor_vD, self.vocab.shard, self.mesh)
         return state
 
     def load(self, tensors: dict[str, DTensor], step: int) -> None:
         self.engine.load(tensors, step)
-        self.matrix.optimizer.load(step)
+        self.vocab_optimizer.optimizer.load(step)
 
     def digests(self) -> dict[str, tuple[int, int] | None]:
         """Of this rank's rows of each matrix; None where it has none but padding, which all look alike."""

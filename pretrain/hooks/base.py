@@ -42,7 +42,7 @@ class TrainerView(Protocol):
 
     model: LanguageModel
     engine: Engine
-    matrix: VocabOptimizer
+    vocab_optimizer: VocabOptimizer
     mesh: Mesh
     batches: BatchLoader
     loop: TrainingConfig

@@ -21,11 +21,11 @@ class EmbeddingHealth(Hook):
     the vocab group a few of sums (of D² numbers for each matrix) and gathers of ids.
     """
 
-    def __init__(self, every: int, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, mesh: Mesh) -> None:
+    def __init__(self, every: int, vocab: VocabParallelEmbedding, vocab_optimizer: VocabOptimizer, mesh: Mesh) -> None:
         self.every, self.vocab, self.mesh, self.seen = every, vocab, mesh, Seen(vocab.shard, mesh)
         self.sampled = False
         self.uses_v3: Tensor | None = None  # of the step at hand, if it is sampled
-        matrix.observers.append(self.observe)
+        vocab_optimizer.observers.append(self.observe)
 
     def before_step(self, trainer: TrainerView) -> None:
         self.sampled, self.uses_v3 = (trainer.state.step + 1) % self.every == 0, None
@@ -89,4 +89,4 @@ def build(config: JobConfig, run: Run) -> EmbeddingHealth | None:
     parts = run.parts
     if not config.monitor.embedding:
         return None
-    return EmbeddingHealth(config.monitor.embedding, parts.model.vocab, parts.matrix, parts.mesh)
+    return EmbeddingHealth(config.monitor.embedding, parts.model.vocab, parts.vocab_optimizer, parts.mesh)

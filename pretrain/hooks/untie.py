@@ -23,14 +23,18 @@ class UntieHook(Hook):
     """
 
     def __init__(
-        self, vocab: VocabParallelEmbedding, matrix: VocabOptimizer, every: int, wait_for_copy: Callable[[], None]
+        self,
+        vocab: VocabParallelEmbedding,
+        vocab_optimizer: VocabOptimizer,
+        every: int,
+        wait_for_copy: Callable[[], None],
     ) -> None:
-        self.vocab, self.matrix, self.every, self.wait_for_copy = vocab, matrix, every, wait_for_copy
+        self.vocab, self.vocab_optimizer, self.every, self.wait_for_copy = vocab, vocab_optimizer, every, wait_for_copy
 
     def before_step(self, trainer: TrainerView) -> None:
         if self.vocab.config.untie_at == trainer.state.step and self.vocab.head_weight is None:
             self.wait_for_copy()  # a save at work asks for the matrices by name
-            self.matrix.add_copy(self.vocab.untie(), self.vocab.weight)
+            self.vocab_optimizer.add_copy(self.vocab.untie(), self.vocab.weight)
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         if report.step % self.every == 0 and self.vocab.head_weight is not None:
@@ -58,4 +62,4 @@ def build(config: JobConfig, run: Run) -> UntieHook | None:
     """The hook, if the matrix is to be split at some step."""
     if config.vocab.untie_at is None:
         return None
-    return UntieHook(run.parts.model.vocab, run.parts.matrix, config.log.every, run.manager.wait_for_copy)
+    return UntieHook(run.parts.model.vocab, run.parts.vocab_optimizer, config.log.every, run.manager.wait_for_copy)

@@ -94,9 +94,9 @@ class Run(Hook):
         sizes |= {"model__context": options.length, "train__global_batch": 12, "vocab__multiple": 128}
         config = tiny_config(folder, folder, **sizes, train__precision="auto")
         self.mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
-        engine, model, matrix = build_model(config, self.mesh, options.vocab)
-        self.state = ModelState(engine, model.vocab, matrix, self.mesh)
-        self.trainer = trainer_of(model, engine, matrix, self.mesh, config.train, config.optim, [self])
+        engine, model, vocab_optimizer = build_model(config, self.mesh, options.vocab)
+        self.state = ModelState(engine, model.vocab, vocab_optimizer, self.mesh)
+        self.trainer = trainer_of(model, engine, vocab_optimizer, self.mesh, config.train, config.optim, [self])
         self.held = 0.0  # seconds for which the training stood still
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([part[:, :-1].flatten() for part in ids], model.vocab.shard, model.vocab.compute_dtype)

@@ -23,8 +23,8 @@ def held_by_rank(rank, world, config, rows, parallel):
 def training(config, world, rows, parallel):
     """A step of the trainer, on the same tokens each time."""
     mesh = Mesh.of(parallel, torch.device("cpu"))
-    engine, model, matrix = build_model(config, mesh, rows)
-    trainer = trainer_of(model, engine, matrix, mesh, config.train, config.optim)
+    engine, model, vocab_optimizer = build_model(config, mesh, rows)
+    trainer = trainer_of(model, engine, vocab_optimizer, mesh, config.train, config.optim)
     shard, ids_pBT = model.vocab.shard, text_like(parallel, config, rows)
     plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, model.vocab.compute_dtype)
     micro = MicroBatch(ids_pBT[shard.rank], ids_pBT[shard.rank], plan=plan)

@@ -42,7 +42,7 @@ def one_step_in_float64(rank: int, world: int, config: JobConfig):
         body = config.model.body()
     engine = FSDP2Engine(FSDP2Config(), config.optim, torch.float64, config.seed)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
-    matrix = VocabOptimizer(vocab.parameters(), config.optim, mesh)
+    vocab_optimizer = VocabOptimizer(vocab.parameters(), config.optim, mesh)
     tokens, targets = (part.chunk(world)[rank] for part in windows_of(config, 0))
     n_targets = config.train.global_batch * config.seq_len
     total = 0.0
@@ -50,8 +50,8 @@ def one_step_in_float64(rank: int, world: int, config: JobConfig):
         loss = model.loss(micro_tokens, micro_targets).loss / n_targets
         engine.backward(loss, last_micro_batch=False)
         total += float(loss.detach())
-    matrix.reduce_gradients()
-    norm, _ = clip_factor(engine.grad_norm(), matrix.grad_norm(), config.optim.clip)
+    vocab_optimizer.reduce_gradients()
+    norm, _ = clip_factor(engine.grad_norm(), vocab_optimizer.grad_norm(), config.optim.clip)
     return {
         "loss": total,
         "norm": norm,

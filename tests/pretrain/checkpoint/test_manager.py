@@ -37,8 +37,8 @@ def build(run: Path, world: int, vocab_size: int = 307, **changes) -> Checkpoint
     config = tiny_config(run, run, **SMALL | changes)
     axis = world if config.vocab.parallel == "auto" else int(config.vocab.parallel)
     mesh = Mesh.of(axis, torch.device("cpu"))
-    engine, model, matrix = build_model(config, mesh, vocab_size)
-    state = ModelState(engine, model.vocab, matrix, mesh)
+    engine, model, vocab_optimizer = build_model(config, mesh, vocab_size)
+    state = ModelState(engine, model.vocab, vocab_optimizer, mesh)
     return CheckpointManager(run, state, mesh, config.checkpoint, seed=0, about={"vocab_size": vocab_size})
 
 
@@ -76,7 +76,7 @@ def load(rank, world, run, changes=None):
     state, _ = manager.restore(no_warning)
     steps = {
         float(s["step"])
-        for optimizer in (manager.model.engine.optimizer, manager.model.matrix.optimizer)
+        for optimizer in (manager.model.engine.optimizer, manager.model.vocab_optimizer.optimizer)
         for s in optimizer.stepper.state.values()
     }
     return is_filled(manager) and state == POSITION and steps == {POSITION.step}, torch.rand(4)

@@ -133,8 +133,8 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
     )
     for rows in vocab.parameters():
         rows.data = padded_rows(weight, shard)
-    matrix = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh)
-    health = EmbeddingHealth(2, vocab, matrix, mesh)
+    vocab_optimizer = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh)
+    health = EmbeddingHealth(2, vocab, vocab_optimizer, mesh)
     for step in range(2):
         health.before_step(SimpleNamespace(state=SimpleNamespace(step=step)))
         micro_batches = []
@@ -144,7 +144,7 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
             vocab.loss(hidden + torch.tanh(hidden @ mixer), wanted, scale=0.25).loss.backward()
             micro_batches.append(SimpleNamespace(tokens_BT=ids, targets_BT=wanted))
         assert (vocab.input_grad_vD is not None) == (step == 1 and tie == "tied")
-        matrix.reduce_gradients()
+        vocab_optimizer.reduce_gradients()
         report = SimpleNamespace(step=step + 1, scalars={}, rows={}, micro_batches=micro_batches)
         health.after_step(None, report)
         assert bool(report.scalars) == (step == 1)

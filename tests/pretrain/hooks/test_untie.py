@@ -128,7 +128,7 @@ def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
 
     def watched(self, batch):
         if self.state.step == AT:
-            vocab, optimizer = self.model.vocab, self.matrix.optimizer
+            vocab, optimizer = self.model.vocab, self.vocab_optimizer.optimizer
             one, other = optimizer.state_of(vocab.weight), optimizer.state_of(vocab.head_weight)
             seen.extend(torch.equal(one[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
             seen.append(torch.equal(vocab.weight, vocab.head_weight) and vocab.weight is not vocab.head_weight)
