@@ -14,8 +14,8 @@ from launch import local as launcher
 from launch.local import farewell
 from pretrain import train
 from pretrain.checks import check_job, check_logs
+from pretrain.commands import lens
 from pretrain.exits import Exit
-from pretrain.lens import __main__ as lens
 from tests.in_process import in_process
 from tests.pretrain.tiny import tiny_config, write_tokens
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from launch.rehearsal import rehearse
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.rows import CheckpointRows
+from pretrain.commands.hf import export_model, import_model
 from pretrain.compose import load_config
 from pretrain.config.job import JobConfig
 from pretrain.families import FAMILIES, Activations, Family, HuggingFace, WeightMapping
 from pretrain.families.family import need
 from pretrain.interop.folder import HFModel
-from pretrain.interop.hf import export_model, import_model
 from pretrain.models.initial import initial_rows
 from pretrain.vocab.kernels.torch import TorchKernels
 from tests.benchmarks.plan import configured, step_of
