@@ -17,11 +17,11 @@ from data_prep.durable import exclusive
 from data_prep.special_tokens import SpecialTokens
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.rows import CheckpointRows
+from pretrain.commands import hf as hugging_face
 from pretrain.commands.hf import export_model, import_model
 from pretrain.config.generation import GenerateConfig
 from pretrain.generation import generate
 from pretrain.interop import export, folder
-from pretrain.interop import hf as hugging_face
 from pretrain.interop.folder import HFModel
 from pretrain.interop.initial import load_model
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run

@@ -15,6 +15,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 from pretrain.commands import hf
 from pretrain.commands import lens as program
+from pretrain.commands.lens_show import see
 from pretrain.compose import freeze
 from pretrain.data import open_data
 from pretrain.lens.examples import EXAMPLES
@@ -91,8 +92,8 @@ def test_a_window_and_one_token_of_an_example(run, tmp_path):
 def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
     list(hf.export_model([f"run={run}", f"out={tmp_path / 'model'}"]))
     settings = {"text": TEXT, "norm": "none"}
-    ours, _ = program.see(program.LensConfig(run=str(run), **settings), torch.device("cpu"))
-    theirs, _ = program.see(program.LensConfig(hf=str(tmp_path / "model"), **settings), torch.device("cpu"))
+    ours, _ = see(program.LensConfig(run=str(run), **settings), torch.device("cpu"))
+    theirs, _ = see(program.LensConfig(hf=str(tmp_path / "model"), **settings), torch.device("cpu"))
     assert theirs.title == "model, norm none" and theirs.guesses == ours.guesses and theirs.tokens == ours.tokens
     for a, b in zip(theirs.views, ours.views, strict=True):
         assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
@@ -108,7 +109,7 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
 
     def seen(text: str):
         settings = program.LensConfig(run=str(run), text=text, window="20:30")
-        return program.see(settings, torch.device("cpu"))[0]
+        return see(settings, torch.device("cpu"))[0]
 
     long, short = seen(text), seen(text[:40])
     assert long.tokens == short.tokens and long.guesses == short.guesses
