@@ -20,7 +20,7 @@ lint: setup-dev
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
 
-.venv/.installed .venv/.installed-dev: pyproject.toml
+.venv/.installed .venv/.installed-dev: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing packages into .venv (about two minutes the first time)"

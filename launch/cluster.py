@@ -14,11 +14,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from data_prep.mistakes import CONF
 from launch.hardware import HARDWARE, Hardware
 from launch.submission import Job
 
 TIME_FORM = "a time such as 2:30:00, or with days 1-12:00:00 (in a file in quotes: YAML makes a number of 2:30:00)"
-CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
+CLUSTERS = CONF / "cluster"
 OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to use instead
     "nodes": "cluster.nodes",
     "ntasks": "cluster.nodes and cluster.tasks_per_node",

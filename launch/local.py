@@ -31,13 +31,22 @@ from launch import resume  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.restart import Decision, History, RestartConfig, cause, changes_at_start, decide, newest_step  # noqa: E402
 from launch.supervisor import Supervisor  # noqa: E402
-from pretrain.checks import check_job, check_logs, finished  # noqa: E402
+from pretrain.checks import check_job, check_logs, check_settings, finished  # noqa: E402
 from pretrain.compose import build_config, freeze, register_groups  # noqa: E402
 from pretrain.config.job import JobConfig  # noqa: E402
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, check_free, lock_run  # noqa: E402
 from pretrain.stops import StopRequests  # noqa: E402
 
-GPU_DEVICES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd")  # NVIDIA: cards, Jetson, WSL; AMD
+GPU_DEVICES = (  # NVIDIA: cards, the driver, Jetson, WSL; AMD
+    "/dev/nvidia*",
+    "/proc/driver/nvidia",
+    "/sys/module/nvidia",
+    "/dev/nvhost*",
+    "/dev/dxg",
+    "/dev/kfd",
+)
+PCI_DEVICES = "/sys/bus/pci/devices/*"
+GPU_VENDORS, DISPLAY_CLASS = ("0x10de", "0x1002"), "0x03"  # NVIDIA, AMD
 
 
 def main() -> None:
@@ -57,8 +66,10 @@ def _composed(composed: DictConfig) -> None:
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         resume.apply(composed, list(HydraConfig.get().overrides.task))
         config = build_config(composed)
-        check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # again below; here torch has not been waited for
-        nproc, device = ranks_here(asked), "cuda" if gpus() else "cpu"
+        check_nproc(asked)
+        check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # both again below: here torch is not waited for
+        check_settings(config, asked or None)
+        nproc, device = ranks_here(asked), device_type()
         data = check_job(config, nproc, device, warn=warn, environment=os.environ)
         check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
@@ -74,23 +85,54 @@ def _composed(composed: DictConfig) -> None:
     sys.exit(code)
 
 
-def ranks_here(nproc: object) -> int:
-    """How many ranks to start. ValueError unless it is a whole number that this machine's GPUs allow."""
-    found = gpus()
+def check_nproc(nproc: object) -> None:
+    """Raises ValueError unless it is a number of ranks."""
     if not isinstance(nproc, int) or nproc < 0:
         raise ValueError(f"nproc={nproc} must be a number of ranks (0: one a GPU, or one where there is none)")
+
+
+def ranks_here(nproc: int) -> int:
+    """How many ranks to start. Raises ValueError if this machine has GPUs, but fewer."""
+    found = gpus()
     if found and nproc > found:
         raise ValueError(f"nproc={nproc} must not exceed the {found} GPUs of this machine")
     return nproc or found or 1
 
 
 def gpus() -> int:
-    """How many GPUs torch sees. It is not imported if the system has no device of a GPU: that takes seconds."""
-    if not any(glob(pattern) for pattern in GPU_DEVICES):
+    """How many GPUs torch sees. It is not imported if the system has no GPU: that takes seconds."""
+    if not has_gpu():
         return 0
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
+
+
+def device_type() -> str:
+    """What the ranks will compute on: cuda or cpu."""
+    if not gpus():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_gpu() -> bool:
+    """True if the system may have a GPU. After a boot its device files may be missing until something asks for it, so
+    the bus is looked at, too.
+    """
+    if any(glob(pattern) for pattern in GPU_DEVICES):
+        return True
+    return any(_is_gpu(Path(device)) for device in glob(PCI_DEVICES))
+
+
+def _is_gpu(device: Path) -> bool:
+    """True if a device of the PCI bus is a graphics card of a maker whose cards torch computes on."""
+    try:
+        vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text()
+    except OSError:
+        return False
+    return vendor in GPU_VENDORS and kind.startswith(DISPLAY_CLASS)
 
 
 def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:

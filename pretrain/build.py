@@ -26,7 +26,7 @@ ENGINES: dict[type, Any] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeed
 def vocab_parallel(
     config: JobConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
 ) -> Parallel:
-    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check`."""
+    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check_job`."""
     work = vocab_workload(config, rows, world, compute_dtype(config.train, device_type, bf16).itemsize)
     return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 

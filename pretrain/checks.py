@@ -4,6 +4,7 @@ Apart from the settings' own rules because it looks at the device, the data and 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from data_prep.durable import check_file, check_folder
 from data_prep.token_file import TOKENIZER_FOLDER
@@ -43,21 +44,9 @@ def check_job(
     the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
     warn: takes a line on what could not be checked. environment: the ranks', if they run here.
     """
-    check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
-    config.train.check_world(world)
-    config.optim.check_steps(config.train.steps)
     if isinstance(config.engine, FSDP2Config):
         config.engine.check_device(device_type)
-    data = open_data(config.data)
-    if config.monitor.lens and not validation_windows(config, data):
-        raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
-    rows = vocab_rows(config, data)
-    try:
-        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
-    except CheckpointError as error:
-        raise ValueError(str(error)) from error
-    if saved is not None:
-        check_resumable(config, data, rows, saved)
+    data, rows, saved = check_settings(config, world)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
     if saved is not None and saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
         warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
@@ -68,6 +57,28 @@ def check_job(
         if doubt:
             warn(doubt)
     return data
+
+
+def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, dict[str, Any] | None]:
+    """The part of `check_job` that needs neither torch nor a device. world: None, if it is not known yet.
+
+    Returns the data, the rows of the vocabulary, and the manifest of the checkpoint that would be resumed.
+    """
+    check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
+    if world is not None:
+        config.train.check_world(world)
+    config.optim.check_steps(config.train.steps)
+    data = open_data(config.data)
+    if config.monitor.lens and not validation_windows(config, data):
+        raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
+    rows = vocab_rows(config, data)
+    try:
+        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    if saved is not None:
+        check_resumable(config, data, rows, saved)
+    return data, rows, saved
 
 
 def _check_with_torch(

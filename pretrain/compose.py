@@ -51,6 +51,7 @@ def register_groups() -> None:
         store.store(group="model/family", name=name, node={"defaults": both})
     for name, optim in OPTIMIZERS.items():
         store.store(group="optim/algorithm", name=name, node=optim)
+    store.store(group="optim", name="default", node=OptimConfig)  # as this group was chosen before it had several
     for group in PARTS.keys() - {"engine", "model", "optim"}:
         node = OmegaConf.structured(PARTS[group])
         for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know

@@ -68,6 +68,11 @@ def test_help(installed: Path, tmp_path: Path, command: str):
     assert "=" in run([installed / f"rowshard-{command}", "--help"], tmp_path)
 
 
+def test_clusters_are_found(installed: Path, tmp_path: Path):
+    done = subprocess.run([installed / "rowshard-plan"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: +cluster=NAME is missing; there are a100x8, cpu,")
+
+
 def test_imports_are_of_the_wheel_and_typed(installed: Path, tmp_path: Path):
     code = "import pretrain, data_prep, launch; print(*(m.__path__[0] for m in (pretrain, data_prep, launch)))"
     for package in run([installed / "python", "-c", code], tmp_path).split():

@@ -33,6 +33,7 @@ CLUSTER = ["cluster=cpu", "cluster.nodes=1", "cluster.tasks_per_node=2"]
 COMMANDS = {
     "launch.local": [
         *REFUSED_TRAINING,
+        ([*TRAINING, "nproc=two"], "nproc=two must be a number of ranks"),
         ([*TRAINING, "nproc=3", "train.global_batch=32"], "must divide train.global_batch=32"),
         (["run.dir={held}", *TRAINING[1:]], "run.dir={held} is in use by another process"),
     ],

@@ -51,7 +51,7 @@ def reading(prefix: Path, tokens: int, T: int, repeats: int) -> str:
             stream[place : place + T].astype(np.int64), stream[place + 1 : place + T + 1].astype(np.int64)
 
     def ours(windows: Windows) -> Callable[[], None]:
-        batch = windows.room()
+        batch = windows.empty_batch()
         return lambda: [windows.fill(index, batch) for index in (draws % len(windows)).tolist()] and None
 
     begin = time.perf_counter()
