@@ -166,7 +166,8 @@ def _bases(group: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, option in options.items() if isinstance(options, dict) else ():
         if isinstance(option, dict):
-            found |= {f"{name}/{below.removesuffix('.yaml')}@_here_": option[below].node for below in option}
+            if name != "settings":  # a part of a family, which is chosen whole
+                found |= {f"{name}/{below.removesuffix('.yaml')}@_here_": option[below].node for below in option}
         else:
             found[name.removesuffix(".yaml")] = option.node
     return found if len(found) > 1 else {}

@@ -23,6 +23,7 @@ from data_prep.tokenizer import Tokenizer
 TEXT_FILE, PICTURE_FILE = "statistics.txt", "statistics.png"
 BINS = 31  # of document lengths: [2^k, 2^(k + 1)) tokens
 ROWS_SHOWN = 20
+NO_TOKEN = "no token has this id"
 RARE = 100  # a row that is seen less often has hardly been trained
 SHARES = (0.5, 0.9, 0.99, 0.999)
 
@@ -177,7 +178,7 @@ def shown(id: int, tokenizer: Tokenizer) -> str:
     try:
         text = tokenizer.decode_bytes([id])
     except DataError:
-        return "no token has this id"
+        return NO_TOKEN
     try:
         return repr(text.decode())
     except UnicodeDecodeError:

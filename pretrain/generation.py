@@ -43,8 +43,9 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     yield settings.prompt
     for draw in range(settings.tokens):
+        seen = torch.tensor([ids[-context:]], device=device)
         with torch.no_grad():
-            hidden_BTD = model.body(model.vocab.lookup(torch.tensor([ids[-context:]], device=device)))
+            hidden_BTD = model.body(model.vocab.lookup(seen, max_tokens_per_rank=seen.numel()))
             (drawn,) = sample(
                 hidden_BTD[:, -1],
                 model.vocab.output_weight,

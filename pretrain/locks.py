@@ -1,7 +1,7 @@
 """Who has a run's folder: its launcher, and its ranks. Apart from both because they and tools share it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.durable import exclusive
@@ -22,5 +22,5 @@ def check_free(run: Path, *locks: str) -> None:
     """Raises ValueError, early, if another process holds one of the run's locks. Makes no folder."""
     for lock in locks:
         if (run / lock).exists():
-            with lock_run(run, lock):
+            with suppress(OSError), lock_run(run, lock):  # that it cannot be opened is said where it is locked
                 pass

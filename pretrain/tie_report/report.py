@@ -91,7 +91,7 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
     if split is not None:
         yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
     one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
-    for key in sorted(one.keys() | other.keys()):
+    for key in sorted(one.keys() & other.keys()):  # a key that one lacks came later
         if not key.startswith(EXPECTED_TO_DIFFER + NOT_COMPARED) and one.get(key) != other.get(key):
             yield f"Another setting differs: {key} is {one.get(key)} when tied, and {other.get(key)} when not."
     for key in ("vocab_size", "tokenizer_fingerprint"):

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.stats import shown
+from data_prep.stats import NO_TOKEN, shown
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
@@ -111,4 +111,5 @@ class ReportRun:
 
     def text(self, row: int) -> str:
         """The row's number, and its token if the run has a tokenizer."""
-        return f"{row}" if self.tokenizer is None else f"{row} {shown(row, self.tokenizer)}"
+        token = NO_TOKEN if self.tokenizer is None else shown(row, self.tokenizer)
+        return f"{row}" if token == NO_TOKEN else f"{row} {token}"

@@ -115,6 +115,15 @@ def test_a_model_sets_what_its_family_needs_of_the_vocabulary():
     assert configured("model=gpt2").vocab.softcap is None
 
 
+def test_an_untied_size_keeps_what_the_family_needs(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "big.yaml").write_text(
+        "defaults: [family/toy@_here_, /vocab/tie/untied@_global_.vocab, _self_]\nlayers: 3\n"
+    )
+    config = configured(f"hydra.searchpath=[file://{tmp_path}]", "model=big", f"vocab.size={VOCAB}")
+    assert (config.vocab.tie, config.vocab.softcap, config.model.layers) == ("untied", CAP, 3)
+
+
 def test_it_is_planned_and_rehearsed():
     config = toy("train.micro_batch=2", "train.global_batch=8")
     rehearse(config, VOCAB, parallel=2, world=2)
