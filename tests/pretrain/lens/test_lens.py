@@ -58,7 +58,7 @@ def states(family: str, body, hidden: Tensor) -> dict[str, Tensor]:
     if family == "gpt2":
         hidden = hidden + body.positions[:LENGTH]
     else:
-        extra = body.places(hidden, None)
+        extra = body.tables(hidden, None)
     found["positions"] = hidden
     for i, block in enumerate(body.blocks):
         hidden = hidden + block.attention(block.norm1(hidden), extra)
@@ -69,7 +69,7 @@ def states(family: str, body, hidden: Tensor) -> dict[str, Tensor]:
 
 
 def decode(family: str, body, hidden: Tensor, method: Method) -> Tensor:
-    last, extra = body.blocks[-1], body.places(hidden, None) if family == "llama" else None
+    last, extra = body.blocks[-1], body.tables(hidden, None) if family == "llama" else None
     if method.decoder == "block":
         hidden = hidden + last.attention(last.norm1(hidden), extra)
     if method.decoder != "none":
