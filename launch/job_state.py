@@ -27,7 +27,7 @@ ANSWER_SECONDS = 120
 
 
 def state(job: str) -> str | None:
-    """squeue's word for a job; None for one that Slurm has forgotten. OSError where Slurm does not answer."""
+    """The state of a job in squeue; None if Slurm has forgotten it. Raises OSError if Slurm does not answer."""
     done = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise OSError(f"squeue does not say what job {job} does: {done.stderr.strip() or done.returncode}")
@@ -35,13 +35,13 @@ def state(job: str) -> str | None:
 
 
 def alive(job: str) -> bool:
-    """Whether a job waits, runs, or is about to."""
+    """True if a job waits, runs, or is about to."""
     now = state(job)
     return now is not None and now not in ENDED
 
 
 def exit_code(job: str) -> int | None:
-    """Of a job that has ended: 0 if it was completed, its own code, or 128 + the signal; None if nobody knows."""
+    """The exit code of an ended job: 0 if completed, its own, or 128 + the signal; None if it is unknown."""
     done = _ask("scontrol", "--oneliner", "show", "job", job)
     found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
     if found is None and shutil.which("sacct"):

@@ -152,7 +152,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
 
 
 def _timeout(config: JobConfig) -> timedelta:
-    """Of a collective: longer than the watchdog's, whose stacks say more."""
+    """The limit of a collective: longer than the watchdog's, whose stacks say more."""
     return TIMEOUT + timedelta(seconds=config.train.hang_after)
 
 
@@ -185,7 +185,7 @@ def _manager(config: JobConfig, data: Data, parts: ModelParts) -> CheckpointMana
 
 
 def _restore(config: JobConfig, manager: CheckpointManager) -> tuple[TrainState, Path | None]:
-    """Where the run stands, and the checkpoint it goes on from; a run without one may begin with given weights."""
+    """The state of the run and the checkpoint it resumes from; a run without one may begin with given weights."""
     state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
     if found is None and config.init_from is not None:
         initialise(config.init_from, manager.model)

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint with the settings of this command."""
+"""Checks that a run can resume from a checkpoint with the settings of this command."""
 
 from dataclasses import asdict
 from typing import Any
@@ -47,7 +47,7 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
 
 
 def _same_rows(config: JobConfig, data: Data) -> bool:
-    """Of data and run, as far as both have a tokenizer."""
+    """Compares the tokenizers of data and run, if both have one."""
     of_run = config.run_dir / TOKENIZER_FOLDER
     if data.tokenizer is None or not of_run.is_dir():
         return True

@@ -23,7 +23,7 @@ from .tensor_file import Slice
 
 @dataclass
 class TrainState:
-    """Where the run stands. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen.
+    """The progress of the run. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen.
 
     val_loss: as measured at this very step, None where it was not.
     """
@@ -99,7 +99,7 @@ class ModelState:
         self.vocab_optimizer.optimizer.load(step)
 
     def digests(self) -> dict[str, tuple[int, int] | None]:
-        """Of this rank's rows of each matrix; None where it has none but padding, which all look alike."""
+        """Digests of this rank's rows of each matrix; None where it has none but padding, which all look alike."""
         owns = self.vocab.shard.valid_rows > 0
         return {name: digest(rows.detach()) if owns else None for name, rows in self.vocab.named_rows().items()}
 

@@ -134,7 +134,7 @@ def _settings(arguments: list[str]) -> Settings:
 
 
 def _chosen(settings: Settings) -> list[Path]:
-    """ValueError where there is none."""
+    """Raises ValueError if there is none."""
     found = checkpoints(settings.run)
     if not found:
         raise ValueError(f"run={settings.run} has no checkpoint")

@@ -57,7 +57,7 @@ class DataConfig:
 
     @property
     def paths(self) -> dict[str, str]:
-        """By their titles."""
+        """The paths of the corpora, by their titles."""
         return self.corpora or {self.path: self.path}
 
     def resolve(self) -> None:

@@ -20,7 +20,7 @@ LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may se
 
 @dataclass
 class RunConfig:
-    """Where the run lies on the disk."""
+    """The folder of the run."""
 
     dir: str = ""  # folder of the run; the same command with the same folder resumes
 

@@ -53,5 +53,5 @@ class TrainingConfig:
 
     @property
     def last_step(self) -> int:
-        """Where this launch stops."""
+        """The step at which this launch stops."""
         return self.steps if self.stop_after is None else min(self.stop_after, self.steps)

@@ -42,7 +42,7 @@ class UntieHook(Hook):
 
     @torch.no_grad()
     def drift(self, head_vD: Tensor) -> dict[str, float]:
-        """In float64, one pass over both. One all-reduce of three numbers over the vocab group."""
+        """Measures both in float64, in one pass. One all-reduce of three numbers over the vocab group."""
         sums = torch.zeros(3, dtype=torch.float64, device=head_vD.device)
         for part in blocks(self.vocab.shard.valid_rows, head_vD.shape[1]):
             embedding, head = self.vocab.weight[part].double(), head_vD[part].double()

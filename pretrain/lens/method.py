@@ -11,7 +11,7 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Method:
-    """Where hidden states are taken, and how they become guesses.
+    """The points at which hidden states are taken, and how they become guesses.
 
     points: of each block: the residual stream after `attention`, after `mlp`, and the `block`'s output, which is the
     same as after its MLP where nothing follows that. input: the first row, and the reference of the divergences from

@@ -19,7 +19,7 @@ from .initial import initial_rows
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Where the tokens of a batch stand, for all blocks: cosines and sines [T, d] or [B, 1, T, d] in fp32, and a mask.
+    """The positions of a batch's tokens, for all blocks: cosines and sines [T, d] or [B, 1, T, d] in fp32, and a mask.
 
     Not a tuple: FSDP2 casts the tensors in those that it hands to a block, and bf16 cannot tell far positions apart.
     """
