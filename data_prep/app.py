@@ -247,7 +247,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
     """Write again, without them, the units that hold documents which an earlier unit or another folder has."""
     indices = sorted(tally.records)
     found = find_duplicates(
-        [digests_path(out, index) for index in indices], list(map(digests_of, config.clean.unlike)), out / DIGESTS_FILE
+        [digests_path(out, index) for index in indices], list(map(digests_of, config.clean.exclude)), out / DIGESTS_FILE
     )
     numbers, places = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(numbers, kind="stable")

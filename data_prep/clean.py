@@ -35,28 +35,29 @@ class CleanConfig:
     min_bytes: int = 1  # of text; shorter documents are left out
     max_bytes: int | None = None  # longer ones too
     deduplicate: bool = False  # of documents with the same text, keep the first
-    unlike: list[str] = field(default_factory=list)  # finished folders: leave out what they have
+    exclude: list[str] = field(default_factory=list)  # finished folders: leave out the documents that they have
 
     def __post_init__(self) -> None:
         if self.min_bytes < 1:
             raise DataError(f"clean.min_bytes={self.min_bytes} must be at least 1: empty documents are left out")
         if self.max_bytes is not None and self.max_bytes < self.min_bytes:
             raise DataError(f"clean.max_bytes={self.max_bytes} must be at least clean.min_bytes={self.min_bytes}")
-        if self.unlike and not self.deduplicate:
-            raise DataError("clean.unlike= needs clean.deduplicate=true")
+        if self.exclude and not self.deduplicate:
+            raise DataError("clean.exclude= needs clean.deduplicate=true")
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest: the other folders by what is in them."""
-        return {**asdict(self), "unlike": [sha256_of(digests_of(name)) for name in self.unlike]}
+        """For the manifest, which keeps this setting's old name: the other folders by what is in them."""
+        settings = asdict(self)
+        return settings | {"unlike": [sha256_of(digests_of(name)) for name in settings.pop("exclude")]}
 
 
 def digests_of(folder: str) -> Path:
     """DataError unless the folder is finished, and was made with deduplication."""
     path = Path(folder) / DIGESTS_FILE
     if not path.is_file() or not (Path(folder) / MANIFEST_FILE).is_file():
-        raise DataError(f"clean.unlike: {folder} has no {DIGESTS_FILE}: make it with clean.deduplicate=true first")
+        raise DataError(f"clean.exclude: {folder} has no {DIGESTS_FILE}: make it with clean.deduplicate=true first")
     if path.stat().st_size % DIGEST.itemsize:
-        raise DataError(f"clean.unlike: {path}: {path.stat().st_size} bytes are not 16 a document: see verify=")
+        raise DataError(f"clean.exclude: {path}: {path.stat().st_size} bytes are not 16 a document: see verify=")
     return path
 
 

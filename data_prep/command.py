@@ -19,6 +19,7 @@ from data_prep import terminal
 from data_prep.errors import headline
 from data_prep.mistakes import CONF, check_bases, mistake
 from data_prep.overrides import expand_home, in_full, readable
+from data_prep.renamed import renamed
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 EXIT_ERROR = 2
@@ -67,8 +68,16 @@ def _checked(arguments: list[str], sweeps: bool) -> list[str]:
     for override in parsed.overrides:
         if not override.startswith("~") and "=" not in override[1:]:
             raise ValueError(f"{override!r} must be key=value; see --help")
-    given = dict(zip(parsed.overrides, readable(parsed.overrides, parsed.multirun), strict=True))
+    given = dict(zip(parsed.overrides, readable(_with_new_names(parsed.overrides), parsed.multirun), strict=True))
     return [given.get(argument, argument) for argument in arguments]
+
+
+def _with_new_names(overrides: list[str]) -> list[str]:
+    """The same settings by the names of today. Warns of each old name."""
+    known = renamed(overrides)
+    for old, new in known.items():
+        warn(f"{old.partition('=')[0].lstrip('+~')} is now called {new.partition('=')[0].lstrip('+~')}")
+    return [known.get(override, override) for override in overrides]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -78,7 +87,7 @@ def _refuse(message: str) -> NoReturn:
 def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
     """What `run_hydra` would compose, for a command that has settings of its own besides. Raises as Hydra does."""
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        config = hydra.compose(config_name, readable(overrides, sweeps=False))
+        config = hydra.compose(config_name, readable(_with_new_names(overrides), sweeps=False))
     expand_home(config)
     return config
 

@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from data_prep.errors import headline
 from data_prep.overrides import settings_known
+from data_prep.renamed import RENAMED
 
 HERE = Path(__file__).resolve().parent
 INSTALLED = (HERE / "conf").is_dir()  # from a wheel; else this is a checkout
@@ -128,9 +129,12 @@ def _names(error: OmegaConfBaseException) -> list[str]:
 
 def unknown(key: str, names: Sequence[str]) -> str:
     """The line for a key that is not there: the nearest, the command that has it, and what there is."""
+    if key in RENAMED:
+        return f"{key} is now called {RENAMED[key]}"
     *above, leaf = key.split(".")
     known = [name for name in settings_known() if not name.startswith("cluster.") or "cluster" in names]
-    having = [name.split("@")[0] for name, base in _bases(above[0] if len(above) == 1 else "").items() if leaf in base]
+    bases = _bases(above[0] if len(above) == 1 else "")
+    having = [name.split("@")[0] for name, base in bases.items() if leaf in set(base)]  # also one without a default
     if having:
         return f"unknown key {key}: {' and '.join(f'{above[0]}={name}' for name in having)} has it{_there_are(names)}"
     same = [name for name in known if name.split(".")[-1] == leaf and name != key]

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -14,9 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 
+from data_prep.renamed import RENAMED
+
 TEXT, TEXTS, NAMED_TEXTS, OTHER = "text", "texts", "named texts", "other"
 UNTYPED = {"init_from": TEXT, "resume": TEXT, "plot": TEXT}  # texts of conf/*.yaml that no dataclass has
-PATHS = {"path", "paths", "dir", "out", "verify", "stats", "plot", "unlike", "resume", "init_from", "corpora"}
+PATHS = {"path", "paths", "dir", "out", "verify", "stats", "plot", "exclude", "resume", "init_from", "corpora"}
 PATHS |= {"mounts", "container"}  # keys whose texts are paths
 FOLDERS = {"run", "hf", "in", "out", "tied", "untied", "tokenizer"}  # likewise, of commands without Hydra
 SETTING = re.compile(r"(\+{0,2}[^=~@+\s-][^=]*)=(.*)", re.DOTALL)
@@ -85,6 +88,19 @@ def _readable(argument: str, known: dict[str, str], sweeps: bool) -> str:
     if parsed is None or (as_it_stands and value != "null"):
         value = quoted(value)
     return f"{signed}={value}"
+
+
+def with_new_names(settings: DictConfig) -> DictConfig:
+    """Settings from a file, in which a key may have its old name: a copy without. A key with both keeps the new one."""
+    settings = deepcopy(settings)
+    for old, new in RENAMED.items():
+        group, key = old.split(".")
+        given = settings.get(group)
+        if isinstance(given, DictConfig) and key in given:
+            OmegaConf.set_struct(given, False)
+            given.setdefault(new.split(".")[1], given[key])
+            del given[key]
+    return settings
 
 
 def _parsed(argument: str) -> Any:

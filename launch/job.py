@@ -219,7 +219,7 @@ def close(run: Path, config: RestartConfig) -> bool:
         why += f"; {remark}"
     written = history.write(attempt.name, start_step, step, first, decision, why, attempt.changes())
     starts = restarts_of_job() + 1  # at least as many as have been fruitless in a row
-    if decision is Decision.RESTART and step <= start_step and not written and starts >= config.without_progress:
+    if decision is Decision.RESTART and step <= start_step and not written and starts >= config.max_failures:
         decision, why = Decision.GIVE_UP, f"start {starts} of this job, and {history.path} cannot be written"
     print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
     if decision is Decision.RESTART:

@@ -25,15 +25,13 @@ HOPELESS = {
 
 @dataclass
 class RestartConfig:
-    """without_progress: so many starts in a row may fail without a newer checkpoint, then the run is given up; 0: a run
-    that has failed is never started again. delay: seconds before it is.
-    """
+    """When a run whose ranks have failed is started again."""
 
-    without_progress: int = 3
-    delay: float = 0.0
+    max_failures: int = 3  # failed starts in a row without a newer checkpoint, then give up; 0: never start again
+    delay: float = 0.0  # seconds to wait before a start after a failure
 
     def __post_init__(self) -> None:
-        for key in ("without_progress", "delay"):
+        for key in ("max_failures", "delay"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"restart.{key}={getattr(self, key)} must not be negative")
 
@@ -81,7 +79,7 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
     """
     if ending is Exit.FINISHED:
         return Decision.DONE, "where it was meant to get"
-    if ending.asked and (progress or fruitless < max(1, config.without_progress)):
+    if ending.asked and (progress or fruitless < max(1, config.max_failures)):
         saved = "saved" if ending.good else "not started: there was nothing to save"
         return Decision.RESTART, f"stopped on request, and {saved}"
     if ending.asked:  # such as a job whose time limit is shorter than its start
@@ -90,12 +88,12 @@ def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) 
         return Decision.GIVE_UP, HOPELESS[ending]
     if ending is Exit.OUT_OF_MEMORY and not progress:  # with progress it is rare, or others used the memory
         return Decision.GIVE_UP, "the same settings would run out of memory again"
-    if config.without_progress == 0:
-        return Decision.GIVE_UP, "restart.without_progress=0"
+    if config.max_failures == 0:
+        return Decision.GIVE_UP, "restart.max_failures=0"
     if progress:
         return Decision.RESTART, "there is a newer checkpoint than at its start"
-    if fruitless < config.without_progress:
-        return Decision.RESTART, f"start {fruitless} of {config.without_progress} without a newer checkpoint"
+    if fruitless < config.max_failures:
+        return Decision.RESTART, f"start {fruitless} of {config.max_failures} without a newer checkpoint"
     return Decision.GIVE_UP, f"{fruitless} starts in a row without a newer checkpoint"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.overrides import home
+from data_prep.overrides import home, with_new_names
 from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
 from pretrain.config.job import CONFIG_FILE
 from pretrain.config.optim import OptimConfig
@@ -84,6 +84,6 @@ def _frozen(run: str) -> DictConfig:
     if not path.is_file():
         raise ValueError(f"resume={run} must be the folder of a run: {path} is missing")
     load_config(path)
-    frozen = OmegaConf.create(yaml.safe_load(path.read_bytes()))
+    frozen = with_new_names(OmegaConf.create(yaml.safe_load(path.read_bytes())))
     frozen.optim.setdefault("name", OptimConfig.name)  # runs were frozen before it had one
     return frozen

@@ -69,7 +69,7 @@ class StepCost:
         return chunk_size(self.work.tokens, self.p, budget)
 
     def phases(self) -> dict[str, list[Item]]:
-        """What is held when most is: in the loss, in a block's backward, in that of the lookup, and in monitor.lens."""
+        """What is held when most is: in the loss, in a block's backward, in the lookup's, in the lens's monitor."""
         blocks = len(self.shapes.blocks)
         backwards = [self._held(behind, in_block=True) for behind in range(blocks)]
         phases = {
@@ -77,7 +77,7 @@ class StepCost:
             "a block's backward": max(backwards, key=total),
             "the lookup's": self._held(blocks, in_lookup=True),
         }
-        if not self.config.monitor.lens:
+        if not self.config.monitor.lens_every:
             return phases
         phases["a look"] = [
             item if item.name in ("weights", "moments", "gathered") else replace(item, bytes=0)
@@ -98,7 +98,7 @@ class StepCost:
         matrix = self.shard.rows * D
         used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # a head of its own comes first
         of_body = self.body.weights, self.body.states, self.body.gradients(behind)
-        watched = self.config.monitor.embedding > 0 and self.config.vocab.tie == "tied"
+        watched = self.config.monitor.embedding_every > 0 and self.config.vocab.tie == "tied"
         gradients = max(used, 2) if watched else used  # the lookup's also on its own
         state, numbers = self.work.state, matrix * self.work.matrices
         of_matrix = FP32 * numbers, state * numbers, FP32 * gradients * matrix

@@ -201,7 +201,7 @@ def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
     if len(runs) > 1:
         lines.append(f"runs=({' '.join(str(run.dir) for run in runs)})")
         run = "${runs[$SLURM_ARRAY_TASK_ID]}"
-    close = f"{python} -m launch.job close {run} {restart.without_progress} {restart.delay}"
+    close = f"{python} -m launch.job close {run} {restart.max_failures} {restart.delay}"
     return [*lines, f"trap {shlex.quote(f'{close} || exit 1')} EXIT"]
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from data_prep.columns import aligned
 from data_prep.durable import durable
+from data_prep.renamed import RENAMED
 
 from .config.job import CONFIG_FILE
 
@@ -75,7 +76,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield RENAMED.get(f"{prefix}{key}", f"{prefix}{key}"), value
 
 
 def _whole(value: Any) -> Any:

@@ -69,8 +69,8 @@ def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, dic
         config.train.check_world(world)
     config.optim.check_steps(config.train.steps)
     data = open_data(config.data)
-    if config.monitor.lens and not validation_windows(config, data):
-        raise ValueError(f"monitor.lens={config.monitor.lens} must be 0 where the data has no validation split")
+    if config.monitor.lens_every and not validation_windows(config, data):
+        raise ValueError(f"monitor.lens_every={config.monitor.lens_every} must be 0: the data has no validation split")
     rows = vocab_rows(config, data)
     try:
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must

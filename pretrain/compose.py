@@ -16,6 +16,7 @@ from yaml import YAMLError
 from data_prep.durable import durable
 from data_prep.errors import headline
 from data_prep.mistakes import said, unknown
+from data_prep.overrides import with_new_names
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -61,6 +62,7 @@ def register_groups() -> None:
 
 def build_config(composed: DictConfig) -> JobConfig:
     """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
+    composed = with_new_names(composed)
     for key in map(str, composed):
         if key not in {*TOP_LEVEL_KEYS, *PARTS}:
             raise ValueError(unknown(key, [*TOP_LEVEL_KEYS, *PARTS]))

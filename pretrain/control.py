@@ -22,7 +22,7 @@ class RunControl:
 
     def __init__(self, config: TrainingConfig, requests: StopRequests) -> None:
         self.started, self.time_limit = time.time(), config.time_limit_seconds
-        self.watchdog = Watchdog(config.hang_after)
+        self.watchdog = Watchdog(config.hang_timeout)
         self.checks: list[StopCheck] = [(StopReason.REQUESTED, requests.asked)]
 
     def watch_saves(self, saves: Saves, reserve: float, environment: Mapping[str, str]) -> None:

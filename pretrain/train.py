@@ -137,7 +137,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
             changes = settings_changed(config.run_dir, found)
             announce(config, data, loader.samples, parts.model, mesh, parallel, state, found, changes)
             run.log = _log(config, state.step, changes)
-        control.watch_saves(run.manager, config.checkpoint.seconds_before_limit, os.environ)
+        control.watch_saves(run.manager, config.checkpoint.reserve_seconds, os.environ)
         with closing(run), closing(loader):
             trainer = Trainer(parts, loader, config.train, config.optim, state, hooks, control)
             for hook in hooks:
@@ -153,7 +153,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
 
 def _timeout(config: JobConfig) -> timedelta:
     """The limit of a collective: longer than the watchdog's, whose stacks say more."""
-    return TIMEOUT + timedelta(seconds=config.train.hang_after)
+    return TIMEOUT + timedelta(seconds=config.train.hang_timeout)
 
 
 @contextmanager

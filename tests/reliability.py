@@ -88,7 +88,7 @@ class Loop:
             print(f"run {self.runs}: equal after {self.tally.total()} kills so far", file=sys.stderr, flush=True)
 
     def start(self, run: Path, victims: str) -> subprocess.Popen:
-        starts = f"restart.without_progress={1000 if victims == 'one rank, restarted' else 0}"
+        starts = f"restart.max_failures={1000 if victims == 'one rank, restarted' else 0}"
         command = [sys.executable, "launch/local.py", f"run.dir={run}", starts, *self.settings]
         with open(self.folder / f"{run.name}.log", "a") as log:
             return subprocess.Popen(

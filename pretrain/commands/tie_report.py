@@ -12,8 +12,8 @@ HELP = """What does the tie cost? Compares a tied and an untied run in one page 
 
   python -m pretrain.tie_report tied=runs/tied untied=runs/untied out=tie.html
 
-`untied` may be a run that was split on the way (vocab.untie_at). With monitor.embedding=N in both runs the page also
-has the gradients of the two uses and the health of the rows. Default: out=tie_report.html
+`untied` may be a run that was split on the way (vocab.untie_at). With monitor.embedding_every=N in both runs the
+page also has the gradients of the two uses and the health of the rows. Default: out=tie_report.html
 """
 
 

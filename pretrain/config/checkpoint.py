@@ -13,10 +13,10 @@ class CheckpointConfig:
     keep: int = 3  # number of newest checkpoints to keep; 0: all
     keep_every: int = 0  # also keep each checkpoint whose step is a multiple of this; 0: none
     keep_best: int = 0  # also keep this many checkpoints with the lowest validation loss; 0: none
-    seconds_before_limit: float = 60.0  # stop and save at least this many seconds before a time limit
+    reserve_seconds: float = 60.0  # stop and save at least this many seconds before a time limit
 
     def __post_init__(self) -> None:
-        for key in ("every", "keep", "keep_every", "keep_best", "seconds_before_limit"):
+        for key in ("every", "keep", "keep_every", "keep_best", "reserve_seconds"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
 

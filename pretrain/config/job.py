@@ -56,10 +56,10 @@ class JobConfig:
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
         self.vocab.check_steps(self.train.steps)
-        limit, reserve = self.train.time_limit_seconds, self.checkpoint.seconds_before_limit
+        limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
         if limit is not None and limit <= reserve:
             raise ValueError(
-                f"train.time_limit={self.train.time_limit} must exceed checkpoint.seconds_before_limit={reserve}"
+                f"train.time_limit={self.train.time_limit} must exceed checkpoint.reserve_seconds={reserve}"
             )
 
     def resolve(self) -> None:

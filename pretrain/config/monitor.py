@@ -19,12 +19,12 @@ class LogConfig:
 class MonitorConfig:
     """What a run measures about its own weights while it trains."""
 
-    embedding: int = 0  # steps between measurements of the matrix, its rows and the gradients of its two uses; 0: never
-    lens: int = 0  # steps between measurements of what each layer would predict on validation windows; 0: never
+    embedding_every: int = 0  # steps between looks at the matrix, its rows and its two gradients; 0: never
+    lens_every: int = 0  # steps between measurements of what each layer would predict on validation windows; 0: never
     lens_windows: int = 8  # validation windows for the lens, over all ranks
 
     def __post_init__(self) -> None:
-        for key in ("embedding", "lens"):
+        for key in ("embedding_every", "lens_every"):
             if getattr(self, key) < 0:
                 raise ValueError(f"monitor.{key}={getattr(self, key)} must not be negative (0: never)")
         if self.lens_windows < 1:

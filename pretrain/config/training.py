@@ -14,7 +14,7 @@ class TrainingConfig:
     time_limit: str | None = None
     #: seconds without a finished step, evaluation batch or save after which a rank ends itself and prints its stacks;
     #: 0: never
-    hang_after: float = 1800.0
+    hang_timeout: float = 1800.0
     seq_len: int | None = None  # tokens per sequence; null: the model's context, at most 8192
     global_batch: int = 32  # sequences per step, over all ranks
     micro_batch: int = 4  # sequences that a rank computes at once
@@ -28,8 +28,8 @@ class TrainingConfig:
             raise ValueError(f"train.stop_after={self.stop_after} must not be negative (null: run to the end)")
         if self.time_limit is not None and self.time_limit_seconds is None:
             raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
-        if not self.hang_after >= 0:
-            raise ValueError(f"train.hang_after={self.hang_after} must not be negative (0: never)")
+        if not self.hang_timeout >= 0:
+            raise ValueError(f"train.hang_timeout={self.hang_timeout} must not be negative (0: never)")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):

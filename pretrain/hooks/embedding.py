@@ -85,8 +85,8 @@ class EmbeddingHealth(Hook):
 
 
 def build(config: JobConfig, run: Run) -> EmbeddingHealth | None:
-    """The hook, if monitor.embedding is not 0."""
+    """The hook, if monitor.embedding_every is not 0."""
     parts = run.parts
-    if not config.monitor.embedding:
+    if not config.monitor.embedding_every:
         return None
-    return EmbeddingHealth(config.monitor.embedding, parts.model.vocab, parts.vocab_optimizer, parts.mesh)
+    return EmbeddingHealth(config.monitor.embedding_every, parts.model.vocab, parts.vocab_optimizer, parts.mesh)

@@ -229,8 +229,8 @@ def heat_map(values: np.ndarray, rows: list[str], steps: list[int], title: str) 
 
 
 def build(config: JobConfig, run: Run) -> LensMonitor | None:
-    """The hook, if monitor.lens is not 0: on validation windows; their tokens' frequency is counted in the corpora."""
-    if not config.monitor.lens:
+    """The hook, if monitor.lens_every is not 0. The frequency of the windows' tokens is counted in the corpora."""
+    if not config.monitor.lens_every:
         return None
     mesh, vocab_size = run.parts.mesh, run.parts.model.vocab.shard.vocab_size
     windows = list(validation_windows(config, run.data).values())
@@ -239,4 +239,4 @@ def build(config: JobConfig, run: Run) -> LensMonitor | None:
     bins_BT = frequency_bins(files, batch.tokens_BT, vocab_size)
     bins_BT[mine:] = -1
     on_device = batch.moved(lambda tensor: tensor.to(mesh.device))
-    return LensMonitor(config.monitor.lens, on_device, bins_BT.to(mesh.device), run)
+    return LensMonitor(config.monitor.lens_every, on_device, bins_BT.to(mesh.device), run)

@@ -11,7 +11,7 @@ from .run import Point, ReportRun
 EXPECTED_TO_DIFFER = ("vocab.tie", "vocab.untie_at", "run.dir")  # settings that are meant to differ
 NOT_COMPARED = (  # settings that cannot change a loss
     *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
-    *("train.stop_after", "train.time_limit", "train.hang_after"),
+    *("train.stop_after", "train.time_limit", "train.hang_timeout"),
 )
 TOPS = (1, 2, 5, 10, 20, 50)  # percent of the spectrum, as it is logged
 FREQUENCIES = tuple(name.replace("ppm", "") for name in BINS)
@@ -108,7 +108,7 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
         )
     for run in (tied, untied):
         if not run.looked:
-            yield f"The {run.kind} run was not watched (monitor.embedding=0): no gradients, no health of rows."
+            yield f"The {run.kind} run was not watched (monitor.embedding_every=0): no gradients, no health of rows."
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ CADENCES = (25, 50, 100, 250, 500)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--monitor", default="embedding", help="which: the name of its setting")
+    parser.add_argument("--monitor", default="embedding", help="embedding or lens")
     parser.add_argument("--data", required=True)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
@@ -36,13 +36,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ours = [f"data.path={options.data}", f"run.dir={folder}/run", f"train.steps={options.steps}"]
-        ours += [f"monitor.{options.monitor}=2", "log.every=1000000", "eval.every=0", "eval.max_windows=1"]
+        ours += [f"monitor.{options.monitor}_every=2", "log.every=1000000", "eval.every=0", "eval.max_windows=1"]
         config = configured(*options.settings, *ours, "checkpoint.every=0")
         plain, watched = run_ranks(options.ranks, seconds_of_steps, config, timeout=3600)[0]
     extra = watched - plain
     print(
         f"\n{options.ranks} ranks, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f};"
-        f" monitor.{options.monitor}; {' '.join(options.settings)}: a step takes {plain:.3f} s,"
+        f" monitor.{options.monitor}_every; {' '.join(options.settings)}: a step takes {plain:.3f} s,"
         f" one that is looked at {extra:+.3f} s\n"
     )
     rows = [[f"{every}", f"{100 * extra / (every * plain):.2f}%"] for every in CADENCES]

@@ -83,7 +83,7 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
 
     new = texts(20, seed=1)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*once[::2], *new, new[1]]))
-    command += [f"corpus.paths=['{tmp_path / 'b.jsonl'}']", f"clean.unlike=['{out}']"]
+    command += [f"corpus.paths=['{tmp_path / 'b.jsonl'}']", f"clean.exclude=['{out}']"]
     assert tokenize(*command, f"out={tmp_path / 'other'}").returncode == 0
     assert sorted(documents_of(tmp_path / "other")) == sorted(new)
     assert np.fromfile(tmp_path / "other" / "documents.digests", DIGEST).tolist() == halves(new)

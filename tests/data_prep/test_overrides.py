@@ -147,6 +147,7 @@ TYPED = {
     "a leaf": (["sample_mib=3"], ["unknown key sample_mib; did you mean tokenizer.sample_mib?"]),
     "near": (["val_fractoin=0.1"], ["did you mean val_fraction?"]),
     "of another option": (["tokenizer=file", "tokenizer.vocab_size=9"], ["tokenizer=bpe has it"]),
+    "of another option, where it has no default": (["corpus.paths=[x]"], ["corpus.paths: corpus=files has it"]),
     "of another command": (["dry_run=true"], ["unknown key dry_run; it is for launch/slurm.py"]),
     "a number for an option": (["tokenizer=1e3"], ["'tokenizer/1e3'", "bpe"]),
     "several values": (["val_fraction=0.1,0.2"], ["val_fraction=0.1,0.2 is several values"]),

@@ -314,7 +314,7 @@ ERRORS = {
     "endless sample": (["tokenizer.sample_mib=inf"], ["tokenizer.sample_mib=inf must be positive and finite"]),
     "wrong limit": (["max_quarantined=-1"], ["max_quarantined=-1 must not be negative"]),
     "wrong lengths": (["clean.min_bytes=9", "clean.max_bytes=8"], ["clean.max_bytes=8 must be at least clean.min"]),
-    "unlike nothing": (["clean.deduplicate=true", "clean.unlike=[x]"], ["clean.unlike: x has no documents.digests"]),
+    "unlike nothing": (["clean.deduplicate=true", "clean.exclude=[x]"], ["clean.exclude: x has no documents.digests"]),
     "wrong key below": (["clean.minimum=9"], ["minimum", "min_bytes"]),
     "wrong workers": (["workers=-1"], ["workers=-1"]),
     "wrong option": (["corpus=web"], ["corpus/web", "files, fineweb_edu, hub, stdlib"]),

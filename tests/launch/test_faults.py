@@ -80,7 +80,7 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
     """Where it is not to start by itself; and where it is."""
     folder = tmp_path / "run"
     arguments = f"data.path={data} run.dir={folder} {FORTY}"
-    process = start(f"{arguments} restart.without_progress=0")
+    process = start(f"{arguments} restart.max_failures=0")
     send_to_a_rank(process, signal.SIGKILL, "10/40")
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
@@ -105,7 +105,7 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
 
 def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_path):
     folder = tmp_path / "run"
-    process = start(f"data.path={data} run.dir={folder} {FORTY} train.hang_after=8")
+    process = start(f"data.path={data} run.dir={folder} {FORTY} train.hang_timeout=8")
     send_to_a_rank(process, signal.SIGSTOP, "10/40")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -126,7 +126,7 @@ def test_a_run_that_diverges_is_not_started_again(data, tmp_path):
 def test_a_time_limit_stops_the_run_saved(data, tmp_path):
     """The run's own, and the job's."""
     arguments = f"data.path={data} train.steps=100000 optim.schedule=wsd log.every=1 {SMALL}"
-    limits = "train.time_limit=10s checkpoint.seconds_before_limit=2"
+    limits = "train.time_limit=10s checkpoint.reserve_seconds=2"
     done = run(f"launch/local.py nproc=2 run.dir={tmp_path}/own {arguments} {limits}")
     assert done.returncode == 0 and "stopped and saved" in done.stdout, done.stderr
     assert 1 < len(scalars(tmp_path / "own")) == step_of(checkpoints(tmp_path / "own")[-1]) < 100000
@@ -148,7 +148,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
         pytest.skip("mounting a tmpfs needs root: the full disk is not tried")
     try:
         arguments = f"nproc=2 data.path={data} run.dir={disk}/run train.steps=20 checkpoint.every=5 {SMALL}"
-        done = run(f"launch/local.py {arguments} log.tensorboard=false restart.without_progress=1")
+        done = run(f"launch/local.py {arguments} log.tensorboard=false restart.max_failures=1")
         assert done.returncode == 1
         assert "No space left on device" in done.stderr and "the last good one is" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr, done.stderr

@@ -127,9 +127,9 @@ def test_a_start_that_never_was_is_a_start_without_progress(slurm, tmp_path, mon
     """srun could not launch it, or it was told to stop before it could listen. Slurm is asked until it does it."""
     run = tmp_path / "run"
     run.mkdir()
-    assert close(run, RestartConfig(without_progress=2, delay=9.5))
+    assert close(run, RestartConfig(max_failures=2, delay=9.5))
     assert slurm() == ["requeue 7"] * 3 + ["update JobId=7 StartTime=now+10"]
-    assert not close(run, RestartConfig(without_progress=2)), "the job counts as failed"
+    assert not close(run, RestartConfig(max_failures=2)), "the job counts as failed"
     assert [line["decision"] for line in History(run).lines()] == ["restart", "give up"]
     monkeypatch.setenv("STATE", "COMPLETING None")
     assert close(run, RestartConfig()) and History(run).lines()[-1]["decision"] == "left to Slurm"
@@ -315,7 +315,7 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
     (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.CANNOT_MEET, False, 1, THREE, Decision.GIVE_UP),
-    (Exit.STOPPED, True, 0, RestartConfig(without_progress=0), Decision.RESTART),
+    (Exit.STOPPED, True, 0, RestartConfig(max_failures=0), Decision.RESTART),
     (Exit.STOPPED, False, 2, THREE, Decision.RESTART),
     (Exit.STOPPED, False, 3, THREE, Decision.GIVE_UP),
     *[
@@ -326,9 +326,9 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
             (False, 1, THREE, Decision.RESTART),
             (False, 2, THREE, Decision.RESTART),
             (False, 3, THREE, Decision.GIVE_UP),
-            (True, 0, RestartConfig(without_progress=1), Decision.RESTART),
-            (False, 1, RestartConfig(without_progress=1), Decision.GIVE_UP),
-            (True, 0, RestartConfig(without_progress=0), Decision.GIVE_UP),
+            (True, 0, RestartConfig(max_failures=1), Decision.RESTART),
+            (False, 1, RestartConfig(max_failures=1), Decision.GIVE_UP),
+            (True, 0, RestartConfig(max_failures=0), Decision.GIVE_UP),
         )
     ],
 ]
@@ -339,7 +339,7 @@ def test_the_policy(ending, progress, fruitless, config, decision):
     assert decide(ending, progress, fruitless, config)[0] is decision
 
 
-@pytest.mark.parametrize("key", ["without_progress", "delay"])
+@pytest.mark.parametrize("key", ["max_failures", "delay"])
 def test_a_wrong_setting_is_named(key):
     with pytest.raises(ValueError, match=rf"restart\.{key}=-1 must not be negative"):
         RestartConfig(**{key: -1})
@@ -442,7 +442,7 @@ def test_a_launcher_that_cannot_write_gives_up_all_the_same(tmp_path, monkeypatc
 
     monkeypatch.setattr("launch.local.Supervisor", Starts)
     config = SimpleNamespace(run_dir=tmp_path, path=tmp_path / "config.yaml", run=SimpleNamespace(dir=str(tmp_path)))
-    assert local.run_ranks(config, 1, RestartConfig(without_progress=3)) == 1
+    assert local.run_ranks(config, 1, RestartConfig(max_failures=3)) == 1
     assert starts == [0, 1, 2]
     assert "3 starts in a row without a newer checkpoint" in capsys.readouterr().err
 
@@ -456,7 +456,7 @@ def test_a_job_that_cannot_write_is_not_requeued_for_ever(slurm, tmp_path, monke
     closed = []
     for restarts in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-        closed.append(close(run, RestartConfig(without_progress=3)))
+        closed.append(close(run, RestartConfig(max_failures=3)))
     assert closed == [True, True, False]
     assert f"give up: start 3 of this job, and {run}/restarts.jsonl cannot be written" in capsys.readouterr().out
 

@@ -203,7 +203,7 @@ BAD = {
     "data that is not there": ("data.path=/nowhere", "data.path=/nowhere is neither"),
     "no run folder": ("run.dir=", "run.dir is missing"),
     "ranks that are no number": ("nproc=two", "nproc=two must be a number of ranks"),
-    "a negative number of starts": ("restart.without_progress=-1", "restart.without_progress=-1 must not be negative"),
+    "a negative number of starts": ("restart.max_failures=-1", "restart.max_failures=-1 must not be negative"),
     "a key that restarts have not": ("restart.retries=3", "unknown key restart.retries; there are"),
 }
 

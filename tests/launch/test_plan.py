@@ -65,7 +65,9 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
 
 
 def test_a_look_of_the_lens_holds_the_states_of_its_rows():
-    plain, looked = (step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.lens=100"]))
+    plain, looked = (
+        step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.lens_every=100"])
+    )
     for name, items in plain.phases().items():
         assert total(looked.phases()[name]) == total(items)
     look = {item.name: item.bytes for item in looked.phases()["a look"]}
@@ -77,12 +79,12 @@ def test_a_look_of_the_lens_holds_the_states_of_its_rows():
 def test_a_watched_matrix_has_a_second_gradient():
     """Its input side's, where one matrix has both."""
     plain, watched = (
-        step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.embedding=100"])
+        step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.embedding_every=100"])
     )
     gradient = plain.shard.rows * plain.work.width * 4
     for name, items in plain.phases().items():
         assert total(watched.phases()[name]) == total(items) + gradient
-    untied = ["vocab.tie=untied", "monitor.embedding=100"]
+    untied = ["vocab.tie=untied", "monitor.embedding_every=100"]
     one, other = (step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in (untied[:1], untied))
     assert one.phases() == other.phases()
 

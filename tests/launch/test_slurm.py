@@ -101,7 +101,7 @@ def test_the_script_of_each_cluster(command, code, name, tmp_path, monkeypatch):
 
 
 def test_what_is_submitted_is_what_dry_run_shows(command, fake_slurm, tmp_path):
-    arguments = f"+cluster=cpu cluster.nodes=2 run.dir={tmp_path}/runs/a restart.without_progress=5"
+    arguments = f"+cluster=cpu cluster.nodes=2 run.dir={tmp_path}/runs/a restart.max_failures=5"
     script, settings = split(command(f"{arguments} dry_run=true").out)
     assert not (tmp_path / "runs").exists() and fake_slurm.submissions == 0
     said = command(arguments)
@@ -266,7 +266,7 @@ WRONG = {
         "has room for 76.0; this fits: engine.offload=cpu (",
     ),
     "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
-    "a setting of the restarts": ("+cluster=cpu restart.without_progress=-1", "restart.without_progress=-1"),
+    "a setting of the restarts": ("+cluster=cpu restart.max_failures=-1", "restart.max_failures=-1"),
     "neither true nor false": ("+cluster=cpu dry_run=perhaps", "dry_run"),
     "heads that do not divide": ("+cluster=cpu model.heads=3", "model.heads=3 must divide model.width=32"),
     "no data": ("+cluster=cpu data.path=", "data.path is missing"),

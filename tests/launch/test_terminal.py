@@ -103,8 +103,8 @@ def test_closing_the_terminals_window_saves_the_training(launch, tmp_path):
 
 
 def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
-    """For longer than train.hang_after."""
-    process = launch("nproc=2 train.steps=100000 train.hang_after=8")
+    """For longer than train.hang_timeout."""
+    process = launch("nproc=2 train.steps=100000 train.hang_timeout=8")
     until(process, b"step      2/")
     process.stdout.close()
     process.send_signal(signal.SIGTSTP)

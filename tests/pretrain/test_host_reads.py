@@ -107,7 +107,7 @@ def test_training_reads_the_device_through_one_function(tmp_path, engine):
         "train__steps": 3,
         "eval__every": 2,
         "checkpoint__every": 2,
-        "monitor": {"embedding": 1, "lens": 2},
+        "monitor": {"embedding_every": 1, "lens_every": 2},
     }
     config = tiny_config(make_corpus(tmp_path / "corpus"), tmp_path / "run", **changes)
     assert run_ranks(2, reads_of_training, config) == [set(), set()]

@@ -89,8 +89,8 @@ def test_whose_fault_an_error_is(error, device, peer):
 
 
 def test_a_limit_on_hanging_is_no_negative_number():
-    with pytest.raises(ValueError, match=r"train\.hang_after=-1 must not be negative \(0: never\)"):
-        TrainingConfig(hang_after=-1)
+    with pytest.raises(ValueError, match=r"train\.hang_timeout=-1 must not be negative \(0: never\)"):
+        TrainingConfig(hang_timeout=-1)
 
 
 def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():

@@ -33,10 +33,10 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "tied": {},
         "untied": {"vocab__tie": "untied"},
         "split": {"vocab__untie_at": 4},
-        "plain": {"seed": 8, "monitor__embedding": 0, "train__hang_after": 600.0},
+        "plain": {"seed": 8, "monitor__embedding_every": 0, "train__hang_timeout": 600.0},
     }
     for kind, changes in kinds.items():
-        settings = {"train__steps": STEPS, "monitor__embedding": LOOKS, "train__micro_batch": 6} | changes
+        settings = {"train__steps": STEPS, "monitor__embedding_every": LOOKS, "train__micro_batch": 6} | changes
         run_ranks(2, train_rank, tiny_config(data, folder / kind, **settings))
     return {kind: folder / kind for kind in kinds}
 
@@ -84,7 +84,7 @@ def test_what_else_differs_is_a_warning(runs):
     """What could change a loss, that is: `monitor` and how long a rank may hang cannot."""
     assert list(warnings(*pair(runs, tied="plain"))) == [
         "Another setting differs: seed is 8 when tied, and 7 when not.",
-        "The tied run was not watched (monitor.embedding=0): no gradients, no health of rows.",
+        "The tied run was not watched (monitor.embedding_every=0): no gradients, no health of rows.",
     ]
     assert "Input's share" in charts_of(*pair(runs, tied="plain")), "of the other one"
 

@@ -26,7 +26,7 @@ TRAINING = (
     f"vocab.size={VOCAB} vocab.multiple=8 vocab.parallel={RANKS} model.layers=2 model.width=24 model.heads=3"
     " model.context=16 train.micro_batch=3 train.global_batch=24 train.precision=fp32 optim.lr=1e-2"
     f" optim.warmup_steps=5 seed=7 train.steps={STEPS} checkpoint.every=8 checkpoint.keep=2"
-    " checkpoint.seconds_before_limit=1 log.every=1 log.tensorboard=false"
+    " checkpoint.reserve_seconds=1 log.every=1 log.tensorboard=false"
 )
 CLUSTER = f"+cluster=cpu cluster.nodes={RANKS} cluster.cpus_per_task=1 cluster.time=0:10:00"
 

@@ -119,7 +119,7 @@ def test_a_killed_rank_goes_on_on_another_node(submit, straight):
 
 
 def test_a_rank_that_hangs(submit, straight):
-    job = submit("train.hang_after=15")
+    job = submit("train.hang_timeout=15")
     job.train_on()
     with frozen(job.ranks()[1:]):
         job.wait_for_requeue()

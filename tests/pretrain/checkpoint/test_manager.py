@@ -537,7 +537,7 @@ def check_shards(rank, world, run, changes):
     build(run, world, **changes).check_shards()
 
 
-@pytest.mark.parametrize("key", ["every", "keep", "keep_every", "keep_best", "seconds_before_limit"])
+@pytest.mark.parametrize("key", ["every", "keep", "keep_every", "keep_best", "reserve_seconds"])
 def test_a_wrong_setting_is_named(key):
     with pytest.raises(ValueError, match=rf"checkpoint\.{key}=-1 must not be negative"):
         CheckpointConfig(**{key: -1})

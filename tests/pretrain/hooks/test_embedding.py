@@ -190,7 +190,7 @@ def test_the_two_uses_gradients_are_the_dense_ones(world, parallel, tie):
         assert all(math.isfinite(value) for value in scalars.values())
 
 
-SETTINGS = {"train__steps": 9, "monitor__embedding": 3, "checkpoint__every": 1, "checkpoint__keep": 0}
+SETTINGS = {"train__steps": 9, "monitor__embedding_every": 3, "checkpoint__every": 1, "checkpoint__keep": 0}
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -212,7 +212,9 @@ def watched(data, tmp_path_factory) -> Path:
 def test_a_run_that_is_watched_trains_as_one_that_is_not(data, watched, tmp_path):
     """To the last bit; two replicas."""
     run_ranks(
-        2, train_rank, tiny_config(data, tmp_path / "run", **SETTINGS | {"monitor__embedding": 0}, vocab__parallel=1)
+        2,
+        train_rank,
+        tiny_config(data, tmp_path / "run", **SETTINGS | {"monitor__embedding_every": 0}, vocab__parallel=1),
     )
     lines = lines_of(watched)
     assert [line["loss"] for line in lines] == [line["loss"] for line in lines_of(tmp_path / "run")]
@@ -245,8 +247,10 @@ def test_what_was_seen_goes_on_at_any_split(data, watched, tmp_path, stop, world
 def test_the_monitor_may_come_and_go(data, tmp_path, first, second):
     """Counts begin when it comes, and are left out when it goes."""
     run = tmp_path / "run"
-    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"monitor__embedding": first}, train__stop_after=4))
-    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"monitor__embedding": second}))
+    run_ranks(
+        2, train_rank, tiny_config(data, run, **SETTINGS | {"monitor__embedding_every": first}, train__stop_after=4)
+    )
+    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"monitor__embedding_every": second}))
     has = ["monitor.seen" in read_manifest(folder)["tensors"] for folder in checkpoints(run)]
     assert has == [bool(first)] * 4 + [bool(second)] * 5
 
@@ -254,7 +258,7 @@ def test_the_monitor_may_come_and_go(data, tmp_path, first, second):
 def test_a_split_run_is_watched_on_both_sides_of_the_split(data, tmp_path):
     """Sampled at the split, and after."""
     run = tmp_path / "run"
-    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"vocab__untie_at": 5, "monitor__embedding": 2}))
+    run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"vocab__untie_at": 5, "monitor__embedding_every": 2}))
     lines = {line["step"]: line for line in lines_of(run)}
     assert [step for step in (2, 4, 6, 8) if "head_norm" in lines[step]] == [6, 8]
     assert all("grad_cosine" in lines[step] for step in (2, 4, 6, 8))

@@ -1,4 +1,4 @@
-"""`monitor.lens`: it logs what a dense float64 model of the same weights says, and training does not notice."""
+"""`monitor.lens_every`: it logs what a dense float64 model of the same weights says, and training does not notice."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def config_of(data: Path, run: Path, **changes) -> JobConfig:
         "vocab__size": None,
         "vocab__softcap": 4.0,
         "train__steps": STEPS,
-        "monitor__lens": EVERY,
+        "monitor__lens_every": EVERY,
         "monitor__lens_windows": 3,  # a number that 2 and 4 do not divide
         "model__layers": 3,
     }
@@ -170,7 +170,7 @@ def test_it_is_the_dense_truth(data, tmp_path, world, run, split):
 
 def test_training_does_not_notice(data, tmp_path):
     for name, every in (("with", EVERY), ("without", 0)):
-        run_ranks(2, train_rank, config_of(data, tmp_path / name, monitor__lens=every, vocab__parallel="2"))
+        run_ranks(2, train_rank, config_of(data, tmp_path / name, monitor__lens_every=every, vocab__parallel="2"))
     keys = ("loss", "grad_norm")
     with_it, without = (
         [[line[key] for key in keys] for line in logged(tmp_path / name).values()] for name in ("with", "without")
@@ -218,7 +218,7 @@ def time_left_at_each_window(rank: int, world: int, config: JobConfig) -> list[f
 
 
 def test_every_window_is_a_sign_of_life(data, tmp_path):
-    config = config_of(data, tmp_path / "a", train__hang_after=10_000.0, monitor__lens_windows=6)
+    config = config_of(data, tmp_path / "a", train__hang_timeout=10_000.0, monitor__lens_windows=6)
     for left in run_ranks(2, time_left_at_each_window, config):
         assert len(left) == 2 * 3 and min(left) > 5_000  # at step 3 and 6
 
@@ -293,12 +293,12 @@ def test_a_log_that_cannot_be_read_costs_columns_alone(tmp_path):
 
 
 def test_what_cannot_be_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match=r"monitor\.lens=-1 must not be negative"):
-        config_of(data, tmp_path / "a", monitor__lens=-1)
+    with pytest.raises(ValueError, match=r"monitor\.lens_every=-1 must not be negative"):
+        config_of(data, tmp_path / "a", monitor__lens_every=-1)
     with pytest.raises(ValueError, match=r"monitor\.lens_windows=0 must be at least 1"):
         config_of(data, tmp_path / "a", monitor__lens_windows=0)
-    config = tiny_config(write_tokens_pair(tmp_path), tmp_path / "b", monitor__lens=5)
-    with pytest.raises(ValueError, match=r"monitor\.lens=5 must be 0 where the data has no validation split"):
+    config = tiny_config(write_tokens_pair(tmp_path), tmp_path / "b", monitor__lens_every=5)
+    with pytest.raises(ValueError, match=r"monitor\.lens_every=5 must be 0: the data has no validation split"):
         check_job(config, 1, "cpu")
 
 
