@@ -188,7 +188,7 @@ BAD = {
     "a vocabulary smaller than the tokenizer's": ("vocab.size=300", "vocab.size=300 must be at least 400"),
     "an unknown group": ("+trian.steps=5", "unknown key trian"),
     "a time that is none": ("train.time_limit=soon", "train.time_limit=soon must be a time such as 4h"),
-    "a time too short to save in": ("train.time_limit=50s", "train.time_limit=50s must exceed checkpoint.seconds_bef"),
+    "a time too short to save in": ("train.time_limit=50s", "train.time_limit=50s must exceed checkpoint.reserve_s"),
     "an unknown engine": ("engine.name=zero", "engine.name=zero must be one of fsdp2, deepspeed"),
     "a stage that there is not": ("engine=deepspeed engine.zero_stage=4", "engine.zero_stage=4 must be 0, 1, 2 or 3"),
     "a key of DeepSpeed's that is ours": (
