@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from launch import local
 from tests.in_process import in_process
+from tests.warm import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.micro_batch=2"
@@ -18,12 +20,16 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(
-    *arguments: str, timeout: float = 120, environment: dict[str, str] | None = None
+    *arguments: str, timeout: float = 120, environment: dict[str, str] | None = None, cold: bool = False
 ) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    """Returns what the command has written, and its exit code. cold: a new interpreter runs it, as a user's would."""
+    with start(" ".join(arguments), environment, cold) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
 
 def refused(arguments: str) -> str:
@@ -34,15 +40,13 @@ def refused(arguments: str) -> str:
     return done.stderr
 
 
-def start(arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(f"launch/local.py {arguments}"),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(
+    arguments: str, environment: dict[str, str] | None = None, cold: bool = False, **streams: Any
+) -> subprocess.Popen:
+    """The process of a command, such as `launch/local.py nproc=2`."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
+    given = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    return (subprocess.Popen if cold else Command)(command(arguments), cwd=ROOT, env=given, **streams)
 
 
 def scalars(folder: Path) -> list[dict]:

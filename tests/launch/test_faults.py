@@ -1,6 +1,5 @@
 """What ends a run before its last step, from a signal to a full disk, and how the next start goes on from there."""
 
-import os
 import signal
 import subprocess
 import time
@@ -12,13 +11,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.checkpoint import checkpoints, step_of
-from tests.launch.commands import ROOT, SMALL, command, restarts, run, scalars, start
+from tests.launch.commands import SMALL, restarts, run, scalars, start
 
 FORTY = f"nproc=2 log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "pretrain.train" in child.cmdline()]
+    """In the order of their ranks, in which they were started."""
+    return sorted(psutil.Process(process.pid).children(), key=lambda child: (child.create_time(), child.pid))
 
 
 def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
@@ -48,7 +48,7 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on(data, tmp_path):
     """SIGINT, SIGHUP and Ctrl-Z are tried in test_terminal.py."""
     folder = tmp_path / "run"
     arguments = f"nproc=2 train.steps=100000 data.path={data} run.dir={folder} log.every=1 optim.schedule=wsd {SMALL}"
-    process = start(arguments)
+    process = start(f"launch/local.py {arguments}")
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step") and " 5/" in line:
@@ -66,7 +66,7 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on(data, tmp_path):
 
 
 def test_a_signal_while_the_ranks_start_saves_where_they_stand(data, tmp_path):
-    process = start(f"data.path={data} run.dir={tmp_path}/run {FORTY}")
+    process = start(f"launch/local.py data.path={data} run.dir={tmp_path}/run {FORTY}", cold=True)
     while not ranks_of(process):
         assert process.poll() is None
         time.sleep(0.05)
@@ -80,14 +80,14 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
     """Where it is not to start by itself; and where it is."""
     folder = tmp_path / "run"
     arguments = f"data.path={data} run.dir={folder} {FORTY}"
-    process = start(f"{arguments} restart.max_failures=0")
+    process = start(f"launch/local.py {arguments} restart.max_failures=0")
     send_to_a_rank(process, signal.SIGKILL, "10/40")
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
     error = errors.splitlines()[-1]
     assert error.startswith("error: rank 1 failed (killed by SIGKILL); the run stopped") and str(folder) in error
     assert "Traceback" not in errors
-    process = start(arguments)
+    process = start(f"launch/local.py {arguments}")
     send_to_a_rank(process, signal.SIGKILL, "20/40")
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
@@ -105,7 +105,7 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
 
 def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_path):
     folder = tmp_path / "run"
-    process = start(f"data.path={data} run.dir={folder} {FORTY} train.hang_timeout=8")
+    process = start(f"launch/local.py data.path={data} run.dir={folder} {FORTY} train.hang_timeout=8")
     send_to_a_rank(process, signal.SIGSTOP, "10/40")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -170,13 +170,8 @@ def test_a_full_disk_between_two_saves_costs_nothing(data, tmp_path):
     try:
         with open(disk / "log", "w") as log:
             arguments = f"nproc=1 data.path={data} run.dir={disk}/run log.every=1 train.precision=fp32 {SMALL}"
-            process = subprocess.Popen(
-                command(f"launch/local.py {arguments} train.steps=100000"),
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.PIPE,
-            )
+            settings = f"{arguments} train.steps=100000"
+            process = start(f"launch/local.py {settings}", stdout=log, text=False)
         metrics = disk / "run" / "metrics.jsonl"
         while not metrics.exists() or not metrics.read_bytes():
             assert process.poll() is None

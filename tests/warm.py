@@ -1,0 +1,132 @@
+"""Starts a command of ours as a fork of the server of ranks.py, which has loaded what the command imports.
+
+A training on two ranks costs 13 s of processor time if each process imports torch, and one second if it does not. What
+is forked is the same code, with a process id, session, streams, environment and signals of its own: only the start of
+the interpreter and the imports are not repeated. `run(..., cold=True)` in launch/commands.py starts one as users do.
+"""
+
+import atexit
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from contextlib import suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.ranks import context
+
+RESET = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP, signal.SIGALRM, signal.SIGCHLD)
+
+
+class Command(subprocess.Popen):
+    """`python ARGUMENTS` in `cwd`, with `env`; stdout and stderr as Popen takes them, stdin is empty."""
+
+    def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
+        cwd, environment, pipes, output, error = given[4], given[5], given[9:15], given[12], given[14]
+        streams = [Connection(os.dup(stream)) for stream in (output, error)]
+        self._process = context.Process(target=_command, args=(args[1:], str(cwd), dict(environment), *streams))
+        self._process.start()
+        for stream in streams:
+            stream.close()
+        self.pid, self._child_created = self._process.pid, True
+        self._close_pipe_fds(*pipes)
+
+    def _internal_poll(self, **unused: Any) -> int | None:  # type: ignore[override]
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:  # type: ignore[override]
+        self._process.join(timeout)
+        if self._internal_poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+
+class _Rank(subprocess.Popen):
+    """What the supervisor starts: a fork of this process, which has imported what the rank imports."""
+
+    def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
+        prepare, environment, pipes, inherited, error = given[1], given[5], given[9:15], given[9], given[14]
+        self.pid = os.fork()
+        if self.pid == 0:
+            with _ending():
+                os.setsid()
+                prepare()
+                os.dup2(inherited, 0)
+                os.dup2(error, 2)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                _run(args[1:], environment)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+
+def _command(arguments: list[str], cwd: str, environment: dict[str, str], *streams: Connection) -> None:
+    from launch import supervisor
+
+    supervisor.subprocess = SimpleNamespace(Popen=_Rank, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined]
+    with _ending():
+        empty = os.open(os.devnull, os.O_RDONLY)
+        for number, stream in enumerate((empty, *(stream.fileno() for stream in streams))):
+            os.dup2(stream, number)
+        os.close(empty)
+        for stream in streams:
+            stream.close()
+        os.chdir(cwd)
+        _run(arguments, environment)
+
+
+class _ending:
+    """Ends the process with what Python would end with, and with what it would write then."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        code = 0
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            traceback.print_exception(error)
+            code = 1
+        with suppress(Exception):
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str], environment: dict[str, str]) -> None:
+    """The command, in this process, with fresh streams and signals."""
+    import torch
+
+    from data_prep import terminal
+
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    for number in RESET:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = TextIOWrapper(BufferedWriter(FileIO(number, "w", closefd=False)), "utf-8", line_buffering=number == 2)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    terminal._outputs.clear()
+    if arguments[0] == "-m":
+        terminal.begin()  # as the package does when it is imported
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(str(Path(arguments[0]).resolve()), run_name="__main__")
