@@ -100,11 +100,11 @@ def place_of(split: str, number: int) -> int:
 def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
     """What a unit keeps, by digest."""
     numbers = np.fromiter(places.values(), np.int64, len(places))
-    there = numbers != NOWHERE
-    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[there]
+    kept = numbers != NOWHERE
+    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[kept]
     order = np.lexsort((halves[:, 1], halves[:, 0]))
     table = np.zeros(len(halves), KEPT)
-    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[there][order]
+    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[kept][order]
     return table
 
 

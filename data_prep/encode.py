@@ -138,11 +138,11 @@ class LongPoison(Exception):
         self.number, self.reason = number, reason
 
 
-def watched(things: Iterable[T], watch: Watch) -> Iterator[T]:
+def watched(items: Iterable[T], watch: Watch) -> Iterator[T]:
     """The same, the time until each of them comes counted as reading."""
     watch.at(READING)
-    for thing in things:
-        yield thing
+    for item in items:
+        yield item
         watch.at(READING)
 
 

@@ -73,7 +73,7 @@ class Tokenizer:
         """DataError where the pattern does not match every character: what no match has would be lost."""
         kept = self.decode(self._encode(PROBE))
         if kept != PROBE:
-            lost = next((one for one, other in zip(PROBE, kept, strict=False) if one != other), PROBE[-1])
+            lost = next((given for given, decoded in zip(PROBE, kept, strict=False) if given != decoded), PROBE[-1])
             rule = f"must match all text: {lost!r}, which it leaves out, would be lost"
             raise DataError(f"tokenizer.pattern={self.spec.pattern} {rule}")
 
