@@ -135,8 +135,8 @@ class ClusterConfig:
 
     def describe(self) -> str:
         each = f"{self.ranks_of_a_node} ranks" if self.ranks_of_a_node > 1 else "1 rank"
-        of = f" on {self.gpu}" if self.gpu else ""
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{of}, at most {self.time}"
+        on_gpu = f" on {self.gpu}" if self.gpu else ""
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{on_gpu}, at most {self.time}"
 
     def job(
         self,
@@ -198,8 +198,8 @@ def register() -> None:
 def need_cluster(composed: Container[object]) -> None:
     """ValueError where the command names no cluster."""
     if "cluster" not in composed:
-        there = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
-        raise ValueError(f"+cluster=NAME is missing; there are {there}")
+        names = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
+        raise ValueError(f"+cluster=NAME is missing; there are {names}")
 
 
 def need_slurm(dry_run: bool) -> None:

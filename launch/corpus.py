@@ -190,13 +190,13 @@ def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
 
 def job_of(config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot) -> Job:
     """A step as Slurm is handed it, given the ids of those before it."""
-    here, tokenizing = Path.cwd(), config.tokenizing()
+    cwd, tokenizing = Path.cwd(), config.tokenizing()
     return config.cluster.job(
         folder=config.jobs,
         name=f"{config.here.name}-{step.name}",
         setup=[import_from(config.jobs / CODE / snapshot.name)],
-        mounts=[config.here.parent, here],
-        calls=[CorpusTask(replace(tokenizing, part=part), str(here)) for part in step.parts],
+        mounts=[config.here.parent, cwd],
+        calls=[CorpusTask(replace(tokenizing, part=part), str(cwd)) for part in step.parts],
         options=step.dependency(jobs),
     )
 

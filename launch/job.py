@@ -130,15 +130,15 @@ class Attempt:
     def _tell_of_lost_ones(self) -> None:
         """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
         history = History(self.run)
-        told = {line["job"] for line in history.lines()}
+        reported = {line["job"] for line in history.lines()}
         for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
-            other = Attempt(self.run, path.parent.name)
-            if other.name not in told and other.name != self.name and (records := other.records()):
+            attempt = Attempt(self.run, path.parent.name)
+            if attempt.name not in reported and attempt.name != self.name and (records := attempt.records()):
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
                 first = cause(records)
                 if first.last == NO_EXIT_STATUS and records[0].last == NO_EXIT_STATUS:
                     first = records[0]  # the first rank is on the batch script's node, which has left no word either
-                history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
+                history.write(attempt.name, attempt.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
     def _keep(self, record: Record) -> None:
         try:

@@ -55,8 +55,8 @@ def cause(records: Iterable[Record]) -> Record:
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        told = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
-        return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
+        reported = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
+        return guilt + (reported and guilt == len(innocent)), not record.waits, -record.time
 
     first = max(records, key=order)
     unknown = (

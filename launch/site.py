@@ -74,14 +74,14 @@ def partitions(said: str) -> dict[str, dict[str, str]]:
 
 def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
     """The partition has too few nodes, or too few with that many GPUs."""
-    there = known.get("TotalNodes", "")
-    if there.isdigit() and cluster.nodes > int(there):
-        return f"cluster.nodes={cluster.nodes} must be at most {there}: partition {name} has no more nodes"
+    total_nodes = known.get("TotalNodes", "")
+    if total_nodes.isdigit() and cluster.nodes > int(total_nodes):
+        return f"cluster.nodes={cluster.nodes} must be at most {total_nodes}: partition {name} has no more nodes"
     said = _answer("sinfo", "--noheader", f"--partition={name}", "--format=%D|%G") if cluster.gpus_per_node else ""
     nodes = re.findall(r"^(\d+)\|(.+)$", said, re.MULTILINE)
     shown = sum(int(count) for count, _ in nodes)
     if (
-        "gpu" not in said or not there.isdigit() or shown < int(there)
+        "gpu" not in said or not total_nodes.isdigit() or shown < int(total_nodes)
     ):  # no GPUs named, or nodes of a cloud that are off
         return ""
     gpus = [(int(count), sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))) for count, gres in nodes]

@@ -135,7 +135,7 @@ class StepCost:
         return transfers(self.p, self.work, self.world, -(-self.work.tokens // self.chunk), lookup)
 
     def of_body(self) -> list[Transfer]:
-        return [one for one in self.body.transfers() if one.ranks > 1]
+        return [transfer for transfer in self.body.transfers() if transfer.ranks > 1]
 
     @property
     def flops(self) -> float:
