@@ -181,9 +181,9 @@ def ranks_or_alone() -> Iterator[torch.device]:
 
 def ranks_of_a_node(device: torch.device) -> int:
     """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
-    here = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
-    dist.all_reduce(here, dist.ReduceOp.MIN)
-    return int(on_host(here))
+    local_world = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
+    dist.all_reduce(local_world, dist.ReduceOp.MIN)
+    return int(on_host(local_world))
 
 
 def name_rank(device: torch.device) -> None:

@@ -75,8 +75,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in its last line")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
-    for key, there in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
-        if not there:
+    for key, present in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
+        if not present:
             raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: it has no {key}")
     return manifest
 

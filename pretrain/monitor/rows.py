@@ -120,7 +120,7 @@ class Rows:
         n, x, y = self._host_sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
         if n < 2:
             return {}
-        x_v, y_v = (torch.where(counted_v, one - mean / n, 0.0) for one, mean in ((x_v, x), (y_v, y)))
+        x_v, y_v = (torch.where(counted_v, values_v - mean / n, 0.0) for values_v, mean in ((x_v, x), (y_v, y)))
         xx, yy, xy = self._host_sum(torch.stack([(x_v * x_v).sum(), (y_v * y_v).sum(), (x_v * y_v).sum()])).tolist()
         return {"norm_by_count": xy / math.sqrt(xx * yy)} if xx > 0 and yy > 0 else {}
 
