@@ -1,4 +1,4 @@
-"""What is wrong with a command line or a YAML file, in one line: from the several that Hydra, OmegaConf and YAML write.
+"""One-line messages for mistakes in a command line or a YAML file, from the several of Hydra, OmegaConf and YAML.
 
 Apart from command.py, which decides what counts as a mistake of the user: here are only the words.
 """
@@ -178,7 +178,7 @@ def _bases(group: str) -> dict[str, Any]:
 
 
 def needs_base(group: str) -> str:
-    """What to write first into a file of that group."""
+    """Says what to write first into a file of that group."""
     first, *others = [f"defaults: [{name}, _self_]" for name in _bases(group)]
     return f"it must build on one of the schemas: write as its first line {' or '.join([first, *others])}"
 

@@ -35,9 +35,9 @@ class Output:
     tokenizer_from_corpus: bool  # then a folder that was begun with another corpus has another tokenizer
 
     def finished(self) -> Manifest | None:
-        """The manifest where a run with these settings has finished; None where one may start or go on.
+        """The manifest if a run with these settings has finished; None if one may start or go on.
 
-        Raises DataError where the folder has something else in it, or was finished and then damaged.
+        Raises DataError if the folder has something else in it, or was finished and then damaged.
         """
         if (self.folder / MANIFEST_FILE).exists():
             manifest = check(self.folder)
@@ -82,7 +82,7 @@ class Output:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Hold the folder beside other parts of the same run. DataError where it is not prepared for them.
+        """Holds the folder beside other parts of the same run. Raises DataError if it is not prepared for them.
 
         Removes nothing: what is half written here may be another part's.
         """
@@ -95,7 +95,7 @@ class Output:
 
     @property
     def prepared(self) -> bool:
-        """Whether all that parts need is there: the settings and the tokenizer."""
+        """True if all that parts need is there: the settings and the tokenizer."""
         return self._settings_path.exists() and self.has_tokenizer
 
     @property

@@ -1,4 +1,4 @@
-"""What a path to a tokenizer leads to, told by content.
+"""Finds what a path to a tokenizer leads to, by content.
 
 A module of its own: it reads no tokenizer, and knows the names and signs of the kinds that we do not read.
 """
