@@ -1,4 +1,4 @@
-"""What to change so that a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
+"""Changes with which a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
 
 The search is arithmetic. It tries a smaller train.micro_batch, more of engine.activation_checkpointing, an engine that
 shards more, engine.offload, and every vocab.parallel, alone and together.
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a rank holds at most, and its speed, with these settings."""
+    """Memory that a rank holds at most, and its speed, with these settings."""
 
     settings: tuple[str, ...]
     bytes: int

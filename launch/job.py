@@ -1,4 +1,4 @@
-"""What runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
+"""Runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
 
 `srun` starts `SlurmRank` once a rank (submitit carries it there). Supervisors tell each other of failures in
 RUN/attempts/<job>-<restart>/ on the shared file system. When all have ended, whatever the reason, the batch script
@@ -150,7 +150,7 @@ class Attempt:
 
 
 def rendezvous() -> dict[str, str]:
-    """What `pretrain.train` reads from its environment, out of Slurm's."""
+    """Variables that `pretrain.train` reads from its environment, out of Slurm's."""
     job, restarts = int(os.environ["SLURM_JOB_ID"]), restarts_of_job()
     found = {
         "RANK": os.environ["SLURM_PROCID"],
@@ -228,7 +228,7 @@ def close(run: Path, config: RestartConfig) -> bool:
 
 
 def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
-    """Of all ranks. If silence is all that explains the end, a while later: other nodes' files may not be here yet."""
+    """Records of all ranks. Waits a while if only silence explains the end: other nodes' files may come later."""
     late = time.monotonic() + RECORD_SECONDS
     while True:
         records = attempt.records()
@@ -276,12 +276,12 @@ def _requeue(excluded: str | None, delay: float) -> bool:
 
 
 def _ask(*command: str) -> str:
-    """What one of Slurm's commands says; nothing where it fails."""
+    """Returns what a Slurm command says; "" if it fails."""
     return _tell(*command) or ""
 
 
 def _tell(*command: str) -> str | None:
-    """What it says; None, and a warning, where it fails."""
+    """Returns what a Slurm command says; None, and a warning, if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

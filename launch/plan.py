@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
+"""Plans what a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
 
 import sys
 from dataclasses import replace

@@ -33,7 +33,7 @@ class Size:
 
     @property
     def memory(self) -> list[Item]:
-        """What is held when most is."""
+        """Items of the phase that holds most."""
         return max(self.phases.values(), key=total)
 
 

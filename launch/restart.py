@@ -1,4 +1,4 @@
-"""Whether a run whose ranks have ended is started again, and RUN/restarts.jsonl, which tells why."""
+"""Decides whether a run whose ranks have ended is started again; writes RUN/restarts.jsonl, which tells why."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def bad_node(first: Record, records: Iterable[Record]) -> str | None:
 
 
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
-    """What to do after a start that has ended so, and why.
+    """Decides what to do after a start that ended with `ending`, and why.
 
     progress: whether there is a newer checkpoint than at its beginning; fruitless: starts without, in a row and up to
     this one.

@@ -1,5 +1,5 @@
-"""What the site makes of a job before it is submitted: the Python that its setup chooses, and whether its partition can
-ever start it. Apart from cluster.py, which describes a job and knows no site.
+"""Checks a job against the site before it is submitted: the Python that its setup chooses, and whether its partition
+can ever start it. Apart from cluster.py, which describes a job and knows no site.
 """
 
 import math
@@ -67,7 +67,7 @@ def check_partition(cluster: ClusterConfig) -> None:
 
 
 def partitions(said: str) -> dict[str, dict[str, str]]:
-    """What scontrol says of each partition, by name."""
+    """Parses what scontrol says of each partition, by name."""
     lines = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines()]
     return {line["PartitionName"]: line for line in lines if "PartitionName" in line}
 
@@ -117,7 +117,7 @@ def _minutes(time: str) -> float:
 
 
 def _answer(*command: str) -> str:
-    """What a command of Slurm prints; "" if it is absent, fails or takes too long."""
+    """Returns what a Slurm command prints; "" if it is absent, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def compose() -> list[tuple[DictConfig, list[str]]]:
-    """What Hydra makes of the command line, and the overrides of each: of a sweep there are several."""
+    """Composes the configurations of the command line, each with its overrides: a sweep has several."""
     composed: list[tuple[DictConfig, list[str]]] = []
 
     def keep(config: DictConfig) -> None:

@@ -41,7 +41,7 @@ from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 
 @dataclass
 class LaunchConfig:
-    """What the command says besides the training."""
+    """Settings of the command besides the training."""
 
     cluster: ClusterConfig = MISSING
     restart: RestartConfig = field(default_factory=RestartConfig)
@@ -183,7 +183,7 @@ def unfinished(runs: list[Run]) -> list[Run]:
 
 
 def job_of(ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> Job:
-    """What Slurm is handed: one job, or an array of one per run."""
+    """Builds the job for Slurm: one, or an array of one per run."""
     mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
     lines = setup(runs, base / "code" / snapshot.name, ours.restart)
     return ours.cluster.job(base / "slurm", base.name, lines, mounts, [SlurmRank(str(run.config.path)) for run in runs])
