@@ -1,4 +1,4 @@
-"""What differs between the settings of a checkpoint and those of the run that resumes it.
+"""Differences between the settings of a checkpoint and those of the run that resumes it.
 
 Apart from compose.py because launchers read it without torch, also while a job ends.
 """

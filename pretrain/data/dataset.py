@@ -125,7 +125,7 @@ def _open_folder(path: Path) -> Corpus:
 
 
 def _name_of_pair(file: TokenFile) -> str:
-    """Of a pair that brings no hashes: by the lengths and the ends of its two files."""
+    """Name of a pair that brings no hashes: from the lengths and the ends of its two files."""
     digest = hashlib.sha256(f"{file.size} {file.sequences}".encode())
     for part in (file.tokens, file.lengths):
         digest.update(part[:NAMED_BY].tobytes() + part[-NAMED_BY:].tobytes())

@@ -134,7 +134,7 @@ class LensMonitor(Hook):
 
 
 def _sums(found: LensResult, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all positions, and by bin, b of them in all: of each row [R, m, b], of all [w, b], and positions [2, b]."""
+    """Sums over all positions, and by bin, b in all: of each row [R, m, b], of all [w, b], and of positions [2, b]."""
     values_RNm, whole_Nw = _measured(found)
     known_N = found.targets >= 0
     bins_Nb = F.one_hot(bins_N + 1, 1 + len(BINS)).double()

@@ -63,7 +63,7 @@ class Rows:
         return scalars | {f"rows_of_bin/{name}": count for name, count in zip(BINS, bins, strict=True)}
 
     def of_matrix(self, weight_vD: Tensor) -> tuple[dict[str, float], dict[str, list[int]]]:
-        """Of one matrix: numbers, and the lowest ids of rows that are damaged, small, or as those never seen.
+        """Measures one matrix: numbers, and the lowest ids of rows that are damaged, small, or like those never seen.
 
         norm: mean of the rows', by bin too. norm_by_count: its correlation with log count, of rows seen. Shape: see
         `isotropy`. damaged: rows with a number that is not finite, or all zero; no other measure has them. small: below

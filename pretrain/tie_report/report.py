@@ -1,4 +1,4 @@
-"""What the page shows of two runs: facts, warnings, curves and rows that stand out."""
+"""Contents of the page on two runs: facts, warnings, curves and rows that stand out."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -120,7 +120,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sections(tied: ReportRun, untied: ReportRun) -> list[Section]:
-    """What there is to draw: charts without a point, and sections without anything, are left out."""
+    """Sections to draw: charts without a point, and sections without anything, are left out."""
     found = [_training(tied, untied), _gradients(tied, untied), _rows(tied, untied)]
     drawn = [section._replace(charts=list(filter(None, map(_with_points, section.charts)))) for section in found]
     return [section for section in drawn if section.charts or section.rows]

@@ -27,7 +27,7 @@ TILE_BYTES = 16 * 2**20  # of rows that are made accurate at once, where they ar
 
 @dataclass(frozen=True)
 class Reading:
-    """What `Readout.read` returns: of S sets of N hidden states, in nats, accurate.
+    """Result of `Readout.read`: of S sets of N hidden states, in nats, accurate.
 
     top_logits, top_ids: the k largest logits, falling, and their ids, the lowest first among equals; [S, N, k].
     lse, entropy: log-sum-exp of the logits and entropy of the softmax, [S, N].
@@ -66,7 +66,7 @@ class Readout:
         tokens: Literal["distinct", "replicated"] = "replicated",
         memory_mib: float = MEMORY_MIB,
     ) -> None:
-        """Raises ValueError where the shard is not this rank's of the group, or has other rows."""
+        """Raises ValueError if the shard is not this rank's of the group, or has other rows."""
         if len(weight_vD) != shard.rows:
             raise ValueError(f"weight has {len(weight_vD)} rows, but the shard has {shard.rows}")
         if not memory_mib > 0:
@@ -93,7 +93,7 @@ class Readout:
         return self.read(hidden_ND[None]).lse[0]
 
     def entropy(self, hidden_ND: Tensor) -> Tensor:
-        """Of the softmax, [N]. Collectives: see `read`."""
+        """Entropy of the softmax, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None]).entropy[0]
 
     def kl(self, hidden_a_ND: Tensor, hidden_b_ND: Tensor) -> tuple[Tensor, Tensor]:
