@@ -52,7 +52,7 @@ PREPARE = "prepare"
 
 @dataclass
 class TokenizeConfig:
-    """What `conf/tokenize.yaml` composes."""
+    """Settings that `conf/tokenize.yaml` composes."""
 
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
@@ -104,7 +104,7 @@ class TokenizeConfig:
         return max(1, int(self.max_document_mib * 2**20))
 
     def settings(self) -> dict[str, Any]:
-        """What the output follows from, as JSON. Workers and parts are not in it."""
+        """Settings that determine the output, as JSON. Workers and parts are not among them."""
         config = {
             "tokenizer": self.tokenizer.describe(),
             "val_fraction": self.val_fraction,
@@ -267,7 +267,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
 
 
 def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
-    """Say what was left out. DataError where there is nothing to train on."""
+    """Says what was left out. Raises DataError if there is nothing to train on."""
     if tally.quarantined:
         print(f"quarantined {len(tally.quarantined)} documents, see {QUARANTINE_FILE}: {shown(tally.quarantined)}")
     left_out = [f"{manifest.corpus[key]:,} {key.replace('_', ' ')}" for key in ("too_short", "too_long", "duplicates")]
@@ -312,7 +312,7 @@ def run(composed: DictConfig) -> int:
 
 
 def config_of(composed: DictConfig) -> TokenizeConfig:
-    """DataError or OmegaConf's own where it is not right."""
+    """Raises DataError or OmegaConf's own error if it is not right."""
     if missing := OmegaConf.missing_keys(composed):
         raise DataError(f"{', '.join(sorted(missing))} must be given")
     config = OmegaConf.to_object(composed)

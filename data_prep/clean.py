@@ -62,7 +62,7 @@ def digests_of(folder: str) -> Path:
 
 
 def digest_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a folder's digests, if it should have any."""
+    """Yields what is wrong with a folder's digests, if it should have any."""
     if not manifest.config.get("clean", {}).get("deduplicate"):
         return
     path, documents = folder / DIGESTS_FILE, manifest.totals()[0]
@@ -93,18 +93,18 @@ def split_of(digest: bytes, val_fraction: float) -> str:
 
 
 def place_of(split: str, number: int) -> int:
-    """Of a document in its unit, by its number in the split's file."""
+    """Place of a document in its unit, given its number in the split's file."""
     return 2 * number + SPLITS.index(split)
 
 
 def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
-    """What a unit keeps, by digest."""
+    """Table of what a unit keeps, sorted by digest."""
     numbers = np.fromiter(places.values(), np.int64, len(places))
-    there = numbers != NOWHERE
-    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[there]
+    kept = numbers != NOWHERE
+    halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[kept]
     order = np.lexsort((halves[:, 1], halves[:, 0]))
     table = np.zeros(len(halves), KEPT)
-    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[there][order]
+    table["high"], table["low"], table["place"] = halves[order, 0], halves[order, 1], numbers[kept][order]
     return table
 
 

@@ -1,4 +1,4 @@
-"""What every command does with a wrong command line: one line on stderr, exit code 2."""
+"""Handles a wrong command line in every command: one line on stderr, exit code 2."""
 
 import os
 import sys
@@ -85,7 +85,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
-    """What `run_hydra` would compose, for a command that has settings of its own besides. Raises as Hydra does."""
+    """Composes what `run_hydra` would, for a command that has settings of its own besides. Raises as Hydra does."""
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose(config_name, readable(_with_new_names(overrides), sweeps=False))
     expand_home(config)

@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes: the form in which it is read, or why it is not read.
+"""Detects what a file holds by its first bytes: the form in which it is read, or why it is not read.
 
 Not part of source.py: that opens and reads what this has found. Its name alone decides between text, rows of JSON and
 brotli, which have no mark of their own.
@@ -104,7 +104,7 @@ def form_of(path: str, head: bytes, compression: str | None) -> Form | str:
 
 
 def refused(head: bytes) -> str | None:
-    """What the content is, and what to do, if it is neither text nor Parquet."""
+    """Says what the content is, and what to do, if it is neither text nor Parquet."""
     for known, advice in ((ARCHIVES, UNPACK), (FORMATS, CONVERT)):
         for magic, name in known.items():
             if head.startswith(magic):

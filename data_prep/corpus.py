@@ -66,14 +66,14 @@ class CorpusConfig(ABC):
 
     @abstractmethod
     def units(self, unit_bytes: int) -> Iterable[WorkUnit]:
-        """The whole corpus, in order. DataError where it cannot be read."""
+        """The whole corpus, in order. Raises DataError if it cannot be read."""
 
     @abstractmethod
     def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
         """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
 
         `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
-        DataError where the file cannot be read.
+        Raises DataError if the file cannot be read.
         """
 
     def items(self, unit: WorkUnit, largest: int, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Item]:
@@ -90,7 +90,7 @@ class CorpusConfig(ABC):
             yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if not isinstance(item, Rejected))
 
     def ensure_documents(self) -> None:
-        """DataError where the corpus is empty, or its first documents are all poison: a wrong text_key, say."""
+        """Raises DataError if the corpus is empty, or if its first documents are all poison: a wrong text_key, say."""
         units = self.units(LONG_BYTES)
         items = (item for unit in units for item in self.items(unit, LARGEST_DOCUMENT))
         poison: Rejected | None = None
@@ -109,7 +109,7 @@ class CorpusConfig(ABC):
         return []
 
     def describe(self) -> dict[str, Any]:
-        """What the documents depend on, for the manifest."""
+        """Settings that the documents depend on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
     def __getstate__(self) -> dict[str, Any]:

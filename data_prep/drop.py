@@ -54,7 +54,7 @@ class DropCopies:
 
 
 def pieces_of(file: TokenFile) -> Iterator[tuple[int, np.ndarray, list[int]]]:
-    """Of each document its number and its ids, PIECE at most; and where they end it, as for `TokenFileWriter.write`.
+    """Yields each document's number and its ids, PIECE at most; and where they end it, as for `TokenFileWriter.write`.
 
     Read from the file, not through its mapping, of which each page would stay in memory.
     """

@@ -33,7 +33,7 @@ class DurableFile:
 
     @property
     def sha256(self) -> str:
-        """Of everything written so far."""
+        """SHA-256 of everything written so far."""
         return self._hash.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -73,8 +73,8 @@ def durable(path: Path) -> Iterator[DurableFile]:
 def durable_folder(out: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `out` when the block ends well, and is removed when it does not.
 
-    What a killed process has left of it is removed first. DataError where there is something at `out`, or another
-    process writes it.
+    What a killed process has left of it is removed first. Raises DataError if there is something at `out`, or if
+    another process writes it.
     """
     place = out.resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What a finished unit is: what it was made of, the digest of its texts, its token files, what is not in them."""
+    """Record of a finished unit: what it was made of, the digest of its texts, its token files, what is not in them."""
 
     index: int
     key: str
@@ -60,7 +60,7 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every worker must know."""
+    """Settings that every worker must know."""
 
     folder: Path
     corpus: CorpusConfig
@@ -90,7 +90,7 @@ class UnitStride:
 
 
 class Watch(Protocol):
-    """Where a worker says how far it is, so that whoever looks sees progress, a stop, or the place of a crash."""
+    """Records how far a worker is, so that an observer sees progress, a stop, or the place of a crash."""
 
     def at(self, document: int) -> None: ...
 
@@ -138,11 +138,11 @@ class LongPoison(Exception):
         self.number, self.reason = number, reason
 
 
-def watched(things: Iterable[T], watch: Watch) -> Iterator[T]:
+def watched(items: Iterable[T], watch: Watch) -> Iterator[T]:
     """The same, the time until each of them comes counted as reading."""
     watch.at(READING)
-    for thing in things:
-        yield thing
+    for item in items:
+        yield item
         watch.at(READING)
 
 

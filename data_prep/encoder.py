@@ -49,7 +49,7 @@ SCHEMES = {
 
 
 class Encoder:
-    """What a worker encodes with. `scheme`: of gigatoken, or None for tiktoken alone."""
+    """Encoder of a worker. `scheme`: of gigatoken, or None for tiktoken alone."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, scheme: str | None) -> None:
         self._tokenizer, self._folder, self._scheme = tokenizer, folder, scheme
@@ -108,7 +108,7 @@ def lost(document: Document) -> Rejected:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a document is to blame. A panic of Rust is no Exception; running out of memory is not the document's."""
+    """True if the document is to blame. A Rust panic is not an Exception; running out of memory is not its fault."""
     return type(error).__name__ == "PanicException" or (
         isinstance(error, Exception) and not isinstance(error, MemoryError)
     )
@@ -179,7 +179,7 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
 
 
 def sample_of(documents: Iterable[Document | LongDocument]) -> list[Document]:
-    """Of the first two megabytes, and of long documents their beginnings, what can be encoded whole."""
+    """Documents of the first two megabytes, and the beginnings of long ones, that can be encoded whole."""
     sample, size = [], 0
     for document in documents:
         if isinstance(document, LongDocument):

@@ -168,8 +168,8 @@ def _pattern(steps: list[dict[str, Any]]) -> str:
     matches = kept in ([("Isolated", False)], [("Isolated", True)], [("Removed", True)])
     if kinds == ["Split", "ByteLevel"] and matches and not again and "Regex" in steps[0]["pattern"]:
         return _rust(steps[0]["pattern"]["Regex"])
-    told = ", then ".join([*kinds[:-1], f"ByteLevel with use_regex={str(again).lower()}"])
-    raise DataError(f"splits text as tiktoken cannot, which has one pattern: {told}")
+    description = ", then ".join([*kinds[:-1], f"ByteLevel with use_regex={str(again).lower()}"])
+    raise DataError(f"splits text as tiktoken cannot, which has one pattern: {description}")
 
 
 def pairs(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:

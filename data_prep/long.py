@@ -50,7 +50,7 @@ class LongDocument(NamedTuple):
 
 
 def digest_and_size(pieces: Iterable[str], largest: int) -> tuple[bytes, int]:
-    """Of their UTF-8. ValueError where it is none, or no JSON, or more than `largest` bytes."""
+    """Digest and bytes of their UTF-8. Raises ValueError if it is not UTF-8, not JSON, or more than `largest` bytes."""
     digest, size = blake2b(digest_size=DIGEST_BYTES), 0
     for piece in pieces:
         data = piece.encode()
@@ -103,7 +103,7 @@ def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
 
 
 def not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
-    """What is wrong, `before` bytes being ahead of those of the error."""
+    """Says what is wrong; `before` bytes are ahead of those of the error."""
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x} after {before + error.start} bytes)"
 
 
@@ -209,7 +209,7 @@ class Scanner:
         return block is not None
 
     def _take(self, run: re.Pattern[str]) -> str:
-        """What matches here, taken; `run` matches anywhere, if only nothing."""
+        """Takes and returns what matches here; `run` matches anywhere, if only nothing."""
         match = run.match(self._text, self._at)
         assert match is not None
         self._at = match.end()

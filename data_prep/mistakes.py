@@ -1,4 +1,4 @@
-"""What is wrong with a command line or a YAML file, in one line: from the several that Hydra, OmegaConf and YAML write.
+"""One-line messages for mistakes in a command line or a YAML file, from the several of Hydra, OmegaConf and YAML.
 
 Apart from command.py, which decides what counts as a mistake of the user: here are only the words.
 """
@@ -63,7 +63,7 @@ def _options(group: str) -> list[str]:
     below: Any = ConfigStore.instance().repo
     for part in group.split("/"):
         below = below.get(part, {}) if isinstance(below, dict) else {}
-    stored = [name.removesuffix(".yaml") for name, one in below.items() if not isinstance(one, dict)]
+    stored = [name.removesuffix(".yaml") for name, node in below.items() if not isinstance(node, dict)]
     return sorted({*stored, *(path.stem for folder in folders() for path in (folder / group).glob("*.yaml"))})
 
 
@@ -85,39 +85,39 @@ def _of_composing(message: str, cause: OmegaConfBaseException) -> str:
 
 def _of_override(message: str, error: BaseException) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error
-    told = message.strip().splitlines()[0] if message.strip() else headline(error)
-    override = re.match(r"(?:Error merging override|Could not override) '?(.+?)'?(?:\.|$|: )", told)
-    if told.startswith("Ambiguous value for argument"):
-        setting = told.partition("'")[2].rstrip("'")
+    first_line = message.strip().splitlines()[0] if message.strip() else headline(error)
+    override = re.match(r"(?:Error merging override|Could not override) '?(.+?)'?(?:\.|$|: )", first_line)
+    if first_line.startswith("Ambiguous value for argument"):
+        setting = first_line.partition("'")[2].rstrip("'")
         key, _, value = setting.partition("=")
         sweep = "a sweep is launch/slurm.py --multirun"
         return f"{setting} is several values: give one, or a list as {key}=[{value}]; {sweep}"
-    if "No match in the defaults list" in told:
+    if "No match in the defaults list" in first_line:
         append = re.search(r"To append to your default list use (.*)", message)
-        return told + (f" To add it: {append[1]}" if append else "")
+        return first_line + (f" To add it: {append[1]}" if append else "")
     if isinstance(cause, OmegaConfBaseException):
         key = override[1].lstrip("+~") if override and override[1] != cause.full_key else ""
         return said(str(cause.full_key or key.partition("=")[0]), cause)
-    return told
+    return first_line
 
 
 def said(key: str, error: OmegaConfBaseException) -> str:
     """Key, value and rule of one of OmegaConf's errors."""
-    told = str(error.msg or headline(error)).strip().splitlines()[0]
-    if isinstance(error, ConfigKeyError | ConfigAttributeError) and "not " in told:
+    first_line = str(error.msg or headline(error)).strip().splitlines()[0]
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and "not " in first_line:
         names = _names(error)
         return unknown(key, names)
-    if found := UNCONVERTED.search(told):
+    if found := UNCONVERTED.search(first_line):
         return f"{key}={found[1]} must be of type {found[3]}"
-    if "is not Optional" in told or "Incompatible value 'None'" in told:
+    if "is not Optional" in first_line or "Incompatible value 'None'" in first_line:
         return f"{key}=null must be a value: null is not allowed here"
-    if "is not a ListConfig" in told:
+    if "is not a ListConfig" in first_line:
         return f"{key} must be a list, such as [a, b]"
-    if "does not support deletion" in told:
+    if "does not support deletion" in first_line:
         return f"{key} cannot be removed: give it a value"
-    if told.startswith("Cannot assign"):
+    if first_line.startswith("Cannot assign"):
         return f"{key} must be values by names, such as {{a: x, b: y}}"
-    return f"{key}: {told}" if key and key not in told else told
+    return f"{key}: {first_line}" if key and key not in first_line else first_line
 
 
 def _names(error: OmegaConfBaseException) -> list[str]:
@@ -178,7 +178,7 @@ def _bases(group: str) -> dict[str, Any]:
 
 
 def needs_base(group: str) -> str:
-    """What to write first into a file of that group."""
+    """Says what to write first into a file of that group."""
     first, *others = [f"defaults: [{name}, _self_]" for name in _bases(group)]
     return f"it must build on one of the schemas: write as its first line {' or '.join([first, *others])}"
 
@@ -203,8 +203,8 @@ def folders() -> list[Path]:
 
 def file_of(config: str) -> Path:
     """The file of a configuration such as model/nano."""
-    there = (folder / f"{config}.yaml" for folder in folders())
-    return next((path for path in there if path.is_file()), CONF / f"{config}.yaml")
+    candidates = (folder / f"{config}.yaml" for folder in folders())
+    return next((path for path in candidates if path.is_file()), CONF / f"{config}.yaml")
 
 
 def _with_files(message: str) -> str:

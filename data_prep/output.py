@@ -35,9 +35,9 @@ class Output:
     tokenizer_from_corpus: bool  # then a folder that was begun with another corpus has another tokenizer
 
     def finished(self) -> Manifest | None:
-        """The manifest where a run with these settings has finished; None where one may start or go on.
+        """The manifest if a run with these settings has finished; None if one may start or go on.
 
-        Raises DataError where the folder has something else in it, or was finished and then damaged.
+        Raises DataError if the folder has something else in it, or was finished and then damaged.
         """
         if (self.folder / MANIFEST_FILE).exists():
             manifest = check(self.folder)
@@ -82,7 +82,7 @@ class Output:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Hold the folder beside other parts of the same run. DataError where it is not prepared for them.
+        """Holds the folder beside other parts of the same run. Raises DataError if it is not prepared for them.
 
         Removes nothing: what is half written here may be another part's.
         """
@@ -95,7 +95,7 @@ class Output:
 
     @property
     def prepared(self) -> bool:
-        """Whether all that parts need is there: the settings and the tokenizer."""
+        """True if all that parts need is there: the settings and the tokenizer."""
         return self._settings_path.exists() and self.has_tokenizer
 
     @property
@@ -135,13 +135,13 @@ class Output:
         file) is no obstacle, unless the tokenizer was made from it.
         """
         try:
-            there = dict(json.loads(self._settings_path.read_bytes()))
+            saved = dict(json.loads(self._settings_path.read_bytes()))
         except ValueError as error:
             raise DataError(f"{self._settings_path} is not JSON; delete {self.folder}") from error
         if self.tokenizer_from_corpus:
-            return there
+            return saved
         listed = {key: value for key, value in self.settings["corpus"].items() if key in LISTING_KEYS}
-        return {**there, "corpus": {**there["corpus"], **listed}}
+        return {**saved, "corpus": {**saved["corpus"], **listed}}
 
     @property
     def _busy(self) -> str:
@@ -159,8 +159,8 @@ class Output:
     def _settings_path(self) -> Path:
         return self._unfinished / SETTINGS_FILE
 
-    def _compare(self, there: dict[str, Any]) -> None:
-        difference = first_difference(there, self.settings)
+    def _compare(self, saved: dict[str, Any]) -> None:
+        difference = first_difference(saved, self.settings)
         if difference:
             raise DataError(
                 f"out={self.folder} was made with other settings: {difference};"
@@ -168,12 +168,12 @@ class Output:
             )
 
 
-def first_difference(there: Any, now: Any, key: str = "") -> str | None:
+def first_difference(before: Any, now: Any, key: str = "") -> str | None:
     """Say in which key two trees of JSON differ first, and how; None where they are equal."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        for name in sorted(there.keys() | now.keys()):
-            found = first_difference(there.get(name), now.get(name), f"{key}.{name}" if key else name)
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found
         return None
-    return None if there == now else f"{key} is {json.dumps(there)} there, {json.dumps(now)} now"
+    return None if before == now else f"{key} is {json.dumps(before)} there, {json.dumps(now)} now"

@@ -1,4 +1,4 @@
-"""What is typed as `key=value`, handed to Hydra as it was meant: its grammar reads `=`, `,`, `~`, `#` or `é` otherwise.
+"""Hands Hydra what is typed as `key=value` as it was meant: its grammar reads `=`, `,`, `~`, `#` or `é` otherwise.
 
 Apart from command.py, which runs a command: here is only what the text of one setting means.
 """
@@ -104,7 +104,7 @@ def with_new_names(settings: DictConfig) -> DictConfig:
 
 
 def _parsed(argument: str) -> Any:
-    """What Hydra reads; None if it cannot."""
+    """Returns what Hydra reads; None if it cannot."""
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:

@@ -11,7 +11,7 @@ BATCH_BYTES = 2 << 20  # of rows at once, where they are about the same size
 
 
 def row_groups(file: FileInfo, column: str) -> list[Piece]:
-    """A piece for each row group, by its number. DataError where there is no such column of text."""
+    """A piece for each row group, by its number. Raises DataError if there is no such column of text."""
     with reading(file.path), open_raw(file.path) as raw:
         from pyarrow import parquet
 
@@ -35,7 +35,7 @@ def row_groups(file: FileInfo, column: str) -> list[Piece]:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether Arrow's type is one of text, or of nothing but nulls."""
+    """True if Arrow's type is one of text, or of nothing but nulls."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

@@ -89,7 +89,7 @@ class WorkerProcess:
         return bool(self.numbers[PLACE] == READING)
 
     def stands_still(self, patience: float) -> str:
-        """What to say of it where it has been at the same document for so long, or reading for too long."""
+        """Says that it has been at one document for over `patience` seconds, or reading for too long; "" if not."""
         if self.numbers[BEATS] != self._beats:
             self._beats, self._since = self.numbers[BEATS], self._clock.seconds
         seconds = READING_SECONDS if self.reads else patience
@@ -126,7 +126,7 @@ class Pool:
     def run(self, tasks: Iterable[Task], tick: Callable[[], None]) -> Iterator[UnitRecord]:
         """The tasks' records, in the order in which they are done. Takes one task more than it has workers.
 
-        DataError where a worker is killed or the corpus cannot be read, OSError where it cannot write: what is
+        Raises DataError if a worker is killed or the corpus cannot be read, OSError if it cannot write: what is
         finished stays, and the next run takes it over.
         """
         waiting = iter(tasks)

@@ -64,6 +64,6 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """As 0:00:00."""
+    """Formats seconds as 0:00:00."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -17,7 +17,7 @@ RENAMED = {
 
 
 def renamed(arguments: Iterable[str]) -> dict[str, str]:
-    """Of the arguments those that set a key by its old name, and what each is today."""
+    """Finds the arguments that set a key by its old name, and what each is today."""
     found = {}
     for argument in arguments:
         signs, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]

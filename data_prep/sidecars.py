@@ -72,7 +72,7 @@ def sidecar(path: str) -> str:
 
 
 def held_out_of(paths: list[str]) -> list[str]:
-    """What is called test or validation among others that are not, by their names below the folder of all."""
+    """Files that are called test or validation among others that are not, by their names below the folder of all."""
     names = below(paths)
     found = [name for name in names if HELD_OUT.search(name.lower())]
     return found if len(found) < len(names) else []

@@ -72,7 +72,7 @@ class Piece:
         return replace(self, size=size, stop=middle), replace(self, size=self.size - size, start=middle)
 
     def joins(self, other: "Piece") -> bool:
-        """Whether `other` begins where this one ends."""
+        """True if `other` begins where this one ends."""
         return self.path == other.path and self.stop == other.start
 
     def join(self, other: "Piece") -> "Piece":
@@ -101,7 +101,7 @@ def name_of(path: str) -> PurePosixPath:
 
 
 def compression_of(path: str) -> str | None:
-    """What its name says."""
+    """Compression according to the suffix of its name; None if there is none."""
     return BY_SUFFIX.get(name_of(path).suffix.lower())
 
 
@@ -146,7 +146,7 @@ def local_files(name: str) -> list[FileInfo]:
 
 
 def local_file(path: Path) -> FileInfo:
-    """DataError or OSError where it cannot be opened: now, and not in the middle of a run."""
+    """Raises DataError or OSError if it cannot be opened: now, and not in the middle of a run."""
     status = path.stat()
     if not S_ISREG(status.st_mode):
         raise DataError(f"{path}: cannot be read: neither a file nor a folder")
@@ -156,7 +156,7 @@ def local_file(path: Path) -> FileInfo:
 
 
 def named(folder: str, parts: list[str]) -> Iterator[str]:
-    """What the parts of a glob name in `folder`, folders left out. OSError or DataError for what it cannot look at."""
+    """Yields what a glob's parts name in `folder`, without folders. Raises OSError or DataError if it cannot look."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for below in folders(folder):
@@ -190,7 +190,7 @@ def entries(folder: str, part: str) -> list[str]:
 
 
 def is_there(path: str) -> bool:
-    """Perhaps as a link that leads nowhere. OSError where that cannot be known."""
+    """True if it exists, perhaps as a link that leads nowhere. Raises OSError if that cannot be known."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -233,7 +233,7 @@ def remote_file(system: Any, inner: str, info: dict[str, Any]) -> FileInfo:
 
 @cache
 def takes_ranges(path: str) -> bool:
-    """Whether the file can be read from anywhere: tried, for a web server may send all or nothing, whatever it says."""
+    """True if the file can be read from anywhere: tried, for a web server may send all or nothing, whatever it says."""
     if not path.startswith(WEB):
         return True
     system, inner = filesystem(path)
@@ -246,7 +246,7 @@ def takes_ranges(path: str) -> bool:
 
 
 def filesystem(name: str) -> tuple[Any, str]:
-    """fsspec's, and the name in it. DataError where a package is missing."""
+    """fsspec's file system, and the name in it. Raises DataError if a package is missing."""
     import fsspec
 
     try:
@@ -332,7 +332,7 @@ def lines_of(
 
 
 def rest_of_line(stream: io.BufferedReader, most: int | None, heartbeat: Callable[[], None]) -> Iterator[bytes]:
-    """What comes up to the end of the line, or `most` bytes of it."""
+    """Yields what comes up to the end of the line, or `most` bytes of it."""
     while most != 0:
         heartbeat()
         block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most))

@@ -24,7 +24,7 @@ NAMES = ("bos_token", "eos_token", "pad_token")
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What each file of the source says. They may differ: an instruct model's tokenizer ends a turn, its config a text.
+    """Special tokens, as each file says. They may differ: an instruct model's tokenizer ends a turn, its config a text.
 
     Without a source all is empty, and a text begins and ends with the end of a document.
     """
@@ -70,7 +70,7 @@ class SpecialTokens:
 
     @property
     def bos(self) -> int | None:
-        """What a text begins with. The tokenizer knows best: a config.json may have kept its class's default."""
+        """Id that a text begins with. The tokenizer knows best: a config.json may have kept its class's default."""
         said = [*_ids(self.generation.get(IDS[0])), *_ids(self.config.get(IDS[0]))]
         return next(iter(self._known([self._named(NAMES[0]), *said])), None)
 

@@ -1,4 +1,4 @@
-"""What is in a folder of token files? A page of numbers, and the same drawn. Reads every token, a thread a core.
+"""Statistics of a folder of token files: a page of numbers, and the same drawn. Reads every token, one thread per core.
 
 FOLDER/statistics.txt   documents, tokens, bytes a token; lengths; the rows that are used most, and never
 FOLDER/statistics.png   lengths, and how often each row is used; needs matplotlib
@@ -30,7 +30,7 @@ SHARES = (0.5, 0.9, 0.99, 0.999)
 
 @dataclass
 class Counts:
-    """Of some documents. Lengths are in tokens, the end-of-document id included."""
+    """Counts of some documents. Lengths are in tokens, the end-of-document id included."""
 
     uses_V: np.ndarray  # how often each row is used
     text_bytes: int = 0
@@ -56,7 +56,7 @@ class Counts:
 
 
 def write_statistics(folder: Path) -> str:
-    """Write both files; the text, and a line on what was written. DataError where the folder is not whole."""
+    """Writes both files; the text, and a line on what was written. Raises DataError if the folder is not whole."""
     by_split, tokenizer = count(folder), Tokenizer.load(folder / TOKENIZER_FOLDER)
     text = "\n".join(page(folder, by_split, tokenizer)) + "\n"
     with durable(folder / TEXT_FILE) as file:
@@ -71,7 +71,7 @@ def write_statistics(folder: Path) -> str:
 
 
 def count(folder: Path) -> dict[str, Counts]:
-    """By split; only those that have documents."""
+    """Counts by split, for the splits that have documents."""
     manifest, by_split = check(folder), {}
 
     def of_entry(entry: TokenFileEntry) -> Counts:

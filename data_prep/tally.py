@@ -24,7 +24,7 @@ class Tally:
     quarantined: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: UnitRecord) -> None:
-        """DataError where too many documents have been put aside."""
+        """Adds a unit's record. Raises DataError if too many documents have been put aside."""
         self.records[record.index] = record
         self.quarantined += record.quarantined
         if len(self.quarantined) > self.most_quarantined:
@@ -38,7 +38,7 @@ class Tally:
         return [self.records[index] for index in sorted(self.records)]
 
     def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> Manifest:
-        """Of the finished `folder`."""
+        """Manifest of the finished `folder`."""
         records = self.in_order
         entries = [entry for record in records for entry in record.files]
         counts = {

@@ -99,7 +99,7 @@ def loaded() -> None:
 
 
 def product() -> None:
-    """What is printed from here on is what the command is for: if it cannot be written, the command ends."""
+    """Declares what is printed from here on the command's product: if it cannot be written, the command ends."""
     if _outputs:
         _outputs[1].product = True
         assert isinstance(sys.stdout, io.TextIOWrapper)

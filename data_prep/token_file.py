@@ -226,7 +226,7 @@ class TokenFile:
         return document, place - self.document_start(document)
 
     def document_start(self, document: int) -> int:
-        """Where a document begins among the tokens; of the number after the last, where that one ends."""
+        """Token at which a document begins; for the number after the last document, where that one ends."""
         sequence = self._maps.documents_view[document]
         if sequence == self.sequences:
             return self.size
@@ -238,7 +238,7 @@ class TokenFile:
         return np.diff(starts)
 
     def index_faults(self) -> list[str]:
-        """What is wrong inside the index. Reads it all, a piece at a time, and no token."""
+        """Says what is wrong inside the index. Reads it all, a piece at a time, and no token."""
         name, faults = with_suffix(self.prefix, ".idx"), []
         end, negative, misplaced = 0, False, False
         for start in range(0, len(self.lengths), PIECE):
@@ -312,7 +312,7 @@ Typed = TypeVar("Typed", bound="TokenFileEntry | Manifest")
 
 
 def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
-    """KeyError where a value is missing, TypeError where one is of another type than its field."""
+    """Builds a `kind`. Raises KeyError if a value is missing, TypeError if one is of another type than its field."""
     for field in fields(kind):
         expected: Any = get_origin(field.type) or field.type
         found = values[field.name]
@@ -323,9 +323,9 @@ def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder holds. `corpus` and `config` say how it was made.
+    """Contents of a finished folder. `corpus` and `config` say how it was made.
 
-    Raises ValueError where it has a file twice, TypeError where `config` is not of the kind that is read of it.
+    Raises ValueError if it has a file twice, TypeError if `config` is not of the kind that is read of it.
     """
 
     format_version: int
@@ -375,7 +375,7 @@ class Manifest:
         return tuple(entry for entry in self.files if entry.split == name)
 
     def summary(self, folder: Path) -> str:
-        """What is in the folder, in a line."""
+        """Describes the folder in a line."""
         documents, tokens, text_bytes = self.totals()
         return (
             f"{folder}: {documents:,} documents, {tokens:,} tokens ({self.totals(['val'])[1]:,} for validation),"

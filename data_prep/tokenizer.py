@@ -52,7 +52,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """From a folder with `ranks.tiktoken` and `spec.json`. DataError where they are missing or wrong."""
+        """Loads a folder with `ranks.tiktoken` and `spec.json`. Raises DataError if they are missing or wrong."""
         return cls(TokenizerSpec.load(Path(folder)))
 
     @classmethod
@@ -70,10 +70,10 @@ class Tokenizer:
         return cls(TokenizerSpec(name, encoding._pat_str, special_tokens, ranks))
 
     def check_pattern(self) -> None:
-        """DataError where the pattern does not match every character: what no match has would be lost."""
+        """Raises DataError if the pattern does not match every character: what no match has would be lost."""
         kept = self.decode(self._encode(PROBE))
         if kept != PROBE:
-            lost = next((one for one, other in zip(PROBE, kept, strict=False) if one != other), PROBE[-1])
+            lost = next((given for given, decoded in zip(PROBE, kept, strict=False) if given != decoded), PROBE[-1])
             rule = f"must match all text: {lost!r}, which it leaves out, would be lost"
             raise DataError(f"tokenizer.pattern={self.spec.pattern} {rule}")
 
@@ -169,7 +169,7 @@ class TokenizerConfig(ABC):
         """The tokenizer. `texts` opens the training documents; only a trained tokenizer reads them."""
 
     def describe(self) -> dict[str, Any]:
-        """What the tokenizer depends on, for the manifest."""
+        """Settings that the tokenizer depends on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -252,5 +252,5 @@ class FileTokenizer(TokenizerConfig):
         return Tokenizer(TokenizerSpec(path.stem, pattern, {END_OF_DOCUMENT: self.end_of_document}, ranks))
 
     def describe(self) -> dict[str, Any]:
-        """By content: the file may change under its name, and may move."""
+        """Describes it by content: the file may change under its name, and may move."""
         return {"kind": self.kind, "fingerprint": self.build(tuple).fingerprint}

@@ -1,4 +1,4 @@
-"""What a path to a tokenizer leads to, told by content.
+"""Finds what a path to a tokenizer leads to, by content.
 
 A module of its own: it reads no tokenizer, and knows the names and signs of the kinds that we do not read.
 """
@@ -28,8 +28,8 @@ def is_hf(path: Path) -> bool:
         return False
     if (path / TOKENIZER).is_file() or ((path / VOCAB).is_file() and (path / MERGES).is_file()):
         return True
-    for other in sorted([*path.glob("*.model"), *path.glob("tekken.json")]):
-        raise DataError(f"tokenizer.path={path} has no {TOKENIZER}; {other.name} {other_tokenizer(other) or 'may do'}")
+    for file in sorted([*path.glob("*.model"), *path.glob("tekken.json")]):
+        raise DataError(f"tokenizer.path={path} has no {TOKENIZER}; {file.name} {other_tokenizer(file) or 'may do'}")
     raise DataError(f"tokenizer.path={path} has none of the files of a tokenizer: {TAKEN}")
 
 

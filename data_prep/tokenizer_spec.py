@@ -24,7 +24,7 @@ MOST_ROWS = 2**24  # far above any vocabulary; token files could hold ids below 
 class TokenizerSpec:
     """All that defines a tokenizer: the ranks of its byte strings, its split pattern, its special tokens.
 
-    Raises DataError where a single byte has no rank, where an id is taken twice or out of bounds, or where the
+    Raises DataError if a single byte has no rank, if an id is taken twice or out of bounds, or if the
     end-of-document token is missing.
     """
 
@@ -58,7 +58,7 @@ class TokenizerSpec:
         return self.special_tokens[END_OF_DOCUMENT]
 
     def has_rows_of(self, other: "TokenizerSpec") -> bool:
-        """Whether rows of a matrix mean the same for both: each row its bytes, and the one that ends a document. The
+        """True if rows of a matrix mean the same for both: each row its bytes, and the one that ends a document. The
         pattern may be written in another way.
         """
         return self.ranks == other.ranks and self.end_of_document == other.end_of_document

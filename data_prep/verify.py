@@ -121,7 +121,7 @@ def _sampled_is_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> 
 
 
 def encodes_to_itself(ids: np.ndarray, tokenizer: Tokenizer, cut: bool) -> bool:
-    """Whether the text of `ids` encodes to them; where it is cut, to the first half, for the last words may not."""
+    """True if the text of `ids` encodes to them; if it is cut, to the first half, for the last words may not."""
     sure = len(ids) // 2 if cut else len(ids)
     try:
         return np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster, as in conf/cluster/NAME.yaml, and the job that this makes."""
+"""Cluster settings of a job, as in conf/cluster/NAME.yaml, and the job that they make."""
 
 import math
 import os
@@ -46,7 +46,7 @@ OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to us
 
 @dataclass
 class ClusterConfig:
-    """What a job asks of Slurm. partition, account, qos, constraint and exclude are sbatch's."""
+    """Resources that a job asks of Slurm. partition, account, qos, constraint and exclude are sbatch's."""
 
     nodes: int = 1
     gpus_per_node: int = 0
@@ -120,12 +120,12 @@ class ClusterConfig:
 
     @property
     def hardware(self) -> Hardware:
-        """What a rank computes on."""
+        """Hardware that a rank computes on."""
         return HARDWARE[self.gpu or "cpu"]
 
     @property
     def minutes(self) -> int:
-        """Of `time`, rounded up as Slurm does. ValueError unless it is one."""
+        """Minutes of `time`, rounded up as Slurm does. Raises ValueError if it is not a time."""
         form = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time)
         numbers = [int(number or 0) for number in form.groups()] if form else [0] * 4
         seconds = sum(number * unit for number, unit in zip(numbers, (86400, 3600, 60, 1), strict=True))
@@ -135,8 +135,8 @@ class ClusterConfig:
 
     def describe(self) -> str:
         each = f"{self.ranks_of_a_node} ranks" if self.ranks_of_a_node > 1 else "1 rank"
-        of = f" on {self.gpu}" if self.gpu else ""
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{of}, at most {self.time}"
+        on_gpu = f" on {self.gpu}" if self.gpu else ""
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{on_gpu}, at most {self.time}"
 
     def job(
         self,
@@ -153,7 +153,7 @@ class ClusterConfig:
         return Job(folder, self.task_python, parameters, calls)
 
     def parameters(self, name: str, setup: list[str], mounts: list[Path]) -> dict[str, Any]:
-        """What submitit's executor is told. `setup` comes after our lines; `mounts` is what the job needs."""
+        """Parameters of submitit's executor. `setup` comes after our lines; `mounts` is what the job needs."""
         threads = {"OMP_NUM_THREADS": str(self.cpus_per_task)}
         exports = [f"export {key}={shlex.quote(value)}" for key, value in (threads | self.environment).items()]
         further: dict[str, Any] = {"gres": f"gpu:{self.gpus_per_node}"} if self.gpus_per_node else {}
@@ -196,20 +196,20 @@ def register() -> None:
 
 
 def need_cluster(composed: Container[object]) -> None:
-    """ValueError where the command names no cluster."""
+    """Raises ValueError if the command names no cluster."""
     if "cluster" not in composed:
-        there = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
-        raise ValueError(f"+cluster=NAME is missing; there are {there}")
+        names = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
+        raise ValueError(f"+cluster=NAME is missing; there are {names}")
 
 
 def need_slurm(dry_run: bool) -> None:
-    """ValueError where jobs cannot be submitted."""
+    """Raises ValueError if jobs cannot be submitted."""
     if not dry_run and shutil.which("sbatch") is None:
         raise ValueError("sbatch is not here: run this on a login node of a Slurm cluster, or with dry_run=true")
 
 
 def plain_path(key: str, path: str) -> Path:
-    """A folder in full: a job may have another current one. ValueError where Slurm would read it in its own way."""
+    """A folder in full: a job may have another current one. Raises ValueError if Slurm would read it in its own way."""
     if not re.fullmatch(r"[\w@+=./-]+", path, re.ASCII):
         raise ValueError(f"{key}={path} must hold letters, digits and @+=./_- alone")
     return Path(os.path.abspath(path))

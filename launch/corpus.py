@@ -47,7 +47,7 @@ LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 
 @dataclass
 class TokenizeJobConfig(TokenizeConfig):
-    """What the command says: a corpus to tokenise, where, and what becomes of the jobs."""
+    """Settings of the command: a corpus to tokenise, where, and what becomes of the jobs."""
 
     cluster: ClusterConfig = MISSING
     dry_run: bool = False
@@ -77,7 +77,7 @@ class TokenizeJobConfig(TokenizeConfig):
         return self.here.with_name(f"{self.here.name}.slurm")
 
     def tokenizing(self) -> TokenizeConfig:
-        """What a job does, but for its part."""
+        """Settings of a job, but for its part."""
         known = {item.name: getattr(self, item.name) for item in fields(TokenizeConfig)}
         workers = self.workers or self.cluster.cpus_per_task
         return replace(TokenizeConfig(**known), out=str(self.here), workers=workers)
@@ -174,7 +174,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
 
 
 def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
-    """What is to be submitted, in order. One task needs no parts.
+    """Stages to submit, in order. One task needs no parts.
 
     A tokenizer that is not trained is prepared here and not by a job: to download it takes a network.
     """
@@ -190,13 +190,13 @@ def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
 
 def job_of(config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot) -> Job:
     """A step as Slurm is handed it, given the ids of those before it."""
-    here, tokenizing = Path.cwd(), config.tokenizing()
+    cwd, tokenizing = Path.cwd(), config.tokenizing()
     return config.cluster.job(
         folder=config.jobs,
         name=f"{config.here.name}-{step.name}",
         setup=[import_from(config.jobs / CODE / snapshot.name)],
-        mounts=[config.here.parent, here],
-        calls=[CorpusTask(replace(tokenizing, part=part), str(here)) for part in step.parts],
+        mounts=[config.here.parent, cwd],
+        calls=[CorpusTask(replace(tokenizing, part=part), str(cwd)) for part in step.parts],
         options=step.dependency(jobs),
     )
 

@@ -1,4 +1,4 @@
-"""What to change so that a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
+"""Changes with which a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
 
 The search is arithmetic. It tries a smaller train.micro_batch, more of engine.activation_checkpointing, an engine that
 shards more, engine.offload, and every vocab.parallel, alone and together.
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a rank holds at most, and its speed, with these settings."""
+    """Memory that a rank holds at most, and its speed, with these settings."""
 
     settings: tuple[str, ...]
     bytes: int
@@ -68,7 +68,7 @@ def fitting(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan],
     fits: defaultdict[tuple[bool, int], list[Fit]] = defaultdict(list)
     costs = {change.cost for change in changes}
     for offloads, count in sorted(costs | {(offloads, count + 1) for offloads, count in costs}):
-        for change in (one for one in changes if one.cost == (offloads, count)):
+        for change in (candidate for candidate in changes if candidate.cost == (offloads, count)):
             plan = planned(change.config)
             for size in plan.sizes:
                 own = size.ranks == plan.chosen.ranks
@@ -120,7 +120,7 @@ def larger(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], 
             found.append((fit, _sent(wider)))
     if not found:
         return f"{empty}; no larger train.micro_batch is predicted to fit this train.global_batch and to be faster"
-    best, sent = max(found, key=lambda one: one[0].tokens_per_second)
+    best, sent = max(found, key=lambda pair: pair[0].tokens_per_second)
     gain = f"{best.tokens_per_second / speed - 1:.1%} more"
     if sent < _sent(plan.chosen):
         gain += f", and {1 - sent / _sent(plan.chosen):.0%} less traffic"
@@ -128,7 +128,7 @@ def larger(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], 
 
 
 def _sent(size: Size) -> float:
-    return sum(one.sent for one in size.links)
+    return sum(transfer.sent for transfer in size.links)
 
 
 def _micro_batches(config: JobConfig, world: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a GPU, or a CPU core, and its links can do, by name. Peaks are the makers' figures; a plan counts on half."""
+"""Capabilities of GPUs, CPU cores and their links, by name. Peaks are the makers' figures; a plan counts on half."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ ATTAINED = 0.5  # of every peak; good for comparing, not measured
 
 @dataclass(frozen=True)
 class Hardware:
-    """What one rank computes on."""
+    """Device that one rank computes on, and its links."""
 
     device: str  # torch's name of its type
     memory: int  # bytes
@@ -26,7 +26,7 @@ class Hardware:
     far: float  # of its links to other nodes, one way, bytes/s
 
     def machine(self, world: int, node: int, itemsize: int) -> "Machine":
-        """What can be counted on, for `world` ranks, `node` of them on each node."""
+        """Rates to count on for `world` ranks, `node` of them on each node."""
         from pretrain.placement import Machine  # needs torch
 
         return Machine(

@@ -1,4 +1,4 @@
-"""What runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
+"""Runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
 
 `srun` starts `SlurmRank` once a rank (submitit carries it there). Supervisors tell each other of failures in
 RUN/attempts/<job>-<restart>/ on the shared file system. When all have ended, whatever the reason, the batch script
@@ -130,15 +130,15 @@ class Attempt:
     def _tell_of_lost_ones(self) -> None:
         """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
         history = History(self.run)
-        told = {line["job"] for line in history.lines()}
+        reported = {line["job"] for line in history.lines()}
         for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
-            other = Attempt(self.run, path.parent.name)
-            if other.name not in told and other.name != self.name and (records := other.records()):
+            attempt = Attempt(self.run, path.parent.name)
+            if attempt.name not in reported and attempt.name != self.name and (records := attempt.records()):
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
                 first = cause(records)
                 if first.last == NO_EXIT_STATUS and records[0].last == NO_EXIT_STATUS:
                     first = records[0]  # the first rank is on the batch script's node, which has left no word either
-                history.write(other.name, other.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
+                history.write(attempt.name, attempt.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
     def _keep(self, record: Record) -> None:
         try:
@@ -150,7 +150,7 @@ class Attempt:
 
 
 def rendezvous() -> dict[str, str]:
-    """What `pretrain.train` reads from its environment, out of Slurm's."""
+    """Variables that `pretrain.train` reads from its environment, out of Slurm's."""
     job, restarts = int(os.environ["SLURM_JOB_ID"]), restarts_of_job()
     found = {
         "RANK": os.environ["SLURM_PROCID"],
@@ -228,7 +228,7 @@ def close(run: Path, config: RestartConfig) -> bool:
 
 
 def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
-    """Of all ranks. If silence is all that explains the end, a while later: other nodes' files may not be here yet."""
+    """Records of all ranks. Waits a while if only silence explains the end: other nodes' files may come later."""
     late = time.monotonic() + RECORD_SECONDS
     while True:
         records = attempt.records()
@@ -276,12 +276,12 @@ def _requeue(excluded: str | None, delay: float) -> bool:
 
 
 def _ask(*command: str) -> str:
-    """What one of Slurm's commands says; nothing where it fails."""
+    """Returns what a Slurm command says; "" if it fails."""
     return _tell(*command) or ""
 
 
 def _tell(*command: str) -> str | None:
-    """What it says; None, and a warning, where it fails."""
+    """Returns what a Slurm command says; None, and a warning, if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""What becomes of submitted jobs: what Slurm says of one, which job holds a folder, and a log that is followed.
+"""State of submitted jobs: what Slurm says of one, which job holds a folder, and a log that is followed.
 
 Not part of submission.py: this is for jobs of earlier commands, too.
 """

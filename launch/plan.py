@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
+"""Plans what a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
 
 import sys
 from dataclasses import replace
@@ -44,12 +44,12 @@ def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Pat
     memory, speed = figure.subplots(1, 2)
     worlds = [node * 4**k for k in range(6) if node * 4**k <= max(world, MOST_RANKS)]
     asked = config.vocab.parallel
-    for ranks in (one for one in worlds if asked == "auto" or one % int(asked) == 0):
+    for ranks in (size for size in worlds if asked == "auto" or size % int(asked) == 0):
         wider = replace(config, train=replace(config.train, global_batch=repeats * ranks))
         plans = [plan(wider, rows, ranks, node, hardware) for rows in ROWS]
         label = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
-        memory.plot(ROWS, [one.peak_bytes / 2**30 for one in plans], marker="o", markersize=3, label=label)
-        speed.plot(ROWS, [one.tokens / one.seconds / 1e3 for one in plans], marker="o", markersize=3, label=label)
+        memory.plot(ROWS, [point.peak_bytes / 2**30 for point in plans], marker="o", markersize=3, label=label)
+        speed.plot(ROWS, [point.tokens / point.seconds / 1e3 for point in plans], marker="o", markersize=3, label=label)
     for axes, title in ((memory, "peak memory of a rank, GiB"), (speed, "thousand tokens a second and rank")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ROWS, [f"{rows // 1024}k" for rows in ROWS])

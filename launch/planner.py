@@ -33,7 +33,7 @@ class Size:
 
     @property
     def memory(self) -> list[Item]:
-        """What is held when most is."""
+        """Items of the phase that holds most."""
         return max(self.phases.values(), key=total)
 
 
@@ -72,16 +72,17 @@ class Plan:
             [items[0].name, *(f"{item.bytes / MIB:,.0f}" for item in items), f"  {items[0].formula}"]
             for items in zip(*phases.values(), strict=True)
         ]
-        of = f"  of {self.hardware.memory / MIB:,.0f}, {self.hardware.reserved / MIB:,.0f} of them for driver and NCCL"
-        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), of])
+        card = self.hardware
+        capacity = f"  of {card.memory / MIB:,.0f}, {card.reserved / MIB:,.0f} of them for driver and NCCL"
+        rows.append(["all", *(f"{total(items) / MIB:,.0f}" for items in phases.values()), capacity])
         return "\n".join(aligned([header, *rows], left=(0, -1)))
 
     def _links(self) -> str:
         rows = [["a rank sends, MiB a step", "axis", "calls", "", "", ""]]
-        for one in self.links:
-            sent = f"{one.sent / MIB:,.1f}"
+        for link in self.links:
+            sent = f"{link.sent / MIB:,.1f}"
             rows.append(
-                [one.purpose, f"{one.axis} ({one.ranks})", f"{one.calls:,}", sent, f"  {one.kind}", one.formula]
+                [link.purpose, f"{link.axis} ({link.ranks})", f"{link.calls:,}", sent, f"  {link.kind}", link.formula]
             )
         return "\n".join(aligned(rows, left=(0, 4, 5)))
 
@@ -121,24 +122,24 @@ def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware
 def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
     links = [*step.of_matrix(), *step.of_body()]
     near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
-    for one in links:
-        outside = one.sent * _outside(one, step, node)
-        near[one.axis] += one.sent - outside
-        far[one.axis] += outside
+    for link in links:
+        outside = link.sent * _outside(link, step, node)
+        near[link.axis] += link.sent - outside
+        far[link.axis] += outside
     machine = hardware.machine(step.world, node, step.dtype.itemsize)
     matrix = estimate(step.p, step.work, machine).seconds
     body = step.of_body()
-    outside = sum(one.sent * _outside(one, step, node) for one in body)
-    moving = max((sum(one.sent for one in body) - outside) / machine.near, outside / machine.far)
+    outside = sum(transfer.sent * _outside(transfer, step, node) for transfer in body)
+    moving = max((sum(transfer.sent for transfer in body) - outside) / machine.near, outside / machine.far)
     matmuls = step.flops / machine.flops
     update = update_bytes(step.shapes.state) * step.body.stepped / machine.memory
     seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
     return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
 
 
-def _outside(one: Transfer, step: StepCost, node: int) -> float:
+def _outside(link: Transfer, step: StepCost, node: int) -> float:
     """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
-    if step.world <= node or (one.axis == "vocab" and step.p <= node and node % step.p == 0):
+    if step.world <= node or (link.axis == "vocab" and step.p <= node and node % step.p == 0):
         return 0.0
-    here = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[one.axis]
-    return 1 - (here - 1) / (one.ranks - 1) if one.kind == "all-to-all" else 1 / here
+    local_ranks = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[link.axis]
+    return 1 - (local_ranks - 1) / (link.ranks - 1) if link.kind == "all-to-all" else 1 / local_ranks

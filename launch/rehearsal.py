@@ -59,7 +59,7 @@ class Stage:
 
 
 def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
-    """One step on `world` ranks, `parallel` of them to a copy of the matrix. ValueError where its shapes clash.
+    """One step on `world` ranks, `parallel` of them to a copy of the matrix. Raises ValueError if its shapes clash.
 
     Two blocks stand for all, which are alike, and a micro-batch for all. DeepSpeed looks at numbers, so FSDP2 stands in
     for it. Nothing is compiled or offloaded.

@@ -1,4 +1,4 @@
-"""Whether a run whose ranks have ended is started again, and RUN/restarts.jsonl, which tells why."""
+"""Decides whether a run whose ranks have ended is started again; writes RUN/restarts.jsonl, which tells why."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def cause(records: Iterable[Record]) -> Record:
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        told = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
-        return guilt + (told and guilt == len(innocent)), not record.waits, -record.time
+        reported = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
+        return guilt + (reported and guilt == len(innocent)), not record.waits, -record.time
 
     first = max(records, key=order)
     unknown = (
@@ -72,7 +72,7 @@ def bad_node(first: Record, records: Iterable[Record]) -> str | None:
 
 
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
-    """What to do after a start that has ended so, and why.
+    """Decides what to do after a start that ended with `ending`, and why.
 
     progress: whether there is a newer checkpoint than at its beginning; fruitless: starts without, in a row and up to
     this one.

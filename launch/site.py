@@ -1,5 +1,5 @@
-"""What the site makes of a job before it is submitted: the Python that its setup chooses, and whether its partition can
-ever start it. Apart from cluster.py, which describes a job and knows no site.
+"""Checks a job against the site before it is submitted: the Python that its setup chooses, and whether its partition
+can ever start it. Apart from cluster.py, which describes a job and knows no site.
 """
 
 import math
@@ -67,21 +67,21 @@ def check_partition(cluster: ClusterConfig) -> None:
 
 
 def partitions(said: str) -> dict[str, dict[str, str]]:
-    """What scontrol says of each partition, by name."""
+    """Parses what scontrol says of each partition, by name."""
     lines = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines()]
     return {line["PartitionName"]: line for line in lines if "PartitionName" in line}
 
 
 def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
     """The partition has too few nodes, or too few with that many GPUs."""
-    there = known.get("TotalNodes", "")
-    if there.isdigit() and cluster.nodes > int(there):
-        return f"cluster.nodes={cluster.nodes} must be at most {there}: partition {name} has no more nodes"
+    total_nodes = known.get("TotalNodes", "")
+    if total_nodes.isdigit() and cluster.nodes > int(total_nodes):
+        return f"cluster.nodes={cluster.nodes} must be at most {total_nodes}: partition {name} has no more nodes"
     said = _answer("sinfo", "--noheader", f"--partition={name}", "--format=%D|%G") if cluster.gpus_per_node else ""
     nodes = re.findall(r"^(\d+)\|(.+)$", said, re.MULTILINE)
     shown = sum(int(count) for count, _ in nodes)
     if (
-        "gpu" not in said or not there.isdigit() or shown < int(there)
+        "gpu" not in said or not total_nodes.isdigit() or shown < int(total_nodes)
     ):  # no GPUs named, or nodes of a cloud that are off
         return ""
     gpus = [(int(count), sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))) for count, gres in nodes]
@@ -117,7 +117,7 @@ def _minutes(time: str) -> float:
 
 
 def _answer(*command: str) -> str:
-    """What a command of Slurm prints; "" if it is absent, fails or takes too long."""
+    """Returns what a Slurm command prints; "" if it is absent, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -45,18 +45,18 @@ def main() -> None:
         return
     with one_line():
         if corpus.asked_for(composed[0][0]):
-            jobs = corpus.launch([one for one, _ in composed])
+            jobs = corpus.launch([config for config, _ in composed])
         else:
             jobs = training.launch(composed)
         sys.exit(next(filter(None, map(follow, jobs)), 0))  # none after one that has not ended well
 
 
 def compose() -> list[tuple[DictConfig, list[str]]]:
-    """What Hydra makes of the command line, and the overrides of each: of a sweep there are several."""
+    """Composes the configurations of the command line, each with its overrides: a sweep has several."""
     composed: list[tuple[DictConfig, list[str]]] = []
 
-    def keep(one: DictConfig) -> None:
-        composed.append((one, list(HydraConfig.get().overrides.task)))
+    def keep(config: DictConfig) -> None:
+        composed.append((config, list(HydraConfig.get().overrides.task)))
 
     first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
     with TemporaryDirectory() as scratch:  # for a file of Hydra's

@@ -34,7 +34,7 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """Of its content: the same code has the same name."""
+        """Hash of its content: the same code has the same name."""
         content = hashlib.sha256()
         for path, data in self.files.items():
             content.update(f"{path}\0{len(data)}\0".encode() + data)

@@ -1,5 +1,6 @@
-"""What one rank holds, moves and computes in a step, in bytes and FLOPs: the matrix, the head and the activations here,
-the engine's part in pretrain/engine/footprint.py, the matrix's traffic in pretrain/placement.py.
+"""Costs of a step on one rank: what it holds, moves and computes, in bytes and FLOPs. The matrix, the head and the
+activations are here, the engine's part is in pretrain/engine/footprint.py, the matrix's traffic in
+pretrain/placement.py.
 
 N: tokens of a rank and micro-batch. D: width. v: rows of a rank. i: bytes of a number of the compute dtype.
 """
@@ -69,7 +70,7 @@ class StepCost:
         return chunk_size(self.work.tokens, self.p, budget)
 
     def phases(self) -> dict[str, list[Item]]:
-        """What is held when most is: in the loss, in a block's backward, in the lookup's, in the lens's monitor."""
+        """Items held at the peak of each phase: the loss, a block's backward, the lookup's, the lens's monitor."""
         blocks = len(self.shapes.blocks)
         backwards = [self._held(behind, in_block=True) for behind in range(blocks)]
         phases = {
@@ -131,16 +132,16 @@ class StepCost:
         ]
 
     def of_matrix(self, lookup: tuple[int, int] | None = None) -> list[Transfer]:
-        """What the step moves for the matrix. lookup: see `pretrain.placement.transfers`."""
+        """Transfers of the step for the matrix. lookup: see `pretrain.placement.transfers`."""
         return transfers(self.p, self.work, self.world, -(-self.work.tokens // self.chunk), lookup)
 
     def of_body(self) -> list[Transfer]:
-        return [one for one in self.body.transfers() if one.ranks > 1]
+        return [transfer for transfer in self.body.transfers() if transfer.ranks > 1]
 
     @property
     def flops(self) -> float:
-        """Of the body: three matmuls with each weight, and a fourth where blocks are computed again; attention sees
-        half of the positions on average.
+        """FLOPs of the body: three matmuls with each weight, and a fourth if blocks are computed again; attention
+        sees half of the positions on average.
         """
         matmuls = 8 if self.config.engine.activation_checkpointing == "block" else 6
         attention = len(self.shapes.blocks) * self.config.seq_len * self.activations.attention

@@ -35,7 +35,7 @@ class Job:
             raise ValueError(f"sbatch refuses the job: {'; '.join(said)}") from error
 
     def script(self) -> str:
-        """What `submit` would hand to sbatch, to the letter. Needs no Slurm, and leaves nothing behind."""
+        """Script that `submit` would hand to sbatch, to the letter. Needs no Slurm, and leaves nothing behind."""
         with _without_slurm() as scratch:
             job, *_ = replace(self, folder=scratch).submit()
             return job.paths.submission_file.read_text().replace(str(scratch), str(self.folder))

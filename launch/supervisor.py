@@ -62,7 +62,7 @@ class Record:
 
     @classmethod
     def silent(cls, rank: int, host: str) -> "Record":
-        """Of a rank whose end nobody has seen: it, its supervisor or its node is gone."""
+        """Record of a rank whose end was not seen: it, its supervisor or its node is gone."""
         return cls(rank, Exit.KILLED, -signal.SIGKILL, NO_EXIT_STATUS, host=host)
 
     @classmethod
@@ -71,7 +71,7 @@ class Record:
 
     @property
     def how(self) -> str:
-        """In words."""
+        """Describes the end in words."""
         if self.last == NO_EXIT_STATUS:
             return NO_EXIT_STATUS
         if self.ending is Exit.HUNG:
@@ -124,7 +124,7 @@ class _Rank:
         sys.stderr.flush()
 
     def over(self) -> bool:
-        """Whether it has ended; not yet reaped, its number still stands for it and its children."""
+        """True if it has ended; not yet reaped, its number still stands for it and its children."""
         flags = os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG
         state = os.waitid(os.P_PID, self.process.pid, flags)
         stopped = state is not None and state.si_code == os.CLD_STOPPED

@@ -41,7 +41,7 @@ from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 
 @dataclass
 class LaunchConfig:
-    """What the command says besides the training."""
+    """Settings of the command besides the training."""
 
     cluster: ClusterConfig = MISSING
     restart: RestartConfig = field(default_factory=RestartConfig)
@@ -68,18 +68,18 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
 
     Raises ValueError: key, value, rule.
     """
-    configs = [one for one, _ in composed]
+    configs = [config for config, _ in composed]
     ours = settings_of(configs)
     need_slurm(ours.dry_run)
-    if len(configs) > 1 and any(one.resume for one in configs):
+    if len(configs) > 1 and any(config.resume for config in configs):
         raise ValueError("resume is for one run: in a sweep each job has a folder of its own")
-    for one, overrides in composed:
-        resume.apply(one, overrides)
+    for config, overrides in composed:
+        resume.apply(config, overrides)
     site.check(ours.cluster, ours.dry_run)
     base = run_dir(configs)
-    for one, name in zip(configs, names([overrides for _, overrides in composed]), strict=True):
-        one.run.dir = str(base / name)
-    runs = [prepared(one, ours.cluster) for one in configs]
+    for config, name in zip(configs, names([overrides for _, overrides in composed]), strict=True):
+        config.run.dir = str(base / name)
+    runs = [prepared(config, ours.cluster) for config in configs]
     if not ours.dry_run and (runs := unfinished(runs)) == []:
         return []
     snapshot = Snapshot.take()
@@ -97,15 +97,15 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
 def settings_of(composed: list[DictConfig]) -> LaunchConfig:
     """Takes what is not the training's out of the composed configurations. Raises ValueError unless they agree."""
     found = []
-    for one in composed:
-        OmegaConf.set_struct(one, False)
-        need_cluster(one)
-        given = {item.name: one.pop(item.name) for item in fields(LaunchConfig)}
+    for config in composed:
+        OmegaConf.set_struct(config, False)
+        need_cluster(config)
+        given = {item.name: config.pop(item.name) for item in fields(LaunchConfig)}
         try:
             found.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LaunchConfig), given)))
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
-    if any(other != found[0] for other in found):
+    if any(launch_config != found[0] for launch_config in found):
         raise ValueError("--multirun is for settings of the training: one array has one cluster, restart and dry_run")
     ours = found[0]
     assert isinstance(ours, LaunchConfig)
@@ -120,7 +120,7 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
 
 def run_dir(composed: list[DictConfig]) -> Path:
     """The whole path of run.dir: a job may have another current folder. Raises ValueError if Slurm would misread it."""
-    given, *others = {one.run.dir for one in composed}
+    given, *others = {config.run.dir for config in composed}
     RunConfig(given)
     if others:
         raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
@@ -130,7 +130,7 @@ def run_dir(composed: list[DictConfig]) -> Path:
 def names(overrides: Sequence[list[str]]) -> list[str]:
     """Names a folder per job of a sweep by the settings that not all share; '' for a single job."""
     common = set.intersection(*map(set, overrides))
-    own = ["_".join(one.lstrip("+") for one in job if one not in common) for job in overrides]
+    own = ["_".join(override.lstrip("+") for override in job if override not in common) for job in overrides]
     found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
     if len(set(found)) < len(found):
         raise ValueError(f"two jobs of this sweep would share the folder {max(found, key=found.count)}")
@@ -183,7 +183,7 @@ def unfinished(runs: list[Run]) -> list[Run]:
 
 
 def job_of(ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> Job:
-    """What Slurm is handed: one job, or an array of one per run."""
+    """Builds the job for Slurm: one, or an array of one per run."""
     mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
     lines = setup(runs, base / "code" / snapshot.name, ours.restart)
     return ours.cluster.job(base / "slurm", base.name, lines, mounts, [SlurmRank(str(run.config.path)) for run in runs])

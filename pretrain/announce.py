@@ -1,4 +1,4 @@
-"""What a training is, in the lines that it begins with."""
+"""Describes a training, in the lines that it begins with."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def counts(config: JobConfig, rows: int) -> tuple[int, int]:
 
 
 def parameters(config: JobConfig, body: int, matrix: int, rows: int) -> str:
-    """Of the model as it is, and as it would be with the other choice."""
+    """Parameter counts of the model as it is, and as it would be with the other choice."""
     tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
     untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
     if config.vocab.tie == "untied":
@@ -71,7 +71,7 @@ def not_validated(config: JobConfig, data: Data) -> list[str]:
 
 
 def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:
-    """Where each corpus stands; with several, their shares from here on."""
+    """Says where each corpus stands; with several, their shares from here on."""
     known = sum(state.samples.values())
     shares = data.blend.shares(known)
     lines = []

@@ -32,7 +32,7 @@ def vocab_parallel(
 
 
 def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> Workload:
-    """What a rank's matrix has to do in a step, `itemsize` bytes to a number of the compute dtype."""
+    """Work of a rank's matrix in a step, `itemsize` bytes to a number of the compute dtype."""
     return Workload(
         rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
         width=config.model.width,
@@ -46,7 +46,7 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
 
 
 def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> BodyFootprint:
-    """What a rank of `world` holds and moves for the body in a step, with p ranks on the vocab axis."""
+    """Memory and traffic of a rank of `world` for the body in a step, with p ranks on the vocab axis."""
     with torch.device("meta"):
         shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
     footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
@@ -54,7 +54,7 @@ def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> Bod
 
 
 def about(config: JobConfig, data: Data) -> dict[str, Any]:
-    """What a checkpoint says of the run it is of."""
+    """Describes the run in its checkpoints."""
     return {
         "config": asdict(config),
         "vocab_size": vocab_rows(config, data),

@@ -1,4 +1,4 @@
-"""What differs between the settings of a checkpoint and those of the run that resumes it.
+"""Differences between the settings of a checkpoint and those of the run that resumes it.
 
 Apart from compose.py because launchers read it without torch, also while a job ends.
 """
@@ -53,14 +53,17 @@ def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
 
 def table(changes: list[Change]) -> list[str]:
     """Lines of text in three columns."""
-    rows = [("setting", "was", "is"), *((one["key"], _text(one["was"]), _text(one["is"])) for one in changes)]
+    rows = [
+        ("setting", "was", "is"),
+        *((change["key"], _text(change["was"]), _text(change["is"])) for change in changes),
+    ]
     return aligned(rows, left=(0, 1, 2))
 
 
 def markdown(changes: list[Change]) -> str:
     """A table for TensorBoard."""
     rows = ["| setting | was | is |", "| --- | --- | --- |"]
-    rows += [f"| {one['key']} | {_text(one['was'])} | {_text(one['is'])} |" for one in changes]
+    rows += [f"| {change['key']} | {_text(change['was'])} | {_text(change['is'])} |" for change in changes]
     return "\n".join(rows)
 
 

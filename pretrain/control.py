@@ -10,7 +10,7 @@ from .watchdog import Watchdog
 
 
 class Saves(Protocol):
-    """What it asks of `CheckpointManager`."""
+    """Interface of `CheckpointManager` that `RunControl` needs."""
 
     @property
     def longest(self) -> float: ...

@@ -36,4 +36,4 @@ def samples(config: JobConfig, data: Data) -> Samples:
 def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
     """The windows of the validation splits, by the titles of the corpora that have any."""
     windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
-    return {title: of for title, of in windows.items() if len(of)}
+    return {title: split for title, split in windows.items() if len(split)}

@@ -47,7 +47,7 @@ class Exit(IntEnum):
 
     @classmethod
     def of(cls, code: int) -> "Exit":
-        """Of a process's return code, as `subprocess` gives it."""
+        """Maps a process's return code, as `subprocess` gives it, to its Exit."""
         if code in (*cls,) and code != cls.ENDED:
             return cls(code)
         return cls.KILLED if code < 0 else cls.CRASHED

@@ -1,4 +1,4 @@
-"""Who has a run's folder: its launcher, and its ranks. Apart from both because they and tools share it."""
+"""Locks on a run's folder: its launcher's, and its ranks'. Apart from both because they and tools share it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,4 +1,4 @@
-"""What a rank says when memory runs out: what was asked for, what was free, and which settings need less.
+"""Message of a rank when memory runs out: what was asked for, what was free, and which settings need less.
 
 Not part of train.py, which knows no setting of an engine.
 """

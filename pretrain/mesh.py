@@ -181,9 +181,9 @@ def ranks_or_alone() -> Iterator[torch.device]:
 
 def ranks_of_a_node(device: torch.device) -> int:
     """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
-    here = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
-    dist.all_reduce(here, dist.ReduceOp.MIN)
-    return int(on_host(here))
+    local_world = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
+    dist.all_reduce(local_world, dist.ReduceOp.MIN)
+    return int(on_host(local_world))
 
 
 def name_rank(device: torch.device) -> None:
@@ -195,12 +195,12 @@ def name_rank(device: torch.device) -> None:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone; gloo says so in the text alone."""
+    """True if a collective failed because another rank is gone; gloo says so in the text alone."""
     known = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
     return known or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def device_error(error: RuntimeError) -> bool:
-    """Whether this rank's own device has failed; NCCL says so in the text alone."""
+    """True if this rank's own device has failed; NCCL says so in the text alone."""
     fatal = ("CUDA error", "unhandled cuda error", "Cuda failure", "device-side assert")
     return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in fatal)

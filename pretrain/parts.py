@@ -1,4 +1,4 @@
-"""What steps together on one rank. Apart from the trainer because hooks are built from it, too."""
+"""Parts that step together on one rank. Apart from the trainer because hooks are built from it, too."""
 
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@ from .config.training import TrainingConfig
 
 
 def compute_dtype(train: TrainingConfig, device_type: str, bf16: bool | None = None) -> torch.dtype:
-    """What matmuls run in. Raises ValueError if bf16 is asked of a processor that only emulates it.
+    """Dtype of matmuls. Raises ValueError if bf16 is asked of a processor that only emulates it.
 
     bf16: whether the device computes it natively; None: this machine's is asked.
     """

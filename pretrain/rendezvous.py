@@ -34,7 +34,7 @@ class NotMet(RuntimeError):
 
 
 def words(error: BaseException) -> str:
-    """What a library says, in one line: without the place in its source, and without a backtrace."""
+    """Returns what a library says, in one line: without the place in its source, and without a backtrace."""
     lines: list[str] = []
     for line in str(error).splitlines():
         if line.startswith(BACKTRACE):

@@ -158,7 +158,7 @@ def _timeout(config: JobConfig) -> timedelta:
 
 @contextmanager
 def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
-    """The first rank holds the run. OSError where another process still does after minutes.
+    """Holds the run, on the first rank. Raises OSError if another process still does after minutes.
 
     A network file system may be that late to see that the node of a start before this one is gone.
     """

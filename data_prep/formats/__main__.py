@@ -69,7 +69,7 @@ def _layout(key: str, name: str) -> Layout:
 
 
 def _files(layout: Layout, given: str) -> list[Path]:
-    """In order of name; of what was listed, in that order."""
+    """Files that `given` lists: in that order, and sorted by name within an item."""
     files: list[Path] = []
     for item in given.removeprefix("[").removesuffix("]").split(","):
         if not item:

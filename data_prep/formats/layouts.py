@@ -1,4 +1,4 @@
-"""What peers' token files look like, to the byte. All numbers are little-endian.
+"""Layouts of peers' token files, to the byte. All numbers are little-endian.
 
 megatron    PREFIX.bin, PREFIX.idx      ours, too: data_prep/token_file.py. Read only, for it reads ours as they are
 llmc        *.bin                       256 int32: magic, version, tokens, zeros; then the ids. 20240520 and 1: uint16;
@@ -52,7 +52,7 @@ class Megatron(Layout):
         return Tokens(path, file.tokens, partial(self._ends, file))
 
     def _ends(self, file: TokenFile, start: int, stop: int) -> np.ndarray:
-        """Where the next one starts, for all but the last."""
+        """Ends of documents: where the next one starts, for all but the last."""
         last = [file.size] if stop == file.size else []
         return np.unique(np.array([*file.document_starts(start + 1, stop + 1), *last], np.int64))
 

@@ -34,7 +34,7 @@ OF_VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECAS
 
 
 def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer: Tokenizer, out: Path) -> Manifest:
-    """paths: files, in their order. val: those of validation, too. DataError where they are not what they should be."""
+    """paths: files, in their order. val: those of validation, too. Raises DataError if one is not what it should be."""
     given = {"train": paths, "val": val}
     files = {split: [_opened(layout, path, tokenizer) for path in given[split]] for split in SPLITS}
     first = next(_pieces(files["train"], tokenizer), None)
@@ -55,7 +55,7 @@ def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer:
 
 
 def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
-    """The folder's manifest. DataError where it is not whole, or where the layout cannot hold its ids."""
+    """The folder's manifest. Raises DataError if it is not whole, or if the layout cannot hold its ids."""
     manifest = check(folder)
     name = TokenizerSpec.load(folder / TOKENIZER_FOLDER).name
     with durable_folder(out) as unfinished:
@@ -66,7 +66,7 @@ def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
 
 
 def is_of_validation(path: Path) -> bool:
-    """By its name: val.bin, fineweb_val_000000.bin."""
+    """True if its name says so: val.bin, fineweb_val_000000.bin."""
     return bool(OF_VALIDATION.search(path.name))
 
 
@@ -96,7 +96,7 @@ def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[TokenSpan]:
 
 
 def _check_tokenizer(piece: TokenSpan, tokenizer: Tokenizer) -> None:
-    """DataError where too few of the first documents, decoded, encode to the same ids."""
+    """Raises DataError if too few of the first documents, decoded, encode to the same ids."""
     ends = piece.ends[:SAMPLE].tolist()
     documents = [piece.ids[low : high - 1] for low, high in pairwise([0, *ends])] or [piece.ids[:UNENDED]]
     wrong = sum(not encodes_to_itself(ids, tokenizer, cut=not ends) for ids in documents)

@@ -42,7 +42,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoint_of(run: Path, step: int | None) -> Path:
-    """The checkpoint of that step, or the newest. ValueError where it is not there."""
+    """The checkpoint of that step, or the newest. Raises ValueError if it is not there."""
     found = {step_of(folder): folder for folder in checkpoints(run)}
     if not found:
         raise ValueError(f"run={run} has no checkpoint")
@@ -62,7 +62,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """DamagedCheckpoint where it is not as it was written, CheckpointError where it has another format version."""
+    """Raises DamagedCheckpoint if it is not as it was written, CheckpointError if it has another format version."""
     path = folder / MANIFEST_FILE
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
@@ -75,8 +75,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in its last line")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
-    for key, there in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
-        if not there:
+    for key, present in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
+        if not present:
             raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: it has no {key}")
     return manifest
 
@@ -94,9 +94,9 @@ def publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def newest_manifest(run: Path) -> dict[str, Any] | None:
-    """Of the newest checkpoint that has a sound one; None for a run that has never finished a save.
+    """Manifest of the newest checkpoint that has a sound one; None for a run that has never finished a save.
 
-    DamagedCheckpoint where there are checkpoints but none is sound, CheckpointError as `read_manifest`.
+    Raises DamagedCheckpoint if there are checkpoints but none is sound, CheckpointError as `read_manifest`.
     """
     faults = []
     for folder in reversed(checkpoints(run)):
@@ -119,7 +119,7 @@ def refuse_to_start_over(run: Path, faults: list[str]) -> None:
 
 
 def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> Iterator[str]:
-    """What differs from the manifest's files, sizes and hashes, a line each; `mine(i)` picks which files."""
+    """Yields what differs from the manifest's files, sizes and hashes, a line each; `mine(i)` picks which files."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
             yield f"{path} is not in the manifest"
@@ -145,7 +145,7 @@ def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bo
 
 
 def superfluous(run: Path, rules: CheckpointConfig, known: dict[Path, float | None]) -> list[Path]:
-    """What the rules do not keep. A checkpoint whose manifest is not sound is never among them.
+    """Checkpoints that the rules do not keep. One whose manifest is not sound is never among them.
 
     `known`: validation losses that were read before; filled in, so that no manifest is read twice.
     """
@@ -170,7 +170,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """What killed processes have left behind. For the holder of the lock alone."""
+    """Removes what killed processes have left behind. For the holder of the lock alone."""
     for stale in (run / "checkpoints").glob(UNFINISHED + "*"):
         shutil.rmtree(stale, ignore_errors=True)
 

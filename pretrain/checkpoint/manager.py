@@ -138,7 +138,7 @@ class CheckpointManager:
         self._taken.wait()
 
     def failed(self) -> bool:
-        """Whether this rank knows that the save in the background has failed: then all ranks must `wait`."""
+        """True if this rank knows that the save in the background has failed: then all ranks must `wait`."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
@@ -154,8 +154,9 @@ class CheckpointManager:
     def restore(self, warn: Callable[[str], None]) -> tuple[TrainState, Path | None]:
         """Continues from the newest whole checkpoint: where it stands, and which. A run without one begins.
 
-        Newer ones that are damaged are set aside; `warn` is told, on the first rank. CheckpointError where checkpoints
-        are there but none is whole, or the newest is of another model: that never starts over, nor falls back.
+        Newer ones that are damaged are set aside; `warn` is called, on the first rank. Raises CheckpointError if
+        there are checkpoints but none is whole, or if the newest is of another model: that never starts over, nor
+        falls back.
         """
         self._on_first_rank(lambda: remove_unfinished(self.run))
         damaged: dict[Path, str] = {}
@@ -180,7 +181,7 @@ class CheckpointManager:
     def load(self, folder: Path) -> TrainState:
         """Verifies the files, fills model and optimizer, restores the generators.
 
-        DamagedCheckpoint before anything is changed, CheckpointError where it is of another model.
+        Raises DamagedCheckpoint before anything is changed, CheckpointError if it is of another model.
         """
         manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
         self.model.match(manifest["tensors"])

@@ -29,11 +29,11 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
     kept += [("vocab", key) for key in ("multiple", "tie", "softcap", "embed_scale")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:
-        was, is_ = saved, now
+        was, current = saved, now
         for key in path:
-            was, is_ = was.get(key), is_[key]
-        if was != is_:
-            _refuse(config, f"{'.'.join(path)}={was}", f"{is_}")
+            was, current = was.get(key), current[key]
+        if was != current:
+            _refuse(config, f"{'.'.join(path)}={was}", f"{current}")
     began = saved.get("init_from")
     if config.init_from is not None and (began is None or folder_of(began) != folder_of(config.init_from).absolute()):
         _refuse(config, f"init_from={began or 'null'}", config.init_from)

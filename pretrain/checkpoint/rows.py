@@ -43,7 +43,7 @@ class CheckpointRows:
         self.shapes: dict[str, list[int]] = self.manifest["tensors"]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop). CheckpointError where the files do not have them all."""
+        """Rows [start, stop). Raises CheckpointError if the files do not have them all."""
         found, first = [], start
         for part in self._parts.get(name, []):
             low, high = max(first, part.start), min(stop, part.stop)
@@ -56,7 +56,7 @@ class CheckpointRows:
 
     @cached_property
     def _parts(self) -> dict[str, list[_Part]]:
-        """In the order of their rows."""
+        """Parts by the names of tensors, in the order of their rows."""
         parts: dict[str, list[_Part]] = {}
         for file in self.manifest["files"]:
             opened = safe_open(self.folder / file, framework="pt")
@@ -73,7 +73,7 @@ def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], desc
     """Makes step 0 of a run that has no checkpoint: parameters alone, for optimizer states are zero there; where it is.
 
     describe: puts down what the run is, once all weights are on the disk and before the checkpoint has its name.
-    ValueError where it has one, or another process holds it; OSError on a full disk, and there is no checkpoint.
+    Raises ValueError if it has one, or another process holds it; OSError on a full disk, and there is no checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / RANKS_LOCK, f"run={run} is in use by another process"):

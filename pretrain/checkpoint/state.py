@@ -1,4 +1,4 @@
-"""What must survive: tensors by the names and shapes of the unsharded model, and the few numbers beside them."""
+"""State that must survive: tensors by the names and shapes of the unsharded model, and the few numbers beside them."""
 
 import base64
 import zlib
@@ -59,7 +59,7 @@ class HookStates:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """What goes into a manifest: under "hooks", if there is any."""
+        """Numbers that go into a manifest: under "hooks", if there are any."""
         return {name: value for name, value in self.all.items() if not isinstance(value, DTensor)}
 
     def load(self, manifest: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ def digest(rows_vD: Tensor) -> tuple[int, int]:
 
 
 def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
-    """What this rank saves of them: its part, unless it is empty or a replica that another rank saves.
+    """Yields what this rank saves of them: its part, unless it is empty or a replica that another rank saves.
 
     The replicas of one tensor after the other fall to one rank after the other.
     """

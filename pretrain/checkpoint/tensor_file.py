@@ -49,7 +49,7 @@ def file_name(rank: int) -> str:
 
 
 def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
-    """As `write_streamed`; tells torch where each slice begins."""
+    """Writes slices as `write_streamed` does; tells torch where each begins."""
     offsets = {part.name: {"saved_offsets": part.offsets} for part in slices}
     streamed = [
         Streamed(part.name, part.tensor.dtype, tuple(part.tensor.shape), partial(iter, (part.tensor,)))

@@ -58,17 +58,17 @@ def import_folder(source: Path, run: Path, settings: list[str]) -> Iterator[str]
 
 
 def _refuse_run(run: Path, config: Path) -> None:
-    """ValueError where it is a run already, be it one that waits in a queue and holds no lock."""
-    for there in (*checkpoints(run)[-1:], config):
-        if there.exists():
-            raise ValueError(f"run={run} has {there.name}: choose another folder")
+    """Raises ValueError if it is a run already, be it one that waits in a queue and holds no lock."""
+    for path in (*checkpoints(run)[-1:], config):
+        if path.exists():
+            raise ValueError(f"run={run} has {path.name}: choose another folder")
 
 
 def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
-    """The settings of a training of that model. ValueError where a setting says what the model tells."""
+    """The settings of a training of that model. Raises ValueError if a setting says what the model tells."""
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")
-        if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in SET_BY_MODEL):
             raise ValueError(f"{key} is told by hf= and run=, and not to be given")
     register_groups()
     composed = compose_settings("train", settings)

@@ -1,4 +1,4 @@
-"""What did the model see? `python -m pretrain.data --help`. Reads the index and the batch's tokens; starts no rank."""
+"""Shows what the model saw: `python -m pretrain.data --help`. Reads the index and a batch's tokens; starts no rank."""
 
 import sys
 from collections.abc import Iterator
@@ -100,7 +100,7 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
 
 
 def _consumed(request: Request, samples: Samples) -> dict[str, int]:
-    """Where the run stood before that step: from its newest checkpoint before it on."""
+    """Samples that the run had consumed before that step, counted on from its newest checkpoint before it."""
     steps, consumed = request.step - 1, {}
     for folder in reversed(checkpoints(request.run) if request.run else []):
         if step_of(folder) < request.step:

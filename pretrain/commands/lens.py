@@ -1,4 +1,4 @@
-"""What would each layer guess? `python -m pretrain.lens --help`.
+"""Shows what each layer would guess: `python -m pretrain.lens --help`.
 
 Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks, and read on the shards.
 """

@@ -87,7 +87,7 @@ def see(settings: LensConfig, device: torch.device) -> tuple[LensTable, LensResu
 
 
 def open_source(settings: LensConfig, device: torch.device) -> Source:
-    """Where the model comes from: the one place that knows."""
+    """Opens the source of the model: the one place that knows where it comes from."""
     if settings.hf:
         found = HFModel(Path(settings.hf))
         spec, special, why = tokenizer_of(found)
@@ -117,7 +117,7 @@ def _source(title: str, model: LanguageModel, context: int, tokenizer: Tokenizer
 
 
 def _text(settings: LensConfig) -> str:
-    """ValueError where it is not UTF-8."""
+    """Reads the text. Raises ValueError if it is not UTF-8."""
     try:
         settings.text.encode()
         return settings.text or Path(settings.file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What does the tie cost? `python -m pretrain.tie_report --help`."""
+"""Reports what the tie costs: `python -m pretrain.tie_report --help`."""
 
 from pathlib import Path
 

@@ -34,8 +34,8 @@ class DataConfig:
         given |= {f"data.stages.{begin}": stage for begin, stage in self.stages.items()}
         for key, weights in given.items():
             if not isinstance(weights, dict) or weights.keys() != self.corpora.keys():
-                there = ", ".join(self.corpora) or "none"
-                raise ValueError(f"{key}={weights} must give a weight to each of data.corpora: {there}")
+                names = ", ".join(self.corpora) or "none"
+                raise ValueError(f"{key}={weights} must give a weight to each of data.corpora: {names}")
             for name, weight in weights.items():
                 if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                     raise ValueError(f"{key}.{name}={weight} must be a number of at least 0")

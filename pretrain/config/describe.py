@@ -1,4 +1,4 @@
-"""What the comments beside the fields of a dataclass say, for help texts and settings pages.
+"""Reads the comments beside the fields of a dataclass, for help texts and settings pages.
 
 Apart from the dataclasses because it serves every one of them, also those of commands.
 """

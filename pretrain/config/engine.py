@@ -1,4 +1,4 @@
-"""What shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
+"""Settings of what shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -77,7 +77,7 @@ class FSDP2Config:
         return "fsdp2 over vocab, replicated over dp" if self.hsdp else "fsdp2"
 
     def check_device(self, device_type: str) -> None:
-        """ValueError where this device cannot do what is asked."""
+        """Raises ValueError if this device cannot do what is asked."""
         if self.offload == "cpu" and device_type == "cpu":
             raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
 

@@ -1,4 +1,4 @@
-"""What a run logs, and what it measures about its own weights. Groups log and monitor."""
+"""Settings of what a run logs, and of what it measures about its own weights. Groups log and monitor."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class LogConfig:
 
 @dataclass
 class MonitorConfig:
-    """What a run measures about its own weights while it trains."""
+    """Measurements that a run makes of its own weights while it trains."""
 
     embedding_every: int = 0  # steps between looks at the matrix, its rows and its two gradients; 0: never
     lens_every: int = 0  # steps between measurements of what each layer would predict on validation windows; 0: never

@@ -15,7 +15,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # k
 
 
 class Hyperparameters(NamedTuple):
-    """What one owner of parameters, the body or the vocabulary, is stepped with."""
+    """Hyperparameters of one owner of parameters, the body or the vocabulary."""
 
     lr_factor: float  # its learning rate / the common one, over the whole schedule
     beta1: float

@@ -65,8 +65,8 @@ class VocabConfig:
             raise ValueError(f"vocab.untie_at={self.untie_at} must be below train.steps={steps}")
 
     def split_otherwise(self, saved: dict[str, Any], step: int) -> tuple[str, str] | None:
-        """What `saved` settings and these say if their matrices differ at `step`: a split that is still to come may be
-        put off or brought forward, one that has been may not be undone. None if they agree.
+        """Returns what `saved` settings and these say if their matrices differ at `step`, None if they agree: a split
+        that is still to come may be put off or brought forward, one that has been may not be undone.
         """
         was = VocabConfig(untie_at=saved["untie_at"])
         if self.tie != "tied" or self.untied_at(step) == was.untied_at(step):

@@ -23,7 +23,7 @@ class Blend:
     weights: Mapping[int, Sequence[float]]
 
     def shares(self, sample: int) -> list[float]:
-        """Of each corpus, at that sample."""
+        """Share of each corpus at that sample."""
         weights = self.weights[max(begin for begin in self.weights if begin <= sample)]
         return [weight / sum(weights) for weight in weights]
 

@@ -85,9 +85,9 @@ def open_data(config: DataConfig) -> Data:
                 f"data.corpora.{title}={paths[title]} must be tokenised as data.corpora.{first} is: it has another"
                 " tokenizer"
             )
-        for other in data.corpora.keys() - {title}:
-            if data.corpora[other].name == corpus.name:
-                raise ValueError(f"data.corpora.{title} and data.corpora.{other} are the same tokens: give one weight")
+        for twin in data.corpora.keys() - {title}:
+            if data.corpora[twin].name == corpus.name:
+                raise ValueError(f"data.corpora.{title} and data.corpora.{twin} are the same tokens: give one weight")
     for corpus in corpora.values():
         if config.packing == "best_fit" or (config.masked and corpus.tokenizer is None):  # others have `verify`
             _check_indices(corpus)
@@ -125,7 +125,7 @@ def _open_folder(path: Path) -> Corpus:
 
 
 def _name_of_pair(file: TokenFile) -> str:
-    """Of a pair that brings no hashes: by the lengths and the ends of its two files."""
+    """Name of a pair that brings no hashes: from the lengths and the ends of its two files."""
     digest = hashlib.sha256(f"{file.size} {file.sequences}".encode())
     for part in (file.tokens, file.lengths):
         digest.update(part[:NAMED_BY].tobytes() + part[-NAMED_BY:].tobytes())

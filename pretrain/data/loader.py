@@ -127,7 +127,7 @@ class BatchLoader:
         for rank in group:
             of_rank = samples[rank * self.micro_batch :][: self.micro_batch]
             micro[rank] = read(of_rank, self.shard.vocab_size)
-        plan = plan_lookup([one.tokens_BT.flatten() for one in micro.values()], self.shard, self.dtype)
+        plan = plan_lookup([batch.tokens_BT.flatten() for batch in micro.values()], self.shard, self.dtype)
         mine = replace(micro[self.rank], plan=plan)
         return mine.moved(Tensor.pin_memory, plan.pin_memory()) if self.device.type == "cuda" else mine
 

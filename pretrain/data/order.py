@@ -27,7 +27,7 @@ class Permutation:
         self.keys = np.frombuffer(digest, ">u8").astype(np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Where each of the indices [k] goes, int64 [k]. IndexError for one outside [0, n)."""
+        """Maps each of the indices [k] to its place, int64 [k]. Raises IndexError for one outside [0, n)."""
         places = np.asarray(indices, np.int64)
         if places.size and not 0 <= places.min() <= places.max() < self.n:
             raise IndexError(f"indices {places.min()} to {places.max()} are not inside [0, {self.n})")

@@ -19,7 +19,7 @@ from .dataset import IGNORED, DocumentSpan, Window, Windows
 
 
 class PackedWindows(Windows):
-    """As `Windows`, with documents told apart. Memory: 12 bytes a document, 70 while it is planned."""
+    """Variant of `Windows` that keeps documents apart. Memory: 12 bytes a document, 70 while it is planned."""
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
         super().__init__(files, seq_len, masked=True)
@@ -81,7 +81,7 @@ class PackedWindows(Windows):
         return parts
 
     def _document(self, number: int) -> tuple[TokenFile, int]:
-        """Of all files' documents, by its file."""
+        """Finds a document, numbered over all files: its file, and its number in it."""
         i = bisect_right(self._before, number) - 1
         return self.files[i], number - self._before[i]
 

@@ -25,7 +25,7 @@ class Samples:
         return next(iter(self.sources.values()))[0].seq_len
 
     def next(self, consumed: Mapping[str, int], count: int) -> list[tuple[Windows, int]]:
-        """Of the `count` samples after those consumed: whose window it is, and which."""
+        """Returns the `count` samples after those consumed: whose window each is, and which."""
         start = sum(consumed.values())
         corpora = self.blend.corpora(start, start + count)
         found = np.empty(count, np.int64)
@@ -36,7 +36,7 @@ class Samples:
         return [(windows[corpus], index) for corpus, index in zip(corpora.tolist(), found.tolist(), strict=True)]
 
     def after(self, consumed: Mapping[str, int], count: int) -> dict[str, int]:
-        """What is consumed once those samples are."""
+        """Returns what is consumed once the next `count` samples are."""
         start = sum(consumed.values())
         counts = self.blend.counts(start, start + count)
         orders = [order for _, order in self.sources.values()]

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine. Only the body meets it; the matrix never does."""
+"""Interface of an engine, as the trainer needs it. Only the body meets it; the matrix never does."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, DTensor]:
-        """By full name: fp32 parameters and the optimizer's state. To be filled in place before `load`."""
+        """Tensors by full name: fp32 parameters and the optimizer's state. To be filled in place before `load`."""
         ...
 
     def load(self, state: dict[str, DTensor], step: int) -> None:

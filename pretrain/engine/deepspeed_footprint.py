@@ -1,4 +1,4 @@
-"""What DeepSpeed holds and moves in a step. Not part of deepspeed.py: it is needed by plans, which run no engine."""
+"""Memory and traffic of DeepSpeed in a step. Not part of deepspeed.py: it is needed by plans, which run no engine."""
 
 from ..config.engine import DeepSpeedConfig
 from ..placement import Transfer, Workload

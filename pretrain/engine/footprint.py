@@ -1,4 +1,4 @@
-"""What an engine holds and moves for the body in one step of one rank, in bytes: the protocol, and what all share.
+"""Memory and traffic of an engine for the body in one step of one rank, in bytes: the protocol, and what all share.
 
 Not part of base.py, which is what runs: a footprint is arithmetic on shapes. Each engine's own is beside the engine.
 In formulas, i is the bytes of a number of the compute dtype.
@@ -55,7 +55,7 @@ def numbers(part: Sequence[torch.Size]) -> int:
 
 
 class BodyFootprint(Protocol):
-    """What one engine holds and moves. `behind`: how many blocks have been through the backward."""
+    """Memory and traffic of one engine. `behind`: how many blocks have been through the backward."""
 
     shapes: Shapes
     formulas: tuple[str, str, str, str]  # of weights, optimizer states, gradients, gathered
@@ -77,5 +77,5 @@ class BodyFootprint(Protocol):
 
 
 def agreements(world: int) -> Transfer:
-    """What all ranks agree on in a step, whatever the engine: the count of targets, the norms of body and matrix."""
+    """Transfer for what all ranks agree on, in every engine: the count of targets, the norms of body and matrix."""
     return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "8 + 2 · 8")

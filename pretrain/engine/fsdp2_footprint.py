@@ -1,4 +1,4 @@
-"""What FSDP2 holds and moves in a step. Not part of fsdp2.py: it is needed by plans, which run no engine."""
+"""Memory and traffic of FSDP2 in a step. Not part of fsdp2.py: it is needed by plans, which run no engine."""
 
 from ..config.engine import FSDP2Config
 from ..placement import Transfer, Workload

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps fp32 weights and optimizer states, at each stage of ZeRO, and the norm of the gradients."""
+"""Access to DeepSpeed's fp32 weights and optimizer states at each stage of ZeRO, and the norm of the gradients."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class Stage0Weights:
         apply_clip(self._gradients(), factor)
 
     def _gradients(self) -> list[Tensor]:
-        """What the optimizer will be handed here, to be changed in place."""
+        """Gradients that the optimizer will be handed here, to be changed in place."""
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
 
 

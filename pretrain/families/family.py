@@ -1,4 +1,4 @@
-"""What a model family tells the rest of the program. No torch: a launcher reads it before any rank starts.
+"""Declares what a model family tells the rest of the program. No torch: a launcher reads it before any rank starts.
 
 Apart from the families' own files because all of them build on it.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a block keeps of its activations between forward and backward, in numbers per token."""
+    """Activations that a block keeps between forward and backward, in numbers per token."""
 
     kept: int  # what the block's backward finds
     again: int  # what the backward computes again

@@ -110,14 +110,14 @@ def mappings(model: GPT2Config) -> list[WeightMapping]:
     found = [WeightMapping("positions", {"wpe.weight": model.context})]
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"h.{i}"
-        for name, other in NORMS.items():
+        for name, hf_name in NORMS.items():
             found += [
-                WeightMapping(f"{ours}.{name}.{kind}", {f"{theirs}.{other}.{kind}": D}) for kind in ("weight", "bias")
+                WeightMapping(f"{ours}.{name}.{kind}", {f"{theirs}.{hf_name}.{kind}": D}) for kind in ("weight", "bias")
             ]
-        for name, other in PROJECTIONS.items():
-            weight = {f"{theirs}.{other}.weight": rows[name]}
+        for name, hf_name in PROJECTIONS.items():
+            weight = {f"{theirs}.{hf_name}.weight": rows[name]}
             found.append(WeightMapping(f"{ours}.{name}.weight", weight, transposed=True))
-            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{other}.bias": rows[name]}))
+            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{hf_name}.bias": rows[name]}))
     return found + [WeightMapping(f"norm.{kind}", {f"ln_f.{kind}": D}) for kind in ("weight", "bias")]
 
 

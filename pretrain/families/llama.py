@@ -186,8 +186,10 @@ def mappings(model: LlamaConfig) -> list[WeightMapping]:
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"layers.{i}"
 
-        def add(name: str, others: dict[str, int], ours: str = ours, theirs: str = theirs) -> None:
-            found.append(WeightMapping(f"{ours}.{name}", {f"{theirs}.{other}": rows for other, rows in others.items()}))
+        def add(name: str, hf_rows: dict[str, int], ours: str = ours, theirs: str = theirs) -> None:
+            found.append(
+                WeightMapping(f"{ours}.{name}", {f"{theirs}.{hf_name}": rows for hf_name, rows in hf_rows.items()})
+            )
 
         add("norm1.weight", {"input_layernorm.weight": D})
         add("attention.qkv.weight", {f"self_attn.{part}.weight": rows for part, rows in parts.items()})

@@ -1,4 +1,4 @@
-"""What a hook is: the moments at which it is called, and what it is built from."""
+"""Interface of a hook: the moments at which it is called, and what it is built from."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,7 +22,7 @@ from ..vocab.lookup import LookupTraffic
 
 @dataclass
 class StepReport:
-    """What one step measured, and what hooks add for the log: the same on all ranks."""
+    """Measurements of one step, and what hooks add for the log: the same on all ranks."""
 
     step: int
     loss: Tensor  # this rank's part: the sum over ranks is the loss of the batch
@@ -38,7 +38,7 @@ class StepReport:
 
 
 class TrainerView(Protocol):
-    """What a hook may ask of the trainer."""
+    """Parts of the trainer that a hook may use."""
 
     model: LanguageModel
     engine: Engine
@@ -70,7 +70,7 @@ class Hook:
         """After the update. Adds to the report what is to be logged."""
 
     def state_dict(self) -> HookState:
-        """What must survive, by names that begin with `monitor.`: DTensors, and numbers, which go into the manifest.
+        """Returns what must survive, by names that begin with `monitor.`: DTensors, and numbers for the manifest.
 
         Called at each save, and before a load, which fills its tensors in place. A save may read them until the update
         of the next step: they must not be changed in place.
@@ -85,7 +85,7 @@ class Hook:
 
 @dataclass
 class Run:
-    """What hooks are built from: the parts of this rank's run."""
+    """Parts of this rank's run that hooks are built from."""
 
     data: Data
     parts: ModelParts

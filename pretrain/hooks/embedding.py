@@ -81,7 +81,7 @@ class EmbeddingHealth(Hook):
             if weight_vD is not None:
                 scalars, ids = rows.of_matrix(weight_vD)
                 report.scalars.update({f"{title}_{key}": value for key, value in scalars.items()})
-                report.rows.update({f"{title}_{key}": few for key, few in ids.items()})
+                report.rows.update({f"{title}_{key}": row_ids for key, row_ids in ids.items()})
 
 
 def build(config: JobConfig, run: Run) -> EmbeddingHealth | None:

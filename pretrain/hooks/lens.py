@@ -109,15 +109,15 @@ class LensMonitor(Hook):
         for b, bins_T in enumerate(self.bins_BT):
             if trainer.must_stop():
                 return None
-            one = self.batch.moved(lambda part, b=b: part[b : b + 1])  # type: ignore[misc]
+            window = self.batch.moved(lambda part, b=b: part[b : b + 1])  # type: ignore[misc]
             found = run_lens(
                 model.vocab,
                 model.body,
                 trainer.engine.body,
-                one.tokens_BT,
-                one.targets_BT,
+                window.tokens_BT,
+                window.targets_BT,
                 Method(),
-                starts_BT=one.starts_BT,
+                starts_BT=window.starts_BT,
                 k=0,
                 tokens="distinct",
                 memory_mib=MEMORY_MIB,
@@ -134,7 +134,7 @@ class LensMonitor(Hook):
 
 
 def _sums(found: LensResult, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all positions, and by bin, b of them in all: of each row [R, m, b], of all [w, b], and positions [2, b]."""
+    """Sums over all positions, and by bin, b in all: of each row [R, m, b], of all [w, b], and of positions [2, b]."""
     values_RNm, whole_Nw = _measured(found)
     known_N = found.targets >= 0
     bins_Nb = F.one_hot(bins_N + 1, 1 + len(BINS)).double()
@@ -202,7 +202,7 @@ class HeatMaps:
         for name in HEAT_MAPS:
             begin = f"lens_{name}/"
             rows = [key for key in scalars if key.startswith(begin)]
-            table = [[of.get(key, math.nan) for of in self.measured.values()] for key in rows]
+            table = [[values.get(key, math.nan) for values in self.measured.values()] for key in rows]
             labels = [key.removeprefix(begin) for key in rows]
             self.log.image(f"lens/{name}", heat_map(np.array(table), labels, list(self.measured), name), step)
 

@@ -1,4 +1,4 @@
-"""What a run logs of its steps."""
+"""Logging of a run's steps."""
 
 from functools import reduce
 from operator import add

@@ -1,4 +1,4 @@
-"""What each layer would guess, were it the last: the logit lens, on a split matrix.
+"""Reads what each layer would guess, were it the last: the logit lens, on a split matrix.
 
 nostalgebraist, "interpreting GPT: the logit lens", 2020; decoders that also run the last block or MLP are from the
 same author's transformer-utils. B sequences, T positions, N of them looked at, R rows of the picture, D width.
@@ -69,7 +69,7 @@ class Recorder:
         self._stream, self._others = args[0], (args[1:], kwargs)
 
     def _leaves(self, name: str, adds: bool, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Of a part of a block, what it adds to the residual stream."""
+        """Records the residual stream after a part of a block; `adds`: its output is added to the stream."""
         if self._recording:
             self._stream = self._stream + output if adds else output
             self._keep(name, self._stream)
@@ -112,7 +112,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class LensResult:
-    """What was measured at N positions, of all sequences. R rows by their names: the input first, last the model's own
+    """Measurements at N positions, of all sequences. R rows by their names: the input first, last the model's own
     output. `reading`: of them, [R, N, ...]; ids, in this order: the output's top guess, the token, and the one after
     it, -100 where there is none; references: the output, and the input.
     """
@@ -129,12 +129,12 @@ class LensResult:
 
     @property
     def right(self) -> Tensor:
-        """Where the model's guess is the next token, [N]."""
+        """True where the model's guess is the next token, [N]."""
         return self.guesses[-1] == self.targets
 
     @property
     def probabilities(self) -> Tensor:
-        """Of the top guesses, [R, N, k]."""
+        """Probabilities of the top guesses, [R, N, k]."""
         return (self.reading.top_logits - self.reading.lse[..., None]).exp()
 
     @property

@@ -30,7 +30,7 @@ MOST_COLUMNS = 256  # eleven bands
 def write_pictures(sheet: LensTable, folder: Path) -> list[Path]:
     """One PNG a view in `folder`, named by its key; the page; in this order, each whole or not at all.
 
-    OSError where they cannot be written: all of one look are drawn before the first.
+    Raises OSError if they cannot be written: all of one look are drawn before the first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

@@ -1,4 +1,4 @@
-"""What a look says, as text and numbers for a picture: R rows, N columns, k guesses a cell."""
+"""Contents of a look, as text and numbers for a picture: R rows, N columns, k guesses a cell."""
 
 import math
 from collections.abc import Callable

@@ -18,7 +18,7 @@ Mask = Tensor | BlockMask
 
 
 def within_documents(starts_BT: Tensor) -> Mask:
-    """Who sees whom: itself and what came before it in its document. `starts_BT`: where each position's begins."""
+    """Mask: each position attends to itself and to earlier ones of its document, which begins at `starts_BT`."""
     if starts_BT.is_cuda:
         return block_mask(starts_BT)
     position_T = torch.arange(starts_BT.shape[1])

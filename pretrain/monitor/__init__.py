@@ -1,4 +1,4 @@
-"""What a run tells while it trains."""
+"""Metrics that a run reports while it trains."""
 
 from .metrics import MetricsLog
 from .rows import BINS, EDGES, Rows, blocks

@@ -1,4 +1,4 @@
-"""What a run tells: scalars in `RUN/metrics.jsonl`, in TensorBoard, and on the terminal; its restarts. Rank 0 only."""
+"""Metrics of a run: scalars in `RUN/metrics.jsonl`, in TensorBoard, and on the terminal; its restarts. Rank 0 only."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class MetricsLog:
 
     @property
     def has_board(self) -> bool:
-        """Whether there is a TensorBoard, for pictures."""
+        """True if there is a TensorBoard, for pictures."""
         return self._board is not None
 
     def text(self, tag: str, markdown: str, step: int) -> None:
@@ -124,7 +124,7 @@ def _no_more_than_a_warning() -> Iterator[None]:
 
 
 def _tag(name: str) -> str:
-    """What is measured of each corpus keeps its title: val/loss/web; and what is of a bin of rows, its bin's."""
+    """Tag of a scalar. One of a corpus keeps its title, as in val/loss/web; one of a bin of rows, its bin's."""
     head, slash, title = name.partition("/")
     group, _, rest = head.partition("_")
     return TAGS.get(head, f"{group}/{rest}" if group in GROUPS else head) + slash + title

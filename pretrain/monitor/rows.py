@@ -63,7 +63,7 @@ class Rows:
         return scalars | {f"rows_of_bin/{name}": count for name, count in zip(BINS, bins, strict=True)}
 
     def of_matrix(self, weight_vD: Tensor) -> tuple[dict[str, float], dict[str, list[int]]]:
-        """Of one matrix: numbers, and the lowest ids of rows that are damaged, small, or as those never seen.
+        """Measures one matrix: numbers, and the lowest ids of rows that are damaged, small, or like those never seen.
 
         norm: mean of the rows', by bin too. norm_by_count: its correlation with log count, of rows seen. Shape: see
         `isotropy`. damaged: rows with a number that is not finite, or all zero; no other measure has them. small: below
@@ -120,7 +120,7 @@ class Rows:
         n, x, y = self._host_sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
         if n < 2:
             return {}
-        x_v, y_v = (torch.where(counted_v, one - mean / n, 0.0) for one, mean in ((x_v, x), (y_v, y)))
+        x_v, y_v = (torch.where(counted_v, values_v - mean / n, 0.0) for values_v, mean in ((x_v, x), (y_v, y)))
         xx, yy, xy = self._host_sum(torch.stack([(x_v * x_v).sum(), (y_v * y_v).sum(), (x_v * y_v).sum()])).tolist()
         return {"norm_by_count": xy / math.sqrt(xx * yy)} if xx > 0 and yy > 0 else {}
 

@@ -1,4 +1,4 @@
-"""What the D × D Gram matrix of all rows tells of their shape; and their directions."""
+"""Measures of the shape of all rows, and of their directions, from their D × D Gram matrix."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # parts of the directions
 
 
 def isotropy(gram_DD: Tensor, sum_D: Tensor, unit_sum_D: Tensor, n: float) -> dict[str, float]:
-    """Of n rows w, none zero: Σ w·wᵀ, Σ w and Σ w/‖w‖, float64. Empty for fewer than two rows.
+    """Measures n rows w, none zero, from Σ w·wᵀ, Σ w and Σ w/‖w‖, float64. Empty for fewer than two rows.
 
     mean_share: the part of Σ‖w‖² that lies in the rows' mean. mean_cosine: of two different rows, over all pairs
     (Ethayarajh, arXiv:1909.00512). Of the rows' covariance, eigenvalues λ: effective_rank, e to the entropy of λ/Σλ

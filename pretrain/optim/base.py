@@ -1,5 +1,5 @@
-"""What engines, the vocabulary, checkpoints and the planner ask of an optimizer. Apart from adamw.py, its one
-implementation: nobody but build.py names that.
+"""Interface of an optimizer to engines, the vocabulary, checkpoints and the planner. Apart from adamw.py, its one
+implementation, which only build.py names.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ class Optimizer(ABC):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What is stepped, in the order of the groups."""
+        """Parameters that are stepped, in the order of the groups."""
         return [parameter for group in self.stepper.param_groups for parameter in group["params"]]
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:

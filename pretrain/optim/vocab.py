@@ -20,10 +20,10 @@ class VocabOptimizer:
         self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab)
         self.optimizer.load(step=0)
 
-    def add_copy(self, rows: nn.Parameter, of: nn.Parameter) -> None:
-        """Takes on `rows`, a copy of `of`: with its settings, and a copy of its state. Local."""
+    def add_copy(self, rows: nn.Parameter, source: nn.Parameter) -> None:
+        """Takes on `rows`, a copy of `source`: with its settings, and a copy of its state. Local."""
         self.rows.append(rows)
-        self.optimizer.copy_state(rows, of)
+        self.optimizer.copy_state(rows, source)
 
     def reduce_gradients(self) -> None:
         """Sums the gradients of the replicas, one all-reduce per matrix; and what observers do."""

@@ -1,4 +1,4 @@
-"""What the page shows of two runs: facts, warnings, curves and rows that stand out."""
+"""Contents of the page on two runs: facts, warnings, curves and rows that stand out."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -75,13 +75,13 @@ def _median(values: list[float]) -> float | None:
 
 def _fact(name: str, values: list[float | None], form: str, relative: bool = True) -> list[str]:
     cells = ["–" if value is None else form.format(value) for value in values]
-    one, other = values
-    if one is None or other is None:
+    tied, untied = values
+    if tied is None or untied is None:
         return [name, *cells, "–"]
-    difference = form.format(other - one)
+    difference = form.format(untied - tied)
     difference = difference if difference.startswith("-") else f"+{difference}"
-    if relative and one:
-        difference += f" ({(other - one) / one:+.1%})"
+    if relative and tied:
+        difference += f" ({(untied - tied) / tied:+.1%})"
     return [name, *cells, difference.replace("-", "−")]
 
 
@@ -90,10 +90,11 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
     split = untied.manifest["config"]["vocab"].get("untie_at")
     if split is not None:
         yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
-    one, other = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
-    for key in sorted(one.keys() & other.keys()):  # a key that one lacks came later
-        if not key.startswith(EXPECTED_TO_DIFFER + NOT_COMPARED) and one.get(key) != other.get(key):
-            yield f"Another setting differs: {key} is {one.get(key)} when tied, and {other.get(key)} when not."
+    tied_config, untied_config = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
+    for key in sorted(tied_config.keys() & untied_config.keys()):  # a key that one lacks came later
+        if not key.startswith(EXPECTED_TO_DIFFER + NOT_COMPARED) and tied_config.get(key) != untied_config.get(key):
+            values = f"{tied_config.get(key)} when tied, and {untied_config.get(key)} when not"
+            yield f"Another setting differs: {key} is {values}."
     for key in ("vocab_size", "tokenizer_fingerprint"):
         if tied.manifest.get(key) != untied.manifest.get(key):
             yield f"The runs differ in {key.replace('_', ' ')}."
@@ -101,10 +102,10 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
         yield "The runs have not seen as many tokens: compare the curves, not the last values."
     ends = [line for run in (tied, untied) for line in run.measured("val_loss")[-1:]]
     if len({line["tokens"] for line in ends}) == 2:
-        one_at, other_at = (f"step {line['step']:,}" for line in ends)
+        tied_at, untied_at = (f"step {line['step']:,}" for line in ends)
         yield (
-            f"The last validation losses are of {one_at} when tied, and of {other_at} when not: compare the curves, not"
-            " these values."
+            f"The last validation losses are of {tied_at} when tied, and of {untied_at} when not: compare the curves,"
+            " not these values."
         )
     for run in (tied, untied):
         if not run.looked:
@@ -119,7 +120,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sections(tied: ReportRun, untied: ReportRun) -> list[Section]:
-    """What there is to draw: charts without a point, and sections without anything, are left out."""
+    """Sections to draw: charts without a point, and sections without anything, are left out."""
     found = [_training(tied, untied), _gradients(tied, untied), _rows(tied, untied)]
     drawn = [section._replace(charts=list(filter(None, map(_with_points, section.charts)))) for section in found]
     return [section for section in drawn if section.charts or section.rows]
@@ -177,7 +178,7 @@ def _rows(tied: ReportRun, untied: ReportRun) -> Section:
         (untied, "embedding", "untied, input", UNTIED),
         (untied, "head", "untied, output", HEAD),
     ]
-    runs, matrices = [run for run in (tied, untied) if run.looked], [one for one in matrices if one[0].looked]
+    runs, matrices = [run for run in (tied, untied) if run.looked], [matrix for matrix in matrices if matrix[0].looked]
 
     def each(scalar: str) -> list[Line]:
         return [Line(name, colour, run.points(f"{key}_{scalar}")) for run, key, name, colour in matrices]

@@ -1,4 +1,4 @@
-"""What a run has left on the disk: its newest checkpoint's manifest, its metrics, its tokenizer."""
+"""Reads what a run has left on the disk: its newest checkpoint's manifest, its metrics, its tokenizer."""
 
 import json
 import math
@@ -20,8 +20,8 @@ Point = tuple[float, float]
 
 @dataclass
 class ReportRun:
-    """A run's folder as it is on the disk. ValueError where it is none, has no checkpoint, or is not what `kind` says:
-    its newest checkpoint has one matrix where it is tied, and two where not.
+    """A run's folder as it is on the disk. Raises ValueError if it is none, has no checkpoint, or is not what `kind`
+    says: its newest checkpoint has one matrix where it is tied, and two where not.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class ReportRun:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, without a line that a kill has cut short. ValueError where another one is damaged."""
+        """metrics.jsonl, without a line that a kill has cut short. Raises ValueError if another one is damaged."""
         path = self.folder / "metrics.jsonl"
         try:
             text = path.read_text()

@@ -29,7 +29,7 @@ def chunk_budget(shard: RowShard, width: int, dtype: torch.dtype, memory_mib: in
 
 
 def token_bytes(shard: RowShard, width: int, dtype: torch.dtype) -> int:
-    """What a token in work holds: its factors [v] and its hidden states in this and the next chunk, scaled, and the
+    """Bytes of a token in work: its factors [v] and its hidden states in this and the next chunk, scaled, and the
     matmul's product, in `dtype`; and its gradient, before and after the reduction, accurate.
     """
     return shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)

@@ -149,8 +149,8 @@ class DistinctComm(ReplicatedComm):
 
 
 def token_comm(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> TokenComm:
-    """How tokens travel: "distinct", each rank has its own, or "replicated", all have the same. ValueError otherwise,
-    or where the shard is not this rank's of the group.
+    """How tokens travel: "distinct", each rank has its own, or "replicated", all have the same. Raises ValueError
+    otherwise, or if the shard is not this rank's of the group.
     """
     if tokens not in ("distinct", "replicated"):
         raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')

@@ -59,10 +59,10 @@ class GuardedRows(nn.Module):
             digest_2 = torch.stack([sums_v.sum(), sums_v @ by_row])
             seen: dict[tuple[float, ...], int] = {}
             for rank, numbers in enumerate(on_host(all_gather(digest_2, self.group)).tolist()):
-                other = seen.setdefault(tuple(numbers), rank)
-                if other != rank and numbers != [0.0, 0.0]:  # zeros: padding, or no values yet
+                first = seen.setdefault(tuple(numbers), rank)
+                if first != rank and numbers != [0.0, 0.0]:  # zeros: padding, or no values yet
                     raise RuntimeError(
-                        f"ranks {other} and {rank} own different rows of the vocabulary, but hold the same values: a"
+                        f"ranks {first} and {rank} own different rows of the vocabulary, but hold the same values: a"
                         " wrapper has copied one rank's over the other's; give it the body alone"
                     )
 

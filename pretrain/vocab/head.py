@@ -33,7 +33,7 @@ class ChunkOnShard:
 
 @dataclass(frozen=True)
 class Head:
-    """What is computed, and on which rows. `metrics`: also the entropy and the id of the largest logit."""
+    """Settings of the head, and the rows it works on. `metrics`: also the entropy and the id of the largest logit."""
 
     shard: VocabShard
     traffic: TokenComm
@@ -45,7 +45,7 @@ class Head:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What `merge` returns for each token."""
+        """Names of what `merge` returns for each token."""
         return ("loss", "lse", "entropy", "best") if self.metrics else ("loss", "lse")
 
     @property
@@ -56,7 +56,7 @@ class Head:
 
     @property
     def smoothing_per_row(self) -> float:
-        """What smoothing subtracts from the gradient of every logit."""
+        """Amount that smoothing subtracts from the gradient of every logit."""
         return self.smoothing / self.shard.vocab_size
 
     @property
@@ -153,7 +153,7 @@ class Head:
         )
 
     def z_loss_gain(self, lse_m: Tensor) -> Tensor:
-        """What z-loss multiplies the softmax's part of the gradient with."""
+        """Factor by which z-loss multiplies the softmax's part of the gradient."""
         return 1 + 2 * self.z_loss * lse_m
 
     def cap(self, logit_m: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .shard import VocabShard
 
 @dataclass(frozen=True)
 class LookupTraffic:
-    """What lookups move between the ranks of a group, out and back, summed over ranks, in bytes a column of the matrix.
+    """Traffic of lookups between the ranks of a group, both ways, summed over ranks, in bytes a column of the matrix.
 
     moved: by the plan; gathered: by gather + reduce-scatter of the hidden states. sent_p: distinct rows that others
     want of each owner.

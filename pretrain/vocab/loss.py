@@ -26,7 +26,7 @@ from .shard import VocabShard
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """What `vocab_parallel_linear_cross_entropy` returns. Only `loss` is differentiable.
+    """Result of `vocab_parallel_linear_cross_entropy`. Only `loss` is differentiable.
 
     loss: sum over this rank's valid targets, in nats, fp32 scalar; with reduction="none" one value a token
         (0 where ignored). n_tokens: the number of valid targets, int64 scalar. lse, entropy: log-sum-exp of

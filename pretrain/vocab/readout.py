@@ -27,7 +27,7 @@ TILE_BYTES = 16 * 2**20  # of rows that are made accurate at once, where they ar
 
 @dataclass(frozen=True)
 class Reading:
-    """What `Readout.read` returns: of S sets of N hidden states, in nats, accurate.
+    """Result of `Readout.read`: of S sets of N hidden states, in nats, accurate.
 
     top_logits, top_ids: the k largest logits, falling, and their ids, the lowest first among equals; [S, N, k].
     lse, entropy: log-sum-exp of the logits and entropy of the softmax, [S, N].
@@ -66,7 +66,7 @@ class Readout:
         tokens: Literal["distinct", "replicated"] = "replicated",
         memory_mib: float = MEMORY_MIB,
     ) -> None:
-        """Raises ValueError where the shard is not this rank's of the group, or has other rows."""
+        """Raises ValueError if the shard is not this rank's of the group, or has other rows."""
         if len(weight_vD) != shard.rows:
             raise ValueError(f"weight has {len(weight_vD)} rows, but the shard has {shard.rows}")
         if not memory_mib > 0:
@@ -93,7 +93,7 @@ class Readout:
         return self.read(hidden_ND[None]).lse[0]
 
     def entropy(self, hidden_ND: Tensor) -> Tensor:
-        """Of the softmax, [N]. Collectives: see `read`."""
+        """Entropy of the softmax, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None]).entropy[0]
 
     def kl(self, hidden_a_ND: Tensor, hidden_b_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class Readout:
         references: Iterator[Tensor] = repeat(hidden_SND.new_empty(0, 0, hidden_SND.shape[-1]))
         if len(reference_RND):
             others = Chunks(self.traffic, reference_RND.transpose(0, 1), budget, chunks.max_tokens_per_rank)
-            references = (other.hidden_mD for other in others)
+            references = (reference.hidden_mD for reference in others)
         for chunk, reference_mRD in zip(chunks, references, strict=False):
             of_chunk = [chunk.of(ids_pL) for ids_pL in ids]
             ids_mJ = torch.stack(of_chunk, 1) if ids else ids_NJ.new_empty(len(chunk.hidden_mD), 0)
@@ -190,15 +190,18 @@ class Readout:
         rows = slice(None) if mask_v is None else mask_v[: len(self.weight_vD)]
         statistics = [own.max_m, own.sum_m, dot(own.exp_mv, own.shifted_mv)]
         statistics.append(torch.zeros_like(own.sum_m) if mask_v is None else own.exp_mv[:, rows].sum(1))
-        for other in references:
-            distance_mv = other.shifted_mv - own.shifted_mv
-            statistics += [dot(other.exp_mv, distance_mv), -dot(own.exp_mv, distance_mv)]
+        for reference in references:
+            distance_mv = reference.shifted_mv - own.shifted_mv
+            statistics += [dot(reference.exp_mv, distance_mv), -dot(own.exp_mv, distance_mv)]
         stacked = self._exchange([*statistics, *counts, *top_km, *top_ids_km.to(own.max_m.dtype)])
         parts = iter(stacked.unbind(1))
         whole = GlobalSoftmax.of(next(parts), next(parts))
         entropy_m = whole.entropy(next(parts))
         mass_m = (whole.weight_pm * next(parts)).sum(0)
-        pairs = [(other.kl(whole, next(parts)), whole.kl(other, next(parts))) for other in wholes]
+        pairs = [
+            (reference_whole.kl(whole, next(parts)), whole.kl(reference_whole, next(parts)))
+            for reference_whole in wholes
+        ]
         ranks = [1 + next(parts).sum(0) for _ in counts]
         known_mJ = (ids_mJ >= 0) & (ids_mJ < self.shard.vocab_size)
         nothing = top_km.new_empty(len(own.max_m), 0)

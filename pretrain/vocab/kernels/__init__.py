@@ -1,4 +1,4 @@
-"""What the loss computes with on one device."""
+"""Kernels that the loss computes with on one device."""
 
 from .base import Kernels
 from .choose import choose_kernels

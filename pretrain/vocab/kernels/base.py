@@ -95,7 +95,7 @@ class Kernels(Protocol):
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are held in when matmuls run in `dtype`."""
+    """Dtype that sums are held in when matmuls run in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -115,7 +115,7 @@ def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None
 
 
 def floor_statistics(hidden_mD: Tensor, extra_statistics: Collection[str]) -> dict[str, Tensor]:
-    """Of a shard without rows: a finite floor, so that merging never subtracts infinities."""
+    """Statistics of a shard without rows: a finite floor, so that merging never subtracts infinities."""
     zero_m = hidden_mD.new_zeros(len(hidden_mD), dtype=accurate_dtype(hidden_mD.dtype))
     floor_m = torch.full_like(zero_m, torch.finfo(zero_m.dtype).min)
     return {"max": floor_m, "sum": zero_m} | dict.fromkeys(extra_statistics, zero_m)
