@@ -67,6 +67,7 @@ def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, dic
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     if world is not None:
         config.train.check_world(world)
+        config.vocab.check_world(world)
     config.optim.check_steps(config.train.steps)
     data = open_data(config.data)
     if config.monitor.lens_every and not validation_windows(config, data):

@@ -35,12 +35,20 @@ COMMANDS = {
         *REFUSED_TRAINING,
         ([*TRAINING, "nproc=two"], "nproc=two must be a number of ranks"),
         ([*TRAINING, "nproc=3", "train.global_batch=32"], "must divide train.global_batch=32"),
+        ([*TRAINING, "nproc=2", "vocab.parallel=3"], "vocab.parallel=3 must divide the number of ranks, 2"),
         (["run.dir={held}", *TRAINING[1:]], "run.dir={held} is in use by another process"),
     ],
-    "launch.slurm": [([*CLUSTER, "dry_run=true", *arguments], said) for arguments, said in REFUSED_TRAINING],
+    "launch.slurm": [
+        ([*CLUSTER, "dry_run=true", *arguments], said)
+        for arguments, said in (
+            *REFUSED_TRAINING,
+            ([*TRAINING, "vocab.parallel=3"], "vocab.parallel=3 must divide the number of ranks, 2"),
+        )
+    ],
     "launch.plan": [
         ([*CLUSTER, "vocab.size=307", "train.steps=0"], "train.steps=0 must be at least 1"),
         ([*CLUSTER, "vocab.size=307", "train.global_batch=1", "train.micro_batch=1"], "must divide"),
+        ([*CLUSTER, "vocab.size=307", "vocab.parallel=3"], "vocab.parallel=3 must divide the number of ranks, 2"),
         (CLUSTER, "vocab.size=null must be given"),
     ],
     "data_prep.app": [(["out={run}", "tokenizer.vocab=0"], "tokenizer.vocab"), (["out={run}", "path={run}"], "path")],
