@@ -75,6 +75,7 @@ def _composed(composed: DictConfig) -> None:
         assert isinstance(cluster, ClusterConfig)
         config, rows = _training(composed)
         config.train.check_world(cluster.ranks)
+        config.vocab.check_world(cluster.ranks)
         from launch.fit import larger, refusal  # these need torch: no refusal above waits for it
         from launch.planner import plan
         from pretrain.announce import counts, parameters

@@ -25,6 +25,7 @@ from .config.job import CONFIG_FILE, JobConfig
 from .corpora import validation_windows, vocab_rows
 from .data import Data, open_data
 from .exits import RESTARTS_FILE
+from .interop.initial import check_initial
 from .locks import LAUNCH_LOCK, RANKS_LOCK
 
 Warn = Callable[[str], None]
@@ -41,32 +42,28 @@ def check_job(
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
-    the checkpoint that would be resumed. bf16: whether a device elsewhere computes it natively; None: it is this one.
-    warn: takes a line on what could not be checked. environment: the ranks', if they run here.
+    the weights that the run would begin with, a checkpoint's or those of `init_from`. bf16: whether a device elsewhere
+    computes it natively; None: it is this one. warn: takes a line on what could not be checked. environment: the
+    ranks', if they run here.
     """
     if isinstance(config.engine, FSDP2Config):
         config.engine.check_device(device_type)
-    data, rows, saved = check_settings(config, world)
+    data, rows, unchecked = check_settings(config, world)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
-    if saved is not None and saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
-        warn(f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's")
-    if saved is None and config.init_from is not None:
-        from .interop.initial import check_initial
-
-        doubt = check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
-        if doubt:
-            warn(doubt)
+    if unchecked:
+        warn(unchecked)
     return data
 
 
-def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, dict[str, Any] | None]:
+def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, str]:
     """The part of `check_job` that needs neither torch nor a device. world: None, if it is not known yet.
 
-    Returns the data, the rows of the vocabulary, and the manifest of the checkpoint that would be resumed.
+    Returns the data, the rows of the vocabulary, and a line on what could not be checked, or nothing.
     """
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     if world is not None:
         config.train.check_world(world)
+        config.vocab.check_world(world)
     config.optim.check_steps(config.train.steps)
     data = open_data(config.data)
     if config.monitor.lens_every and not validation_windows(config, data):
@@ -76,9 +73,18 @@ def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, dic
         saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
     except CheckpointError as error:
         raise ValueError(str(error)) from error
+    return data, rows, _check_weights(config, data, rows, saved)
+
+
+def _check_weights(config: JobConfig, data: Data, rows: int, saved: dict[str, Any] | None) -> str:
+    """Checks what the run begins with: the manifest's checkpoint, or `init_from`. Returns a warning, or nothing."""
     if saved is not None:
         check_resumable(config, data, rows, saved)
-    return data, rows, saved
+        if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
+            return f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's"
+    elif config.init_from is not None:
+        return check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
+    return ""
 
 
 def _check_with_torch(

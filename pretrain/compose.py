@@ -28,6 +28,7 @@ from .config.job import CONFIG_FILE, JobConfig
 from .config.optim import OPTIMIZERS, OptimConfig
 from .data import Data
 from .families import FAMILIES
+from .interop.initial import special_tokens
 
 TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
 OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
@@ -111,8 +112,6 @@ def freeze(config: JobConfig, data: Data) -> None:
     if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
         (config.run_dir / KEPT_AS).unlink(missing_ok=True)
         if config.init_from is not None:
-            from .interop.initial import special_tokens  # needs torch
-
             special = special_tokens(config.init_from)
     write_config(config, None if data.tokenizer is None else TokenizerSpec.load(data.tokenizer), special)
 

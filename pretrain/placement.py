@@ -17,6 +17,7 @@ group has fewer of them than there are rows, M < V. It is shown beside the other
 import math
 from dataclasses import dataclass
 
+from .config.vocab import VocabConfig
 from .vocab.shard import RowShard
 
 DISTINCT = 1 / 3  # of the ids in text
@@ -115,8 +116,7 @@ def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
 
     Raises ValueError if `asked` is a number that does not divide the world.
     """
-    if asked != "auto" and machine.world % int(asked):
-        raise ValueError(f"vocab.parallel={asked} must divide the number of ranks, {machine.world}")
+    VocabConfig(parallel=asked).check_world(machine.world)
     sizes = {p: estimate(p, work, machine) for p in range(1, machine.world + 1) if machine.world % p == 0}
     fastest = min(size.seconds for size in sizes.values())
     best = min((size for size in sizes.values() if size.seconds <= SLOWER * fastest), key=lambda size: size.held)

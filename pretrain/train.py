@@ -36,7 +36,7 @@ from .data.loader import BatchLoader
 from .exits import Exit
 from .hooks import Run
 from .hooks.registry import build_hooks
-from .interop.initial import initialise
+from .interop.weights import initialise
 from .locks import RANKS_LOCK, lock_run
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from pretrain.families.gpt2 import GPT2, GPT2Config
 from pretrain.locks import LAUNCH_LOCK, lock_run
 from tests.pretrain.tiny import write_tokens
 
@@ -29,18 +32,40 @@ REFUSED_TRAINING = [
     ([*TRAINING, "data.path={run}/none"], "{run}/none"),
     ([*TRAINING, "model.heads=5"], "model.heads=5 must divide"),
 ]
+NO_MODELS = {  # folders that no run can begin with, and what is said of them
+    "none": "{none}/config.json is missing",
+    "bloom": "{bloom}/config.json: model_type=bloom must be one of",
+    "rows": "{rows}: its embedding has 307 rows, but config.json says vocab_size=308",
+    "lacks": "{lacks} has no tensor ln_f.weight",
+    "shape": "h.0.mlp.c_fc.weight has shape (23, 96), but config.json means (24, 96)",
+    "broken": "{broken}/model.safetensors cannot be read",
+}
+MODEL = GPT2Config(layers=1, width=24, heads=3, context=16)  # of the folder {hf}
+OTHER_SETTINGS = "init_from=hf:{hf} has other settings than this run: give"
+SAME = ["init_from=hf:{hf}", "model.layers=1", "model.width=24", "model.heads=3", "model.context=16"]
+REFUSED_TRAINING += [
+    *(([*TRAINING, f"init_from=hf:{{{name}}}"], said) for name, said in NO_MODELS.items()),
+    ([*TRAINING, "model=llama_tiny", "init_from=hf:{hf}"], "model.family=llama must be gpt2"),
+    ([*TRAINING, *SAME, "model.layers=2"], f"{OTHER_SETTINGS} model.layers=1"),
+    ([*TRAINING, *SAME, "vocab.size=308"], f"{OTHER_SETTINGS} vocab.size=307"),
+]
+PARALLEL = ([*TRAINING, "vocab.parallel=3"], "vocab.parallel=3 must divide the number of ranks, 2")
 CLUSTER = ["cluster=cpu", "cluster.nodes=1", "cluster.tasks_per_node=2"]
 COMMANDS = {
     "launch.local": [
         *REFUSED_TRAINING,
         ([*TRAINING, "nproc=two"], "nproc=two must be a number of ranks"),
         ([*TRAINING, "nproc=3", "train.global_batch=32"], "must divide train.global_batch=32"),
+        (["nproc=2", *PARALLEL[0]], PARALLEL[1]),
         (["run.dir={held}", *TRAINING[1:]], "run.dir={held} is in use by another process"),
     ],
-    "launch.slurm": [([*CLUSTER, "dry_run=true", *arguments], said) for arguments, said in REFUSED_TRAINING],
+    "launch.slurm": [
+        ([*CLUSTER, "dry_run=true", *arguments], said) for arguments, said in (*REFUSED_TRAINING, PARALLEL)
+    ],
     "launch.plan": [
         ([*CLUSTER, "vocab.size=307", "train.steps=0"], "train.steps=0 must be at least 1"),
         ([*CLUSTER, "vocab.size=307", "train.global_batch=1", "train.micro_batch=1"], "must divide"),
+        ([*CLUSTER, "vocab.size=307", "vocab.parallel=3"], "vocab.parallel=3 must divide the number of ranks, 2"),
         (CLUSTER, "vocab.size=null must be given"),
     ],
     "data_prep.app": [(["out={run}", "tokenizer.vocab=0"], "tokenizer.vocab"), (["out={run}", "path={run}"], "path")],
@@ -61,6 +86,10 @@ COMMANDS = {
         (["export", "run={run}", "out={run}"], "run={run} has no checkpoint"),
         (["export", "run={run}", "out={run}", "dtype=fp8"], "dtype=fp8 must be one of fp32, bf16, fp16"),
         (["import", "hf={run}", "run={held}"], "run.dir={held} is in use by another process"),
+        *((["import", f"hf={{{name}}}", "run={run}"], said) for name, said in NO_MODELS.items()),
+        (["import", "hf={hf}", "run={run}", "model.layers=1"], "model.layers is told by hf= and run="),
+        (["import", "hf={hf}", "run={run}", "train.steps=0"], "train.steps=0 must be at least 1"),
+        (["import", "hf={hf}", "run={queued}"], "run={queued} has config.yaml: choose another folder"),
     ],
     "pretrain.commands.data": [
         (["show", "run={run}"], "{run}/config.yaml is missing"),
@@ -71,9 +100,39 @@ COMMANDS = {
 }
 
 
+def write_model(folder: Path, lacks: str = "", misshapen: str = "", **settings: object) -> None:
+    """A folder of MODEL with 307 rows, in bf16, which numpy cannot read: only headers may be looked at."""
+    folder.mkdir()
+    shapes = {"wte.weight": (307, MODEL.width)}
+    for mapping in GPT2.hugging_face.mappings(MODEL):
+        shapes |= {name: mapping.their_shape(name) for name in mapping.theirs}
+    if misshapen:
+        rows, *columns = shapes[misshapen]
+        shapes[misshapen] = (rows - 1, *columns)
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items() if name != lacks}
+    save_file(tensors, folder / "model.safetensors")
+    config = GPT2.hugging_face.settings(MODEL) | {"vocab_size": 307} | settings
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def folders(base: Path) -> dict[str, Path]:
+    """What the commands are given, by the names that COMMANDS has for it."""
+    names = {name: base / name for name in ("run", "held", "queued", "hf", *NO_MODELS)}
+    names["queued"].mkdir()
+    (names["queued"] / "config.yaml").touch()
+    for name in ("hf", "broken"):
+        write_model(names[name])
+    (names["broken"] / "model.safetensors").write_bytes(b"no header")
+    write_model(names["bloom"], model_type="bloom")
+    write_model(names["rows"], vocab_size=308)
+    write_model(names["lacks"], lacks="ln_f.weight")
+    write_model(names["shape"], misshapen="h.0.mlp.c_fc.weight")
+    return names | {"data": write_tokens(base / "tokens")}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_refused_settings_import_no_torch(command, tmp_path):
-    names = {"run": tmp_path / "run", "held": tmp_path / "held", "data": write_tokens(tmp_path / "tokens")}
+    names = folders(tmp_path)
     cases = [(["--help"], "")]
     for arguments, said in COMMANDS[command]:
         cases.append(([argument.format(**names) for argument in arguments], said.format(**names)))

@@ -9,45 +9,37 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data_prep.command import compose_settings
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint import check_files, checkpoints
+from ..checkpoint import check_files
 from ..checkpoint.rows import CheckpointRows, save_weights
 from ..checkpoint.tensor_file import Streamed
-from ..compose import build_config, register_groups, write_config
+from ..compose import build_config, write_config
 from ..config.job import JobConfig
 from ..families import FAMILIES
 from ..interop.export import DTYPES, export
 from ..interop.folder import EMBEDDING, OUTPUT, HFModel, pieces
-from ..interop.initial import tokenizer_of
-from ..locks import LAUNCH_LOCK, lock_run
+from ..interop.initial import FoundTokenizer
 from ..vocab import VocabConfig, VocabShard
 
-SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
-
-def import_folder(source: Path, run: Path, settings: list[str]) -> Iterator[str]:
-    """Makes `run` of a folder; yields what to print."""
-    found = HFModel(source)
-    spec, special, remark = tokenizer_of(found)
-    config = training(found, run, settings)
+def import_folder(found: HFModel, tokenizer: FoundTokenizer, config: JobConfig) -> Iterator[str]:
+    """Makes the run of `config` of a folder; yields what to print. The caller holds the run, which is empty."""
+    run, (spec, special, remark) = config.run_dir, tokenizer
     about = {
         "config": asdict(config),
         "vocab_size": found.vocab_size,
         "tokenizer_fingerprint": None if spec is None else spec.fingerprint,
     }
     tensors = streams(found, config.vocab.multiple)
-    with lock_run(run, LAUNCH_LOCK):
-        _refuse_run(run, config.path)
-        try:
-            folder = save_weights(run, tensors, about, partial(write_config, config, spec, special))
-        except BaseException:
-            (run / KEPT_AS).unlink(missing_ok=True)
-            config.path.unlink(missing_ok=True)  # there was none before
-            raise
+    try:
+        folder = save_weights(run, tensors, about, partial(write_config, config, spec, special))
+    except BaseException:
+        (run / KEPT_AS).unlink(missing_ok=True)
+        config.path.unlink(missing_ok=True)  # there was none before
+        raise
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
     yield f"{folder}: {count / 1e6:,.1f}M parameters, {found.vocab_size:,} rows, {found.tie}"
@@ -55,30 +47,6 @@ def import_folder(source: Path, run: Path, settings: list[str]) -> Iterator[str]
         yield f"tokenizer: none; {remark}"
     else:
         yield f"tokenizer: {run / TOKENIZER_FOLDER}, {spec.vocab_size:,} ids{remark and f'; {remark}'}"
-
-
-def _refuse_run(run: Path, config: Path) -> None:
-    """Raises ValueError if it is a run already, be it one that waits in a queue and holds no lock."""
-    for path in (*checkpoints(run)[-1:], config):
-        if path.exists():
-            raise ValueError(f"run={run} has {path.name}: choose another folder")
-
-
-def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
-    """The settings of a training of that model. Raises ValueError if a setting says what the model tells."""
-    for setting in settings:
-        key = setting.partition("=")[0].lstrip("+~")
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in SET_BY_MODEL):
-            raise ValueError(f"{key} is told by hf= and run=, and not to be given")
-    register_groups()
-    composed = compose_settings("train", settings)
-    OmegaConf.set_struct(composed, False)
-    composed.model = OmegaConf.create(asdict(found.model))
-    composed.vocab.update(found.family.vocab)
-    composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
-    if not composed.data.path and not composed.data.corpora:
-        composed.data.path = "no data"
-    return build_config(composed)
 
 
 def streams(found: HFModel, multiple: int) -> list[Streamed]:

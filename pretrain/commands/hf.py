@@ -1,14 +1,21 @@
 """Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.arguments import key_values
-from data_prep.command import arguments_or, one_line
+from omegaconf import OmegaConf
 
-from ..checkpoint import CheckpointError, checkpoint_of
+from data_prep.arguments import key_values
+from data_prep.command import arguments_or, compose_settings, one_line
+
+from ..checkpoint import CheckpointError, checkpoint_of, checkpoints
+from ..compose import build_config, register_groups
+from ..config.job import JobConfig
 from ..families import hugging_face_types
-from ..locks import LAUNCH_LOCK, check_free
+from ..interop.folder import HFModel
+from ..interop.initial import tokenizer_of
+from ..locks import LAUNCH_LOCK, check_free, lock_run
 
 NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
 HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pickle.
@@ -22,6 +29,7 @@ dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tie
 for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
 """
 DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
+SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
 
 def main() -> None:
@@ -40,9 +48,38 @@ def import_model(arguments: list[str]) -> Iterator[str]:
     given = key_values(arguments, form="hf=, run=")
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
     check_free(run, LAUNCH_LOCK)
-    from .convert import import_folder  # needs torch
+    found = HFModel(source)
+    tokenizer = tokenizer_of(found)
+    config = training(found, run, [one for one in arguments if one.partition("=")[0] not in keys])
+    with lock_run(run, LAUNCH_LOCK):
+        refuse_run(run, config.path)
+        from .convert import import_folder  # needs torch
 
-    yield from import_folder(source, run, [one for one in arguments if one.partition("=")[0] not in keys])
+        yield from import_folder(found, tokenizer, config)
+
+
+def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
+    """The settings of a training of that model. Raises ValueError if a setting says what the model tells."""
+    for setting in settings:
+        key = setting.partition("=")[0].lstrip("+~")
+        if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
+            raise ValueError(f"{key} is told by hf= and run=, and not to be given")
+    register_groups()
+    composed = compose_settings("train", settings)
+    OmegaConf.set_struct(composed, False)
+    composed.model = OmegaConf.create(asdict(found.model))
+    composed.vocab.update(found.family.vocab)
+    composed.vocab.tie, composed.vocab.size, composed.run.dir = found.tie, found.vocab_size, str(run)
+    if not composed.data.path and not composed.data.corpora:
+        composed.data.path = "no data"
+    return build_config(composed)
+
+
+def refuse_run(run: Path, config: Path) -> None:
+    """Raises ValueError if it is a run already, be it one that waits in a queue and holds no lock."""
+    for there in (*checkpoints(run)[-1:], config):
+        if there.exists():
+            raise ValueError(f"run={run} has {there.name}: choose another folder")
 
 
 def export_model(arguments: list[str]) -> Iterator[str]:

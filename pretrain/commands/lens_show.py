@@ -17,8 +17,8 @@ from ..checkpoint import checkpoint_of
 from ..data import IGNORED
 from ..generation import load_model
 from ..interop.folder import HFModel
-from ..interop.initial import load_model as load_hf_model
 from ..interop.initial import tokenizer_of
+from ..interop.weights import load_model as load_hf_model
 from ..lens.command import LensConfig
 from ..lens.examples import EXAMPLES
 from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, LensResult, run_lens

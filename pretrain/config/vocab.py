@@ -59,6 +59,11 @@ class VocabConfig:
         """How many there are when most are."""
         return 1 if self.untied_at(None) is None else 2
 
+    def check_world(self, world: int) -> None:
+        """Raises ValueError unless that many ranks are whole groups that share a copy."""
+        if self.parallel != "auto" and world % int(self.parallel):
+            raise ValueError(f"vocab.parallel={self.parallel} must divide the number of ranks, {world}")
+
     def check_steps(self, steps: int) -> None:
         """Raises ValueError if the matrix would be split after the last of that many steps."""
         if self.untie_at is not None and self.untie_at >= steps:

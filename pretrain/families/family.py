@@ -51,7 +51,21 @@ class WeightMapping:
 
     ours: str  # name of our tensor
     theirs: dict[str, int]  # names of their tensors, which stacked make ours, and the rows of each
+    columns: int | None = None  # of ours; null: it is a vector
     transposed: bool = False  # their weight is [in, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of our tensor."""
+        return self._with_columns(sum(self.theirs.values()))
+
+    def their_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of their tensor of that name."""
+        shape = self._with_columns(self.theirs[name])
+        return shape[::-1] if self.transposed else shape
+
+    def _with_columns(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.columns is None else (rows, self.columns)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,8 @@ def settings(model: GPT2Config) -> dict[str, Any]:
 
 def mappings(model: GPT2Config) -> list[WeightMapping]:
     D = model.width
-    rows = {"attention.qkv": 3 * D, "attention.out": D, "mlp.up": 4 * D, "mlp.down": D}
-    found = [WeightMapping("positions", {"wpe.weight": model.context})]
+    shapes = {"attention.qkv": (3 * D, D), "attention.out": (D, D), "mlp.up": (4 * D, D), "mlp.down": (D, 4 * D)}
+    found = [WeightMapping("positions", {"wpe.weight": model.context}, D)]
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"h.{i}"
         for name, hf_name in NORMS.items():
@@ -115,9 +115,10 @@ def mappings(model: GPT2Config) -> list[WeightMapping]:
                 WeightMapping(f"{ours}.{name}.{kind}", {f"{theirs}.{hf_name}.{kind}": D}) for kind in ("weight", "bias")
             ]
         for name, hf_name in PROJECTIONS.items():
-            weight = {f"{theirs}.{hf_name}.weight": rows[name]}
-            found.append(WeightMapping(f"{ours}.{name}.weight", weight, transposed=True))
-            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{hf_name}.bias": rows[name]}))
+            rows, columns = shapes[name]
+            weight = {f"{theirs}.{hf_name}.weight": rows}
+            found.append(WeightMapping(f"{ours}.{name}.weight", weight, columns, transposed=True))
+            found.append(WeightMapping(f"{ours}.{name}.bias", {f"{theirs}.{hf_name}.bias": rows}))
     return found + [WeightMapping(f"norm.{kind}", {f"ln_f.{kind}": D}) for kind in ("weight", "bias")]
 
 

@@ -186,24 +186,25 @@ def mappings(model: LlamaConfig) -> list[WeightMapping]:
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"layers.{i}"
 
-        def add(name: str, hf_rows: dict[str, int], ours: str = ours, theirs: str = theirs) -> None:
-            found.append(
-                WeightMapping(f"{ours}.{name}", {f"{theirs}.{hf_name}": rows for hf_name, rows in hf_rows.items()})
-            )
+        def add(
+            name: str, hf_rows: dict[str, int], columns: int | None = None, ours: str = ours, theirs: str = theirs
+        ) -> None:
+            rows_of = {f"{theirs}.{hf_name}": rows for hf_name, rows in hf_rows.items()}
+            found.append(WeightMapping(f"{ours}.{name}", rows_of, columns))
 
         add("norm1.weight", {"input_layernorm.weight": D})
-        add("attention.qkv.weight", {f"self_attn.{part}.weight": rows for part, rows in parts.items()})
+        add("attention.qkv.weight", {f"self_attn.{part}.weight": rows for part, rows in parts.items()}, D)
         if model.bias != "none":
             add("attention.qkv.bias", {f"self_attn.{part}.bias": rows for part, rows in parts.items()})
-        add("attention.out.weight", {"self_attn.o_proj.weight": D})
+        add("attention.out.weight", {"self_attn.o_proj.weight": D}, queries)
         if model.bias == "attention":
             add("attention.out.bias", {"self_attn.o_proj.bias": D})
         if model.qk_norm:
             add("attention.query_norm.weight", {"self_attn.q_norm.weight": model.size})
             add("attention.key_norm.weight", {"self_attn.k_norm.weight": model.size})
         add("norm2.weight", {"post_attention_layernorm.weight": D})
-        for part, rows in (("gate", F), ("up", F), ("down", D)):
-            add(f"mlp.{part}.weight", {f"mlp.{part}_proj.weight": rows})
+        for part, rows, columns in (("gate", F, D), ("up", F, D), ("down", D, F)):
+            add(f"mlp.{part}.weight", {f"mlp.{part}_proj.weight": rows}, columns)
     return [*found, WeightMapping("norm.weight", {"norm.weight": D})]
 
 

@@ -1,23 +1,24 @@
 """A folder of a Hugging Face model, read by rows: `config.json`, and safetensors in one file or several.
 
-Nothing is read that is not asked for: of the matrix, a rank reads the rows that it owns.
+Nothing is read that is not asked for: of the matrix, a rank reads the rows that it owns. Names and shapes are read
+without torch: a launcher looks at them before any rank starts.
 """
 
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data_prep.lfs import refuse_pointer
 from data_prep.special_tokens import CONFIG, read_json
 
 from ..families import Family, ModelConfig, WeightMapping, hugging_face_types
 from ..families.family import HEAD
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
@@ -46,14 +47,15 @@ class HFModel:
             self.model: ModelConfig = self.format.model(self.config)
         except (ValueError, TypeError, AttributeError) as error:  # the latter of values of another type
             raise ValueError(f"{folder / CONFIG}: {error}") from error
-        self._opened: dict[Path, Any] = {}
+        self._opened: dict[tuple[Path, str], Any] = {}
         self.files = self._find()
         prefixed = any(name.startswith(self.format.prefix) for name in self.files)
         self.prefix = self.format.prefix if prefixed else ""
         self.mappings = {mapping.ours: mapping for mapping in self.format.mappings(self.model)}
-        self.mappings[EMBEDDING] = WeightMapping(EMBEDDING, {self.format.embedding: self.vocab_size})
+        rows, width = self.vocab_size, self.model.width
+        self.mappings[EMBEDDING] = WeightMapping(EMBEDDING, {self.format.embedding: rows}, width)
         if self.tie == "untied":
-            self.mappings[OUTPUT] = WeightMapping(OUTPUT, {HEAD: self.vocab_size})
+            self.mappings[OUTPUT] = WeightMapping(OUTPUT, {HEAD: rows}, width)
         self._check_names()
 
     @cached_property
@@ -62,7 +64,7 @@ class HFModel:
         if embedding not in self.files:
             only = f", only {HEAD}, but {CONFIG} does not say tie_word_embeddings=true" if HEAD in self.files else ""
             raise ValueError(f"{self.folder} has no tensor {self.format.prefix}{self.format.embedding}{only}")
-        rows = next(iter(self._slice(embedding).get_shape()), 0)
+        rows = next(iter(self._look(embedding).get_shape()), 0)
         said = self.config.get("vocab_size", rows)
         if said != rows:
             raise ValueError(f"{self.folder}: its embedding has {rows} rows, but {CONFIG} says vocab_size={said}")
@@ -72,51 +74,28 @@ class HFModel:
     def tie(self) -> str:
         return "tied" if self.config.get("tie_word_embeddings", self.format.tied) else "untied"
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> "Tensor":
         """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
+        import torch  # only now: looking at a folder needs none
+
         mapping, parts, first = self.mappings[name], [], 0
         for theirs, rows in mapping.theirs.items():
             low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:
-                part = self._slice(self._named(theirs))
+                part = self._read(self._named(theirs))
                 parts.append(part[:, low:high].T if mapping.transposed else part[low:high])
             first += rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def fill(self, tensors: dict[str, Any]) -> None:
-        """Puts the weights into tensors and DTensors of our names, of these what lies on this rank. No collective.
-
-        What has no name of ours (optimizer state) stays. Rows of the matrix beyond V are padding, and stay. Of a tied
-        model a second matrix is the first.
-        """
-        sources = {name: name for name in self.mappings} | {OUTPUT: OUTPUT if OUTPUT in self.mappings else EMBEDDING}
-        for name, source in sources.items():
-            if name == OUTPUT and OUTPUT not in tensors:
-                continue
-            tensor, start = tensors[name], 0
-            if isinstance(tensor, DTensor):
-                local = tensor.to_local()
-                if not local.numel():
-                    continue
-                (chunk,) = tensor.__create_chunk_list__()
-                tensor, start = local, chunk.offsets[0]
-            stop = min(start + len(tensor), sum(self.mappings[source].theirs.values()))
-            for low, high in pieces(start, stop, tensor[:1].nbytes):
-                tensor[low - start : high - start].copy_(self.rows(source, low, high))
-
     def _check_names(self) -> None:
         """Every tensor has its place and its shape. Reads the files' headers; of a tied model's own head, all of it."""
-        with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in self.model.body().named_parameters()}
-        shapes |= dict.fromkeys((EMBEDDING, OUTPUT), (self.vocab_size, self.model.width))
         known = set()
-        for name, mapping in self.mappings.items():
-            for theirs, rows in mapping.theirs.items():
-                shape: tuple[int, ...] = (rows, *shapes[name][1:])
-                self._check_shape(self._named(theirs), shape[::-1] if mapping.transposed else shape)
+        for mapping in self.mappings.values():
+            for theirs in mapping.theirs:
+                self._check_shape(self._named(theirs), mapping.their_shape(theirs))
                 known.add(self._named(theirs))
         if self.tie == "tied" and HEAD in self.files and HEAD not in known:
-            self._check_head(shapes[EMBEDDING])
+            self._check_head(*self.mappings[EMBEDDING].shape)
             known.add(HEAD)
         for theirs in sorted(self.files.keys() - known):
             if not theirs.endswith(self.format.buffers):
@@ -125,19 +104,19 @@ class HFModel:
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name}")
-        part = self._slice(name)
+        part = self._look(name)
         found, dtype = tuple(part.get_shape()), part.get_dtype()
         if found != expected:
             raise ValueError(f"{self.files[name]}: {name} has shape {found}, but {CONFIG} means {expected}")
         if dtype not in DTYPES:
             raise ValueError(f"{self.files[name]}: {name} is of {dtype}, and must be of {', '.join(DTYPES)}")
 
-    def _check_head(self, shape: tuple[int, ...]) -> None:
-        """A tied model's head, where its file has one, is its embedding."""
-        self._check_shape(HEAD, shape)
-        head, embedding = self._slice(HEAD), self._slice(self._named(self.format.embedding))
-        for low, high in pieces(0, shape[0], 4 * shape[1]):
-            if not torch.equal(head[low:high], embedding[low:high]):
+    def _check_head(self, rows: int, width: int) -> None:
+        """A tied model's head, where its file has one, is its embedding. The only check that needs torch: for bf16."""
+        self._check_shape(HEAD, (rows, width))
+        head, embedding = self._read(HEAD), self._read(self._named(self.format.embedding))
+        for low, high in pieces(0, rows, 4 * width):
+            if not head[low:high].equal(embedding[low:high]):
                 raise ValueError(
                     f"{self.folder} has an {HEAD} that is not its embedding, but {CONFIG} says (or does not deny)"
                     " tie_word_embeddings=true: write there which it is"
@@ -149,21 +128,29 @@ class HFModel:
         alone = theirs == self.format.embedding and self.tie == "tied" and name not in self.files
         return HEAD if alone and HEAD in self.files else name
 
-    def _slice(self, name: str) -> Any:
+    def _look(self, name: str) -> Any:
+        """A tensor's shape and dtype."""
+        return self._slice(name, "np")
+
+    def _read(self, name: str) -> Any:
+        """A tensor whose slices are torch's."""
+        return self._slice(name, "pt")
+
+    def _slice(self, name: str, framework: str) -> Any:
         try:
-            return self._open(self.files[name]).get_slice(name)
+            return self._open(self.files[name], framework).get_slice(name)
         except SafetensorError as error:
             raise ValueError(f"{self.files[name]}: {error}") from error
 
-    def _open(self, path: Path) -> Any:
-        """A safetensors file, mapped. ValueError where it is not one."""
-        if path not in self._opened:
+    def _open(self, path: Path, framework: str = "np") -> Any:
+        """A safetensors file, mapped; "pt" imports torch. Raises ValueError if it is not one."""
+        if (path, framework) not in self._opened:
             try:
                 refuse_pointer(path)
-                self._opened[path] = safe_open(path, framework="pt")
+                self._opened[path, framework] = safe_open(path, framework=framework)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from error
-        return self._opened[path]
+        return self._opened[path, framework]
 
     def _find(self) -> dict[str, Path]:
         """Which file has which tensor. Never a pickle."""

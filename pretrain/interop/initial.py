@@ -1,21 +1,16 @@
-"""A run that begins with the weights of a Hugging Face model: `init_from=hf:DIR`."""
+"""What must hold of a Hugging Face model that a run begins with: `init_from=hf:DIR`. No torch: launchers ask."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from data_prep.hf_tokenizer import from_hf
 from data_prep.special_tokens import SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
-from ..checkpoint.reading import model_for_reading
-from ..checkpoint.state import ModelState
 from ..config.init_from import folder_of
 from ..config.vocab import VocabConfig
 from ..families import ModelConfig
-from ..models.language_model import LanguageModel
 from .folder import HFModel
 
 
@@ -59,25 +54,6 @@ def special_tokens(init_from: str) -> SpecialTokens:
 
 def tokens_with_rows(found: HFModel) -> SpecialTokens:
     return SpecialTokens.read(found.folder).below(found.vocab_size)
-
-
-def initialise(init_from: str, state: ModelState) -> None:
-    """Puts the weights into a model that has not been trained. Each rank reads its rows; collectives: the engine's."""
-    tensors: dict[str, Any] = dict(state.tensors())
-    HFModel(folder_of(init_from)).fill(tensors)
-    state.load(tensors, step=0)
-
-
-def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model as it is in the folder, for reading; the matrix split over the ranks of the default group, if there is
-    one.
-    """
-    with torch.device("meta"):
-        body = found.model.body()
-    config = VocabConfig(tie=found.tie, **found.family.vocab)
-    model, tensors = model_for_reading(body, config, found.vocab_size, found.model.width, device, dtype)
-    found.fill(tensors)
-    return model
 
 
 class FoundTokenizer(NamedTuple):

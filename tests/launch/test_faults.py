@@ -109,7 +109,8 @@ def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_
     send_to_a_rank(process, signal.SIGSTOP, "10/40")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "Current thread" in errors and "/torch/distributed/" in errors, "where the other one waits"
+    assert "Current thread" in errors, errors
+    assert "/torch/distributed/" in errors or "/pretrain/vocab/collectives.py" in errors, "where the other one waits"
     assert losses(folder) == losses(straight)
     (hung, done) = restarts(folder)
     assert (hung["class"], hung["rank"], hung["decision"]) == ("HUNG", 1, "restart") and done["class"] == "FINISHED"

@@ -82,7 +82,7 @@ def settings(model: ToyConfig) -> dict[str, Any]:
 
 def mappings(model: ToyConfig) -> list[WeightMapping]:
     mixes = [
-        WeightMapping(f"blocks.{i}.mix.weight", {f"h.{i}.weight": model.width}, transposed=True)
+        WeightMapping(f"blocks.{i}.mix.weight", {f"h.{i}.weight": model.width}, model.width, transposed=True)
         for i in range(model.layers)
     ]
     return [*mixes, WeightMapping("norm.weight", {"last.weight": model.width})]

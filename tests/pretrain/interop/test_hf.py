@@ -23,7 +23,7 @@ from pretrain.config.generation import GenerateConfig
 from pretrain.generation import generate
 from pretrain.interop import export, folder
 from pretrain.interop.folder import HFModel
-from pretrain.interop.initial import load_model
+from pretrain.interop.weights import load_model
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 from pretrain.models.llama import frequencies
 from tests.data_prep.commands import ROOT, assert_one_error, python, small_spec
@@ -83,6 +83,16 @@ def test_logits_and_loss_are_those_of_transformers(hf, kind, world):
             torch.testing.assert_close(hidden_BTD @ torch.cat(rows).T, truth, rtol=tolerance, atol=tolerance)
             dense = F.cross_entropy(truth[:, :-1].flatten(0, 1), ids(rank)[:, 1:].flatten(), reduction="sum")
             torch.testing.assert_close(loss, dense, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_knows_the_shapes_of_its_body(hf, kind):
+    found = HFModel(hf(kind))
+    with torch.device("meta"):
+        body = {name: tuple(parameter.shape) for name, parameter in found.model.body().named_parameters()}
+    shapes = {name: mapping.shape for name, mapping in found.mappings.items()}
+    matrices = ["embedding.weight", *(["head.weight"] if found.tie == "untied" else [])]
+    assert shapes == body | dict.fromkeys(matrices, (VOCAB, found.model.width))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pretrain.interop.folder import HFModel
-from pretrain.interop.initial import load_model
+from pretrain.interop.weights import load_model
 from pretrain.lens.lens import run_lens
 from pretrain.lens.method import Method
 from tests.pretrain.lens.test_lens import measured
