@@ -3,10 +3,9 @@
     python tests/reliability.py --kills 30 [--seed 0] [--engine fsdp2] [key=value ...]
 
 Starts the real command on two ranks and kills one rank, or all and the launcher, at random moments of its steps and
-its saves. The command is run again until it has come to its end, unless it has been left to start the ranks again by
-itself. Then losses, norms, weights and both moments must be those of
-the uninterrupted run, bit for bit. Prints a tally in Markdown; exits 1 at the first difference. Key=value goes to the
-command. Kills only what it has started, by pid.
+its saves. The command is run again until it has come to its end, unless it starts the ranks again by itself. Then
+losses, norms, weights and both moments must be those of the uninterrupted run, bit for bit. Prints a tally in Markdown;
+exits 1 at the first difference. Key=value goes to the command. Kills only what it has started, by pid.
 """
 
 import argparse
@@ -69,6 +68,10 @@ def main() -> None:
 class Loop:
     """Runs until there were enough kills and the last run has come to its end."""
 
+    #: how a command is started, and seconds within which a kill meets its start
+    popen: type[subprocess.Popen] = subprocess.Popen
+    starting: tuple[float, float] = (3, 10)
+
     def __init__(self, folder: Path, settings: list[str], kills: int, steps: int, seed: int) -> None:
         self.folder, self.settings, self.kills, self.steps = folder, settings, kills, steps
         self.random = random.Random(seed)
@@ -91,7 +94,7 @@ class Loop:
         starts = f"restart.max_failures={1000 if victims == 'one rank, restarted' else 0}"
         command = [sys.executable, "launch/local.py", f"run.dir={run}", starts, *self.settings]
         with open(self.folder / f"{run.name}.log", "a") as log:
-            return subprocess.Popen(
+            return self.popen(
                 command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
             )
 
@@ -123,7 +126,7 @@ class Loop:
 
     def wait_for(self, run: Path, process: subprocess.Popen, moment: str) -> list[psutil.Process]:
         """The ranks at that moment, a random number of steps on; nothing if the run is over first."""
-        starting, until = self.random.random() < 0.15, time.monotonic() + self.random.uniform(3, 10)
+        starting, until = self.random.random() < 0.15, time.monotonic() + self.random.uniform(*self.starting)
         first = steps_logged(run) + self.random.randint(1, 1 + self.steps // 10)
         late = time.monotonic() + PATIENCE
 
@@ -137,7 +140,7 @@ class Loop:
         while process.poll() is None:
             assert time.monotonic() < late, f"{moment} did not come: {self.said(run)}"
             if len(ranks) < RANKS:
-                ranks = [child for child in launcher.children() if "pretrain.train" in _command_line(child)]
+                ranks = launcher.children()
                 time.sleep(0.05)
             elif there():
                 time.sleep(self.random.choice([0, 0, self.random.uniform(0, 0.02)]))
@@ -197,13 +200,6 @@ def old(run: Path, folder: Path) -> bool:
     """A save never makes a step that is older than what stands."""
     done = checkpoints(run)
     return bool(done) and int(folder.name.rpartition("-")[2]) < step_of(done[-1])
-
-
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The kill -9 loop in small; `python tests/reliability.py --kills 30` is the large one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.pretrain.tiny import write_tokens
+from tests.reliability import SETTINGS, Loop
+from tests.warm import Command
 
 
-def test_killed_runs_are_the_uninterrupted_one():
-    command = [sys.executable, "tests/reliability.py", "--kills", "3", "--steps", "30", "--seed", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "3 kills" in done.stdout and "all equal to the uninterrupted run" in done.stdout
+class WarmLoop(Loop):
+    popen, starting = Command, (0.1, 2)
+
+
+def test_killed_runs_are_the_uninterrupted_one(tmp_path):
+    settings = f"data.path={write_tokens(tmp_path / 'tokens')} {SETTINGS} train.steps=30"
+    loop = WarmLoop(tmp_path, settings.split(), kills=4, steps=30, seed=1)
+    loop.run()
+    assert loop.tally.total() == 4 and "4 kills" in loop.table()

@@ -11,12 +11,15 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
 from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socket
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,3 +133,24 @@ def _run(arguments: list[str], environment: dict[str, str]) -> None:
     else:
         sys.argv = arguments
         runpy.run_path(str(Path(arguments[0]).resolve()), run_name="__main__")
+
+
+def torchrun(world: int, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """What `torchrun --nproc-per-node WORLD ARGUMENTS` would have written, and the first exit code that is not 0."""
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words, late = [sys.executable, *map(str, arguments)], time.monotonic() + timeout
+    with ExitStack() as stack:
+        out, error = (stack.enter_context(TemporaryFile("w+")) for _ in range(2))
+        ranks = []
+        for rank in range(world):
+            given = {"OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank, **shared}
+            environment = os.environ | {key: str(value) for key, value in given.items()}
+            ranks.append(Command(words, cwd=cwd, env=environment, stdout=out, stderr=error))
+            stack.callback(ranks[-1].kill)
+        codes = [rank.wait(late - time.monotonic()) for rank in ranks]
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), out.read(), error.read())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain.vocab import VocabParallelEmbedding
+from tests.warm import torchrun
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 VOCAB, WIDTH, BATCH, LENGTH, STEPS = 1000, 64, 8, 32, 20
@@ -19,22 +20,17 @@ VOCAB, WIDTH, BATCH, LENGTH, STEPS = 1000, 64, 8, 32, 20
 
 def run_example(name: str, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of each step, and the weights that it saves."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]),
-    }
-    done = subprocess.run(
-        [*command, EXAMPLES / name, folder / "model.pt"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = [EXAMPLES / name, folder / "model.pt"]
+    done = torchrun(2, *words, cwd=folder) if name != "plain_torch.py" else _by_torchrun_itself(words, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", done.stdout)]
     return losses, torch.load(folder / "model.pt")
+
+
+def _by_torchrun_itself(words: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def dense(body: nn.Module, run, weight_decay: float) -> tuple[list[float], dict[str, torch.Tensor]]:

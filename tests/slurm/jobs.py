@@ -17,6 +17,7 @@ from pretrain.exits import RESTARTS_FILE
 from tests.pretrain.tiny import VOCAB
 from tests.reliability import steps_logged
 from tests.slurm.cluster import Slurm, environment_of
+from tests.warm import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -32,18 +33,18 @@ CLUSTER = f"+cluster=cpu cluster.nodes={RANKS} cluster.cpus_per_task=1 cluster.t
 
 
 def command(typed: str, environment: dict[str, str] | None = None) -> str:
-    """What a command of ours says, once it has ended well."""
-    done = subprocess.run(
+    """Returns what a command of ours says, once it has ended well."""
+    with Command(
         [sys.executable, *typed.split()],
         cwd=ROOT,
         env=environment or os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    ) as process:
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    return said
 
 
 class Job:

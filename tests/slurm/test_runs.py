@@ -91,18 +91,18 @@ def test_stop_requests(submit, straight):
     compare(job.run, straight, STEPS)
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_lost_node(submit, straight, node):
-    """Slurm requeues the job by itself. The batch script runs on n1, and is lost with it."""
+def test_lost_nodes(submit, straight):
+    """Slurm requeues the job by itself, both times. The batch script runs on n1, and is lost with it."""
     job = submit()
-    job.train_on()
-    job.slurm.lose_node(node)
-    job.wait_for_requeue()
-    job.slurm.start_node(node)
-    job.go_on()
+    for node in ("n1", "n2"):
+        job.train_on()
+        job.slurm.lose_node(node)
+        job.wait_for_requeue()
+        job.slurm.start_node(node)
+        job.go_on()
     assert job.end() == "COMPLETED"
-    assert told(job) == [("KILLED", "left to Slurm"), ("FINISHED", "done")]
-    assert job.restarts[0]["host"] == node
+    assert told(job) == [("KILLED", "left to Slurm")] * 2 + [("FINISHED", "done")]
+    assert [line["host"] for line in job.restarts[:2]] == ["n1", "n2"]
     compare(job.run, straight, STEPS)
 
 
@@ -118,18 +118,6 @@ def test_a_killed_rank_goes_on_on_another_node(submit, straight):
     compare(job.run, straight, STEPS)
 
 
-def test_a_rank_that_hangs(submit, straight):
-    job = submit("train.hang_timeout=15")
-    job.train_on()
-    with frozen(job.ranks()[1:]):
-        job.wait_for_requeue()
-    job.go_on()
-    assert job.end() == "COMPLETED"
-    assert told(job) == [("HUNG", "restart"), ("FINISHED", "done")]
-    assert job.restarts[0]["rank"] == 1 and "too few nodes" in job.restarts[0]["why"]
-    compare(job.run, straight, STEPS)
-
-
 def fill(disk, leaving):
     """Again where a save has taken some room meanwhile."""
     for _ in range(20):
@@ -141,15 +129,20 @@ def fill(disk, leaving):
     raise AssertionError(f"{disk} cannot be filled")
 
 
-def test_a_full_disk(small_disk, submit, straight):
-    job = submit(run=small_disk / "run")
+def test_a_rank_that_hangs_then_a_full_disk(small_disk, submit, straight):
+    job = submit("train.hang_timeout=15", run=small_disk / "run")
+    job.train_on()
+    with frozen(job.ranks()[1:]):
+        job.wait_for_requeue()
+    job.go_on()
     job.train_on()
     fill(small_disk, leaving=100_000)  # enough for a few lines, too little for a checkpoint
     job.wait_for_requeue()
     (small_disk / "filler").unlink()
     job.go_on()
     assert job.end() == "COMPLETED"
-    assert told(job) == [("UNSAVED", "restart"), ("FINISHED", "done")]
+    assert told(job) == [("HUNG", "restart"), ("UNSAVED", "restart"), ("FINISHED", "done")]
+    assert job.restarts[0]["rank"] == 1 and "too few nodes" in job.restarts[0]["why"]
     compare(job.run, straight, STEPS)
 
 

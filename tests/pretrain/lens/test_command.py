@@ -1,7 +1,6 @@
 """`python -m pretrain.lens`, as it is typed."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import tiny_config, train_rank
 from tests.ranks import run_ranks
+from tests.warm import torchrun
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = "ab, ab, ab"
@@ -43,10 +43,7 @@ def lens(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Alone in this process; several ranks in processes of their own."""
     if ranks == 1:
         return in_process(program.main, *arguments)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "pretrain.lens"]
-    command += arguments
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return torchrun(ranks, "-m", "pretrain.lens", *arguments, cwd=ROOT)
 
 
 def sheet_of(out: Path) -> dict:
