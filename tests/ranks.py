@@ -27,6 +27,7 @@ context.set_forkserver_preload(
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # any ZeRO imports it when built, and with it all of inductor
         "pretrain.train",
+        "tests.frozen",
     ]
 )
 
