@@ -76,9 +76,8 @@ def durable_folder(out: Path) -> Iterator[Path]:
     What a killed process has left of it is removed first. Raises DataError if there is something at `out`, or if
     another process writes it.
     """
+    check_new(out)
     place = out.resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
     unfinished = place.with_name(f"{place.name}.unfinished")
     lock = place.with_name(f"{place.name}.unfinished.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +93,13 @@ def durable_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             lock.unlink()
+
+
+def check_new(out: Path) -> None:
+    """Raises DataError if there is something at `out`, other than an empty folder."""
+    place = out.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
 
 
 def check_folder(key: str, path: Path) -> None:

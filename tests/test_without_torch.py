@@ -77,6 +77,7 @@ COMMANDS = {
     "pretrain.commands.lens": [
         (["run={run}", "text=a"], "run={run} has no checkpoint"),
         (["run={run}", "text=a", "norm=half"], "norm=half must be one of"),
+        *(([f"hf={{{name}}}", "text=a"], said) for name, said in NO_MODELS.items()),
     ],
     "pretrain.commands.checkpoint": [
         (["list", "run={run}"], "run={run} has no checkpoint"),

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
@@ -16,7 +15,7 @@ from data_prep.tokenizer_spec import TokenizerSpec
 from ..checkpoint import check_files
 from ..checkpoint.rows import CheckpointRows, save_weights
 from ..checkpoint.tensor_file import Streamed
-from ..compose import build_config, write_config
+from ..compose import write_config
 from ..config.job import JobConfig
 from ..families import FAMILIES
 from ..interop.export import DTYPES, export
@@ -66,15 +65,11 @@ def streams(found: HFModel, multiple: int) -> list[Streamed]:
     return [Streamed(name, torch.float32, shape, partial(read, name, shape)) for name, shape in sorted(shapes.items())]
 
 
-def export_run(folder: Path, run: Path, out: Path, dtype: str, head: bool) -> Iterator[str]:
+def export_run(folder: Path, config: JobConfig, run: Path, out: Path, dtype: str, head: bool) -> Iterator[str]:
     """Makes `out` of a run's checkpoint, in `folder`; yields what to print. dtype: a key of DTYPES."""
     checkpoint = CheckpointRows(folder)
     check_files(checkpoint.folder, checkpoint.manifest)
-    config = build_config(OmegaConf.create(checkpoint.manifest["config"]))
     theirs = VocabConfig(**FAMILIES[config.model.family].vocab)
-    if config.vocab.softcap != theirs.softcap:
-        capped = "would not cap logits" if theirs.softcap is None else f"caps logits at {theirs.softcap}"
-        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers {capped}")
     tokenizer = run / TOKENIZER_FOLDER
     spec = TokenizerSpec.load(tokenizer) if tokenizer.is_dir() else None
     scale, special = config.vocab.embed_scale / theirs.embed_scale, SpecialTokens.of_run(run)

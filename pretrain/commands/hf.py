@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 
 from data_prep.arguments import key_values
 from data_prep.command import arguments_or, compose_settings, one_line
+from data_prep.durable import check_new
 
-from ..checkpoint import CheckpointError, checkpoint_of, checkpoints
+from ..checkpoint import CheckpointError, checkpoint_of, checkpoints, read_manifest
 from ..compose import build_config, register_groups
 from ..config.job import JobConfig
-from ..families import hugging_face_types
+from ..families import FAMILIES, hugging_face_types
 from ..interop.folder import HFModel
 from ..interop.initial import tokenizer_of
 from ..locks import LAUNCH_LOCK, check_free, lock_run
@@ -96,9 +97,15 @@ def export_model(arguments: list[str]) -> Iterator[str]:
     if step is not None and not step.isdecimal():
         raise ValueError(f"step={step} must be a whole number")
     folder = checkpoint_of(run, None if step is None else int(step))
+    config = build_config(OmegaConf.create(read_manifest(folder)["config"]))
+    theirs = FAMILIES[config.model.family].vocab.get("softcap")
+    if config.vocab.softcap != theirs:
+        capped = "would not cap logits" if theirs is None else f"caps logits at {theirs}"
+        raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers {capped}")
+    check_new(out)
     from .convert import export_run  # needs torch
 
-    yield from export_run(folder, run, out, dtype, head == "true")
+    yield from export_run(folder, config, run, out, dtype, head == "true")
 
 
 COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}

@@ -10,6 +10,7 @@ from data_prep.command import arguments_or, one_line
 from data_prep.durable import check_folder
 
 from ..checkpoint import CheckpointError, checkpoint_of
+from ..interop.folder import HFModel
 from ..lens.command import LensConfig
 from ..lens.examples import EXAMPLES
 from ..lens.method import DECODERS, INPUTS, NORMS, POINTS
@@ -39,8 +40,10 @@ def main() -> None:
         arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
         settings = settings_of(LensConfig, arguments)
         check_folder(f"out={settings.out}", Path(settings.out))
-        if settings.run:
-            checkpoint_of(Path(settings.run), settings.step)  # if there is none, torch is not waited for
+        if settings.run:  # a wrong folder is named without waiting for torch
+            checkpoint_of(Path(settings.run), settings.step)
+        else:
+            HFModel(Path(settings.hf))
         from ..rendezvous import NotMet
         from .lens_show import show
     with one_line(CheckpointError, NotMet):

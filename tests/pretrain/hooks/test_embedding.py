@@ -272,5 +272,5 @@ def test_padding_rows_are_not_counted():
 
 
 def test_a_negative_cadence_is_named():
-    with pytest.raises(ValueError, match=r"monitor\.embedding=-1 must not be negative"):
-        MonitorConfig(embedding=-1)
+    with pytest.raises(ValueError, match=r"monitor\.embedding_every=-1 must not be negative"):
+        MonitorConfig(embedding_every=-1)
