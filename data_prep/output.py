@@ -18,6 +18,7 @@ from data_prep.durable import TEMPORARY_MARK, durable, exclusive, shared, sync_f
 from data_prep.encode import UNFINISHED_FOLDER
 from data_prep.errors import DataError
 from data_prep.faults import check
+from data_prep.renamed import RENAMED
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, with_suffix
 from data_prep.tokenizer_spec import SPEC_FILE
 
@@ -162,6 +163,8 @@ class Output:
     def _compare(self, saved: dict[str, Any]) -> None:
         difference = first_difference(saved, self.settings)
         if difference:
+            for old, new in RENAMED.items():  # folders keep the names of their time
+                difference = difference.replace(old, new)
             raise DataError(
                 f"out={self.folder} was made with other settings: {difference};"
                 " choose another out=, or delete it first; nothing was overwritten"

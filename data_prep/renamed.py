@@ -16,11 +16,27 @@ RENAMED = {
 }
 
 
+FORMER = {new: old for old, new in RENAMED.items()}
+
+
+def former(argument: str) -> str:
+    """The same setting by its old name, if it had one."""
+    signs, key, rest = _parts(argument)
+    return f"{signs}{FORMER.get(key, key)}{rest}"
+
+
 def renamed(arguments: Iterable[str]) -> dict[str, str]:
     """Finds the arguments that set a key by its old name, and what each is today."""
     found = {}
     for argument in arguments:
-        signs, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+        signs, key, rest = _parts(argument)
         if key in RENAMED:
             found[argument] = f"{signs}{RENAMED[key]}{rest}"
     return found
+
+
+def _parts(argument: str) -> tuple[str, str, str]:
+    """Hydra's signs, the key, and the rest from the = on."""
+    found = re.fullmatch(r"([+~]*)([^=]*)(.*)", argument, re.DOTALL)
+    assert found is not None
+    return found[1], found[2], found[3]

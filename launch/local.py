@@ -68,9 +68,9 @@ def _composed(composed: DictConfig) -> None:
         config = build_config(composed)
         check_nproc(asked)
         check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # both again below: here torch is not waited for
-        check_settings(config, asked or None)
+        settled = check_settings(config, asked or None)
         nproc, device = ranks_here(asked), device_type()
-        data = check_job(config, nproc, device, warn=warn, environment=os.environ)
+        data = check_job(config, nproc, device, warn=warn, environment=os.environ, settled=settled)
         check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
             with lock_run(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work

@@ -24,6 +24,7 @@ from data_prep import terminal
 from data_prep.command import warn
 from data_prep.durable import durable
 from data_prep.overrides import shown
+from data_prep.renamed import former
 from launch import resume, site
 from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
 from launch.job import SlurmRank
@@ -77,8 +78,8 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
         resume.apply(config, overrides)
     site.check(ours.cluster, ours.dry_run)
     base = run_dir(configs)
-    for config, name in zip(configs, names([overrides for _, overrides in composed]), strict=True):
-        config.run.dir = str(base / name)
+    for config, folder in zip(configs, folders(base, [overrides for _, overrides in composed]), strict=True):
+        config.run.dir = str(folder)
     runs = [prepared(config, ours.cluster) for config in configs]
     if not ours.dry_run and (runs := unfinished(runs)) == []:
         return []
@@ -125,6 +126,16 @@ def run_dir(composed: list[DictConfig]) -> Path:
     if others:
         raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
     return plain_path("run.dir", given)
+
+
+def folders(base: Path, overrides: Sequence[list[str]]) -> list[Path]:
+    """The folder of each job: `base`, or in a sweep one in it. One that an earlier version named after a setting's old
+    name goes on.
+    """
+    found = []
+    for name, old in zip(names(overrides), names([list(map(former, job)) for job in overrides]), strict=True):
+        found.append(base / (old if (base / old).exists() and not (base / name).exists() else name))
+    return found
 
 
 def names(overrides: Sequence[list[str]]) -> list[str]:

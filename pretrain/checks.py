@@ -29,6 +29,7 @@ from .interop.initial import check_initial
 from .locks import LAUNCH_LOCK, RANKS_LOCK
 
 Warn = Callable[[str], None]
+Settled = tuple[Data, int, str]  # the data, the rows of the vocabulary, and what could not be checked
 
 
 def check_job(
@@ -38,24 +39,27 @@ def check_job(
     bf16: bool | None = None,
     warn: Warn = lambda _: None,
     environment: Mapping[str, str] | None = None,
+    settled: Settled | None = None,
 ) -> Data:
     """All that can be found wrong before a process group starts. ValueError: key, value, rule.
 
     The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
     the weights that the run would begin with, a checkpoint's or those of `init_from`. bf16: whether a device elsewhere
     computes it natively; None: it is this one. warn: takes a line on what could not be checked. environment: the
-    ranks', if they run here.
+    ranks', if they run here. settled: what `check_settings` has found already.
     """
     if isinstance(config.engine, FSDP2Config):
         config.engine.check_device(device_type)
-    data, rows, unchecked = check_settings(config, world)
+    config.train.check_world(world)
+    config.vocab.check_world(world)
+    data, rows, unchecked = settled or check_settings(config, world)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
     if unchecked:
         warn(unchecked)
     return data
 
 
-def check_settings(config: JobConfig, world: int | None) -> tuple[Data, int, str]:
+def check_settings(config: JobConfig, world: int | None) -> Settled:
     """The part of `check_job` that needs neither torch nor a device. world: None, if it is not known yet.
 
     Returns the data, the rows of the vocabulary, and a line on what could not be checked, or nothing.

@@ -49,18 +49,18 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {  # what the folder shows at the m
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, kind: "type[Loop] | None" = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="fsdp2")
     parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         data = write_tokens(Path(folder) / "tokens")
         settings = f"data.path={data} {SETTINGS} train.steps={options.steps} engine={options.engine}".split()
-        loop = Loop(Path(folder), settings + options.settings, options.kills, options.steps, options.seed)
+        loop = (kind or Loop)(Path(folder), settings + options.settings, options.kills, options.steps, options.seed)
         loop.run()
     print(loop.table())
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from pretrain.families.gpt2 import GPT2, GPT2Config
 from pretrain.locks import LAUNCH_LOCK, lock_run
-from tests.pretrain.tiny import write_tokens
+from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -85,6 +86,8 @@ COMMANDS = {
     ],
     "pretrain.commands.hf": [
         (["export", "run={run}", "out={run}"], "run={run} has no checkpoint"),
+        (["export", "run={capped}", "out={run}"], "vocab.softcap=9.0 cannot be exported"),
+        (["export", "run={trained}", "out={held}"], "out={held} exists; choose another out="),
         (["export", "run={run}", "out={run}", "dtype=fp8"], "dtype=fp8 must be one of fp32, bf16, fp16"),
         (["import", "hf={run}", "run={held}"], "run.dir={held} is in use by another process"),
         *((["import", f"hf={{{name}}}", "run={run}"], said) for name, said in NO_MODELS.items()),
@@ -118,7 +121,7 @@ def write_model(folder: Path, lacks: str = "", misshapen: str = "", **settings: 
 
 def folders(base: Path) -> dict[str, Path]:
     """What the commands are given, by the names that COMMANDS has for it."""
-    names = {name: base / name for name in ("run", "held", "queued", "hf", *NO_MODELS)}
+    names = {name: base / name for name in ("run", "held", "queued", "hf", "trained", "capped", *NO_MODELS)}
     names["queued"].mkdir()
     (names["queued"] / "config.yaml").touch()
     for name in ("hf", "broken"):
@@ -128,12 +131,20 @@ def folders(base: Path) -> dict[str, Path]:
     write_model(names["rows"], vocab_size=308)
     write_model(names["lacks"], lacks="ln_f.weight")
     write_model(names["shape"], misshapen="h.0.mlp.c_fc.weight")
-    return names | {"data": write_tokens(base / "tokens")}
+    names["data"] = write_tokens(base / "tokens")
+    return names
+
+
+def train(names: dict[str, Path]) -> None:
+    for name, softcap in (("trained", None), ("capped", 9.0)):
+        run_ranks(1, train_rank, tiny_config(names["data"], names[name], train__steps=1, vocab__softcap=softcap))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_refused_settings_import_no_torch(command, tmp_path):
     names = folders(tmp_path)
+    if command == "pretrain.commands.hf":
+        train(names)
     cases = [(["--help"], "")]
     for arguments, said in COMMANDS[command]:
         cases.append(([argument.format(**names) for argument in arguments], said.format(**names)))

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from contextlib import ExitStack, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
+from multiprocessing import current_process, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
@@ -34,12 +35,18 @@ class Command(subprocess.Popen):
     def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
         cwd, environment, pipes, output, error = given[4], given[5], given[9:15], given[12], given[14]
         streams = [Connection(os.dup(stream)) for stream in (output, error)]
-        self._process = context.Process(target=_command, args=(args[1:], str(cwd), dict(environment), *streams))
+        arguments = (args[1:], str(cwd), dict(environment), *streams)
+        self._process = context.Process(target=_command, args=arguments, daemon=True)  # ended with this process
         self._process.start()
         for stream in streams:
             stream.close()
         self.pid, self._child_created = self._process.pid, True
         self._close_pipe_fds(*pipes)
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *error)
 
     def _internal_poll(self, **unused: Any) -> int | None:  # type: ignore[override]
         self.returncode = self._process.exitcode
@@ -65,6 +72,7 @@ class _Rank(subprocess.Popen):
                 os.dup2(inherited, 0)
                 os.dup2(error, 2)
                 os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]  # closed, too
                 _run(args[1:], environment)
         self._child_created = True
         self._close_pipe_fds(*pipes)
@@ -72,6 +80,8 @@ class _Rank(subprocess.Popen):
 
 def _command(arguments: list[str], cwd: str, environment: dict[str, str], *streams: Connection) -> None:
     from launch import supervisor
+
+    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may start processes
 
     supervisor.subprocess = SimpleNamespace(Popen=_Rank, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined]
     with _ending():
@@ -136,21 +146,28 @@ def _run(arguments: list[str], environment: dict[str, str]) -> None:
 
 
 def torchrun(world: int, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """What `torchrun --nproc-per-node WORLD ARGUMENTS` would have written, and the first exit code that is not 0."""
+    """What `torchrun --nproc-per-node WORLD ARGUMENTS` would have written. If a rank fails, the others are killed, and
+    the exit code is its.
+    """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
     words, late = [sys.executable, *map(str, arguments)], time.monotonic() + timeout
-    with ExitStack() as stack:
-        out, error = (stack.enter_context(TemporaryFile("w+")) for _ in range(2))
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as error, ExitStack() as stack:
         ranks = []
         for rank in range(world):
-            given = {"OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank, **shared}
+            given = shared | {"RANK": rank, "LOCAL_RANK": rank}
             environment = os.environ | {key: str(value) for key, value in given.items()}
             ranks.append(Command(words, cwd=cwd, env=environment, stdout=out, stderr=error))
             stack.callback(ranks[-1].kill)
-        codes = [rank.wait(late - time.monotonic()) for rank in ranks]
+        codes = [rank.poll() for rank in ranks]
+        while None in codes and not any(codes) and time.monotonic() < late:
+            time.sleep(0.05)
+            codes = [rank.poll() for rank in ranks]
         out.seek(0)
         error.seek(0)
-        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), out.read(), error.read())
+        code = next(filter(None, codes), None if None in codes else 0)
+        assert code is not None, f"not over after {timeout} s: {out.read()} {error.read()}"
+        return subprocess.CompletedProcess(words, code, out.read(), error.read())

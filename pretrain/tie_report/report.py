@@ -5,6 +5,8 @@ from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
+from data_prep.renamed import RENAMED
+
 from ..monitor import BINS
 from .run import Point, ReportRun
 
@@ -115,7 +117,8 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        name = RENAMED.get(prefix + key, prefix + key)
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {name: value}
     return flat
 
 

@@ -26,7 +26,7 @@ def run(
     with start(" ".join(arguments), environment, cold) as process:
         try:
             said, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        except BaseException:
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, said, errors)

@@ -32,9 +32,9 @@ def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
-    """40 steps on two ranks that nothing happens to."""
+    """40 steps on two ranks that nothing happens to, started as users do: each rank has a hash seed of its own."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    done = run(f"launch/local.py data.path={data} run.dir={folder} {FORTY}")
+    done = run(f"launch/local.py data.path={data} run.dir={folder} {FORTY}", cold=True)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -217,7 +217,7 @@ def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(data, tmp
 
 def test_a_process_with_a_wrong_setting_says_one_line_and_exits_with_2(tmp_path):
     """All that a shell sees: no warning of a library beside it."""
-    done = run(f"launch/local.py data.path=/nowhere run.dir={tmp_path}/run {SMALL}")
+    done = run(f"launch/local.py data.path=/nowhere run.dir={tmp_path}/run {SMALL}", cold=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: data.path=/nowhere is neither") and not (tmp_path / "run").exists()
 

@@ -11,8 +11,10 @@ from data_prep.mistakes import unknown
 from data_prep.renamed import RENAMED, renamed
 from launch import local
 from launch.restart import RestartConfig
+from launch.training import folders
 from pretrain.changes import settings_changed
 from pretrain.compose import PARTS, load_config, write_config
+from pretrain.tie_report.report import _flat
 from tests.in_process import in_process
 from tests.launch.test_resume import _train, frozen, resumed  # noqa: F401
 
@@ -75,3 +77,15 @@ def test_the_files_of_an_old_run_are_read(frozen, tmp_path):  # noqa: F811
 
 def test_a_file_with_an_old_name_is_told_the_new_one():
     assert unknown("train.hang_after", ["hang_timeout"]) == "train.hang_after is now called train.hang_timeout"
+
+
+def test_a_sweep_of_an_old_name_goes_on_where_it_was(tmp_path):
+    jobs = [[f"monitor.embedding_every={n}", "seed=1"] for n in (0, 50)]
+    assert [folder.name for folder in folders(tmp_path, jobs)] == [f"monitor.embedding_every-{n}" for n in (0, 50)]
+    (tmp_path / "monitor.embedding-50").mkdir()
+    assert [folder.name for folder in folders(tmp_path, jobs)][1] == "monitor.embedding-50"
+    assert folders(tmp_path, jobs[:1]) == [tmp_path]
+
+
+def test_the_tie_report_compares_a_setting_by_its_new_name():
+    assert _flat({"train": {"hang_after": 5.0, "steps": 1}}) == {"train.hang_timeout": 5.0, "train.steps": 1}

@@ -82,7 +82,7 @@ def losses_of_transformers(folder: Path, kind: str) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_goes_on_as_their_model_does_under_each_engine(folder, kind):
-    names = ENGINES if kind == "gpt2 tied" else ("hsdp", "zero2")  # the others: on three ranks, below
+    names = ENGINES if kind == "gpt2 tied" else ("hsdp", "zero0", "zero2")  # the others: on three ranks, below
     configs = [config_of(folder, kind, f"{kind}-{name}", engine=ENGINES[name]) for name in names]
     run_ranks(2, train_ranks, configs, timeout=180)
     truth = losses_of_transformers(folder, kind)
