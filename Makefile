@@ -3,12 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint setup setup-dev system clean
+.PHONY: demo test tests lint setup setup-dev system clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
 
-test: setup-dev system lint
+# The linters run beside the first tests, which wait for Slurm more than they compute.
+test:
+	@$(MAKE) --no-print-directory -j 2 setup-dev system
+	@$(MAKE) --no-print-directory -j 2 tests lint
+
+tests: setup-dev system
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 $(PYTEST)
 
 lint: setup-dev
@@ -23,8 +28,9 @@ setup-dev: .venv/.installed-dev
 .venv/.installed .venv/.installed-dev: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing packages into .venv (about two minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(if $(findstring dev,$@),[dev],)'
+	@echo "installing packages into .venv (about a minute the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.$(if $(findstring dev,$@),[dev],)'
+	@$(if $(findstring dev,$@),,$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true)
 	@touch $@
 
 # What the tests need besides Python. Where it cannot be installed, the tests that need it are skipped by name.
