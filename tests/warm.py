@@ -34,7 +34,8 @@ class Command(subprocess.Popen):
 
     def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
         cwd, environment, pipes, output, error = given[4], given[5], given[9:15], given[12], given[14]
-        streams = [Connection(os.dup(stream)) for stream in (output, error)]
+        given_or_own = (output if output >= 0 else 1, error if error >= 0 else 2)
+        streams = [Connection(os.dup(stream)) for stream in given_or_own]
         arguments = (args[1:], str(cwd), dict(environment), *streams)
         self._process = context.Process(target=_command, args=arguments, daemon=True)  # ended with this process
         self._process.start()

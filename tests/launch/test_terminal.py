@@ -21,6 +21,7 @@ from pretrain.checkpoint import checkpoints, step_of
 from pretrain.compose import write_config
 from pretrain.exits import Exit
 from tests.pretrain.tiny import tiny_config, write_tokens
+from tests.warm import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=1 model.width=32 model.heads=2 model.context=32 train.global_batch=4 train.micro_batch=2"
@@ -38,7 +39,8 @@ def launch(data, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(settings: str, **streams: object) -> subprocess.Popen:
         own = f"data.path={data} vocab.size=97 run.dir={tmp_path}/run log.every=1 train.precision=fp32 {SMALL}"
-        process = subprocess.Popen(
+        kind = subprocess.Popen if "preexec_fn" in streams else Command
+        process = kind(
             [sys.executable, "launch/local.py", *own.split(), *settings.split()],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -86,11 +86,11 @@ def test_one_step_is_the_dense_step_in_float64(tmp_path, world, vocab_parallel, 
 
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
-def test_twenty_steps_are_the_dense_steps_for_every_layout(tmp_path, tie):
+def test_twenty_steps_are_the_dense_steps(tmp_path, tie):
     data = write_tokens(tmp_path / "tokens")
     truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie)).losses
     assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
-    for world, vocab_parallel in LAYOUTS:
+    for world, vocab_parallel in ((1, 1), (2, 2), (3, 3), (4, 2)):  # the others: one step in float64, above
         run = tmp_path / f"{world}x{vocab_parallel}"
         micro_batch = 2 if world == 3 else 3  # several micro-batches a step, but for 4 ranks
         settings = {"vocab__parallel": vocab_parallel, "vocab__tie": tie, "train__micro_batch": micro_batch}
