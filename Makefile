@@ -30,7 +30,7 @@ setup-dev: .venv/.installed-dev
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing packages into .venv (about a minute the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.$(if $(findstring dev,$@),[dev],)'
-	@$(if $(findstring dev,$@),,$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true)
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true  # on all cores; pip uses one
 	@touch $@
 
 # What the tests need besides Python. Where it cannot be installed, the tests that need it are skipped by name.
