@@ -158,8 +158,15 @@ class Slurm:
         return [*steps, *tasks]
 
     def processes(self) -> list[psutil.Process]:
-        """All that the cluster has started, and their children: every one was handed our SLURM_CONF."""
-        ours = [p for p in psutil.process_iter() if environment_of(p).get("SLURM_CONF") == str(self.config)]
+        """All that the cluster has started, and their children: every one was handed our SLURM_CONF.
+
+        A slurmstepd writes its title over its environment, so it is known by its folder.
+        """
+        ours = [
+            p
+            for p in psutil.process_iter()
+            if environment_of(p).get("SLURM_CONF") == str(self.config) or folder_of(p) == str(self.folder)
+        ]
         return [process for process in ours if process.pid != os.getpid()]
 
     def wait_until(self, there: Callable[[], object], seconds: float = PATIENCE) -> None:
@@ -291,6 +298,13 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.Error, OSError):
         return {}
+
+
+def folder_of(process: psutil.Process) -> str:
+    try:
+        return process.cwd() if process.name().startswith("slurmstepd") else ""
+    except (psutil.Error, OSError):
+        return ""
 
 
 def parents(process: psutil.Process) -> list[psutil.Process]:

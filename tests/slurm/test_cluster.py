@@ -20,7 +20,7 @@ def test_a_cluster_without_accounting_ends_without_a_trace(installed, tmp_path):
         cluster.call("sbatch", "-N2", "--ntasks-per-node=1", "--wrap=srun sleep 600", f"--chdir={tmp_path}")
         cluster.wait_until(lambda: all(len(cluster.on_node(node)) > 1 for node in NODES))
         started = cluster.processes()
-        assert {"munged", "slurmctld", "slurmd", "sleep"} <= {process.name() for process in started}
+        assert {"munged", "slurmctld", "slurmd", "slurmstepd", "sleep"} <= {process.name() for process in started}
     time.sleep(0.1)
     assert not [process for process in started if process.is_running()]
     assert HOSTS.read_text() == hosts and not cluster.folder.exists()
