@@ -24,7 +24,7 @@ def train_bpe(
 ) -> TokenizerSpec:
     """A BPE of at most `vocab_size` rows, <|endoftext|> the last; fewer where the sample has no more pairs.
 
-    The same texts give the same tokenizer. Raises DataError if there is no text, or if the pattern does not compile.
+    The same texts always give the same tokenizer. Raises DataError if there are no texts, or if the pattern is invalid.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 

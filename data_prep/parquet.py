@@ -11,7 +11,7 @@ BATCH_BYTES = 2 << 20  # of rows at once, where they are about the same size
 
 
 def row_groups(file: FileInfo, column: str) -> list[Piece]:
-    """A piece for each row group, by its number. Raises DataError if there is no such column of text."""
+    """Returns one piece per row group, by its number. Raises DataError if the file has no such column of text."""
     with reading(file.path), open_raw(file.path) as raw:
         from pyarrow import parquet
 

@@ -70,10 +70,12 @@ class CheckpointRows:
 
 
 def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None]) -> Path:
-    """Makes step 0 of a run that has no checkpoint: parameters alone, for optimizer states are zero there; where it is.
+    """Writes step 0 of a run that has no checkpoint yet, and returns its folder. It holds parameters alone: at step 0
+    optimizer states are zero.
 
-    describe: puts down what the run is, once all weights are on the disk and before the checkpoint has its name.
-    Raises ValueError if it has one, or another process holds it; OSError on a full disk, and there is no checkpoint.
+    describe: writes the run's settings; called when all weights are on the disk, before the checkpoint gets its name.
+    Raises ValueError if the run has a checkpoint or another process holds it, OSError on a full disk. After an error
+    there is no checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / RANKS_LOCK, f"run={run} is in use by another process"):

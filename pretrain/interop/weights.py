@@ -35,8 +35,8 @@ def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.
 def fill(tensors: dict[str, Any], found: HFModel) -> None:
     """Puts the weights into tensors and DTensors of our names, of these what lies on this rank. No collective.
 
-    What has no name of ours (optimizer state) stays. Rows of the matrix beyond V are padding, and stay. Of a tied
-    model a second matrix is the first.
+    Optimizer states are not changed, nor are the padding rows of the matrix, those from V on. If the source is tied and
+    the model untied, both matrices get the embedding.
     """
     sources = {name: name for name in found.mappings} | {OUTPUT: OUTPUT if OUTPUT in found.mappings else EMBEDDING}
     for name, source in sources.items():

@@ -17,7 +17,7 @@ FORTY = f"nproc=2 log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """In the order of their ranks, in which they were started."""
+    """The rank processes of a launcher, sorted by rank: the launcher starts them in that order."""
     return sorted(psutil.Process(process.pid).children(), key=lambda child: (child.create_time(), child.pid))
 
 
