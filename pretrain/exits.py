@@ -3,12 +3,17 @@
 Imports nothing heavy: a launcher waits for ranks without torch.
 """
 
+import atexit
 import json
+import os
 import signal
+import sys
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line for every start that has ended, and what came of it
 
@@ -60,3 +65,30 @@ class Exit(IntEnum):
     def asked(self) -> bool:
         """True if it has ended because it was asked to."""
         return self in (Exit.STOPPED, Exit.UNSTARTED)
+
+
+def leave(main: Callable[[], object]) -> NoReturn:
+    """Calls `main` and ends this rank with its exit code, but without Python's own shutdown.
+
+    gloo's threads outlive `destroy_process_group`. One that lets go of a tensor during that shutdown needs the
+    interpreter's lock, and the process dies by SIGABRT though its work is done (pytorch/pytorch#179291). After an
+    error that shutdown may also wait for a collective that never ends, and so may what libraries do at exit: then
+    that is left out as well.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = int(Exit.CRASHED)
+    if Exit.of(code).good:
+        with suppress(Exception):
+            atexit._run_exitfuncs()  # what libraries have registered; it prints their errors
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -12,6 +12,7 @@ from data_prep.command import arguments_or, one_line
 
 from .checkpoint import CheckpointError, checkpoint_of
 from .config.generation import GenerateConfig
+from .exits import leave
 
 HELP = """Continue a prompt with a trained model.
 
@@ -36,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

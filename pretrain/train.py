@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from .control import RunControl
 from .corpora import samples, vocab_rows
 from .data import Data
 from .data.loader import BatchLoader
-from .exits import Exit
+from .exits import Exit, leave
 from .hooks import Run
 from .hooks.registry import build_hooks
 from .interop.weights import initialise
@@ -214,22 +214,5 @@ def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbed
     )
 
 
-def _leave_at_once() -> None:
-    """`main`; a failing rank ends without Python's shutdown, which may wait for a collective that never ends."""
-    try:
-        main()
-    except SystemExit as ended:
-        if not isinstance(ended.code, int) or Exit.of(ended.code).good:
-            raise
-        code = int(ended.code)
-    except Exception:
-        traceback.print_exc()
-        code = int(Exit.CRASHED)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _leave_at_once()
+    leave(main)

@@ -10,6 +10,7 @@ from data_prep.command import arguments_or, one_line
 from data_prep.durable import check_folder
 
 from ..checkpoint import CheckpointError, checkpoint_of
+from ..exits import leave
 from ..interop.folder import HFModel
 from ..lens.command import LensConfig
 from ..lens.examples import EXAMPLES
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)
