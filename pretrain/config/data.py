@@ -1,4 +1,4 @@
-"""The corpora of a run and how windows are cut from them. Group data."""
+"""Settings of the data: the corpora of a run and how they are cut into windows. Group data."""
 
 import math
 import os
@@ -8,60 +8,60 @@ from typing import Any
 
 @dataclass
 class DataConfig:
-    """The corpora of a run and how windows are cut from them."""
+    """The corpora of a run and how they are cut into windows."""
 
     #: folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx
     path: str = ""
-    corpora: dict[str, str] = field(default_factory=dict)  # instead of path: several paths, by names of your own
-    #: share of each corpus in the samples, by name; only their ratios count; none: by number of tokens
+    corpora: dict[str, str] = field(default_factory=dict)  # several corpora instead of path: name to path
+    #: share of each corpus in the samples, by name; only the ratios matter; empty: by number of tokens
     weights: dict[str, float] = field(default_factory=dict)
-    stages: dict[int, Any] = field(default_factory=dict)  # other weights from a sample number of the run on
-    #: causal: a token sees all earlier tokens of its window; masked: only those of its document, whose positions begin
-    #: at 0, and the first token of a document is no target
+    stages: dict[int, Any] = field(default_factory=dict)  # sample number of the run to the weights that hold from that sample on
+    #: causal: a token attends to all earlier tokens of its window; masked: to earlier tokens of its own document only;
+    #: positions then restart at 0 in each document, and the first token of a document is not a target
     documents: str = "causal"
-    #: none: windows are cut from the stream of documents every T tokens; best_fit: they are filled with whole documents
+    #: none: cut the stream of documents into windows of T tokens; best_fit: pack whole documents into windows
     packing: str = "none"
-    prefetch: int = 2  # batches that are prepared ahead of the step
+    prefetch: int = 2  # batches prepared in advance
 
     def __post_init__(self) -> None:
         if not self.path and not self.corpora:
             raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
         if self.path and self.corpora:
-            raise ValueError(f"data.path={self.path} must not be given beside data.corpora: make it one of them")
+            raise ValueError(f"data.path={self.path} must not be given together with data.corpora: add it to data.corpora")
         if not all(self.corpora.values()):
-            raise ValueError("data.corpora must give each a path: a folder made by data_prep/tokenize.py")
+            raise ValueError("data.corpora must give a path for each corpus: a folder made by data_prep/tokenize.py")
         given = {"data.weights": self.weights} if self.weights else {}
         given |= {f"data.stages.{begin}": stage for begin, stage in self.stages.items()}
         for key, weights in given.items():
             if not isinstance(weights, dict) or weights.keys() != self.corpora.keys():
                 names = ", ".join(self.corpora) or "none"
-                raise ValueError(f"{key}={weights} must give a weight to each of data.corpora: {names}")
+                raise ValueError(f"{key}={weights} must give one weight per corpus of data.corpora: {names}")
             for name, weight in weights.items():
                 if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                     raise ValueError(f"{key}.{name}={weight} must be a number of at least 0")
             if not sum(weights.values()):
                 raise ValueError(f"{key} must have a weight above 0")
         if min(self.stages, default=1) < 1:
-            raise ValueError(f"data.stages.{min(self.stages)} must be the number of a sample, from 1 on")
+            raise ValueError(f"data.stages.{min(self.stages)} must be a sample number, at least 1")
         if self.documents not in ("causal", "masked"):
             raise ValueError(f"data.documents={self.documents} must be causal or masked")
         if self.packing not in ("none", "best_fit"):
             raise ValueError(f"data.packing={self.packing} must be none or best_fit")
         if self.packing == "best_fit" and not self.masked:
             raise ValueError(
-                f"data.documents={self.documents} must be masked with data.packing=best_fit: neighbours in a window"
-                " have nothing to do with each other"
+                f"data.documents={self.documents} must be masked with data.packing=best_fit: documents packed into"
+                " one window are unrelated"
             )
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
 
     @property
     def paths(self) -> dict[str, str]:
-        """The paths of the corpora, by their titles."""
+        """Paths of the corpora, by title."""
         return self.corpora or {self.path: self.path}
 
     def resolve(self) -> None:
-        """Makes the paths whole: a job may run in another folder."""
+        """Makes the paths absolute, because a job may run in another folder."""
         self.path = self.path and os.path.abspath(self.path)
         self.corpora = {title: os.path.abspath(path) for title, path in self.corpora.items()}
 

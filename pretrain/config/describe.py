@@ -1,6 +1,6 @@
 """Reads the comments beside the fields of a dataclass, for help texts and settings pages.
 
-Apart from the dataclasses because it serves every one of them, also those of commands.
+Separate from the dataclasses because it serves all of them, and the dataclasses of commands.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Setting(NamedTuple):
-    """One field. default: MISSING if it must be given."""
+    """Describes one field. default: MISSING if the user must give it."""
 
     type: Any
     default: Any
@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
 
 def describe(kind: type) -> dict[str, Setting]:
-    """Each field's type, default and text: the comment on its own line, or `#:` lines above it."""
+    """Returns type, default and text of each field. The text is the comment on its line, or the `#:` lines above it."""
     texts = _comments(inspect.getsource(kind))
     return {
         item.name: Setting(
@@ -32,7 +32,7 @@ def describe(kind: type) -> dict[str, Setting]:
 
 
 def _comments(source: str) -> dict[str, str]:
-    """Text by the name that begins its line."""
+    """Returns the comments, by the first name on their line."""
     texts: dict[str, str] = {}
     above: list[str] = []
     name = ""

@@ -1,9 +1,9 @@
-"""Settings of what shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
+"""Settings of the engine, which shards and steps the body: FSDP2 or DeepSpeed. Group engine; engine.name chooses."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-OWNED_KEYS = {  # keys of DeepSpeed's JSON, and what to set instead
+OWNED_KEYS = {  # keys of DeepSpeed's JSON, with the setting to use instead
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch",
@@ -54,16 +54,17 @@ ACTIVATION_CHECKPOINTING = ("none", "block", "selective")
 class FSDP2Config:
     """`torch.distributed.fsdp.fully_shard` over all ranks."""
 
-    reads_values: ClassVar[bool] = False  # a step runs on fake tensors, too
+    reads_values: ClassVar[bool] = False  # a step can run on fake tensors
 
     name: str = "fsdp2"  # fsdp2 or deepspeed
     #: free a block's gathered weights after forward and gather them again in backward
     reshard_after_forward: bool = True
-    #: shard over the vocab axis only and replicate over dp: gathers stay within a group (by default a node), and every
-    #: group holds the whole body
+    #: shard over the vocab axis only and replicate over dp: all-gathers stay within a vocab group (by default a node),
+    #: and each group holds the whole body
     hsdp: bool = False
-    offload: str = "none"  # cpu: main weights, gradients and optimizer states stay in host memory, are stepped there
-    #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
+    offload: str = "none"  # cpu: keep and step main weights, gradients and optimizer states in host memory; none: off
+    #: what is kept for backward; none: all activations; block: only the input of each block; selective: also the
+    #: outputs of matmuls and attention
     activation_checkpointing: str = "none"
     compile: bool = False  # compile each block with torch.compile
 
@@ -77,9 +78,9 @@ class FSDP2Config:
         return "fsdp2 over vocab, replicated over dp" if self.hsdp else "fsdp2"
 
     def check_device(self, device_type: str) -> None:
-        """Raises ValueError if this device cannot do what is asked."""
+        """Raises ValueError if the settings are not possible on this device."""
         if self.offload == "cpu" and device_type == "cpu":
-            raise ValueError("engine.offload=cpu must be none here: there is no GPU to move the optimizer off from")
+            raise ValueError("engine.offload=cpu must be none on a CPU: there is no GPU memory to save")
 
     @property
     def can_offload(self) -> bool:
@@ -96,7 +97,7 @@ class FSDP2Config:
         return found
 
     def less_memory(self, world: int, replicas: int) -> list[str]:
-        """Settings with which a rank of `world` needs less memory; replicas: copies of the matrix."""
+        """Settings that lower the memory per rank, on `world` ranks; replicas: copies of the matrix."""
         less = ["engine.hsdp=false"] if self.hsdp and replicas > 1 else []
         return less + ["engine.reshard_after_forward=true"] * (not self.reshard_after_forward and world > 1)
 
@@ -105,14 +106,15 @@ class FSDP2Config:
 class DeepSpeedConfig:
     """DeepSpeed's ZeRO over all ranks."""
 
-    reads_values: ClassVar[bool] = True  # so that no step runs on fake tensors
+    reads_values: ClassVar[bool] = True  # a step cannot run on fake tensors
 
     name: str = "deepspeed"  # fsdp2 or deepspeed
-    zero_stage: int = 1  # 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too
-    offload: str = "none"  # cpu: main weights and optimizer states stay in host memory, are stepped there; stages 2, 3
-    #: none; block: keep only each block's input for backward; selective: also keep what matmuls and attention made
+    zero_stage: int = 1  # shards 0: nothing, 1: optimizer states, 2: gradients as well, 3: weights as well
+    offload: str = "none"  # cpu: keep and step main weights and optimizer states in host memory (stages 2, 3); none: off
+    #: what is kept for backward; none: all activations; block: only the input of each block; selective: also the
+    #: outputs of matmuls and attention
     activation_checkpointing: str = "none"
-    extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's JSON, passed on unchanged
+    extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's JSON, passed on unchanged; empty: none
 
     def __post_init__(self) -> None:
         if self.zero_stage not in range(4):
@@ -128,9 +130,9 @@ class DeepSpeedConfig:
         for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
             if key in OWNED_KEYS:
                 instead = (
-                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change the numbers, or who holds what"
+                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change results or sharding"
                 )
-                raise ValueError(f"engine.extra.{key} is not for DeepSpeed to know: {instead}")
+                raise ValueError(f"engine.extra.{key} must not be set: {instead}")
 
     @property
     def title(self) -> str:
@@ -144,7 +146,7 @@ class DeepSpeedConfig:
     def sharding_more(self) -> "list[tuple[str, DeepSpeedConfig | FSDP2Config]]":
         """Engines that shard more than this one, each with the setting that chooses it.
 
-        None lacks a setting in use: FSDP2 has no `extra`.
+        Leaves out FSDP2 if `extra` is set: FSDP2 has no such setting.
         """
         found: list[tuple[str, DeepSpeedConfig | FSDP2Config]] = [
             (f"engine.zero_stage={stage}", replace(self, zero_stage=stage)) for stage in range(self.zero_stage + 1, 4)
@@ -155,12 +157,12 @@ class DeepSpeedConfig:
         return found
 
     def less_memory(self, world: int, replicas: int) -> list[str]:
-        """Settings with which a rank of `world` needs less memory, however many copies of the matrix there are."""
+        """Settings that lower the memory per rank, on `world` ranks; `replicas` does not matter."""
         return ["engine.zero_stage=3"] if self.zero_stage < 3 and world > 1 else []
 
 
 def check_kind(kind: str) -> None:
-    """Raises ValueError unless there is that kind of activation checkpointing."""
+    """Raises ValueError if `kind` is not a kind of activation checkpointing."""
     if kind not in ACTIVATION_CHECKPOINTING:
         raise ValueError(f"engine.activation_checkpointing={kind} must be one of {', '.join(ACTIVATION_CHECKPOINTING)}")
 

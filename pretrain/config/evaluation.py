@@ -1,11 +1,11 @@
-"""How often the validation loss is measured, and on how much. Group eval."""
+"""Settings of the evaluation: how often and on how much text. Group eval."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class EvalConfig:
-    """Validation loss, and bits per byte of the validation text."""
+    """Validation loss and bits per byte on the validation splits."""
 
     every: int = 250  # steps between evaluations; 0: only after the last step
     max_windows: int = 0  # windows of each validation split to score; 0: all

@@ -1,9 +1,9 @@
-"""How a model continues a prompt, and the rules of a draw. pretrain.vocab imports it, so it imports nothing."""
+"""Settings of text generation and the rules of sampling. Imports nothing of ours: pretrain.vocab imports it."""
 
 import math
 from dataclasses import dataclass
 
-COLDEST = 1e-6  # of temperatures; below, logits divided by it leave the range of floats
+COLDEST = 1e-6  # lowest temperature; logits divided by a lower one would overflow
 
 
 @dataclass
@@ -13,11 +13,11 @@ class GenerateConfig:
     run: str = ""  # folder of the run
     prompt: str = ""  # text to continue
     step: int | None = None  # step of the checkpoint; null: the newest
-    tokens: int = 200  # most tokens to generate
-    temperature: float = 0.8  # logits are divided by it; 0: take the likeliest token
-    top_k: int | None = None  # draw from this many of the likeliest rows; null: all
-    top_p: float = 0.95  # draw from the likeliest rows that together have this probability
-    seed: int = 0  # the same seed gives the same text
+    tokens: int = 200  # largest number of tokens to generate
+    temperature: float = 0.8  # divides the logits; 0: always take the most likely token
+    top_k: int | None = None  # sample from this many of the most likely tokens; null: all
+    top_p: float = 0.95  # sample from the most likely tokens whose probabilities sum to this (nucleus); 1: all
+    seed: int = 0  # seed of the sampling; the same seed gives the same text
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -30,12 +30,12 @@ class GenerateConfig:
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises ValueError on a setting out of range."""
+    """Raises ValueError if a setting is out of range."""
     if temperature != 0 and not COLDEST <= temperature < math.inf:
         raise ValueError(
-            f"temperature={temperature} must be 0 (the likeliest token), or a number of at least {COLDEST}"
+            f"temperature={temperature} must be 0 (the most likely token), or a number of at least {COLDEST}"
         )
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 (null: all rows)")
+        raise ValueError(f"top_k={top_k} must be at least 1 (null: all tokens)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")

@@ -1,4 +1,4 @@
-"""The address of a model that a run begins with. Apart from job.py because readers of such models need it alone."""
+"""Address of the model that a run starts from. Separate from job.py because readers of such models need only this."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ SCHEME = "hf:"
 
 
 def folder_of(init_from: str) -> Path:
-    """ValueError unless it is hf:DIR."""
+    """Returns DIR of hf:DIR. Raises ValueError if it has another form."""
     if not init_from.startswith(SCHEME) or init_from == SCHEME:
         raise ValueError(f"init_from={init_from} must be hf:DIR, the folder of a Hugging Face model")
     return Path(init_from.removeprefix(SCHEME))

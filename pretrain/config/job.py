@@ -1,4 +1,4 @@
-"""All settings of a run: the groups' dataclasses in one, and the rules that reach across them."""
+"""All settings of a run: the dataclasses of the groups in one, and the rules across groups."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,15 @@ from .optim import OptimConfig
 from .training import TrainingConfig
 from .vocab import VocabConfig
 
-CONFIG_FILE = "config.yaml"  # in the run's folder: the settings of its latest start
-LONGEST_SEQUENCE = 8192  # tokens, unless train.seq_len is given: a model may see far more than is sane to train at
+CONFIG_FILE = "config.yaml"  # in the run folder: the settings of the latest start
+LONGEST_SEQUENCE = 8192  # tokens, if train.seq_len is not given; a model's context can be too long for pretraining
 
 
 @dataclass
 class RunConfig:
     """The folder of the run."""
 
-    dir: str = ""  # folder of the run; the same command with the same folder resumes
+    dir: str = ""  # folder of the run; the same command with the same folder resumes the run
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -33,19 +33,19 @@ class RunConfig:
 class JobConfig:
     """All settings of a run."""
 
-    seed: int  # initial weights and the order of the samples depend on it
-    model: ModelConfig  # the body's family and its sizes
+    seed: int  # seed of the initial weights and of the order of the samples
+    model: ModelConfig  # family and sizes of the body
     vocab: VocabConfig  # the embedding matrix and the loss
     data: DataConfig  # the corpora
     optim: OptimConfig  # optimizer and learning rate
-    engine: FSDP2Config | DeepSpeedConfig  # what shards and steps the body
+    engine: FSDP2Config | DeepSpeedConfig  # the engine, which shards and steps the body
     train: TrainingConfig  # length, batch and precision of the training
-    eval: EvalConfig  # validation loss
-    checkpoint: CheckpointConfig  # what is saved, and what is kept
+    eval: EvalConfig  # when and on how much text the validation loss is measured
+    checkpoint: CheckpointConfig  # when the run saves and which checkpoints it keeps
     log: LogConfig  # what is logged
-    monitor: MonitorConfig  # what a run measures about its own weights
-    run: RunConfig  # where the run lies on the disk
-    init_from: str | None = None  # hf:DIR begins with the weights of a Hugging Face model; null: drawn by seed
+    monitor: MonitorConfig  # measurements of the weights during training
+    run: RunConfig  # folder of the run
+    init_from: str | None = None  # hf:DIR: start from the weights of a Hugging Face model; null: random weights by seed
 
     def __post_init__(self) -> None:
         if self.init_from is not None:
@@ -63,14 +63,14 @@ class JobConfig:
             )
 
     def resolve(self) -> None:
-        """Makes the paths of what is read absolute: a job may run in another folder."""
+        """Makes the paths of all inputs absolute, because a job may run in another folder."""
         self.data.resolve()
         if self.init_from is not None:
             self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
 
     @property
     def reads(self) -> list[Path]:
-        """Corpora, and the model that the run begins with."""
+        """Paths of all inputs: the corpora and the model of `init_from`."""
         model = [] if self.init_from is None else [folder_of(self.init_from)]
         return [*map(Path, self.data.paths.values()), *model]
 

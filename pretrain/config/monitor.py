@@ -1,4 +1,4 @@
-"""Settings of what a run logs, and of what it measures about its own weights. Groups log and monitor."""
+"""Settings of logging and of the measurements of the weights during training. Groups log and monitor."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class LogConfig:
     """Scalars in RUN/metrics.jsonl, in TensorBoard and on the terminal."""
 
-    every: int = 10  # steps between logged steps
-    tensorboard: bool = True  # also write curves to RUN/tensorboard
+    every: int = 10  # log every this many steps
+    tensorboard: bool = True  # also write the scalars to RUN/tensorboard
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -17,11 +17,11 @@ class LogConfig:
 
 @dataclass
 class MonitorConfig:
-    """Measurements that a run makes of its own weights while it trains."""
+    """Measurements of the weights during training."""
 
-    embedding_every: int = 0  # steps between looks at the matrix, its rows and its two gradients; 0: never
-    lens_every: int = 0  # steps between measurements of what each layer would predict on validation windows; 0: never
-    lens_windows: int = 8  # validation windows for the lens, over all ranks
+    embedding_every: int = 0  # steps between measurements of the matrix: rows and both gradients; 0: never
+    lens_every: int = 0  # steps between logit lens measurements on validation windows; 0: never
+    lens_windows: int = 8  # validation windows per lens measurement, over all ranks
 
     def __post_init__(self) -> None:
         for key in ("embedding_every", "lens_every"):

@@ -1,12 +1,12 @@
-"""The optimizer and its learning rate. Group optim."""
+"""Settings of the optimizer and its learning rate. Group optim."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-LONGEST_WARMUP = 100  # steps, unless optim.warmup_steps is given
-RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, what they may be, in words
+LONGEST_WARMUP = 100  # steps, if optim.warmup_steps is not given
+RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, the rule, the rule in words
     (("lr", "eps"), lambda value: 0 < value < math.inf, "must be positive"),
     (("warmup_steps", "clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
     (("min_lr_ratio", "decay_fraction"), lambda value: 0 <= value <= 1, "must be in [0, 1]"),
@@ -15,9 +15,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # k
 
 
 class Hyperparameters(NamedTuple):
-    """Hyperparameters of one owner of parameters, the body or the vocabulary."""
+    """Hyperparameters of one owner of parameters: the body or the vocabulary."""
 
-    lr_factor: float  # its learning rate / the common one, over the whole schedule
+    lr_factor: float  # its learning rate / the common one, constant over the schedule
     beta1: float
     beta2: float
     eps: float
@@ -26,32 +26,32 @@ class Hyperparameters(NamedTuple):
 
 @dataclass
 class OwnerConfig:
-    """Settings of the body or of the vocabulary alone. null: the common one."""
+    """Overrides for the body or for the vocabulary. null: the common setting."""
 
-    lr: float | None = None  # the largest learning rate of the same schedule
-    beta1: float | None = None  # decay of the mean of the gradients, per step
-    beta2: float | None = None  # decay of the mean of their squares, per step
-    eps: float | None = None  # added to the root of the mean of squares
-    weight_decay: float | None = None  # of matrices; biases and norms are never decayed
+    lr: float | None = None  # peak learning rate of the same schedule
+    beta1: float | None = None  # decay per step of the running mean of the gradients
+    beta2: float | None = None  # decay per step of the running mean of their squares
+    eps: float | None = None  # added to the denominator of the update
+    weight_decay: float | None = None  # weight decay of matrices; biases and norms are never decayed
 
 
 @dataclass
 class OptimConfig:
     """The optimizer and its learning rate over the steps of the run."""
 
-    name: str = "adamw"  # what steps the body; AdamW steps the vocabulary whatever it is
-    lr: float = 6e-4  # the largest learning rate of the schedule
-    #: cosine falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395) holds
-    #: lr and falls linearly over the last decay_fraction of the steps
+    name: str = "adamw"  # optimizer of the body; the vocabulary always uses AdamW
+    lr: float = 6e-4  # peak learning rate
+    #: cosine: falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395):
+    #: constant, then falls linearly over the last decay_fraction of the steps
     schedule: str = "cosine"
-    warmup_steps: int | None = None  # first steps, in which lr rises linearly; null: a tenth of the steps, at most 100
-    min_lr_ratio: float = 0.1  # learning rate of the last step, as a fraction of lr
-    decay_fraction: float = 0.2  # last part of the steps in which wsd lowers the learning rate
-    clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    beta1: float = 0.9  # decay of the mean of the gradients, per step
-    beta2: float = 0.95  # decay of the mean of their squares, per step
-    eps: float = 1e-8  # added to the root of the mean of squares
-    weight_decay: float = 0.1  # of matrices; biases and norms are never decayed
+    warmup_steps: int | None = None  # steps of linear warm-up; null: a tenth of train.steps, at most 100
+    min_lr_ratio: float = 0.1  # learning rate of the last step / lr
+    decay_fraction: float = 0.2  # fraction of the steps, at the end, over which wsd decays; cosine ignores it
+    clip: float = 1.0  # largest norm of the gradient of body and matrix together; 0: no clipping
+    beta1: float = 0.9  # decay per step of the running mean of the gradients
+    beta2: float = 0.95  # decay per step of the running mean of their squares
+    eps: float = 1e-8  # added to the denominator of the update
+    weight_decay: float = 0.1  # weight decay of matrices; biases and norms are never decayed
     body: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the body
     vocab: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the embedding and the head
 
@@ -63,7 +63,7 @@ class OptimConfig:
         _check("optim.vocab", self.vocab)
 
     def hyperparameters(self, own: OwnerConfig) -> Hyperparameters:
-        """Settings of an owner, `body` or `vocab`: its own, else the common ones."""
+        """Hyperparameters of an owner: from `own` (`body` or `vocab`) if set there, else the common ones."""
 
         def value(key: str) -> float:
             given = getattr(own, key)
@@ -72,19 +72,19 @@ class OptimConfig:
         return Hyperparameters(value("lr") / self.lr, *map(value, Hyperparameters._fields[1:]))
 
     def warmup(self, steps: int) -> int:
-        """Steps of the warm-up in a schedule of that many."""
+        """Steps of the warm-up in a schedule of `steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return max(0, min(LONGEST_WARMUP, steps // 10, steps - self.decay(steps)))
 
     def decay(self, steps: int) -> int:
-        """Steps of the final decay of a "wsd" schedule; 0 for "cosine", which has no separate decay."""
+        """Steps of the final decay of wsd; 0 for cosine, which has no separate decay."""
         if self.schedule != "wsd" or self.decay_fraction == 0:
             return 0
         return max(1, round(self.decay_fraction * steps))
 
     def check_steps(self, steps: int) -> None:
-        """Raises ValueError if the warm-up, or warm-up and decay together, do not fit into that many steps."""
+        """Raises ValueError if warm-up and decay together take more than `steps` steps."""
         warmup, decay = self.warmup(steps), self.decay(steps)
         advice = "give fewer warm-up steps, or null: a tenth of the steps, at most 100"
         if warmup >= steps:
@@ -97,7 +97,7 @@ class OptimConfig:
 
 
 def _check(prefix: str, settings: Any) -> None:
-    """Raises ValueError if one of its numbers is out of range. A key that is missing or null has no rule."""
+    """Raises ValueError if a number is out of range. Missing keys and nulls are skipped."""
     for keys, allowed, rule in RULES:
         for key in keys:
             value = getattr(settings, key, None)

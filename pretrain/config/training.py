@@ -1,4 +1,4 @@
-"""Length, batch and precision of a training. Group train."""
+"""Settings of the training loop: length, batch and precision. Group train."""
 
 import re
 from dataclasses import dataclass
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingConfig:
-    """Length, batch and precision of a training."""
+    """Length, batch and precision of the training."""
 
-    steps: int = 1000  # length of the schedule, in optimizer steps
-    stop_after: int | None = None  # stop at this step, with a checkpoint; null: at the end of the schedule
-    #: stop and save before the ranks have run for this long, such as 4h or 1d12h30m; null: no limit
+    steps: int = 1000  # optimizer steps of the whole schedule
+    stop_after: int | None = None  # save and stop after this step; null: at the end of the schedule
+    #: save and stop before the ranks have run for this time, such as 4h or 1d12h30m; null: no limit
     time_limit: str | None = None
-    #: seconds without a finished step, evaluation batch or save after which a rank ends itself and prints its stacks;
-    #: 0: never
+    #: seconds without a finished step, evaluation batch or save, after which a rank prints its stacks and ends; 0: never
     hang_timeout: float = 1800.0
-    seq_len: int | None = None  # tokens per sequence; null: the model's context, at most 8192
+    seq_len: int | None = None  # tokens per sequence; null: model.context, at most 8192
     global_batch: int = 32  # sequences per step, over all ranks
-    micro_batch: int = 4  # sequences that a rank computes at once
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the device computes it natively
+    micro_batch: int = 4  # sequences per rank and forward pass
+    precision: str = "auto"  # bf16, fp32 or auto: bf16 if the device supports it natively
 
     def __post_init__(self) -> None:
         for key in ("steps", "seq_len", "global_batch", "micro_batch"):
@@ -36,7 +35,7 @@ class TrainingConfig:
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
 
     def check_world(self, world: int) -> None:
-        """Raises ValueError unless the global batch can be dealt to that many ranks in whole micro-batches."""
+        """Raises ValueError unless the global batch is a whole number of micro-batches per rank, on `world` ranks."""
         if self.global_batch % (self.micro_batch * world):
             raise ValueError(
                 f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"

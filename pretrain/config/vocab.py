@@ -1,31 +1,31 @@
-"""The vocabulary: how its matrix is held and used. Group vocab. pretrain.vocab imports it, so it imports nothing."""
+"""Settings of the vocabulary and its matrix. Group vocab. Imports nothing of ours: pretrain.vocab imports it."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST_VOCABULARY = 2**24  # ids travel among the fp32 statistics of the loss and must be exact there
+LARGEST_VOCABULARY = 2**24  # the loss sends ids as fp32, which holds them exactly up to here
 
 
 @dataclass
 class VocabConfig:
-    """The vocabulary and how its matrix is held."""
+    """The vocabulary and how its matrix is sharded, tied and used."""
 
-    size: int | None = None  # rows of the matrix; null: those of the tokenizer
-    multiple: int = 128  # the matrix is padded to a multiple of this many rows
-    parallel: str = "auto"  # ranks that share one copy of the matrix; auto: chosen by an estimate, see placement.py
-    tie: str = "tied"  # tied: one matrix for input and output; untied: two, from the first step
-    #: step after which a tied matrix is split in two, each a copy of it, optimizer state included; null: never
+    size: int | None = None  # tokens in the vocabulary; null: as many as the tokenizer has
+    multiple: int = 128  # the matrix is padded to a multiple of this number of rows
+    parallel: str = "auto"  # ranks that share one copy of the matrix; auto: chosen by estimated step time
+    tie: str = "tied"  # tied: one matrix for input and output; untied: two from the start
+    #: step after which a tied matrix becomes two copies, with copies of its optimizer state; null: never
     untie_at: int | None = None
-    embed_scale: float = 1.0  # factor of the embeddings that the lookup returns (Gemma: the root of the width)
-    #: factor of the gradient that the rows get through the lookup; 0: they are trained through the output alone
+    embed_scale: float = 1.0  # factor on the embeddings that the lookup returns (Gemma: sqrt(width))
+    #: factor on the gradient from the lookup; 0: the matrix is trained through the output only
     input_grad_scale: float = 1.0
-    z_loss: float = 0.0  # weight of the squared log of the softmax's sum in the loss; 0: off
-    label_smoothing: float = 0.0  # probability that the target gives to all rows, in equal parts; 0: off
+    z_loss: float = 0.0  # weight of the squared log-sum-exp of the logits in the loss; 0: off
+    label_smoothing: float = 0.0  # probability moved from the target to all tokens, in equal parts; 0: off
     softcap: float | None = None  # logits are capped by softcap·tanh(logit / softcap); null: no cap
-    #: MiB that the loss may hold at once besides the gradient of its rows, which sets how many tokens it works on at a
-    #: time; null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient if it is more. More gains little once 512
-    #: tokens fit (on a GPU: 2,048)
+    #: MiB of temporary memory of the loss, besides the gradient of its rows; it sets the number of tokens per chunk.
+    #: null: 64 on a CPU, 896 on a GPU, or a quarter of that gradient if that is more. More memory gains little once a
+    #: chunk has 512 tokens (on a GPU: 2,048)
     head_memory_mib: int | None = None
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class VocabConfig:
         if self.untie_at is not None and self.untie_at < 1:
             raise ValueError(f"vocab.untie_at={self.untie_at} must be at least 1 (or null: never)")
         if self.untie_at is not None and self.tie != "tied":
-            raise ValueError(f"vocab.untie_at={self.untie_at} needs vocab.tie=tied: two matrices cannot be split")
+            raise ValueError(f"vocab.untie_at={self.untie_at} needs vocab.tie=tied: untied matrices are already two")
         if not 0 < self.embed_scale < math.inf:
             raise ValueError(f"vocab.embed_scale={self.embed_scale} must be positive")
         if not 0 <= self.input_grad_scale < math.inf:
@@ -56,22 +56,23 @@ class VocabConfig:
 
     @property
     def matrices(self) -> int:
-        """How many there are when most are."""
+        """Largest number of matrices during the run: 1 or 2."""
         return 1 if self.untied_at(None) is None else 2
 
     def check_world(self, world: int) -> None:
-        """Raises ValueError unless that many ranks are whole groups that share a copy."""
+        """Raises ValueError if `world` ranks cannot be divided into groups of `parallel` ranks."""
         if self.parallel != "auto" and world % int(self.parallel):
             raise ValueError(f"vocab.parallel={self.parallel} must divide the number of ranks, {world}")
 
     def check_steps(self, steps: int) -> None:
-        """Raises ValueError if the matrix would be split after the last of that many steps."""
+        """Raises ValueError if `untie_at` is not before the last of `steps` steps."""
         if self.untie_at is not None and self.untie_at >= steps:
             raise ValueError(f"vocab.untie_at={self.untie_at} must be below train.steps={steps}")
 
     def split_otherwise(self, saved: dict[str, Any], step: int) -> tuple[str, str] | None:
-        """Returns what `saved` settings and these say if their matrices differ at `step`, None if they agree: a split
-        that is still to come may be put off or brought forward, one that has been may not be undone.
+        """Returns the saved and the current setting if they disagree on the matrices at `step`; None if they agree.
+
+        A future untying may move to another step. A past one cannot be undone.
         """
         was = VocabConfig(untie_at=saved["untie_at"])
         if self.tie != "tied" or self.untied_at(step) == was.untied_at(step):
@@ -80,8 +81,8 @@ class VocabConfig:
         return f"vocab.untie_at={before} at step {step}", f"{now}"
 
     def untied_at(self, step: int | None) -> int | None:
-        """The step after which the matrices of a checkpoint of `step` were split, 0 where they never were one; None
-        where they still are one. step=None: of one at the end of time.
+        """Step after which the matrices of a checkpoint of `step` became two: 0 if untied from the start, None if
+        still tied. step=None: after the last possible step.
         """
         if self.tie == "untied":
             return 0

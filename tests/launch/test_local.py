@@ -193,9 +193,9 @@ BAD = {
     "a stage that there is not": ("engine=deepspeed engine.zero_stage=4", "engine.zero_stage=4 must be 0, 1, 2 or 3"),
     "a key of DeepSpeed's that is ours": (
         "engine=deepspeed engine.extra.train_batch_size=8",
-        "engine.extra.train_batch_size is not for DeepSpeed to know: use train.global_batch",
+        "engine.extra.train_batch_size must not be set: use train.global_batch",
     ),
-    "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none here"),
+    "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none on a CPU"),
     "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
     "a sweep": ("--multirun", "--multirun is not for this program"),

@@ -174,7 +174,7 @@ def test_extreme_logits(logits):
 @pytest.mark.parametrize(
     "setting,message",
     [
-        ({"temperature": -0.1}, r"temperature=-0.1 must be 0 \(the likeliest token\), or a number of at least 1e-06"),
+        ({"temperature": -0.1}, r"temperature=-0.1 must be 0 \(the most likely token\), or a number of at least 1e-06"),
         ({"temperature": 1e-308}, "temperature=1e-308 must be 0"),
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
         ({"temperature": float("inf")}, "temperature=inf must be 0"),
