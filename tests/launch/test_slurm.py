@@ -244,7 +244,7 @@ def test_the_gpu_is_that_of_the_cluster(command):
     """bf16 and offload to the CPU are asked of the cluster's GPUs, whatever this machine has."""
     settings = "run.dir=/shared/runs/a dry_run=true train.precision=bf16"
     assert command(f"+cluster=a100x8 {settings} engine.offload=cpu").code == 0
-    assert "engine.offload=cpu must be none here" in command(f"+cluster=cpu {settings} engine.offload=cpu").error
+    assert "engine.offload=cpu must be none on a CPU" in command(f"+cluster=cpu {settings} engine.offload=cpu").error
 
 
 WRONG = {
