@@ -1,1 +1,1 @@
-"""The settings of a run: one dataclass per group, with its rules and a comment beside each field. Does not import torch."""
+"""Settings of a run: one dataclass per group, with its rules and a comment beside each field. Imports no torch."""

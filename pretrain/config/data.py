@@ -15,7 +15,8 @@ class DataConfig:
     corpora: dict[str, str] = field(default_factory=dict)  # several corpora instead of path: name to path
     #: share of each corpus in the samples, by name; only the ratios matter; empty: by number of tokens
     weights: dict[str, float] = field(default_factory=dict)
-    stages: dict[int, Any] = field(default_factory=dict)  # sample number of the run to the weights that hold from that sample on
+    #: other weights for a later part of the run: first sample number to weights by name; empty: none
+    stages: dict[int, Any] = field(default_factory=dict)
     #: causal: a token attends to all earlier tokens of its window; masked: to earlier tokens of its own document only;
     #: positions then restart at 0 in each document, and the first token of a document is not a target
     documents: str = "causal"
@@ -27,7 +28,7 @@ class DataConfig:
         if not self.path and not self.corpora:
             raise ValueError("data.path is missing: give a folder made by data_prep/tokenize.py")
         if self.path and self.corpora:
-            raise ValueError(f"data.path={self.path} must not be given together with data.corpora: add it to data.corpora")
+            raise ValueError(f"data.path={self.path} must not be given together with data.corpora: add it there")
         if not all(self.corpora.values()):
             raise ValueError("data.corpora must give a path for each corpus: a folder made by data_prep/tokenize.py")
         given = {"data.weights": self.weights} if self.weights else {}

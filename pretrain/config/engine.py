@@ -110,11 +110,13 @@ class DeepSpeedConfig:
 
     name: str = "deepspeed"  # fsdp2 or deepspeed
     zero_stage: int = 1  # shards 0: nothing, 1: optimizer states, 2: gradients as well, 3: weights as well
-    offload: str = "none"  # cpu: keep and step main weights and optimizer states in host memory (stages 2, 3); none: off
+    #: cpu: keep and step main weights and optimizer states in host memory (stages 2 and 3); none: off
+    offload: str = "none"
     #: what is kept for backward; none: all activations; block: only the input of each block; selective: also the
     #: outputs of matmuls and attention
     activation_checkpointing: str = "none"
-    extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's JSON, passed on unchanged; empty: none
+    #: further keys of DeepSpeed's JSON, passed on unchanged; empty: none
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.zero_stage not in range(4):
@@ -129,9 +131,7 @@ class DeepSpeedConfig:
             raise ValueError(f"engine.extra.zero_optimization={zero} must be a mapping")
         for key in [*self.extra, *(f"zero_optimization.{key}" for key in zero)]:
             if key in OWNED_KEYS:
-                instead = (
-                    f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change results or sharding"
-                )
+                instead = f"use {OWNED_KEYS[key]}" if OWNED_KEYS[key] else "it would change results or sharding"
                 raise ValueError(f"engine.extra.{key} must not be set: {instead}")
 
     @property

@@ -12,7 +12,7 @@ class TrainingConfig:
     stop_after: int | None = None  # save and stop after this step; null: at the end of the schedule
     #: save and stop before the ranks have run for this time, such as 4h or 1d12h30m; null: no limit
     time_limit: str | None = None
-    #: seconds without a finished step, evaluation batch or save, after which a rank prints its stacks and ends; 0: never
+    #: seconds without a finished step, evaluation batch or save before a rank prints its stacks and ends; 0: never
     hang_timeout: float = 1800.0
     seq_len: int | None = None  # tokens per sequence; null: model.context, at most 8192
     global_batch: int = 32  # sequences per step, over all ranks

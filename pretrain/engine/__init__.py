@@ -1,4 +1,4 @@
-"""Engines: what shards and steps the body."""
+"""Engines, which shard and step the body."""
 
 from .base import Engine
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward, and what it computes again."""
+"""Activation checkpointing: a block keeps part of its activations and recomputes the rest in the backward."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -20,10 +20,10 @@ EXPENSIVE = [
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], kind: str) -> None:
-    """Makes each block forget on forward what it can compute again on backward; parameters keep their names.
+    """Makes each block recompute activations in the backward instead of keeping them. Parameter names do not change.
 
-    "block" keeps a block's input only; "selective" also what matmuls and attention have made, and so repeats the cheap
-    operations alone.
+    "block" keeps only the input of a block. "selective" also keeps the outputs of matmuls and attention, so that only
+    cheap operations are repeated.
     """
     if kind == "none":
         return

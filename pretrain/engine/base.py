@@ -1,4 +1,4 @@
-"""Interface of an engine, as the trainer needs it. Only the body meets it; the matrix never does."""
+"""Interface of an engine. An engine handles the body only, never the matrix."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,15 +10,16 @@ from ..mesh import Mesh
 
 
 class Engine(Protocol):
-    """Shards a body over all ranks of the mesh, and owns its gradients and its optimizer.
+    """Shards a body over all ranks of the mesh; owns its gradients and its optimizer.
 
-    A loss arrives divided by the targets of the global batch, so gradients are summed over ranks, not averaged.
+    The loss is already divided by the number of targets in the global batch, so gradients are summed over ranks, not
+    averaged.
     """
 
-    body: nn.Module  # what was wrapped, its parts by their names; it is called by what `wrap` returned alone
+    body: nn.Module  # the module given to `wrap`, to look up parts by name; call the result of `wrap` instead
 
     def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
-        """Takes over a body on the meta device, draws its initial weights; what it returns is called as the body is."""
+        """Shards a body on the meta device and draws its initial weights. Call the result in place of the body."""
         ...
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
@@ -30,13 +31,13 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float, clip: float) -> None:
-        """One optimizer step on gradient · clip, which is the factor computed over body and matrix."""
+        """Takes one optimizer step on gradient · clip. clip: the factor computed over body and matrix."""
         ...
 
     def state(self) -> dict[str, DTensor]:
-        """Tensors by full name: fp32 parameters and the optimizer's state. To be filled in place before `load`."""
+        """Returns fp32 parameters and optimizer state by full name. To restore, fill them in place and call `load`."""
         ...
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
-        """Takes a filled `state`, and the number of optimizer steps behind it."""
+        """Restores from a filled `state`. step: number of optimizer steps done."""
         ...

@@ -1,7 +1,7 @@
-"""DeepSpeed over all ranks. ZeRO stage 0 shards nothing, 1 the optimizer, 2 gradients too, 3 the weights too.
+"""DeepSpeed over all ranks. ZeRO stage 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also weights.
 
-DeepSpeed is handed a body and an optimizer and nothing else: batches, clipping, schedule, precision and checkpoints are
-ours. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
+DeepSpeed gets only a body and an optimizer. Batches, clipping, schedule, precision and checkpoints are ours.
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
 """
 
 import io
@@ -27,9 +27,10 @@ from .zero import MAIN, weights_at
 
 
 class DeepSpeedEngine:
-    """Main weights, gradients and optimizer states are fp32; at stages 1 to 3 the module itself is in `compute_dtype`.
+    """Engine with fp32 main weights, gradients and optimizer states.
 
-    Stage 0 has one set of weights, fp32, and computes under autocast.
+    At stages 1 to 3 the module's own weights are in `compute_dtype`. Stage 0 has one set of weights, in fp32, and
+    computes under autocast.
     """
 
     footprint = DeepSpeedFootprint
@@ -42,7 +43,7 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         if mesh.rank == 0:
             for lock in killed_builds():
-                print(f"{lock} is left of a killed build: nothing here needs it, but others would wait for it")
+                print(f"stale build lock {lock}: harmless here, but DeepSpeed's builds would wait for it; delete it")
         self.body, self.mesh = body, mesh
         self.shapes = {name: parameter.shape for name, parameter in body.named_parameters()}
         initial = {name: self._initial(body, name) for name in self.shapes}  # stage 3 hides the shapes later
@@ -58,31 +59,31 @@ class DeepSpeedEngine:
             parameter.detach().zero_()
         blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
         checkpoint_activations(blocks, self.config.activation_checkpointing)
-        for block in blocks:  # stage 3 gathers a block at once: a part that is computed again would free its own
+        for block in blocks:  # stage 3 gathers whole blocks: a recomputed part would free its own weights
             deepspeed.utils.set_z3_leaf_module(block, True)
         optimizer = body_optimizer(self.optim)
         self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body)
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
-        with redirect_stdout(io.StringIO()):  # it prints its memory
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
             self.engine, *_ = deepspeed.initialize(
                 model=body,
                 optimizer=self.optimizer.stepper,
                 config=deepspeed_json(self.config, low_precision and self.config.zero_stage > 0, numbers),
-                dist_init_required=False,  # the group is there; else it would look for MPI
+                dist_init_required=False,  # the process group exists; otherwise DeepSpeed would look for MPI
             )
         self.weights = weights_at(self.config.zero_stage, low_precision)(self.engine.optimizer, self.optimizer, mesh)
         self.optimizer.load(0, self.weights.stepped())
         self.weights.link_states()
-        for name, values in initial.items():  # DeepSpeed's own main weights are rounded to the compute dtype
+        for name, values in initial.items():  # DeepSpeed made its main weights from rounded ones
             self.weights.write(self.parameters[name], values.full_tensor(), MAIN)
-        return summed(self.engine, mesh.flat.get_group())  # it averages gradients over ranks
+        return summed(self.engine, mesh.flat.get_group())  # undoes DeepSpeed's averaging of gradients over ranks
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
         self.engine.backward(loss)
 
     def grad_norm(self) -> Tensor:
-        """One all-reduce of a number; all ranks get the same bits."""
+        """Norm of the body's gradient. One all-reduce of one number; bit-identical on all ranks."""
         return self.weights.grad_norm()
 
     def step(self, lr: float, clip: float) -> None:
@@ -91,7 +92,7 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def state(self) -> dict[str, DTensor]:
-        """Copies of this rank's rows, cut as FSDP2 cuts. Gathers one parameter at a time, and keeps its slice."""
+        """Copies of this rank's rows, sharded as under FSDP2. Gathers one parameter at a time and keeps a slice."""
         return {
             saved_name(name, kind): self._slice(name, self.weights.read(parameter, kind))
             for name, parameter in self.parameters.items()
@@ -99,7 +100,7 @@ class DeepSpeedEngine:
         }
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
-        """Gathers one parameter at a time, and keeps what this rank holds of it."""
+        """Restores from `state`. Gathers one parameter at a time and keeps this rank's part."""
         for name, parameter in self.parameters.items():
             for kind in self._kinds(name):
                 self.weights.write(parameter, state[saved_name(name, kind)].full_tensor(), kind)
@@ -127,22 +128,22 @@ class DeepSpeedEngine:
 
 
 def deepspeed_json(config: DeepSpeedConfig, low_precision: bool, numbers: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, for a body of that many numbers."""
+    """Configuration of DeepSpeed. numbers: number of the body's parameters."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": min(numbers, LARGEST_BUCKET),
-        # Stage 3's own F.linear lets weights go after forward, and adds the bias to a product that may be kept.
+        # Stage 3's own F.linear frees weights after forward, and adds the bias in place to a product that may be kept.
         "memory_efficient_linear": config.activation_checkpointing != "selective",
     }
     if config.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each step
+        "timers": {"throughput": {"enabled": False}},  # the timer would synchronise with the GPU at each step
         **config.extra,
-        "train_micro_batch_size_per_gpu": 1,  # must be there, and means nothing: DeepSpeed sees no batch
-        "gradient_accumulation_steps": 1,  # `backward` is told when the last micro-batch comes
+        "train_micro_batch_size_per_gpu": 1,  # required, but without effect: DeepSpeed does not see the batch
+        "gradient_accumulation_steps": 1,  # `backward` sets the boundary itself
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": low_precision, "check_grad_overflow": False},  # the trainer looks at the norm
+        "bf16": {"enabled": low_precision, "check_grad_overflow": False},  # the trainer checks the norm
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -152,9 +153,9 @@ def deepspeed_json(config: DeepSpeedConfig, low_precision: bool, numbers: int) -
 
 
 def check_extra(config: DeepSpeedConfig) -> None:
-    """Raises ValueError if `extra` is wrong, or might have DeepSpeed wait for a build that was killed.
+    """Raises ValueError if `extra` is invalid, or if DeepSpeed could wait for the lock of a killed build.
 
-    It compiles some operations when they are first needed, none of them for what we ask ourselves.
+    DeepSpeed compiles some operations at first use. Only keys in `extra` can need such an operation.
     """
     if not config.extra:
         return
@@ -162,7 +163,7 @@ def check_extra(config: DeepSpeedConfig) -> None:
     if locks:
         raise ValueError(
             f"{locks[0]} exists: a build of that operation was killed, and DeepSpeed would wait for its end."
-            " Delete the file, unless another job is building now, or leave engine.extra empty"
+            " Delete the file if no other job is building now, or leave engine.extra empty"
         )
     zero = deepspeed_json(config, low_precision=False, numbers=1)["zero_optimization"]
     try:
@@ -174,16 +175,16 @@ def check_extra(config: DeepSpeedConfig) -> None:
 
 
 def _deepspeed() -> Any:
-    """DeepSpeed itself, quiet, and without the operation that it would otherwise compile at once on a CPU."""
+    """Imports DeepSpeed, with warnings off and without the operation that it would compile on a CPU."""
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # asked for its shared-memory all-reduce alone
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # used only to find its shared-memory all-reduce
     return deepspeed
 
 
 def killed_builds() -> list[Path]:
-    """Locks in the folder where torch compiles extensions for this Python: a build is at work, or was killed."""
+    """Locks in the folder where torch compiles extensions for this Python: of running or killed builds."""
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory("", verbose=False))

@@ -1,23 +1,23 @@
-"""Memory and traffic of DeepSpeed in a step. Not part of deepspeed.py: it is needed by plans, which run no engine."""
+"""Memory and traffic of DeepSpeed per step. Separate from deepspeed.py because plans use it without an engine."""
 
 from ..config.engine import DeepSpeedConfig
 from ..placement import Transfer, Workload
 from .footprint import FP32, Shapes, agreements, numbers
 
-# Numbers of DeepSpeed's own, made for any model:
-LARGEST_BUCKET = 500_000_000  # gradients are reduced in buckets of at most as many
-PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole
-REUSED = 500_000_000  # ZeRO-3 keeps what forward has gathered for backward if a body has no more
+# DeepSpeed's defaults, which do not depend on the model, in numbers:
+LARGEST_BUCKET = 500_000_000  # largest bucket in which gradients are reduced
+PERSISTENT = 100_000  # ZeRO-3 does not shard parameters up to this size
+REUSED = 500_000_000  # ZeRO-3 keeps gathered weights from forward to backward if the body is at most this size
 
 
 class DeepSpeedFootprint:
-    """Bytes at each of ZeRO's stages. Gradients are reduced in buckets as large as the body, or as LARGEST_BUCKET."""
+    """Bytes at each ZeRO stage. Gradients are reduced in buckets of the body's size, at most LARGEST_BUCKET."""
 
     def __init__(self, engine: DeepSpeedConfig, shapes: Shapes, work: Workload, p: int, world: int) -> None:
         self.engine, self.shapes, self.work, self.world = engine, shapes, work, world  # p does not matter
         self.all = numbers(shapes.all)
         matrices = [shape for shape in shapes.all if len(shape) == 2]
-        groups = numbers(matrices), self.all - numbers(matrices)  # decayed or not
+        groups = numbers(matrices), self.all - numbers(matrices)  # with and without weight decay
         self.parts = [-(-group // (2 * world)) * 2 for group in groups]
         self.cut = sum(-(-shape.numel() // world) for shape in shapes.all)  # at stage 3
         self.large = [shape for shape in shapes.all if shape.numel() > PERSISTENT]

@@ -1,7 +1,7 @@
-"""Memory and traffic of an engine for the body in one step of one rank, in bytes: the protocol, and what all share.
+"""Memory and traffic of an engine for the body, in bytes per rank and step: the protocol and shared parts.
 
-Not part of base.py, which is what runs: a footprint is arithmetic on shapes. Each engine's own is beside the engine.
-In formulas, i is the bytes of a number of the compute dtype.
+Separate from base.py because a footprint only computes with shapes. Each engine's footprint is in a file beside the
+engine. In formulas, i is the number of bytes of the compute dtype.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from ..optim import Optimizer
 from ..placement import Transfer
 
 FP32 = 4  # bytes: main weights, gradients and sums
-COUNT, NORM = 8, 8  # bytes: what all ranks agree on in a step
+COUNT, NORM = 8, 8  # bytes: the count of targets and a norm, reduced over all ranks per step
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes of the body's parameters: those of each block, and the rest."""
+    """Shapes of the body's parameters, per block and outside blocks."""
 
     blocks: list[list[torch.Size]]
     rest: list[torch.Size]
-    optimizer: type[Optimizer]  # what steps them
+    optimizer: type[Optimizer]  # class of the optimizer that steps them
 
     @classmethod
     def of(cls, body: nn.Module, optimizer: type[Optimizer]) -> "Shapes":
@@ -39,12 +39,12 @@ class Shapes:
 
     @property
     def matmuls(self) -> int:
-        """Numbers that every token is multiplied with."""
+        """Number of weights in matmuls."""
         return sum(shape.numel() for block in self.blocks for shape in block if len(shape) == 2)
 
     @property
     def state(self) -> float:
-        """Bytes of optimizer state per number, on average over the parameters."""
+        """Bytes of optimizer state per number, averaged over the parameters."""
         states = sum(shape.numel() * self.optimizer.bytes_per_parameter(shape) for shape in self.all)
         return states / numbers(self.all)
 
@@ -55,11 +55,11 @@ def numbers(part: Sequence[torch.Size]) -> int:
 
 
 class BodyFootprint(Protocol):
-    """Memory and traffic of one engine. `behind`: how many blocks have been through the backward."""
+    """Memory and traffic of one engine. `behind`: number of blocks whose backward is done."""
 
     shapes: Shapes
     formulas: tuple[str, str, str, str]  # of weights, optimizer states, gradients, gathered
-    stepped: int  # numbers that this rank's optimizer steps
+    stepped: int  # numbers stepped by this rank's optimizer
 
     @property
     def weights(self) -> int: ...
@@ -70,12 +70,12 @@ class BodyFootprint(Protocol):
     def gradients(self, behind: int) -> int: ...
 
     def gathered(self, behind: int, in_block: bool) -> int:
-        """Bytes that come and go within a step: others' weights, and gradients on their way."""
+        """Bytes held temporarily within a step: weights gathered from other ranks, and gradients being reduced."""
         ...
 
     def transfers(self) -> list[Transfer]: ...
 
 
 def agreements(world: int) -> Transfer:
-    """Transfer for what all ranks agree on, in every engine: the count of targets, the norms of body and matrix."""
+    """Transfer that every engine has: the count of targets, and the norms of body and matrix."""
     return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "8 + 2 · 8")

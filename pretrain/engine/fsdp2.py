@@ -1,4 +1,4 @@
-"""FSDP2: `torch.distributed.fsdp.fully_shard`, one group of parameters a block."""
+"""FSDP2: `torch.distributed.fsdp.fully_shard`, one parameter group per block."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from .fsdp2_footprint import FSDP2Footprint
 
 
 class FSDP2Engine:
-    """Main weights, gradients and optimizer states are fp32 shards; matmuls run in `compute_dtype`."""
+    """Engine with fp32 shards of main weights, gradients and optimizer states. Matmuls run in `compute_dtype`."""
 
     footprint = FSDP2Footprint
 
@@ -44,12 +44,12 @@ class FSDP2Engine:
             )
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo does not support pre-multiplied sums
         body.to_empty(device="cpu" if offload else mesh.device)
-        # Kept from here: while its weights are gathered, the module shows others in their place.
+        # Saved here because the module has other parameters while its weights are gathered.
         self.parameters: dict[str, DTensor] = dict(body.named_parameters())  # type: ignore[arg-type]
         for name, parameter in self.parameters.items():
-            rows = RowShard(rank, ranks, parameter.shape[0])  # FSDP2 cuts like this
+            rows = RowShard(rank, ranks, parameter.shape[0])  # the same split as FSDP2's
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
@@ -60,11 +60,11 @@ class FSDP2Engine:
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.body.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
-        self.body.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]  # over replicas, once a step
+        self.body.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]  # over replicas, once per step
         loss.backward()
 
     def grad_norm(self) -> Tensor:
-        """One all-reduce of a number over all ranks; replicas count once, and all ranks get the same bits."""
+        """Norm of the body's gradient; replicas count once. Equal bits on all ranks. One all-reduce of one number."""
         counts = not self.config.hsdp or self.mesh.first_replica
         return global_norm(self._local_gradients() if counts else [], self.mesh)
 
@@ -73,7 +73,7 @@ class FSDP2Engine:
         self.optimizer.step(lr)
 
     def state(self) -> dict[str, DTensor]:
-        """The live shards themselves: filling them in place is loading them."""
+        """The shards themselves, not copies: filling them in place loads them."""
         state: dict[str, DTensor] = {}
         for name, parameter in self.parameters.items():
             state |= self.optimizer.tensors(name, parameter)  # type: ignore[arg-type]

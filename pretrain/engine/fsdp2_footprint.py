@@ -1,4 +1,4 @@
-"""Memory and traffic of FSDP2 in a step. Not part of fsdp2.py: it is needed by plans, which run no engine."""
+"""Memory and traffic of FSDP2 per step. Separate from fsdp2.py because plans use it without an engine."""
 
 from ..config.engine import FSDP2Config
 from ..placement import Transfer, Workload
@@ -7,7 +7,7 @@ from .footprint import FP32, Shapes, agreements, numbers
 
 
 class FSDP2Footprint:
-    """Main weights are the only ones kept; a block's are gathered for it, and its gradient is reduced at once."""
+    """Bytes under FSDP2. Only main weights are kept; blocks are gathered one by one and their gradients reduced."""
 
     def __init__(self, engine: FSDP2Config, shapes: Shapes, work: Workload, p: int, world: int) -> None:
         self.engine, self.shapes, self.work, self.p, self.world = engine, shapes, work, p, world
@@ -31,7 +31,7 @@ class FSDP2Footprint:
 
     def gathered(self, behind: int, in_block: bool) -> int:
         block, rest = numbers(self.shapes.blocks[0]), numbers(self.shapes.rest)
-        last = behind == len(self.shapes.blocks) - 1  # then there is none to gather ahead
+        last = behind == len(self.shapes.blocks) - 1  # then no further block is gathered in advance
         weights = 0
         if not self.engine.reshard_after_forward:
             weights = numbers(self.shapes.all)

@@ -1,4 +1,4 @@
-"""Access to DeepSpeed's fp32 weights and optimizer states at each stage of ZeRO, and the norm of the gradients."""
+"""Access to DeepSpeed's fp32 weights, optimizer states and gradients, per ZeRO stage."""
 
 from typing import Any
 
@@ -8,47 +8,47 @@ from torch import Tensor, nn
 from ..mesh import Mesh
 from ..optim import Optimizer, apply_clip, global_norm
 
-MAIN = ""  # the kind of a main weight; the others are names of its state
+MAIN = ""  # kind of a main weight; other kinds are names of state tensors
 
 
 class Stage0Weights:
-    """Stage 0: every rank holds all, and DeepSpeed sums gradients only."""
+    """Stage 0: every rank holds all weights and states; DeepSpeed only sums gradients."""
 
     def __init__(self, zero: Any, optimizer: Optimizer, mesh: Mesh) -> None:
         self.zero, self.optimizer, self.mesh = zero, optimizer, mesh  # zero: DeepSpeed's optimizer around ours
 
     def stepped(self) -> list[Tensor]:
-        """The tensors that are stepped, and under which their states are kept."""
+        """Tensors that the optimizer steps; they are the keys of its states."""
         return self.optimizer.parameters
 
     def link_states(self) -> None:
-        """To be called once the states are there."""
+        """Connects DeepSpeed to the states. Call it after they exist."""
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole main weight, or a tensor of its state, fp32."""
+        """Whole main weight or state tensor, fp32. From stage 1 on, collective."""
         return self.optimizer.state_of(parameter)[kind] if kind else parameter.detach()
 
     def write(self, parameter: nn.Parameter, whole: Tensor, kind: str) -> None:
-        """Sets it, and with a main weight what the next forward computes with."""
+        """Sets a main weight or state tensor. With a main weight, also sets the weight that the forward uses."""
         self.read(parameter, kind).copy_(whole)
 
     def grad_norm(self) -> Tensor:
-        """The norm of the first rank's gradients, which all ranks have. One all-reduce of a number."""
+        """Norm of the gradients, which are equal on all ranks: only rank 0 counts. One all-reduce of one number."""
         return global_norm(self._gradients() if self.mesh.rank == 0 else [], self.mesh)
 
     def clip(self, factor: float) -> None:
         apply_clip(self._gradients(), factor)
 
     def _gradients(self) -> list[Tensor]:
-        """Gradients that the optimizer will be handed here, to be changed in place."""
+        """This rank's gradients for the next optimizer step. Changed in place."""
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
 
 
 class Stage1And2Weights(Stage0Weights):
-    """Stages 1 and 2: the optimizer steps this rank's part of all weights, laid end to end, in fp32.
+    """Stages 1 and 2: the optimizer steps this rank's part of all weights, concatenated flat, in fp32.
 
-    DeepSpeed's own norm is an fp32 sum that depends on how the weights are cut. From stage 1 on it takes that at each
-    step, and skips the step if it overflows; it is given 0 instead, for the norm was looked at and the clip is done.
+    DeepSpeed's own norm is an fp32 sum that depends on the sharding. From stage 1 on, DeepSpeed computes it at each
+    step and skips the step if it overflows. We replace it by 0: the trainer has already checked the norm and clipped.
     """
 
     def __init__(self, zero: Any, optimizer: Optimizer, mesh: Mesh) -> None:
@@ -59,7 +59,7 @@ class Stage1And2Weights(Stage0Weights):
         self.zero.scaled_global_norm = lambda: norm
 
     def link_states(self) -> None:
-        self.zero._lazy_init_hp_params_optimizer_state()  # else its first step does
+        self.zero._lazy_init_hp_params_optimizer_state()  # otherwise DeepSpeed does it at its first step
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -78,7 +78,7 @@ class Stage1And2Weights(Stage0Weights):
             parameter.detach().copy_(whole)
 
     def grad_norm(self) -> Tensor:
-        """Each rank brings its own part. One all-reduce of a number."""
+        """Norm over the parts of all ranks. One all-reduce of one number."""
         return global_norm(self._gradients(), self.mesh)
 
     def _gradients(self) -> list[Tensor]:
@@ -87,14 +87,14 @@ class Stage1And2Weights(Stage0Weights):
         return [part for parts in self.zero.averaged_gradients.values() for part in parts]
 
     def _offloaded(self) -> bool:
-        """Returns True if gradients are in the host's memory, and waits until they are."""
+        """Returns True if gradients are offloaded to host memory. Waits for the copies."""
         if self.zero.cpu_offload:
             self.zero._wait_for_offload_copies()
         return self.zero.cpu_offload
 
 
 class Stage1BF16Weights(Stage1And2Weights):
-    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own."""
+    """Stage 1 in bf16, which has a separate optimizer in DeepSpeed."""
 
     def _replace_norm(self, norm: Tensor) -> None:
         self.zero.get_grads_for_norm = lambda: ([norm], {})
@@ -104,7 +104,7 @@ class Stage1BF16Weights(Stage1And2Weights):
 
 
 class Stage3Weights(Stage1And2Weights):
-    """Stage 3: each parameter is cut on its own, flat, the last part padded."""
+    """Stage 3: each parameter is flattened and split over the ranks; the last part is padded."""
 
     def stepped(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
@@ -130,10 +130,11 @@ class Stage3Weights(Stage1And2Weights):
         self.zero._get_norm_groups = lambda: [norm]
 
     def _offloaded(self) -> bool:
-        return self.zero.offload_optimizer  # backward has waited
+        return self.zero.offload_optimizer  # backward has already waited for the copies
 
 
 def weights_at(stage: int, low_precision: bool) -> type[Stage0Weights]:
+    """Returns the class for this stage. low_precision: the compute dtype is not fp32."""
     if stage == 1 and low_precision:
         return Stage1BF16Weights
     return (Stage0Weights, Stage1And2Weights, Stage1And2Weights, Stage3Weights)[stage]

@@ -1,1 +1,1 @@
-"""Model families: pure maths between the two uses of the matrix."""
+"""Bodies of the model families: pure maths between the lookup and the loss."""

@@ -1,9 +1,9 @@
-"""Causal attention, over a whole sequence or within each of the documents that are packed into one.
+"""Causal attention, over a whole sequence or within each document of a sequence.
 
-B sequences, T positions, H heads of d; of keys and values there may be fewer, each for the same number of queries' in
-turn (Ainslie et al., arXiv:2305.13245). Where documents are told apart, a mask is made once a forward and shared by all
-blocks: on a GPU the block mask of FlexAttention (Dong et al., arXiv:2412.05496), which skips what is masked; elsewhere
-the exact boolean one.
+B sequences, T positions, H query heads of size d, K key/value heads. K may be smaller than H: then H / K consecutive
+query heads share one (GQA; Ainslie et al., arXiv:2305.13245). With separate documents, a mask is built once per forward
+and shared by all blocks. On a GPU it is a block mask of FlexAttention (Dong et al., arXiv:2412.05496), which skips
+masked blocks; on a CPU it is a boolean mask.
 """
 
 from functools import cache
@@ -18,7 +18,10 @@ Mask = Tensor | BlockMask
 
 
 def within_documents(starts_BT: Tensor) -> Mask:
-    """Mask: each position attends to itself and to earlier ones of its document, which begins at `starts_BT`."""
+    """Mask by which each position attends to itself and to earlier positions of its document.
+
+    starts_BT: the position at which the document of each position begins.
+    """
     if starts_BT.is_cuda:
         return block_mask(starts_BT)
     position_T = torch.arange(starts_BT.shape[1])
@@ -26,7 +29,7 @@ def within_documents(starts_BT: Tensor) -> Mask:
 
 
 def block_mask(starts_BT: Tensor) -> BlockMask:
-    """The same for FlexAttention."""
+    """The same mask for FlexAttention."""
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (key >= starts_BT[b, query])
@@ -36,7 +39,7 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
 
 
 def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask: Mask | None) -> Tensor:
-    """softmax(q·kᵀ/√d)·v [B, H, T, d]; `mask` None: causal."""
+    """Returns softmax(q·kᵀ/√d)·v, [B, H, T, d]. mask None: causal."""
     shared = keys_BKTd.shape[1] != queries_BHTd.shape[1]
     if isinstance(mask, BlockMask):
         flex = _flex(queries_BHTd.is_cuda)
@@ -48,5 +51,5 @@ def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask
 
 @cache
 def _flex(compiled: bool) -> Any:
-    """Uncompiled it would make the whole matrix of scores."""
+    """FlexAttention, compiled on GPUs: uncompiled, it computes the whole matrix of scores."""
     return torch.compile(flex_attention) if compiled else flex_attention

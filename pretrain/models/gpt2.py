@@ -1,8 +1,8 @@
-"""GPT-2 as pure maths: the body between the two uses of the matrix.
+"""GPT-2 as pure maths: the body between lookup and loss.
 
 B sequences, T positions, D width, H heads. No torch.distributed: engines receive a body and return a callable.
 Architecture and initial values: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and
-its published code.
+the code published with it.
 """
 
 import torch
@@ -17,8 +17,8 @@ from .initial import STD, initial_rows
 class Body(nn.Module):
     """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D].
 
-    `starts_BT`: the position at which the document of each position begins. Attention and positions then keep to
-    documents; None: a sequence is one.
+    starts_BT: the position at which the document of each position begins; attention and positions then stay within
+    documents. None: each sequence is one document.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -40,7 +40,7 @@ class Body(nn.Module):
         return self.norm(hidden_BTD)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
-        """Rows of a parameter's initial value, as `initial.initial_rows` draws them; positions have std 0.01."""
+        """Rows of a parameter's initial value, see `initial.initial_rows`. Positions have std 0.01."""
         std = 0.01 if name == "positions" else STD
         return initial_rows(self.get_parameter(name).shape, name, seed, start, stop, self.config.layers, std)
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; with a `mask`, within documents."""
+    """Causal multi-head attention; with a mask, within documents."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()

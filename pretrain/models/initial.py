@@ -1,4 +1,4 @@
-"""Initial values of a body's weights. Apart from the families' files because most families share the rule."""
+"""Initial values of a body's weights. Separate from the families because most of them share the rule."""
 
 import math
 
@@ -14,10 +14,10 @@ RESIDUAL = ".attention.out.weight", ".mlp.down.weight"  # they write to the resi
 def initial_rows(
     shape: torch.Size, name: str, seed: int, start: int, stop: int, layers: int, std: float = STD
 ) -> Tensor:
-    """Rows [start, stop) of the parameter's initial value, fp32, on the CPU; the same for any split.
+    """Rows [start, stop) of the parameter's initial value, fp32, on the CPU. They do not depend on the sharding.
 
-    Weights are normal with that std; the two projections of a block that write to the residual stream are scaled by
-    1/sqrt(2 L), so that its variance does not grow with depth. Biases 0, norm scales 1.
+    Weights are normal with standard deviation `std`. The two projections per block that write to the residual stream
+    are scaled by 1/sqrt(2 · layers), so that its variance does not grow with depth. Biases are 0, norm scales 1.
     """
     if name.endswith("bias"):
         return torch.zeros(stop - start)

@@ -1,4 +1,4 @@
-"""The matrix and a body of any family together. Not part of a family's file: it is the same for all of them."""
+"""Language model: the matrix and a body. Separate from the families because it is the same for all of them."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..vocab.lookup import LookupPlan
 
 
 class LanguageModel:
-    """vocab + body: tokens in, loss out."""
+    """Matrix and body together: tokens in, loss out."""
 
     def __init__(self, vocab: VocabParallelEmbedding, body: Callable[..., Tensor]) -> None:
         self.vocab = vocab
@@ -23,10 +23,10 @@ class LanguageModel:
         scale: float | None = None,
         plan: LookupPlan | None = None,
     ) -> VocabLoss:
-        """Sum of the loss over this rank's targets, of which every rank brings as many.
+        """Sum of the loss over this rank's targets. Every rank must pass the same number of tokens.
 
-        `starts_BT`: see `Body`. `scale`, for a training step, and `plan`: see `VocabParallelEmbedding`. Collectives:
-        its and the engine's.
+        starts_BT: see `Body`. scale (for a training step) and plan: see `VocabParallelEmbedding`. Collectives: the
+        lookup's, the loss's and the engine's.
         """
         tokens = tokens_BT.numel()
         hidden_BTD = self.body(self.vocab.lookup(tokens_BT, plan, max_tokens_per_rank=tokens), starts_BT)

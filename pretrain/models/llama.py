@@ -1,8 +1,8 @@
-"""The Llama family as pure maths: RMS norms, rotary positions, SwiGLU, queries that share keys and values.
+"""The Llama family as pure maths: RMS norms, rotary positions, SwiGLU, grouped-query attention.
 
-B sequences, T positions, D width, H heads of d for queries, K of d for keys and values, F the MLP's inner width.
+B sequences, T positions, D width, H query heads and K key/value heads of size d, F inner width of the MLP.
 Architecture: Touvron et al., arXiv:2302.13971; Grattafiori et al., arXiv:2407.21783; with the biases of Qwen2
-(arXiv:2407.10671) and the norms of Qwen3 (arXiv:2505.09388) where they are asked for.
+(arXiv:2407.10671) and the query and key norms of Qwen3 (arXiv:2505.09388) as options.
 """
 
 import math
@@ -19,9 +19,9 @@ from .initial import initial_rows
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """The positions of a batch's tokens, for all blocks: cosines and sines [T, d] or [B, 1, T, d] in fp32, and a mask.
+    """Rotary tables of a batch, shared by all blocks: cosines and sines [T, d] or [B, 1, T, d] in fp32, and a mask.
 
-    Not a tuple: FSDP2 casts the tensors in those that it hands to a block, and bf16 cannot tell far positions apart.
+    Not a tuple: FSDP2 casts tensors inside tuples to the compute dtype, and bf16 cannot distinguish large positions.
     """
 
     cosines: Tensor
@@ -29,7 +29,7 @@ class RotaryTables:
     mask: Mask | None
 
     def turn(self, x_BHTd: Tensor) -> Tensor:
-        """Rotates each pair (i, i + d/2) of dims by its position's angle. Su et al., arXiv:2104.09864."""
+        """Rotates each pair (i, i + d/2) of dims by the angle of its position. Su et al., arXiv:2104.09864."""
         first, second = x_BHTd.chunk(2, dim=-1)
         return (x_BHTd * self.cosines + torch.cat((-second, first), dim=-1) * self.sines).to(x_BHTd.dtype)
 
@@ -37,8 +37,8 @@ class RotaryTables:
 class Body(nn.Module):
     """Blocks and final norm: hidden [B, T, D] -> hidden [B, T, D].
 
-    `starts_BT`: the position at which the document of each position begins. Attention and positions then keep to
-    documents; None: a sequence is one.
+    starts_BT: the position at which the document of each position begins; attention and positions then stay within
+    documents. None: each sequence is one document.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -54,7 +54,7 @@ class Body(nn.Module):
         return self.norm(hidden_BTD)
 
     def tables(self, hidden_BTD: Tensor, starts_BT: Tensor | None) -> RotaryTables:
-        """Nothing is kept between calls: a buffer would be cast, and left empty, with the weights."""
+        """Computes the tables, again per forward: a buffer would be cast and emptied together with the weights."""
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         mask = None
         if starts_BT is not None:
@@ -64,12 +64,12 @@ class Body(nn.Module):
         return RotaryTables(angles.cos(), angles.sin(), mask)
 
     def initial_rows(self, name: str, seed: int, start: int, stop: int) -> Tensor:
-        """Rows of a parameter's initial value, as `initial.initial_rows` draws them."""
+        """Rows of a parameter's initial value, see `initial.initial_rows`."""
         return initial_rows(self.get_parameter(name).shape, name, seed, start, stop, self.config.layers)
 
 
 def frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Angle from one position to the next, of each pair of dims: [d/2], fp32."""
+    """Angle from one position to the next, per pair of dims: [d/2], fp32."""
     exponents = torch.arange(0, config.size, 2, dtype=torch.float32, device=device) / config.size
     plain = 1.0 / config.rope_theta**exponents
     if config.rope_factor == 1:
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of H heads, H / K of them to one head of keys and values."""
+    """Causal attention of H query heads; H / K consecutive query heads share one key/value head."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """D -> F -> D, gated: SwiGLU. Shazeer, arXiv:2002.05202."""
+    """D -> F -> D with a SwiGLU gate. Shazeer, arXiv:2002.05202."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -128,9 +128,9 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) · weight. Zhang & Sennrich, arXiv:1910.07467.
+    """x / sqrt(mean(x²) + eps) · weight, in the dtype of x. Zhang & Sennrich, arXiv:1910.07467.
 
-    In the dtype of x: under autocast the weight has another, and the product would be wider than what it is added to.
+    Under autocast the weight is fp32; without the cast the output would be fp32 too, wider than the residual stream.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW. Apart from base.py, which names no algorithm."""
+"""AdamW. Separate from base.py, which names no algorithm."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -11,10 +11,10 @@ from .base import Optimizer
 
 
 class AdamW(Optimizer):
-    """Loshchilov & Hutter, arXiv:1711.05101: torch's fused one, with the mean of gradients and that of their squares.
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), as torch's fused kernel.
 
-    Weight decay reaches parameters of two dims and more, not biases and norms. Each number is stepped on its own, so
-    it steps parts of parameters as well.
+    Weight decay applies to parameters of two or more dims, not to biases and norms. The update is elementwise, so the
+    optimizer can also step flat parts of parameters.
     """
 
     @classmethod

@@ -1,14 +1,14 @@
-"""Which optimizer steps what. The only module that names them: engines, the vocabulary and the planner ask it."""
+"""Choice of the optimizers of body and vocabulary. No other module names an optimizer class."""
 
 from ..config.optim import OptimConfig
 from .adamw import AdamW
 from .base import Optimizer
 
 OF_BODY: dict[str, type[Optimizer]] = {"adamw": AdamW}  # by optim.name
-#: Whatever steps the body: rows of an embedding or a head are vectors, not a map of hidden states.
+#: The same for every optimizer of the body. Rows of an embedding or a head are vectors, not maps of hidden states.
 VOCAB_OPTIMIZER: type[Optimizer] = AdamW
 
 
 def body_optimizer(optim: OptimConfig) -> type[Optimizer]:
-    """The class behind optim.name."""
+    """Returns the optimizer class for optim.name."""
     return OF_BODY[optim.name]

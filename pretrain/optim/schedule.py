@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a run. Apart from the settings, which only say how long its parts are."""
+"""Learning rate schedule. Separate from the settings, which give only the lengths of its parts."""
 
 import math
 
@@ -6,7 +6,7 @@ from ..config.optim import OptimConfig
 
 
 def lr_at(optim: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of the step, counted from 0, in a schedule of that many steps."""
+    """Learning rate of step `step` (counted from 0) in a schedule of `steps` steps."""
     warmup = optim.warmup(steps)
     if step < warmup:
         return optim.lr * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""The optimizer of the matrix. Apart from the others: it owns the gradients too, which an engine does for the body."""
+"""Optimizer of the matrix. Unlike the body's, it also reduces the gradients; for the body the engine does that."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,31 +11,31 @@ from .clip import apply_clip, global_norm
 
 
 class VocabOptimizer:
-    """Steps this rank's rows. The rows are replicated over `dp`, and stay equal: same gradient, same step."""
+    """Steps this rank's rows. Replicas over `dp` stay equal because they get the same gradient and the same step."""
 
     def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh) -> None:
         self.rows = list(rows)
         self.mesh = mesh
-        self.observers: list[Callable[[], None]] = []  # of the summed gradients, before they are clipped
+        self.observers: list[Callable[[], None]] = []  # called after the gradients are summed, before they are clipped
         self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab)
         self.optimizer.load(step=0)
 
     def add_copy(self, rows: nn.Parameter, source: nn.Parameter) -> None:
-        """Takes on `rows`, a copy of `source`: with its settings, and a copy of its state. Local."""
+        """Adds `rows`, a copy of `source`, with the same settings and a copy of its state. No collective."""
         self.rows.append(rows)
         self.optimizer.copy_state(rows, source)
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients of the replicas, one all-reduce per matrix; and what observers do."""
+        """Sums the gradients over replicas, then calls the observers. One all-reduce per matrix."""
         self.mesh.sum_replicas(row.grad for row in self.rows if row.grad is not None)
         for observe in self.observers:
             observe()
 
     def grad_norm(self) -> Tensor:
-        """Norm of the whole matrix's gradient, float64 scalar. One all-reduce of a number over all ranks.
+        """Norm of the gradient of the whole matrix: float64 scalar. One all-reduce of one number over all ranks.
 
-        Over all, though one vocab group would do: each group's sum could differ in the last bit, and replicas that
-        clip differently drift apart.
+        A sum over one vocab group would be enough, but the groups' sums could differ in the last bit; then replicas
+        would clip differently and drift apart.
         """
         counts = self.mesh.first_replica
         return global_norm([row.grad for row in self.rows if row.grad is not None] if counts else [], self.mesh)

@@ -89,7 +89,7 @@ def test_epochs_are_told(sources):
         ({"corpora": {"web": "a"}, "weights": {"web": float("nan")}}, r"data.weights.web=nan must be"),
         ({"corpora": {"web": "a"}, "weights": {"web": 0.0}}, r"data.weights must have a weight above 0"),
         ({"corpora": {"web": "a"}, "stages": {0: {"web": 1.0}}}, r"data.stages.0 must be a sample number"),
-        ({"corpora": {"web": "a"}, "stages": {9: {"wab": 1.0}}}, r"data.stages.9=.* must give one weight per corpus of"),
+        ({"corpora": {"web": "a"}, "stages": {9: {"wab": 1.0}}}, r"data.stages.9=.* must give one weight per corpus"),
         ({"corpora": {"web": "a"}, "stages": {9: {"web": "much"}}}, r"data.stages.9.web=much must be a number"),
         ({"path": "a", "documents": "packed"}, "data.documents=packed must be causal or masked"),
     ],
