@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved, and when it counts as saved. Hands on what needs no torch; the rest is in the modules."""
+"""Checkpoints: saving, verifying and loading. Exports only what does not need torch; the rest is in the modules."""
 
 from .folder import (
     CheckpointError,

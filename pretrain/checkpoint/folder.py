@@ -1,11 +1,11 @@
-"""RUN/checkpoints on the disk: which there are, whether they are whole, which to keep.
+"""The folder RUN/checkpoints: lists, verifies, publishes and removes checkpoints.
 
-    step-00001000/*.safetensors    one file a rank, each tensor's slices with their offsets
+    step-00001000/*.safetensors    one file per rank: slices of the tensors, with their offsets
     step-00001000/manifest.json    written last: sha256 of each file and of itself, config, position, RNG
-    damaged-step-00000900/         was found damaged: set aside, so that the step can be saved again
-    .tmp-step-00001100/            begun, or being removed: never read; the next start or save removes it
+    damaged-step-00000900/         a damaged checkpoint, renamed so that the step can be saved again
+    .tmp-step-00001100/            unfinished, or being removed; never read; the next start or save removes it
 
-Knows no process group.
+Uses no process group.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ from ..config.checkpoint import CheckpointConfig
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what a run says of itself
-SEAL = "sha256"  # the manifest's own
-UNFINISHED, DAMAGED = ".tmp-", "damaged-"  # before the name of a checkpoint
+MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what the run adds: config, tokenizer
+SEAL = "sha256"  # key of the manifest's own hash
+UNFINISHED, DAMAGED = ".tmp-", "damaged-"  # prefixes of the folder name
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or does not fit; the message is one line for the user."""
+    """A checkpoint cannot be written, or does not match the model. The message is one line for the user."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """It is not what was once written. An older one may be whole."""
+    """A checkpoint differs from what was written. An older one may be intact."""
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. What is unfinished or set aside is none of them."""
+    """Checkpoints of a run, oldest first, without unfinished ones and ones set aside as damaged."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(folders, key=step_of)
 
 
 def checkpoint_of(run: Path, step: int | None) -> Path:
-    """The checkpoint of that step, or the newest. Raises ValueError if it is not there."""
+    """Checkpoint of the step; the newest if step is None. Raises ValueError if there is none."""
     found = {step_of(folder): folder for folder in checkpoints(run)}
     if not found:
         raise ValueError(f"run={run} has no checkpoint")
@@ -56,13 +56,16 @@ def step_of(folder: Path) -> int:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Brings it to the disk, whole or not at all, with a hash of itself."""
+    """Writes the manifest with its own hash, atomically and synced to the disk."""
     with durable(folder / MANIFEST_FILE) as file:
         file.write(json.dumps(manifest | {SEAL: _seal(manifest)}, indent=1).encode() + b"\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises DamagedCheckpoint if it is not as it was written, CheckpointError if it has another format version."""
+    """Reads and verifies the manifest.
+
+    Raises DamagedCheckpoint if it differs from what was written, CheckpointError if it has another format version.
+    """
     path = folder / MANIFEST_FILE
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
@@ -72,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: {error}") from error
     if seal is not None and seal != _seal(manifest):
-        raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in its last line")
+        raise DamagedCheckpoint(f"{path} is damaged: its sha256 does not match the one in its last line")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
     for key, present in {SEAL: seal is not None, **{key: key in manifest for key in MANIFEST_KEYS}}.items():
@@ -82,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Gives a checkpoint whose files are there its manifest and its name."""
+    """Completes a checkpoint: writes the manifest and renames the folder. All tensor files must be written."""
     strays = {path.name for path in unfinished.glob("*.safetensors")} ^ manifest["files"].keys()
     if strays or not manifest["files"]:
         raise CheckpointError(f"{unfinished}: no rank has written {min(strays, default='any file')}")
@@ -94,9 +97,9 @@ def publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def newest_manifest(run: Path) -> dict[str, Any] | None:
-    """Manifest of the newest checkpoint that has a sound one; None for a run that has never finished a save.
+    """Returns the newest manifest that is intact; None if the run has never finished a save.
 
-    Raises DamagedCheckpoint if there are checkpoints but none is sound, CheckpointError as `read_manifest`.
+    Raises DamagedCheckpoint if there are checkpoints but no intact manifest, CheckpointError as `read_manifest`.
     """
     faults = []
     for folder in reversed(checkpoints(run)):
@@ -109,19 +112,25 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
 
 
 def refuse_to_start_over(run: Path, faults: list[str]) -> None:
-    """For a run without a whole checkpoint: DamagedCheckpoint, unless it has never had one."""
+    """Raises DamagedCheckpoint if a run without an intact checkpoint has ever had one.
+
+    faults: one line per damaged checkpoint.
+    """
     faults = faults + [f"{folder} was set aside" for folder in set_aside_in(run)]
     if faults:
         raise DamagedCheckpoint(
-            f"no checkpoint of {run} is whole, and it does not start over by itself: {'; '.join(faults)};"
-            " bring one back, or choose another run.dir"
+            f"no checkpoint of {run} is intact, and a run never restarts from step 0 on its own: {'; '.join(faults)};"
+            " restore a checkpoint from a backup, or choose another run.dir"
         )
 
 
 def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> Iterator[str]:
-    """Yields what differs from the manifest's files, sizes and hashes, a line each; `mine(i)` picks which files."""
+    """Yields one line per difference from the manifest's files, sizes and hashes.
+
+    mine: selects the files to check, by their number in sorted order.
+    """
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in manifest["files"]:  # the reader takes every file of the folder, this one too
+        if path.name not in manifest["files"]:  # torch's reader would read this file, too
             yield f"{path} is not in the manifest"
     for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
         if not mine(i):
@@ -131,7 +140,7 @@ def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] =
             if path.stat().st_size != expected["bytes"]:
                 yield f"{path}: {path.stat().st_size} bytes, but the manifest says {expected['bytes']}"
             elif sha256_of(path) != expected["sha256"]:
-                yield f"{path} is damaged: its sha256 is not that of the manifest"
+                yield f"{path} is damaged: its sha256 does not match the manifest"
         except FileNotFoundError:
             yield f"{path} is missing"
         except OSError as error:
@@ -139,15 +148,15 @@ def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] =
 
 
 def check_files(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] = lambda _: True) -> None:
-    """DamagedCheckpoint with the first of the `faults`."""
+    """Raises DamagedCheckpoint with the first of the `faults`, if there are any."""
     for fault in faults(folder, manifest, mine):
         raise DamagedCheckpoint(fault)
 
 
 def superfluous(run: Path, rules: CheckpointConfig, known: dict[Path, float | None]) -> list[Path]:
-    """Checkpoints that the rules do not keep. One whose manifest is not sound is never among them.
+    """Checkpoints that the rules do not keep. A checkpoint with a damaged manifest is never among them.
 
-    `known`: validation losses that were read before; filled in, so that no manifest is read twice.
+    known: validation losses read before. The function adds new ones, so that no manifest is read twice.
     """
     sound = []
     for folder in checkpoints(run) if rules.keep else []:
@@ -162,21 +171,21 @@ def superfluous(run: Path, rules: CheckpointConfig, known: dict[Path, float | No
 
 
 def remove(folder: Path) -> None:
-    """Half a checkpoint never has a checkpoint's name: it is renamed first."""
+    """Removes a checkpoint. Renames it first, so that a partly removed one does not look like a checkpoint."""
     doomed = folder.with_name(UNFINISHED + folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # the next save removes what is left
+    shutil.rmtree(doomed, ignore_errors=True)  # the next save removes leftovers
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what killed processes have left behind. For the holder of the lock alone."""
+    """Removes leftovers of killed processes. The caller must hold the run's lock."""
     for stale in (run / "checkpoints").glob(UNFINISHED + "*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint to damaged-…, and returns where it is."""
+    """Renames a damaged checkpoint to damaged-…; returns the new path."""
     names = (f"{DAMAGED}{folder.name}{again}" for again in ("", *(f"-{i}" for i in range(2, 1000))))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(aside)

@@ -1,6 +1,6 @@
-"""Copies of device tensors in host memory, made while training goes on.
+"""Copies of device tensors in host memory, made while training continues.
 
-Stands apart from the manager: it knows devices and streams, and no files or ranks.
+Separate from the manager: it handles devices and streams, not files or ranks.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from .tensor_file import Slice
 
 
 class HostCopies:
-    """The host's copy of each slice that this rank saves, kept from one save to the next.
+    """Host copies of the slices that this rank saves. The memory is reused for the next save.
 
-    Copies of GPU tensors are in pinned memory, and are made on a stream of their own: neither the training stream nor
-    its launches wait for them. torch rounds each pinned allocation up to a power of two.
+    GPU tensors are copied to pinned memory on a separate stream: the training stream does not wait for the copies.
+    torch rounds each pinned allocation up to a power of two.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,14 +25,14 @@ class HostCopies:
         self._copies: dict[str, Tensor] = {}
 
     def mark(self) -> None:
-        """Call on the training thread: `reading` sees the tensors as the work launched so far leaves them."""
+        """Marks the moment to copy: after all work launched so far. Call it on the training thread."""
         if self._stream is not None:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._stream.device))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Device work of the block runs behind `mark`, beside training, and has ended when the block is left."""
+        """Runs device work inside the block after `mark` and parallel to training. It ends with the block."""
         if self._stream is None or self._ready is None:
             yield
             return
@@ -44,7 +44,7 @@ class HostCopies:
                 self._stream.synchronize()
 
     def take(self, parts: list[Slice]) -> list[Slice]:
-        """The slices with host copies in place of their tensors. Within `reading`; whole once it is left."""
+        """Returns the slices with host copies as tensors. Call it inside `reading`; the copies are valid after it."""
         return [Slice(part.name, self._copy(part), part.offsets) for part in parts]
 
     def _copy(self, part: Slice) -> Tensor:

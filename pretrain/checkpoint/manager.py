@@ -1,9 +1,9 @@
-"""Saves and restores a run on all its ranks: whole, verified, or not there at all.
+"""Saves and restores a run on all ranks, atomically: a checkpoint is complete and verified, or does not exist.
 
-A checkpoint is written to a temporary folder, brought to the disk, and renamed; its manifest is its last file. That
-happens on a thread of its own, over a process group of its own, so that no collective of a save ever falls between
-those of training. Forward and backward only read what is saved, so it is copied behind those of the next step, as
-CheckFreq does (Mohan et al., FAST '21). Nothing that is read is a pickle.
+A checkpoint is written to a temporary folder, synced to the disk and renamed. The manifest is written last. A save runs
+on its own thread and its own process group, so that its collectives never mix with those of training. Forward and
+backward only read what is saved. Therefore it is copied during forward and backward of the next step, as in CheckFreq
+(Mohan et al., FAST '21). No pickle is ever read.
 """
 
 import threading
@@ -58,20 +58,20 @@ T = TypeVar("T")
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
-    """Fills the tensors in place from the checkpoint; DTensors get their slice. `alone`: no other rank takes part.
+    """Fills the tensors in place from the checkpoint; DTensors get their slice. alone: no other rank takes part.
 
-    Raises CheckpointError, naming it, where a tensor is missing or has another shape, or a file cannot be read;
-    `check_files` finds the rest of what can be wrong with the files.
+    Raises CheckpointError if a tensor is missing or has another shape, or if a file cannot be read. Other damage of
+    the files is found by `check_files`.
     """
     manifest = read_manifest(folder)
     saved = manifest["tensors"]
     for name, tensor in tensors.items():
         if name not in saved:
-            raise CheckpointError(f"{folder} has no tensor {name}: it is of another model")
+            raise CheckpointError(f"{folder} has no tensor {name}: it belongs to another model")
         if list(tensor.shape) != saved[name]:
             raise CheckpointError(
                 f"{folder}: {name} has shape {saved[name]}, this model needs {list(tensor.shape)}:"
-                " it is of another model"
+                " it belongs to another model"
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -82,9 +82,9 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
 
 
 class CheckpointManager:
-    """Saves and restores a run. All its methods but two are collective: every rank of the mesh calls them.
+    """Saves and restores a run. All methods except `wait_for_copy` and `failed` are collective over the mesh.
 
-    An asynchronous save holds a copy of what this rank writes, in host memory, from the first save to the last.
+    With asynchronous saves, a host copy of what this rank writes stays in memory from the first save on.
     """
 
     def __init__(
@@ -92,22 +92,23 @@ class CheckpointManager:
     ) -> None:
         self.run, self.folder = run, run / "checkpoints"
         self.model, self.mesh, self.config, self.seed = model, mesh, config, seed
-        self.about = about  # goes into the manifest as it is: config, tokenizer
+        self.about = about  # added to the manifest: config, tokenizer
         self.hooks: Sequence[Stateful] = ()  # their state is saved and restored with the model's
-        self.longest = 0.0  # seconds from the call of a save to its end
+        self.longest = 0.0  # duration of the longest save so far, in seconds
         self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
-        self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined when the process exits
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined at process exit
         self._pending: Future[None] | None = None
         self._copies = HostCopies(mesh.device)
-        self._taken = threading.Event()  # what is being saved may change
+        self._taken = threading.Event()  # set: no save is copying; weights may change
         self._taken.set()
         self._val_losses: dict[Path, float | None] = {}
 
     def save(self, state: TrainState) -> Path:
-        """Begins to write step-%08d, once the save before it has ended; where it will be.
+        """Waits for the previous save, then starts to write step-%08d. Returns the path of the checkpoint.
 
-        When this returns, training may go on, but must `wait_for_copy` before it changes a weight: the rest happens on
-        the writer's thread. CheckpointError, of this save or of the one before: no checkpoint has changed.
+        After the return, training may continue, but must call `wait_for_copy` before it changes a weight. The rest
+        happens on the writer thread. Raises CheckpointError if this save or the previous one fails; existing
+        checkpoints are then unchanged.
         """
         self.wait()
         start = time.monotonic()
@@ -134,29 +135,28 @@ class CheckpointManager:
         return final
 
     def wait_for_copy(self) -> None:
-        """Waits until this rank may change its weights and their states: a save may be copying them. Not collective."""
+        """Waits until no save is copying this rank's weights and optimizer states. Not collective."""
         self._taken.wait()
 
     def failed(self) -> bool:
-        """True if this rank knows that the save in the background has failed: then all ranks must `wait`."""
+        """True if the background save has failed on this rank. Then all ranks must call `wait`. Not collective."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the save in the background, if any, has ended. CheckpointError if it has failed."""
+        """Waits for the background save, if any. Raises CheckpointError if it has failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Ends the writer's thread, once it has written what it was given; an error of it is not told."""
+        """Waits for the pending save and stops the writer thread. Errors of that save are dropped."""
         self._writer.shutdown()
 
     def restore(self, warn: Callable[[str], None]) -> tuple[TrainState, Path | None]:
-        """Continues from the newest whole checkpoint: where it stands, and which. A run without one begins.
+        """Loads the newest intact checkpoint. Returns its state and path; a fresh state and None for a new run.
 
-        Newer ones that are damaged are set aside; `warn` is called, on the first rank. Raises CheckpointError if
-        there are checkpoints but none is whole, or if the newest is of another model: that never starts over, nor
-        falls back.
+        Newer, damaged checkpoints are set aside, with a call of `warn` on rank 0. Raises CheckpointError if there are
+        checkpoints but none is intact, or if the newest belongs to another model.
         """
         self._on_first_rank(lambda: remove_unfinished(self.run))
         damaged: dict[Path, str] = {}
@@ -172,16 +172,17 @@ class CheckpointManager:
 
         def put_away() -> None:
             for folder, fault in damaged.items():
-                warn(f"{fault}; going on from {found}, the damaged one is now {set_aside(folder)}")
+                warn(f"{fault}; resuming from {found}; the damaged one is now {set_aside(folder)}")
 
         self._on_first_rank(put_away)
         self.check_shards()
         return state, found
 
     def load(self, folder: Path) -> TrainState:
-        """Verifies the files, fills model and optimizer, restores the generators.
+        """Verifies the files, fills model and optimizers, restores the random generators.
 
-        Raises DamagedCheckpoint before anything is changed, CheckpointError if it is of another model.
+        Raises DamagedCheckpoint if the files are damaged, before it changes anything; CheckpointError if the checkpoint
+        belongs to another model.
         """
         manifest = self._together(lambda: self._verified(folder))[self.mesh.rank]
         self.model.match(manifest["tensors"])
@@ -190,7 +191,9 @@ class CheckpointManager:
         tensors |= {name: tensor for name, tensor in hooks.tensors.items() if name in saved}
         missing = {name for name in saved if not name.startswith(HOOK_PREFIX)} - set(tensors)
         if missing:
-            raise CheckpointError(f"{folder} has tensor {min(missing)}, this model has not: it is of another model")
+            raise CheckpointError(
+                f"{folder} has tensor {min(missing)}, this model does not: it belongs to another model"
+            )
         parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE_PREFIX)}
         read_tensors(folder, parameters if manifest.get("weights_only") else tensors, alone=False)
         state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
@@ -200,22 +203,22 @@ class CheckpointManager:
         return state
 
     def check_shards(self) -> None:
-        """CheckpointError unless each rank holds its own rows, and replicas the same. Reads the rows once."""
+        """Raises CheckpointError if shards are equal or replicas differ. Reads the rows once."""
         check_shards(self._together(self.model.digests), self.mesh)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
-        """The manifest; the files are shared out among the ranks."""
+        """Reads the manifest and checks this rank's share of the files."""
         manifest = read_manifest(folder)
         check_files(folder, manifest, lambda i: i % self.mesh.world == self.mesh.rank)
         return manifest
 
     def _take(self, mine: list[Slice]) -> dict[str, tuple[int, int] | None]:
-        """Puts copies into `mine`, where the save is asynchronous; what the rows to be saved look like."""
+        """Replaces the tensors in `mine` by host copies if the save is asynchronous. Returns digests of the rows."""
         try:
             with self._copies.reading():
                 digests = self.model.digests()
                 taken = self._copies.take(mine) if self.config.asynchronous else mine
-            mine[:] = taken  # not before: the copies read from what `mine` holds
+            mine[:] = taken  # only now: the copies were reading from the tensors in `mine`
             return digests
         finally:
             self._taken.set()
@@ -223,7 +226,7 @@ class CheckpointManager:
     def _write(
         self, final: Path, manifest: dict[str, Any], mine: list[Slice], rng: dict[str, str], start: float
     ) -> None:
-        """The save itself. A kill at any moment leaves a checkpoint that is whole, or none of that name."""
+        """Writes the checkpoint. A kill at any moment leaves a complete checkpoint, or none of that name."""
         unfinished = final.with_name(UNFINISHED + final.name)
         name = file_name(self.mesh.rank)
         try:
@@ -253,17 +256,17 @@ class CheckpointManager:
 
     def _last_good(self) -> str:
         last = checkpoints(self.run)
-        return f"the last good one is {last[-1]}" if last else "there is none before it"
+        return f"the last good checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
 
     def _as_seen_by_first_rank(self, look: Callable[[], T]) -> T:
-        """On a network file system ranks may see different folders for a while, and must not part ways over it."""
+        """Returns rank 0's result on all ranks. Ranks may see different folders on a network disk."""
         return self._together(look)[0]
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         self._together(work if self.mesh.rank == 0 else lambda: None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result, in rank order; if one fails, CheckpointError on all. One all-gather of objects."""
+        """Returns the results of all ranks. If one fails, all raise CheckpointError. One all-gather of objects."""
         result: T | None = None
         failure: CheckpointError | None = None
         try:
@@ -289,14 +292,14 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _complete(folder: Path, val_loss: float | None) -> None:
-    """The checkpoint was saved before the evaluation at its step, which a stop had cut short."""
+    """Adds the validation loss to a checkpoint that was saved before the evaluation at its step."""
     manifest = read_manifest(folder)
     if manifest.get("val_loss") is None and val_loss is not None:
         write_manifest(folder, manifest | {"val_loss": val_loss})
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost message: torch wraps it in a report of all ranks."""
+    """Extracts the messages of the ranks from torch's report."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
     return str(error)

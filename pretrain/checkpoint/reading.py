@@ -1,4 +1,4 @@
-"""A model for reading alone: no optimizer, no engine; of the matrix each rank its rows."""
+"""Builds a model for inference: no optimizer, no engine; the matrix sharded by rows."""
 
 from collections.abc import Container
 from typing import Any
@@ -23,10 +23,11 @@ def model_for_reading(
     *,
     saved: Container[str] = (),
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model on the device, without its weights, and the tensors to read them into, by their names in a checkpoint.
+    """Returns the model on the device, without weights, and the tensors to load, by their names in a checkpoint.
 
-    body: as made on the device "meta". The matrix is split over the ranks of the default group, if there is one, and is
-    a DTensor there. saved: the names in a checkpoint, by which a tied matrix may have become two.
+    body: made on the device "meta". The matrix is sharded over the ranks of the default process group; it is then a
+    DTensor. Without a group it is a plain tensor. saved: tensor names in the checkpoint, which show if a tied matrix
+    has become two.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = Mesh.of(world, device) if world > 1 else None

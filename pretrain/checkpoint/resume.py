@@ -13,13 +13,13 @@ from ..data import Data
 
 
 def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
-    """The model, its vocabulary and the order of the data belong to a run; the rest may change.
+    """Raises ValueError if a setting differs that must not change: model, vocabulary, order of the data.
 
-    When a tied matrix is split may change as long as it is still to come. Of weights that were imported no sample has
-    been drawn: then the data's order is free, and of the tokenizer what the rows mean must stay.
+    `vocab.untie_at` may change while it is in the future. A checkpoint of imported weights has consumed no samples:
+    then the order of the data is free, and the tokenizer may change if each row keeps its token.
     """
     saved, now = manifest["config"], asdict(config)
-    known_then = {  # a key that came later was at its default
+    known_then = {  # a key that is newer than the checkpoint had its default
         "model": asdict(type(config.model)()) | saved["model"],
         "vocab": asdict(VocabConfig()) | saved["vocab"],
     }
@@ -47,7 +47,7 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
 
 
 def _same_rows(config: JobConfig, data: Data) -> bool:
-    """Compares the tokenizers of data and run, if both have one."""
+    """Returns True if the tokenizers of data and run agree on the rows, or if one of them is unknown."""
     of_run = config.run_dir / TOKENIZER_FOLDER
     if data.tokenizer is None or not of_run.is_dir():
         return True
@@ -56,6 +56,6 @@ def _same_rows(config: JobConfig, data: Data) -> bool:
 
 def _refuse(config: JobConfig, was: str, now: str) -> None:
     raise ValueError(
-        f"run.dir={config.run.dir} holds a run with {was}, this command says {now}: choose another run.dir, or the"
+        f"run.dir={config.run.dir} holds a run with {was}, this command has {now}: choose another run.dir, or the"
         " settings of that run"
     )

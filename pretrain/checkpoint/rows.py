@@ -1,4 +1,4 @@
-"""A checkpoint read and written by rows, by one process: no tensor of it is ever whole, unless it is asked for."""
+"""Reads and writes a checkpoint by rows, in one process, without a whole tensor in memory."""
 
 import json
 import shutil
@@ -36,14 +36,14 @@ class _Part(NamedTuple):
 
 
 class CheckpointRows:
-    """The tensors of a checkpoint by their names. Every slice in it is one of rows, as engines and matrix are cut."""
+    """Reads rows of a checkpoint's tensors. Every slice in the files must be a range of rows, as our engines save."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         self.shapes: dict[str, list[int]] = self.manifest["tensors"]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop). Raises CheckpointError if the files do not have them all."""
+        """Returns rows [start, stop) of a tensor. Raises CheckpointError if a row is missing in the files."""
         found, first = [], start
         for part in self._parts.get(name, []):
             low, high = max(first, part.start), min(stop, part.stop)
@@ -56,12 +56,12 @@ class CheckpointRows:
 
     @cached_property
     def _parts(self) -> dict[str, list[_Part]]:
-        """Parts by the names of tensors, in the order of their rows."""
+        """Parts of each tensor, ordered by rows."""
         parts: dict[str, list[_Part]] = {}
         for file in self.manifest["files"]:
             opened = safe_open(self.folder / file, framework="pt")
             offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
                 start, *others = offsets[name]["saved_offsets"]
                 rows, *rest = opened.get_slice(name).get_shape()
                 assert not any(others) and rest == self.shapes[name][1:], f"{name} is cut across its rows"
@@ -70,12 +70,11 @@ class CheckpointRows:
 
 
 def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None]) -> Path:
-    """Writes step 0 of a run that has no checkpoint yet, and returns its folder. It holds parameters alone: at step 0
-    optimizer states are zero.
+    """Writes the checkpoint of step 0 of a new run; returns its folder. It holds parameters only, no optimizer states.
 
-    describe: writes the run's settings; called when all weights are on the disk, before the checkpoint gets its name.
-    Raises ValueError if the run has a checkpoint or another process holds it, OSError on a full disk. After an error
-    there is no checkpoint.
+    describe: writes the run's settings; called after all weights are on the disk, before the checkpoint is published.
+    Raises ValueError if the run has a checkpoint or another process uses it, OSError if the disk is full. After an
+    error there is no checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run / RANKS_LOCK, f"run={run} is in use by another process"):
@@ -97,7 +96,7 @@ def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], desc
 
 
 def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
-    """Writes the file; of its checkpoint's manifest, what does not depend on the run."""
+    """Writes the tensor file. Returns the part of the manifest that does not depend on the run."""
     offsets = {tensor.name: {"saved_offsets": [0] * len(tensor.shape)} for tensor in tensors}
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
     return {

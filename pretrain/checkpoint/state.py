@@ -1,4 +1,4 @@
-"""State that must survive: tensors by the names and shapes of the unsharded model, and the few numbers beside them."""
+"""State that a checkpoint saves: tensors, by names and shapes of the unsharded model, and a few numbers."""
 
 import base64
 import zlib
@@ -23,30 +23,27 @@ from .tensor_file import Slice
 
 @dataclass
 class TrainState:
-    """The progress of the run. step: optimizer steps done; samples: consumed of each corpus; tokens: targets seen.
+    """Progress of the run."""
 
-    val_loss: as measured at this very step, None where it was not.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    samples: dict[str, int] = field(default_factory=dict)
-    val_loss: float | None = None
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # targets seen
+    samples: dict[str, int] = field(default_factory=dict)  # samples consumed, by `Order.corpus`
+    val_loss: float | None = None  # measured at this step; None: not measured
 
 
-HookState = Mapping[str, DTensor | float]  # by names that begin with HOOK_PREFIX
-HOOK_PREFIX = "monitor."  # of what may be missing, in a checkpoint or in the run that resumes it
+HookState = Mapping[str, DTensor | float]  # names begin with HOOK_PREFIX
+HOOK_PREFIX = "monitor."  # of optional entries: the checkpoint or the resuming run may lack them
 
 
 class Stateful(Protocol):
-    """Has something that must survive besides the model: see `pretrain.hooks.Hook`."""
+    """Object whose state is saved beside the model, see `pretrain.hooks.Hook`."""
 
     def state_dict(self) -> HookState: ...
     def load_state_dict(self, state: HookState) -> None: ...
 
 
 class HookStates:
-    """The state of each hook, as it is at this moment. Made on all ranks together: it may have collectives."""
+    """States of all hooks at this moment. The constructor is collective: `state_dict` may have collectives."""
 
     def __init__(self, hooks: Iterable[Stateful]) -> None:
         self.states = [(hook, hook.state_dict()) for hook in hooks]
@@ -59,11 +56,11 @@ class HookStates:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Numbers that go into a manifest: under "hooks", if there are any."""
+        """Numbers for the manifest's entry "hooks"."""
         return {name: value for name, value in self.all.items() if not isinstance(value, DTensor)}
 
     def load(self, manifest: Mapping[str, Any]) -> None:
-        """Hands each hook what a checkpoint with this manifest has of its state; its tensors are filled."""
+        """Restores each hook from the manifest and the tensors, which must be filled."""
         numbers = manifest.get("hooks", {})
         saved = manifest["tensors"].keys() | numbers.keys()
         for hook, state in self.states:
@@ -73,7 +70,7 @@ class HookStates:
 
 
 class ModelState:
-    """All tensors of a run, body and matrix, parameters (fp32) and optimizer states, as DTensors."""
+    """All tensors of a run as DTensors: fp32 parameters and optimizer states of body and matrix."""
 
     def __init__(
         self, engine: Engine, vocab: VocabParallelEmbedding, vocab_optimizer: VocabOptimizer, mesh: Mesh
@@ -81,13 +78,13 @@ class ModelState:
         self.engine, self.vocab, self.vocab_optimizer, self.mesh = engine, vocab, vocab_optimizer, mesh
 
     def match(self, saved: Container[str]) -> None:
-        """Before `tensors`: as many matrices as there are in a checkpoint whose tensors have the names `saved`."""
+        """Unties the matrix if the checkpoint has two. Call it before `tensors`. saved: names in the checkpoint."""
         head = self.vocab.match(saved)
         if head is not None:
             self.vocab_optimizer.add_copy(head, self.vocab.weight)
 
     def tensors(self) -> dict[str, DTensor]:
-        """To be written, or to be filled in place and handed to `load`."""
+        """Returns the tensors, to be saved, or to be filled in place and passed to `load`."""
         state = self.engine.state()
         for name, rows in self.vocab.named_rows().items():
             for saved, tensor_vD in self.vocab_optimizer.optimizer.tensors(name, rows).items():
@@ -99,16 +96,16 @@ class ModelState:
         self.vocab_optimizer.optimizer.load(step)
 
     def digests(self) -> dict[str, tuple[int, int] | None]:
-        """Digests of this rank's rows of each matrix; None where it has none but padding, which all look alike."""
+        """Digests of this rank's rows per matrix; None if it has only padding rows, which are equal on all ranks."""
         owns = self.vocab.shard.valid_rows > 0
         return {name: digest(rows.detach()) if owns else None for name, rows in self.vocab.named_rows().items()}
 
 
 def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -> None:
-    """CheckpointError, naming the ranks, unless shards differ and replicas are equal. `digests`: of each rank.
+    """Raises CheckpointError, with the ranks, if two shards are equal or two replicas differ. digests: per rank.
 
-    A shard is a plain tensor, so whatever takes it for a replica overwrites it without a word: plain DeepSpeed
-    broadcasts rank 0's over the others.
+    A shard is a plain tensor. A library that takes it for a replica overwrites it silently; for example, plain
+    DeepSpeed broadcasts the shard of rank 0 to all ranks.
     """
     for name in digests[0]:
         for group in mesh.copies:
@@ -120,7 +117,7 @@ def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -
                 if mine in seen:
                     raise CheckpointError(
                         f"{name}: ranks {seen[mine]} and {rank} own different rows, but hold the same values:"
-                        " something has copied one rank's shard over the other's"
+                        " one rank's shard was copied over the other's"
                     )
                 seen[mine] = rank
         for first, *others in zip(*mesh.copies, strict=True):
@@ -133,22 +130,22 @@ def check_shards(digests: list[dict[str, tuple[int, int] | None]], mesh: Mesh) -
 
 
 def digest(rows_vD: Tensor) -> tuple[int, int]:
-    """Two sums over the bits, one of them by row: exact, so that their order does not matter. One pass, v numbers."""
+    """Returns two sums over the bits, one weighted by row. Exact, so the order does not matter. Memory: v numbers."""
     words = rows_vD.view(torch.int64) if rows_vD.shape[1] % 2 == 0 else rows_vD.view(torch.int32)
-    sums_v = words.sum(dim=1, dtype=torch.int64)  # of int32, torch would first make a copy of twice the size
+    sums_v = words.sum(dim=1, dtype=torch.int64)  # for int32, torch would first make a copy of twice the size
     by_row_v = sums_v * torch.arange(1, len(sums_v) + 1, device=sums_v.device)
     plain, by_row = on_host(torch.stack([sums_v.sum(), by_row_v.sum()])).tolist()
     return plain, by_row
 
 
 def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
-    """Yields what this rank saves of them: its part, unless it is empty or a replica that another rank saves.
+    """Yields the slices that this rank saves: its part of each tensor, unless empty or saved by another replica.
 
-    The replicas of one tensor after the other fall to one rank after the other.
+    Replicas take turns: tensor i is saved by replica i modulo the number of replicas.
     """
     for i, (name, tensor) in enumerate(tensors.items()):
         coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, f"{name} lies on a mesh that this rank is not part of"
+        assert coordinate is not None, f"{name} is on a mesh without this rank"
         replica = [
             (place, tensor.device_mesh.size(dim))
             for dim, place in enumerate(coordinate)
@@ -161,7 +158,7 @@ def slices(tensors: dict[str, DTensor]) -> Iterator[Slice]:
 
 
 def matrix_dtensor(rows_vD: Tensor, shard: VocabShard, mesh: Mesh) -> DTensor:
-    """A rank's rows as its part of the matrix [padded_size, D], split by rows, replicated where the mesh says so."""
+    """Wraps this rank's rows as a DTensor [padded_size, D], sharded by rows and replicated over `dp`."""
     return rows_dtensor(rows_vD, shard, mesh.axes, mesh.matrix_placements)
 
 
@@ -170,7 +167,7 @@ def shapes(tensors: dict[str, DTensor]) -> dict[str, list[int]]:
 
 
 def rng_state() -> dict[str, str]:
-    """This rank's generators, as text."""
+    """States of this rank's random generators, as text."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -178,7 +175,7 @@ def rng_state() -> dict[str, str]:
 
 
 def restore_rng(per_rank: list[dict[str, str]], mesh: Mesh, seed: int, step: int) -> None:
-    """This rank's generators as saved; in another world they are seeded anew by (seed, step, rank)."""
+    """Restores this rank's random generators; seeds them by (seed, step, rank) if the number of ranks has changed."""
     if len(per_rank) != mesh.world:
         torch.manual_seed(stable_seed(seed, "rng", step, mesh.rank))
         return

@@ -1,7 +1,7 @@
-"""One rank's file of a checkpoint: safetensors, as torch.distributed.checkpoint's Hugging Face storage lays it out.
+"""Writes one rank's file of a checkpoint: safetensors, in the layout of torch.distributed.checkpoint.
 
-Written here and not by torch's writer, which gathers the whole file in memory, twice, before a byte is on the disk,
-and plans it with collectives. This one needs no memory and no other rank, and hashes on the way; torch reads the file.
+torch's own writer is not used: it holds the whole file in memory twice and needs collectives. This writer streams,
+works without other ranks, and computes the hash while it writes. torch reads the file.
 """
 
 import json
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from data_prep.durable import durable
 
-PIECE_BYTES = 8 << 20  # written, then hashed while it is still in the processor's cache
+PIECE_BYTES = 8 << 20  # written, then hashed while still in the CPU cache
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
 class Slice:
-    """This rank's part of a tensor, and where in it it begins."""
+    """This rank's part of a tensor. offsets: its first index per dim."""
 
     name: str
     tensor: Tensor
@@ -32,7 +32,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A tensor that is never whole: its rows come in pieces, one after the other, when they are written."""
+    """Tensor that is never whole in memory: `pieces` yields its rows in order while they are written."""
 
     name: str
     dtype: torch.dtype
@@ -49,7 +49,7 @@ def file_name(rank: int) -> str:
 
 
 def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
-    """Writes slices as `write_streamed` does; tells torch where each begins."""
+    """Writes slices as `write_streamed` does, with their offsets in the metadata."""
     offsets = {part.name: {"saved_offsets": part.offsets} for part in slices}
     streamed = [
         Streamed(part.name, part.tensor.dtype, tuple(part.tensor.shape), partial(iter, (part.tensor,)))
@@ -59,9 +59,9 @@ def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
 
 
 def write_streamed(path: Path, tensors: list[Streamed], metadata: dict[str, str]) -> dict[str, Any]:
-    """Brings them to the disk, whole or not at all; the file's size and hash. OSError on a full disk.
+    """Writes the file atomically, synced to the disk. Returns its size and hash. Raises OSError if the disk is full.
 
-    A piece that is elsewhere comes to the host as it is written: one at a time.
+    Pieces on a device are copied to the host one at a time.
     """
     header: dict[str, Any] = {"__metadata__": metadata | {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Model families as everything but their bodies sees them: settings, names in Hugging Face's files, footprint."""
+"""Model families without their bodies: settings, tensor names in Hugging Face files, footprint."""
 
 from .family import Activations, Family, HuggingFace, ModelConfig, WeightMapping
 from .registry import FAMILIES, hugging_face_types

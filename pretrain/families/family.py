@@ -1,6 +1,6 @@
-"""Declares what a model family tells the rest of the program. No torch: a launcher reads it before any rank starts.
+"""Interface of a model family. Imports no torch: launchers read it before any rank starts.
 
-Apart from the families' own files because all of them build on it.
+Separate from the families' files because all of them use it.
 """
 
 from collections.abc import Callable
@@ -13,54 +13,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations that a block keeps between forward and backward, in numbers per token."""
+    """Activation memory of one block, in numbers per token."""
 
-    kept: int  # what the block's backward finds
-    again: int  # what the backward computes again
-    gradients: int  # the most gradients of activations that the backward holds at once
-    sums: int  # numbers in fp32, of the softmax and of norms
-    attention: int  # width of all query heads
-    formula: str  # how the plan explains it
+    kept: int  # kept from forward to backward
+    again: int  # recomputed in the backward
+    gradients: int  # largest number of activation gradients that the backward holds at a time
+    sums: int  # fp32 statistics of softmax and norms
+    attention: int  # width of all query heads together
+    formula: str  # explanation in the plan's output
 
 
 class ModelConfig(Protocol):
-    """The settings of a body: a dataclass whose fields are the keys of `model`. A family may have any further ones."""
+    """Settings of a body: a dataclass whose fields are the keys of `model`. A family may add further fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    family: str  # names the family in the registry
+    family: str  # name in the registry
     layers: int  # blocks
     width: int  # D
-    context: int  # most positions that the body can see
+    context: int  # largest number of positions
 
     def body(self) -> "nn.Module":
-        """Builds the body; the only thing here that imports torch.
+        """Builds the body. Only this method imports torch.
 
-        A body has `blocks`, alike, and a last `norm`; `forward(hidden_BTD, starts_BT)` returns hidden [B, T, D];
+        A body has equal `blocks` and a final `norm`. `forward(hidden_BTD, starts_BT)` returns hidden [B, T, D].
         `initial_rows(name, seed, start, stop)` returns rows of a parameter's initial value.
         """
         ...
 
     def activations(self, checkpointing: str) -> Activations:
-        """The footprint of one block. checkpointing: engine.activation_checkpointing."""
+        """Activation memory of one block. checkpointing: engine.activation_checkpointing."""
         ...
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """A tensor of our body in a Hugging Face model."""
+    """Mapping of one tensor of our body to tensors of a Hugging Face model."""
 
     ours: str  # name of our tensor
-    theirs: dict[str, int]  # names of their tensors, which stacked make ours, and the rows of each
-    columns: int | None = None  # of ours; null: it is a vector
-    transposed: bool = False  # their weight is [in, out]
+    theirs: dict[str, int]  # names of their tensors, stacked by rows to ours, with the rows of each
+    columns: int | None = None  # of our tensor; None: it is a vector
+    transposed: bool = False  # True: their weight is [in, out]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of our tensor."""
+        """Shape of our tensor."""
         return self._with_columns(sum(self.theirs.values()))
 
     def their_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of their tensor of that name."""
+        """Shape of their tensor of this name."""
         shape = self._with_columns(self.theirs[name])
         return shape[::-1] if self.transposed else shape
 
@@ -70,28 +70,28 @@ class WeightMapping:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """How Hugging Face keeps the models of a family."""
+    """Format of a family's models at Hugging Face."""
 
-    model_types: dict[str, str]  # values of model_type that are of this family, and the name that people know
-    prefix: str  # begins their tensors' names, except in files of a bare body
+    model_types: dict[str, str]  # model_type in config.json to the display name
+    prefix: str  # prefix of their tensor names; files of a body without head lack it
     embedding: str  # name of the embedding matrix
-    tied: bool  # what a config.json without tie_word_embeddings means
-    buffers: tuple[str, ...]  # ends of names that are not weights
-    model: Callable[[dict[str, Any]], Any]  # config.json -> our settings; ValueError if our body cannot be that model
+    tied: bool  # default of tie_word_embeddings
+    buffers: tuple[str, ...]  # suffixes of tensors that are not weights
+    model: Callable[[dict[str, Any]], Any]  # config.json -> our settings; raises ValueError if not supported
     settings: Callable[[Any], dict[str, Any]]  # our settings -> config.json, without vocabulary and tie
-    mappings: Callable[[Any], list[WeightMapping]]  # all tensors of the body
-    missing: Callable[[Any], dict[str, int]] = lambda model: {}  # their tensors that ours lacks, zero, and their length
+    mappings: Callable[[Any], list[WeightMapping]]  # of all tensors of the body
+    missing: Callable[[Any], dict[str, int]] = lambda model: {}  # zero vectors that only they have, with length
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. A new one is added to the tuple in `registry.py`."""
+    """Description of one model family. Add a new one to the tuple in `registry.py`."""
 
     config: type[Any]  # its ModelConfig
     hugging_face: HuggingFace
-    vocab: dict[str, Any] = field(default_factory=dict)  # settings of `vocab` that its models have, such as softcap
-    without_weights: frozenset[str] = frozenset()  # settings of `model` that no weight depends on
-    explicit: Callable[[Any], dict[str, Any]] = asdict  # the settings, with the number that a null stands for
+    vocab: dict[str, Any] = field(default_factory=dict)  # required settings of `vocab`, such as softcap
+    without_weights: frozenset[str] = frozenset()  # settings of `model` that do not affect the weights
+    explicit: Callable[[Any], dict[str, Any]] = asdict  # settings with each null resolved
 
     @property
     def name(self) -> str:
@@ -102,14 +102,14 @@ HEAD = "lm_head.weight"
 
 
 def must_be(config: dict[str, Any], key: str, *allowed: Any) -> None:
-    """Raises ValueError unless the key has one of these values; a missing key means the first."""
+    """Raises ValueError if the key's value is not allowed. A missing key means the first of `allowed`."""
     value = config.get(key, allowed[0])
     if value not in allowed:
-        raise ValueError(f"{key}={value} must be {' or '.join(map(str, allowed))}: our body knows no other")
+        raise ValueError(f"{key}={value} must be {' or '.join(map(str, allowed))}: nothing else is supported")
 
 
 def need(config: dict[str, Any], *keys: str, kinds: tuple[type, ...] = (int,)) -> list[Any]:
-    """The values of the keys. Raises ValueError naming the first that is missing or has another type."""
+    """Returns the values of the keys. Raises ValueError for the first that is missing or has another type."""
     for key in keys:
         if config.get(key) is None:
             raise ValueError(f"{key} is missing")
@@ -119,7 +119,7 @@ def need(config: dict[str, Any], *keys: str, kinds: tuple[type, ...] = (int,)) -
 
 
 def check_positive(config: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> None:
-    """Raises ValueError unless the fields `whole` are at least 1 and the fields `real` positive and finite."""
+    """Raises ValueError if a field of `whole` is below 1 or a field of `real` is not positive and finite."""
     for key in whole:
         if getattr(config, key) < 1:
             raise ValueError(f"model.{key}={getattr(config, key)} must be at least 1")

@@ -1,7 +1,7 @@
-"""GPT-2: its settings, its names in Hugging Face's files, its footprint. The body is in models/gpt2.py.
+"""GPT-2: settings, tensor names in Hugging Face files, footprint.
 
-Apart from the body because a launcher reads this without torch. Hugging Face keeps GPT-2's projections as Conv1D, whose
-weights are [in, out]; ours are [out, in].
+Separate from the body (models/gpt2.py) because launchers read this without torch. Hugging Face stores GPT-2's
+projections as Conv1D, with weights [in, out]; ours are [out, in].
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .family import Activations, Family, HuggingFace, WeightMapping, check_posit
 if TYPE_CHECKING:
     from torch import nn
 
-GELUS = {"tanh": "tanh", "exact": "none"}  # and what torch calls them
+GELUS = {"tanh": "tanh", "exact": "none"}  # our name to torch's
 THEIR_GELUS = {
     "gelu_new": "tanh",
     "gelu_pytorch_tanh": "tanh",
@@ -34,13 +34,13 @@ PROJECTIONS = {
 class GPT2Config:
     """Settings of a GPT-2."""
 
-    family: str = "gpt2"  # what kind of body it is
-    layers: int = 12  # blocks
-    width: int = 768  # D
-    heads: int = 12  # attention heads, of D / heads dims each
-    context: int = 1024  # most positions that it can see: each has a weight
-    eps: float = 1e-5  # of the norms
-    gelu: str = "tanh"  # tanh: GPT-2's own approximation; exact
+    family: str = "gpt2"  # model family
+    layers: int = 12  # number of blocks
+    width: int = 768  # D, width of the residual stream
+    heads: int = 12  # attention heads, each of size width / heads
+    context: int = 1024  # longest sequence in tokens; sets the number of position embeddings
+    eps: float = 1e-5  # epsilon of the layer norms
+    gelu: str = "tanh"  # tanh: the approximation that GPT-2 uses; exact: the exact GELU
 
     def __post_init__(self) -> None:
         check_positive(self, whole=("layers", "width", "heads", "context"), real=())
@@ -57,17 +57,17 @@ class GPT2Config:
         kept, again = {
             # inputs of two norms (1, 1) and of four projections (1, 1, 1, 4), qkv (3), GELU's input (4)
             "none": (16, 0),
-            "block": (1, 15),  # its input alone
-            "selective": (11, 7),  # its input, and what matmuls (3, 1, 4, 1) and attention (1) have made
+            "block": (1, 15),  # only its input
+            "selective": (11, 7),  # its input and the outputs of matmuls (3, 1, 4, 1) and attention (1)
         }[checkpointing]
         D, sums = self.width, self.heads * (checkpointing != "block")
-        gradients = 5 * D  # of its output and of GELU's
+        gradients = 5 * D  # of the block's output and of GELU's
         formula = f"a block: N · (D · i · {kept} + 4 · heads)"
         return Activations(kept * D, again * D, gradients, sums, D, formula)
 
 
 def model(config: dict[str, Any]) -> GPT2Config:
-    """Reads a config.json."""
+    """Converts a config.json to our settings."""
     layers, width, heads = need(config, "n_layer", "n_embd", "n_head")
     context = config.get("n_positions") or config.get("n_ctx") or 1024
     must_be(config, "n_inner", None, 4 * width)
@@ -87,7 +87,7 @@ def model(config: dict[str, Any]) -> GPT2Config:
 
 
 def settings(model: GPT2Config) -> dict[str, Any]:
-    """Writes a config.json."""
+    """Converts our settings to a config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -1,7 +1,7 @@
-"""Llama, Mistral, Qwen2, Qwen3: their settings, their names in Hugging Face's files, their footprint.
+"""Llama, Mistral, Qwen2, Qwen3: settings, tensor names in Hugging Face files, footprint.
 
-The body is in models/llama.py; apart from it because a launcher reads this without torch. The four differ in biases,
-norms and in what a config.json leaves out.
+Separate from the body (models/llama.py) because launchers read this without torch. The four differ in biases, norms and
+defaults of config.json.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,26 +21,27 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Q
 class LlamaConfig:
     """Settings of a Llama, Mistral or Qwen.
 
-    Where a context is longer than the one of pretraining, Llama 3.1 slows the rotary frequencies: those of fewer than
-    rope_low turns in rope_original positions by rope_factor, those of more than rope_high not at all.
+    rope_factor, rope_low, rope_high and rope_original are the frequency scaling of Llama 3.1. Frequencies with fewer
+    than rope_low periods in rope_original positions are divided by rope_factor. Frequencies with more than rope_high
+    periods are kept. The rest are interpolated.
     """
 
-    family: str = "llama"  # what kind of body it is
-    layers: int = 16  # blocks
-    width: int = 2048  # D
+    family: str = "llama"  # model family
+    layers: int = 16  # number of blocks
+    width: int = 2048  # D, width of the residual stream
     heads: int = 32  # H query heads
-    kv_heads: int = 8  # K heads of keys and values, each for H / K query heads
-    head_size: int | None = None  # d, dims of a head; null: D / H
-    inner: int = 8192  # F, width inside the MLP
-    context: int = 8192  # most positions that it can see
-    eps: float = 1e-5  # of the norms
+    kv_heads: int = 8  # K key/value heads, each shared by H / K query heads
+    head_size: int | None = None  # d, size of a head; null: D / H
+    inner: int = 8192  # F, inner width of the MLP
+    context: int = 8192  # longest sequence in tokens
+    eps: float = 1e-5  # epsilon of the RMS norms
     rope_theta: float = 500_000.0  # base of the rotary frequencies
-    rope_factor: float = 1.0  # how many times slower the slow frequencies turn; 1 changes none
-    rope_low: float = 1.0  # frequencies of fewer turns are slow
-    rope_high: float = 4.0  # frequencies of more turns stay as they are
-    rope_original: int = 8192  # positions in which turns are counted
-    qk_norm: bool = False  # norms queries and keys, each head on its own (Qwen3)
-    bias: str = "none"  # none; qkv (Qwen2); attention: of qkv and of attention's output
+    rope_factor: float = 1.0  # divisor of the low rotary frequencies (Llama 3.1 scaling); 1: off
+    rope_low: float = 1.0  # frequencies with fewer periods in rope_original positions are divided
+    rope_high: float = 4.0  # frequencies with more periods in rope_original positions are kept
+    rope_original: int = 8192  # positions in which the periods are counted
+    qk_norm: bool = False  # RMS norm of queries and keys, per head (Qwen3)
+    bias: str = "none"  # none; qkv: of the qkv projection (Qwen2); attention: of qkv and of the output projection
 
     def __post_init__(self) -> None:
         check_positive(
@@ -55,23 +56,23 @@ class LlamaConfig:
         if self.head_size is None and self.width % self.heads:
             raise ValueError(f"model.heads={self.heads} must divide model.width={self.width}, or give model.head_size")
         if self.size < 2 or self.size % 2:
-            raise ValueError(f"model.head_size={self.size} must be even: its dims turn in pairs")
+            raise ValueError(f"model.head_size={self.size} must be even: rotary positions rotate pairs of dims")
         if self.bias not in ("none", "qkv", "attention"):
             raise ValueError(f"model.bias={self.bias} must be none, qkv or attention")
 
     @property
     def size(self) -> int:
-        """d."""
+        """Size d of a head."""
         return self.head_size if self.head_size is not None else self.width // self.heads
 
     def body(self) -> "nn.Module":
         return resolve_name("pretrain.models.llama:Body")(self)
 
     def activations(self, checkpointing: str) -> Activations:
-        """The footprint on a GPU, where a norm keeps its input alone."""
+        """Activation memory on a GPU, where a norm keeps only its input."""
         D, F, queries, keys = self.width, self.inner, self.heads * self.size, self.kv_heads * self.size
         qkv, turned = queries + 2 * keys, queries + keys
-        # inputs of two norms and of two projections, queries and keys before and after they turn; four of the MLP
+        # inputs of two norms and two projections; queries and keys before and after rotation; four tensors of the MLP
         everything = 4 * D + qkv + turned + queries + 4 * F
         kept, again, formula = {
             "none": (everything, 0, "4 · D + 3 · (queries + keys) + 4 · F"),
@@ -88,14 +89,14 @@ class LlamaConfig:
 
 
 def model(config: dict[str, Any]) -> LlamaConfig:
-    """Reads a config.json."""
+    """Converts a config.json to our settings."""
     kind = config["model_type"]
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     layers, width, heads, inner, context = need(config, *names)
     need(config, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None))
     must_be(config, "hidden_act", "silu")
     must_be(config, "mlp_bias", False)
-    window = config.get("sliding_window", 4096) if kind == "mistral" else None  # what its absence means there
+    window = config.get("sliding_window", 4096) if kind == "mistral" else None  # the default of Mistral's config
     if window is not None and window < context:
         raise ValueError(f"sliding_window={window} must be null, or at least max_position_embeddings={context}")
     must_be(config, "use_sliding_window", False)
@@ -125,7 +126,9 @@ def _head_size(config: dict[str, Any], width: int, heads: int) -> int | None:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Reads rope_theta and rope_scaling of transformers 4, and rope_parameters of transformers 5."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # whole, as transformers 5 takes them
+    rope = (
+        config.get("rope_scaling") or config.get("rope_parameters") or {}
+    )  # one of them as a whole, as in transformers 5
     if config.get("original_max_position_embeddings") is not None:
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"]}
     given: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)}
@@ -145,7 +148,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(model: LlamaConfig) -> dict[str, Any]:
-    """Writes a config.json of the plainest kind that is this model."""
+    """Converts our settings to a config.json of the simplest model_type that supports them."""
     kind = "qwen3" if model.qk_norm else "qwen2" if model.bias == "qkv" else "llama"
     if kind == "llama" and model.width % model.heads:
         raise ValueError(f"model.heads={model.heads} must divide model.width={model.width} for transformers' Llama")
@@ -170,7 +173,7 @@ def settings(model: LlamaConfig) -> dict[str, Any]:
         "max_position_embeddings": model.context,
         "hidden_act": "silu",
         "rms_norm_eps": model.eps,
-        "rope_parameters": rope,  # transformers 5 reads this, 4 what follows
+        "rope_parameters": rope,  # read by transformers 5; transformers 4 reads the next two
         "rope_theta": model.rope_theta,
         "rope_scaling": None if model.rope_factor == 1 else rope,
     }
@@ -209,7 +212,7 @@ def mappings(model: LlamaConfig) -> list[WeightMapping]:
 
 
 def missing(model: LlamaConfig) -> dict[str, int]:
-    """Biases after attention: Qwen3 has one if it has one before attention."""
+    """Biases of the attention output: Qwen3 has one whenever it has a bias of qkv."""
     if not model.qk_norm or model.bias != "qkv":
         return {}
     return {f"layers.{i}.self_attn.o_proj.bias": model.width for i in range(model.layers)}

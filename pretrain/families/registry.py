@@ -1,4 +1,4 @@
-"""The families there are. Apart from `family.py` because each family's file builds on that one."""
+"""Registry of model families. Separate from `family.py` because the families' files import that one."""
 
 from .family import Family
 from .gpt2 import GPT2
@@ -8,5 +8,5 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA)} 
 
 
 def hugging_face_types() -> dict[str, Family]:
-    """The family of each `model_type` that a config.json may have."""
+    """Returns the family of each supported `model_type` of config.json."""
     return {kind: family for family in FAMILIES.values() for kind in family.hugging_face.model_types}

@@ -151,7 +151,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
         arguments = f"nproc=2 data.path={data} run.dir={disk}/run train.steps=20 checkpoint.every=5 {SMALL}"
         done = run(f"launch/local.py {arguments} log.tensorboard=false restart.max_failures=1")
         assert done.returncode == 1
-        assert "No space left on device" in done.stderr and "the last good one is" in done.stderr, done.stderr
+        assert "No space left on device" in done.stderr and "the last good checkpoint is" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr, done.stderr
         (good,) = checkpoints(disk / "run")
         assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))

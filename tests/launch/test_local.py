@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(longer, data,
     done = run(f"{again} train.steps=16")
     assert done.returncode == 0, done.stderr
     (warning,) = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
-    assert str(newest) in warning and f"going on from {older}" in warning
+    assert str(newest) in warning and f"resuming from {older}" in warning
     assert f"is now {newest.with_name('damaged-' + newest.name)}" in warning
     assert f"resumed: {older}, step 12" in done.stdout
     compared = [{key: value for key, value in line.items() if key not in TIMES} for line in before]
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(longer, data,
         (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:-9])
     frozen = (folder / "config.yaml").read_bytes()
     error = refused(f"{settings} train.steps=20")
-    assert "is whole, and it does not start over by itself" in error and str(newest) in error
+    assert "is intact, and a run never restarts from step 0" in error and str(newest) in error
     assert (folder / "config.yaml").read_bytes() == frozen and scalars(folder)[-1]["step"] == 16
 
 
@@ -160,7 +160,7 @@ def test_where_no_checkpoint_is_whole_the_ranks_say_so(trained, data, tmp_path):
     os.truncate(next(only.glob("*.safetensors")), 1000)
     done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} train.steps=16 {SMALL}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1000 bytes, but the manifest says" in done.stderr and "does not start over by itself" in done.stderr
+    assert "1000 bytes, but the manifest says" in done.stderr and "never restarts from step 0" in done.stderr
     assert checkpoints(folder) == [only] and scalars(folder)[-1]["step"] == 12
 
 

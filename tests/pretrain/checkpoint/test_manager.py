@@ -229,7 +229,7 @@ def test_where_all_are_damaged_it_does_not_start_over(copies):
         for (name, (_, expected)), (kind, message) in zip(SPOILS.items(), messages, strict=True):
             assert kind is DamagedCheckpoint, (name, message)
             assert expected in message and str(folders[name]) in message, (name, message)
-            assert "is whole, and it does not start over by itself" in message
+            assert "is intact, and a run never restarts from step 0" in message
     assert all(folder.is_dir() for folder in folders.values())
 
 
@@ -273,7 +273,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_taken(copies):
             if rank == 0:
                 newest, second = warnings
                 assert "step-00000009" in newest and f"{SECOND} is damaged" in newest
-                assert SPOILS[name][1] in second and f"going on from {run}/checkpoints/step-00000003" in second
+                assert SPOILS[name][1] in second and f"resuming from {run}/checkpoints/step-00000003" in second
                 assert second.endswith(f"is now {run}/checkpoints/damaged-step-00000008")
             else:
                 assert not warnings
@@ -303,9 +303,9 @@ def test_reading_alone_names_what_it_cannot_read(copies):
 @pytest.mark.parametrize(
     "changes,expected",
     [
-        ({"model__width": 6}, "has shape [16, 3], this model needs [16, 6]: it is of another model"),
+        ({"model__width": 6}, "has shape [16, 3], this model needs [16, 6]: it belongs to another model"),
         ({"model__layers": 2}, "has no tensor blocks.1."),
-        ({"vocab__tie": "untied"}, "has no tensor head.weight: it is of another model"),
+        ({"vocab__tie": "untied"}, "has no tensor head.weight: it belongs to another model"),
         ({"vocab_size": 1000}, "embedding.weight has shape [312, 3], this model needs [1000, 3]"),
     ],
 )
@@ -317,7 +317,9 @@ def test_a_checkpoint_of_another_model_is_named(good, changes, expected):
 def test_a_checkpoint_with_more_tensors_is_of_another_model(tmp_path):
     run_ranks(1, save, tmp_path, {"vocab__tie": "untied"})
     for ((kind, message),) in run_ranks(2, failures, [tmp_path]):
-        assert kind is CheckpointError and "has tensor head.weight, this model has not: it is of another" in message
+        assert (
+            kind is CheckpointError and "has tensor head.weight, this model does not: it belongs to another" in message
+        )
 
 
 def test_a_newer_checkpoint_of_another_model_is_no_reason_to_fall_back(copies, tmp_path):
@@ -325,7 +327,7 @@ def test_a_newer_checkpoint_of_another_model_is_no_reason_to_fall_back(copies, t
     run_ranks(2, save, tmp_path / "other", {"model__width": 6})
     shutil.copytree(tmp_path / "other/checkpoints/step-00000003", folder.with_name("step-00000008"))
     for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
-        assert kind is CheckpointError and "step-00000008" in message and "it is of another model" in message
+        assert kind is CheckpointError and "step-00000008" in message and "it belongs to another model" in message
     assert len(checkpoints(folder.parents[1])) == 2
 
 
@@ -410,7 +412,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path):
         for messages in run_ranks(2, save_on_a_full_disk, run, [0, 4096, size // 2, size]):
             for message in messages:
                 assert "No space left on device" in message and f"cannot save {run}" in message
-                assert message.endswith(f"the last good one is {checkpoints(run)[0]}")
+                assert message.endswith(f"the last good checkpoint is {checkpoints(run)[0]}")
         assert len(checkpoints(run)) == 2
     finally:
         subprocess.run(["umount", run], check=True, timeout=10)

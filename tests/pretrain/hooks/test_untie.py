@@ -212,7 +212,7 @@ def test_a_split_may_be_put_off_but_not_undone(data, straight, tmp_path, step, c
     if allowed:
         check_job(config, 2, "cpu")
         return
-    with pytest.raises(ValueError, match=r"^run\.dir=.* holds a run with vocab\.\w+=.*, this command says "):
+    with pytest.raises(ValueError, match=r"^run\.dir=.* holds a run with vocab\.\w+=.*, this command has "):
         check_job(config, 2, "cpu")
 
 

@@ -127,7 +127,7 @@ def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(f
     halves[1].init_from = f"hf:{source}"
     check_job(halves[1], 2, "cpu")
     for run in (halves[1], from_import):
-        with pytest.raises(ValueError, match=r"holds a run with init_from=.*, this command says hf:.*other: choose"):
+        with pytest.raises(ValueError, match=r"holds a run with init_from=.*, this command has hf:.*other: choose"):
             check_job(replace(run, init_from=f"hf:{folder / 'other'}"), 2, "cpu")
     run_ranks(2, train_ranks, halves[1:], timeout=120)
     truth = outcome(straight.run_dir)
