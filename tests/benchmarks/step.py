@@ -1,10 +1,12 @@
-"""A whole training step on ranks, against plain FSDP2 with the embedding inside: tokens/s and peak memory a rank.
+"""Measures a whole training step on ranks against FSDP2 with the embedding inside: tokens/s and peak memory per rank.
 
     python tests/benchmarks/step.py [--vocab 131072 ...] [--width 512] [--layers 2] [--sequences 4] [--length 256]
+    python tests/benchmarks/step.py --summary [--only NAME ...]       one line per size; the table of the README
 
-Prints Markdown. Both have the same body, the same tokens, drawn as in text (Zipf's law), AdamW and the clip, in bf16
-with fp32 main weights. Times are medians of interleaved steps; memory is measured in processes of its own, and is all
-that the training adds to a process: weights, moments, gradients and what a step needs. Take figures on a quiet machine.
+Prints Markdown. All systems have the same body, tokens (drawn by Zipf's law, as in text), AdamW and clip, in bf16 with
+fp32 main weights. They differ in who holds the matrix and how the loss is computed. Times are medians of interleaved
+steps. Memory is measured in separate processes; it is all that the training adds to a process: weights, moments,
+gradients and the needs of a step. Run it on a quiet machine.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from launch.rehearsal import trainer_of
 from pretrain.config.engine import FSDP2Config
@@ -36,6 +39,7 @@ from pretrain.optim import VocabOptimizer, body_optimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import holding_peak_mib, markdown, progress
+from tests.benchmarks.rivals import lacks
 from tests.ranks import run_ranks
 
 BF16 = torch.bfloat16
@@ -45,38 +49,75 @@ Step = Callable[[], float]  # -> loss
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[131_072])
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, nargs="+", default=[512])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=4, help="a rank and step")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--sequences", type=int, default=4, help="per rank and step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"among {list(SYSTEMS)}; {RIVAL} is always measured")
+    parser.add_argument("--summary", action="store_true", help="one table: a line per vocabulary, width and system")
     options = parser.parse_args()
-    for vocab in options.vocab:
-        print(table(options, vocab), flush=True)
+    if unknown := set(options.only or []) - set(SYSTEMS):
+        parser.error(f"--only {sorted(unknown)} must be among {list(SYSTEMS)}")
+    names = [name for name in SYSTEMS if options.only is None or name in (*options.only, RIVAL)]
+    names = [name for name in names if not (name == FUSED and lacks("cut-cross-entropy"))]
+    if not options.summary:
+        for width in options.width:
+            for vocab in options.vocab:
+                print(table(options, vocab, width, names), flush=True)
+        return
+    sizes = [(vocab, width) for width in options.width for vocab in options.vocab]
+    rows = [
+        [f"{vocab:,} × {width:,}", f"{share_of_matrix(options, vocab, width):.0%}", *line[:5]]
+        for vocab, width in sizes
+        for line in lines_of(options, vocab, width, names)
+    ]
+    header = ["rows × width", "matrix, of all parameters", "training step", *HEADER[1:5]]
+    print(f"\n{setting_of(options)}\n\n{markdown(header, rows)}")
 
 
-def table(options: argparse.Namespace, vocab: int) -> str:
-    model = GPT2Config(layers=options.layers, width=options.width, heads=options.width // 64, context=options.length)
-    setting = model, vocab, options.sequences
-    progress(f"{vocab:,} rows: time")
-    seconds, losses = run_ranks(options.ranks, times_on_rank, *setting, options.repeats, timeout=3600)[0]
+HEADER = ["training step", "tokens/s", "× FSDP2", "peak MiB per rank", "× FSDP2", "loss, last step"]
+
+
+def table(options: argparse.Namespace, vocab: int, width: int, names: list[str]) -> str:
+    """Returns the title and the table of one size."""
+    title = f"\n{setting_of(options)} of width {width}, {vocab:,} rows, tied\n\n"
+    return title + markdown(HEADER, lines_of(options, vocab, width, names))
+
+
+def setting_of(options: argparse.Namespace) -> str:
+    tokens = options.ranks * options.sequences * options.length
+    return f"{options.ranks} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens per step, {options.layers} blocks"
+
+
+def model_of(options: argparse.Namespace, width: int) -> GPT2Config:
+    return GPT2Config(layers=options.layers, width=width, heads=width // 64, context=options.length)
+
+
+def share_of_matrix(options: argparse.Namespace, vocab: int, width: int) -> float:
+    """Returns the matrix's part of all parameters."""
+    with torch.device("meta"):
+        body = sum(parameter.numel() for parameter in model_of(options, width).body().parameters())
+    return vocab * width / (vocab * width + body)
+
+
+def lines_of(options: argparse.Namespace, vocab: int, width: int, names: list[str]) -> list[list[str]]:
+    """Measures all systems at one size. Returns a line per system, in the order of HEADER."""
+    setting = model_of(options, width), vocab, options.sequences
+    progress(f"{vocab:,} rows of width {width}: time")
+    seconds, losses = run_ranks(options.ranks, times_on_rank, *setting, options.repeats, names, timeout=3600)[0]
     tokens = options.ranks * options.sequences * options.length
     mib = {}
-    for name in SYSTEMS:
-        progress(f"{vocab:,} rows: memory of {name}")
+    for name in names:
+        progress(f"{vocab:,} rows of width {width}: memory of {name}")
         mib[name] = max(run_ranks(options.ranks, memory_on_rank, *setting, name, timeout=900))
-    rows = []
-    for name in SYSTEMS:
+    lines = []
+    for name in names:
         faster, smaller = seconds[RIVAL] / seconds[name], mib[name] / mib[RIVAL]
         times = [f"{tokens / seconds[name]:,.0f}", f"{faster:.2f}"]
-        rows.append([name, *times, f"{mib[name]:,.0f}", f"{smaller:.2f}", f"{losses[name]:.4f}"])
-    title = (
-        f"\n{options.ranks} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens a step, {options.layers} blocks of width"
-        f" {options.width}, {vocab:,} rows, tied\n\n"
-    )
-    header = ["training step", "tokens/s", "× FSDP2", "peak MiB a rank", "× FSDP2", "loss, last step"]
-    return title + markdown(header, rows)
+        lines.append([name, *times, f"{mib[name]:,.0f}", f"{smaller:.2f}", f"{losses[name]:.4f}"])
+    return lines
 
 
 def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[Tensor]:
@@ -118,24 +159,47 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     return step
 
 
-class Whole(nn.Module):
-    """The usual model: embedding, body and head in one module, all of it FSDP2's."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], targets [N] -> sum over targets
 
-    def __init__(self, model: GPT2Config, vocab: int, cast: bool) -> None:
+
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cast: bool = False) -> Tensor:
+    logits_NV = F.linear(hidden_ND, weight_VD)
+    return F.cross_entropy(logits_NV.float() if cast else logits_NV, targets_N, reduction="sum")
+
+
+def chunked_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Computes the logits of an eighth of the tokens at a time, in fp32, and again in backward."""
+    losses = [
+        checkpoint(cross_entropy, hidden_mD, weight_VD, targets_m, True, use_reentrant=False)
+        for hidden_mD, targets_m in zip(hidden_ND.chunk(8), targets_N.chunk(8), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def fused_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if hidden_ND.is_cuda else "torch_compile"
+    return linear_cross_entropy(hidden_ND, weight_VD, targets_N, impl=impl, reduction="sum")
+
+
+class Whole(nn.Module):
+    """The usual model: embedding, body and head in one module, all sharded by FSDP2."""
+
+    def __init__(self, model: GPT2Config, vocab: int, loss: Loss) -> None:
         super().__init__()
-        self.embedding, self.body, self.cast = nn.Embedding(vocab, model.width), model.body(), cast
+        self.embedding, self.body, self.loss = nn.Embedding(vocab, model.width), model.body(), loss
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        logits_BTV = F.linear(self.body(self.embedding(tokens_BT)), self.embedding.weight)
-        logits_NV = logits_BTV.flatten(0, 1)
-        return F.cross_entropy(logits_NV.float() if self.cast else logits_NV, targets_BT.flatten(), reduction="sum")
+        hidden_ND = self.body(self.embedding(tokens_BT)).flatten(0, 1)
+        return self.loss(hidden_ND, self.embedding.weight, targets_BT.flatten())
 
 
-def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
+def fsdp2(model: GPT2Config, vocab: int, sequences: int, loss: Loss) -> Step:
     mesh = Mesh.of(1, torch.device("cpu"))
     optim = OptimConfig(lr=1e-4, warmup_steps=0)
     with torch.device("meta"):
-        whole = Whole(model, vocab, cast)
+        whole = Whole(model, vocab, loss)
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*whole.body.blocks, whole):
         fully_shard(module, mesh=mesh.flat, mp_policy=policy)
@@ -165,11 +229,13 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, cast: bool) -> Step:
     return step
 
 
-RIVAL = "FSDP2, embedding inside"
+RIVAL, FUSED = "FSDP2", "FSDP2, fused loss"
 SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
     "Rowshard": rowshard,
-    RIVAL: partial(fsdp2, cast=False),
-    "FSDP2, embedding inside, logits in fp32": partial(fsdp2, cast=True),
+    RIVAL: partial(fsdp2, loss=cross_entropy),
+    "FSDP2, logits in fp32": partial(fsdp2, loss=partial(cross_entropy, cast=True)),
+    "FSDP2, chunked loss": partial(fsdp2, loss=chunked_cross_entropy),
+    FUSED: partial(fsdp2, loss=fused_cross_entropy),
 }
 
 
@@ -177,11 +243,11 @@ SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
 
 
 def times_on_rank(
-    rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, repeats: int
+    rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, repeats: int, names: list[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of a step, and the loss of the last one, by name."""
     torch.set_num_threads(1)
-    steps = {name: build(model, vocab, sequences) for name, build in SYSTEMS.items()}
+    steps = {name: SYSTEMS[name](model, vocab, sequences) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
     for turn in range(repeats + 1):
