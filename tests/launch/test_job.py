@@ -27,12 +27,19 @@ ACCEPTS = (  # a stop, as pretrain.train does
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
 )
-WATCHED = "from pretrain.watchdog import Watchdog\nwatchdog = Watchdog(float(os.environ['SECONDS']))\n"
+WATCHED = (  # goes on when all ranks can show their stacks: one that still imports cannot
+    "from pretrain.watchdog import Watchdog\nwatchdog = Watchdog(float(os.environ['SECONDS']))\n"
+    "watchdog.__enter__()\nopen(f'{here}/watched-{rank}', 'w').close()\n"
+    "while sum(name.startswith('watched-') for name in os.listdir(here)) < int(os.environ['WORLD']):\n"
+    "    time.sleep(0.01)\n"
+)
 
 
 def ranks(folder: Path, code: str, world: int = 2, requests: StopRequests | None = None, **more: str) -> Supervisor:
     """A supervisor of so many processes that run this code."""
-    environments = {rank: os.environ | more | {"RANK": str(rank), "HERE": str(folder)} for rank in range(world)}
+    environments = {
+        rank: os.environ | more | {"RANK": str(rank), "WORLD": str(world), "HERE": str(folder)} for rank in range(world)
+    }
     return Supervisor([sys.executable, "-c", RANK + code], environments, requests or StopRequests())
 
 
@@ -195,7 +202,7 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     """Rank 1 is lost in thought, rank 0 waits for it in a collective."""
     code = (
         WATCHED + collectives(tmp_path) + "def lost_in_thought():\n    time.sleep(60)\n"
-        "with watchdog:\n    watchdog.alive()\n    collectives.all_reduce() if rank == 0 else lost_in_thought()\n"
+        "watchdog.alive()\ncollectives.all_reduce() if rank == 0 else lost_in_thought()\n"
     )
     records = ranks(tmp_path, code, SECONDS="1", PYTHONPATH=str(ROOT)).run()
     assert {record.ending for record in records} == {Exit.HUNG}
@@ -215,8 +222,7 @@ def lost_in_thought(waits: str) -> str:
         "from pretrain.vocab.collectives import on_host\n"
         "device = SimpleNamespace(cpu=partial(time.sleep, 60))\n"  # as a number that depends on a collective of NCCL's
         "def lost_in_thought():\n    time.sleep(60)\n"
-        "with watchdog:\n    watchdog.alive()\n"
-        f"    if rank == 0:\n        {waits}\n    else:\n        lost_in_thought()\n"
+        f"watchdog.alive()\nif rank == 0:\n    {waits}\nelse:\n    lost_in_thought()\n"
     )
 
 
@@ -241,7 +247,7 @@ def test_a_rank_whose_own_thread_hangs_is_not_excused(tmp_path):
 
 def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_path):
     """Within a collective; who ends the job continues it, as Slurm does, and it tells its stack."""
-    waits = "watchdog.__enter__()\nwatchdog.alive()\ncollectives.all_reduce(stops=rank == 1)\n"
+    waits = "watchdog.alive()\ncollectives.all_reduce(stops=rank == 1)\n"
     code = WATCHED + collectives(tmp_path) + SAYS_SO + waits
     when(
         lambda: said(tmp_path, "0", "1") and gone(pid(tmp_path, "0")),
@@ -262,7 +268,7 @@ def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_p
 def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.supervisor.DUMP_SECONDS", 0.5)
     frozen = "if rank == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\nwatchdog.alive()\ntime.sleep(60)\n"
-    code = WATCHED + "watchdog.__enter__()\n" + frozen
+    code = WATCHED + frozen
     records = ranks(tmp_path, code, SECONDS="0.5", PYTHONPATH=str(ROOT)).run()
     assert {(record.rank, record.code) for record in records} == {(0, -signal.SIGALRM), (1, -signal.SIGKILL)}
     assert {record.ending for record in records} == {Exit.HUNG}
