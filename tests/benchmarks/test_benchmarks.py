@@ -1,5 +1,6 @@
 """The benchmarks run, and the rivals compute the same thing: what they are timed at is the same work."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def table(*arguments: str) -> list[list[str]]:
 
 def table_here(main: Callable[[], None], *arguments: str) -> list[list[str]]:
     """Runs the benchmark in this process, so that its ranks are forked from the server of the other tests."""
-    return rows_of(in_process(main, *(part for argument in arguments for part in argument.split())))
+    return rows_of(in_process(main, *(part for argument in arguments for part in shlex.split(argument))))
 
 
 def rows_of(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
@@ -66,10 +67,12 @@ def test_the_head():
 
 
 def test_the_whole_step():
-    """The three systems train alike: their losses are near, and the first two columns of ratios follow."""
-    rows = table_here(step.main, "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1")
+    """Losses are near each other: all train alike. The fused loss is left out, whose compiling takes most of a minute."""
+    names = [name for name in step.SYSTEMS if name != step.FUSED]
+    sizes = "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1"
+    rows = table_here(step.main, sizes, f"--only {shlex.join(names)}")
     losses = [float(row[-1]) for row in rows]
-    assert len(rows) == 3 and max(losses) - min(losses) < 0.01 * losses[0]
+    assert [row[0] for row in rows] == names and max(losses) - min(losses) < 0.01 * losses[0]
 
 
 def test_tokenising():
