@@ -1,9 +1,10 @@
 # make demo: set-up, tokenise, train on two ranks, sample, the lens.   make test: set-up, all checks, all tests.
+# make docs: the pages of docs/ as a site.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test tests lint setup setup-dev system clean
+.PHONY: demo test tests lint docs setup setup-dev system clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -21,6 +22,11 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Strict: a link, anchor or picture that leads nowhere, or a page that the index leaves out, is an error.
+docs: setup-dev
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
