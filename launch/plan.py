@@ -2,7 +2,6 @@
 """Plans what a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,43 +19,12 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from data_prep.command import one_line, run_hydra  # noqa: E402
 from launch import cluster as clusters  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
-from launch.hardware import Hardware  # noqa: E402
 from pretrain.compose import build_config, register_groups  # noqa: E402
 from pretrain.config.job import JobConfig  # noqa: E402
 from pretrain.corpora import vocab_rows  # noqa: E402
 from pretrain.data import open_data  # noqa: E402
 
-ROWS = (32_768, 65_536, 131_072, 262_144, 524_288)  # of the picture
-MOST_RANKS = 1024
 EXIT_TOO_LARGE = 1
-
-
-def draw(config: JobConfig, world: int, node: int, hardware: Hardware, path: Path) -> None:
-    """Peak memory and time of a step over the rows, for worlds of one node and more, each rank's tokens the same."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"plot={path} needs matplotlib: pip install matplotlib") from None
-    from launch.planner import plan
-
-    repeats = config.train.global_batch // world
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    memory, speed = figure.subplots(1, 2)
-    worlds = [node * 4**k for k in range(6) if node * 4**k <= max(world, MOST_RANKS)]
-    asked = config.vocab.parallel
-    for ranks in (size for size in worlds if asked == "auto" or size % int(asked) == 0):
-        wider = replace(config, train=replace(config.train, global_batch=repeats * ranks))
-        plans = [plan(wider, rows, ranks, node, hardware) for rows in ROWS]
-        label = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
-        memory.plot(ROWS, [point.peak_bytes / 2**30 for point in plans], marker="o", markersize=3, label=label)
-        speed.plot(ROWS, [point.tokens / point.seconds / 1e3 for point in plans], marker="o", markersize=3, label=label)
-    for axes, title in ((memory, "peak memory of a rank, GiB"), (speed, "thousand tokens a second and rank")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ROWS, [f"{rows // 1024}k" for rows in ROWS])
-        axes.set(title=title, xlabel="rows of the vocabulary", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    speed.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -92,6 +60,8 @@ def _composed(composed: DictConfig) -> None:
         print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
         print(planned.table())
         if plot is not None:
+            from launch.plan_picture import draw
+
             draw(config, world, node, hardware, Path(plot))
             print(f"\npicture: {plot}")
         if refused:

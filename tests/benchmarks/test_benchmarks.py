@@ -67,7 +67,7 @@ def test_the_head():
 
 
 def test_the_whole_step():
-    """Losses are near each other: all train alike. The fused loss is left out, whose compiling takes most of a minute."""
+    """Losses are near each other: all train alike. The fused loss is left out: compiling it takes most of a minute."""
     names = [name for name in step.SYSTEMS if name != step.FUSED]
     sizes = "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1"
     rows = table_here(step.main, sizes, f"--only {shlex.join(names)}")
