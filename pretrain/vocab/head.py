@@ -1,9 +1,26 @@
 """The mathematics of the loss on one shard, a chunk of tokens at a time, with the normaliser deferred.
 
-Softmax statistics are exchanged while the gradient's first matmul already runs on exp(z - max of this shard); the
-true normaliser then only scales rows of what came out. Three matmuls, as in Hsu et al. (Liger Kernel,
-arXiv:2410.10989) and Guo et al. (QuACK), where others recompute the logits in backward; Yeung et al. ("Balancing
-pipeline parallelism with vocabulary parallelism", arXiv:2411.05288) defer the normaliser in the same way.
+The derivation in short; docs/how-it-works.md has it in full, in the same symbols. X [m, D] are the chunk's hidden
+states, W_r [v, D] the rows of rank r, z = x · w the logits, y the target, g the factor of a token's loss.
+
+    1. gather     X, from all ranks                                                   all-gather, one chunk ahead
+    2. matmul 1   Z_r = X W_rᵀ;  a_r = max z;  s_r = Σ exp(z - a_r);  t_r = z[y], or 0 if w_y is another rank's;
+                  E_r = exp(Z_r - a_r), but 0 in the target's place
+    3. exchange   a_r, s_r, t_r of every token                                        all-gather, behind matmul 2
+       matmul 2   P_r = E_r W_r
+    4. merge      a = max a_r;  lse = a + log Σ s_r exp(a_r - a);  loss = lse - Σ t_r
+                  softmax of an own row: exp(z - a_r) · α_r, with α_r = exp(a_r - lse), one number per token
+                  dX_r = g (α_r ⊙ P_r + β w_y), with β = softmax[y] - 1 on the rank that owns w_y, else 0
+    5. reduce     dX = Σ dX_r, for my tokens, in fp32                                 reduce-scatter, behind matmul 3
+       matmul 3   dW_r += E_rᵀ (g α_r ⊙ X), and dw_y += g β x
+
+α_r scales rows of E_r, and so may be applied after matmul 2, which need not wait for it. Three matmuls are enough
+because the gradient is made while the logits are at hand, as in Hsu et al. (Liger Kernel, arXiv:2410.10989) and Guo et
+al. (QuACK); others recompute the logits in backward. Yeung et al. ("Balancing pipeline parallelism with vocabulary
+parallelism", arXiv:2411.05288) defer the normaliser in the same way. β stays out of E_r, and is added in fp32: rounded
+to bf16, it would carry nearly all of the gradient's error.
+
+In the code E_r is `unnormalised_probs_mv`, P_r `product_mD`, g α_r `scale_m`, g β `target_m` of `Gradients.add`.
 """
 
 from collections.abc import Iterator
