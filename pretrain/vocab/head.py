@@ -15,8 +15,8 @@ states, W_r [v, D] the rows of rank r, z = x · w the logits, y the target, g th
        matmul 3   dW_r += E_rᵀ (g α_r ⊙ X), and dw_y += g β x
 
 α_r scales rows of E_r, so it can be applied after matmul 2, which does not wait for it. Three matmuls are enough
-because the gradient is made while the logits are in memory, as in Hsu et al. (Liger Kernel, arXiv:2410.10989) and Guo et
-al. (QuACK); others recompute the logits in backward. Yeung et al. ("Balancing pipeline parallelism with vocabulary
+because the gradient is made while the logits are in memory, as in Hsu et al. (Liger Kernel, arXiv:2410.10989) and Guo
+et al. (QuACK); others recompute the logits in backward. Yeung et al. ("Balancing pipeline parallelism with vocabulary
 parallelism", arXiv:2411.05288) defer the normaliser in the same way. β stays out of E_r, and is added in fp32: rounded
 to bf16, it would carry nearly all of the gradient's error.
 
