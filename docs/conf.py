@@ -7,6 +7,7 @@ import re
 project = "Rowshard"
 copyright = "the Rowshard authors, Apache-2.0"
 extensions = ["myst_parser"]
+myst_enable_extensions = ["dollarmath", "amsmath"]  # as GitHub shows mathematics
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Rowshard"
