@@ -23,7 +23,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 @dataclass(frozen=True)
 class Slice:
-    """This rank's part of a tensor. offsets: its first index per dim."""
+    """Part of a tensor on one rank. offsets: its first index per dim."""
 
     name: str
     tensor: Tensor

@@ -1,4 +1,4 @@
-"""Token files in, batches out: a pure function of seed and sample number. loader.py needs torch, the rest does not."""
+"""Token files in, batches out: a pure function of seed and sample number. Only loader.py imports torch."""
 
 from .dataset import IGNORED, Corpus, Data, Window, Windows, open_corpus, open_data
 from .order import Order, Permutation

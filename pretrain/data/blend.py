@@ -1,9 +1,9 @@
-"""Which corpus sample number i of a run is of: weights, kept as closely as whole samples can, and at any place at once.
+"""Blending of corpora: which corpus sample i of a run comes from. Shares follow the weights to within a few samples.
 
-Sample i belongs to the corpus in whose share of the circle the point i·φ⁻¹ falls: a Weyl sequence, which spreads more
-evenly than any random draw (Kuipers & Niederreiter, "Uniform Distribution of Sequences", 1974). So the corpora of a
-batch have nearly their weights' shares, and how many of the first n samples a corpus has is a sum of floors, found in a
-few dozen divisions for any n.
+Each corpus owns an arc of a circle, as long as its share. Sample i comes from the corpus whose arc contains the point
+i·φ⁻¹. This is a Weyl sequence, which is more even than random draws (Kuipers & Niederreiter, "Uniform Distribution of
+Sequences", 1974). The count of a corpus among the first n samples is a sum of floors, computed in a few dozen
+divisions for any n.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,17 @@ TURN = 0x4F1BBCDCBFA53E0B  # CIRCLE / φ, odd
 
 @dataclass(frozen=True)
 class Blend:
-    """weights: of each corpus, from a sample number on; the first number is 0. Only their ratios count."""
+    """Blend of corpora. weights: one per corpus, by the sample number from which they hold; the first number is 0."""
 
     weights: Mapping[int, Sequence[float]]
 
     def shares(self, sample: int) -> list[float]:
-        """Share of each corpus at that sample."""
+        """Share of each corpus at this sample."""
         weights = self.weights[max(begin for begin in self.weights if begin <= sample)]
         return [weight / sum(weights) for weight in weights]
 
     def corpora(self, start: int, stop: int) -> np.ndarray:
-        """The corpus of each of the samples [start, stop), by its place in the weights."""
+        """Corpus of each sample in [start, stop), as an index into the weights."""
         parts = [np.empty(0, np.int64)]
         for first, last, edges in self._stages(start, stop):
             points = np.arange(first, last, dtype=np.uint64) * np.uint64(TURN) % np.uint64(CIRCLE)
@@ -36,7 +36,7 @@ class Blend:
         return np.concatenate(parts)
 
     def counts(self, start: int, stop: int) -> list[int]:
-        """How many of the samples [start, stop) are of each corpus, without looking at them."""
+        """Number of samples in [start, stop) per corpus, without enumerating them."""
         totals = [0] * len(self.weights[0])
         for first, last, edges in self._stages(start, stop):
             below = [_points_below(edge, last) - _points_below(edge, first) for edge in edges]
@@ -44,7 +44,7 @@ class Blend:
         return totals
 
     def _stages(self, start: int, stop: int) -> list[tuple[int, int, list[int]]]:
-        """The stages that samples [start, stop) lie in, with the edges of the corpora's shares of the circle."""
+        """Stages that overlap samples [start, stop): first and last sample, and the ends of the arcs on the circle."""
         begins = sorted(self.weights)
         stages = []
         for begin, end in zip(begins, [*begins[1:], stop], strict=True):
@@ -56,12 +56,15 @@ class Blend:
 
 
 def _points_below(edge: int, n: int) -> int:
-    """How many of the first n points lie in [0, edge)."""
+    """Number of the first n points that lie in [0, edge)."""
     return _floor_sum(n, TURN, CIRCLE, CIRCLE) - _floor_sum(n, TURN, CIRCLE - edge, CIRCLE)
 
 
 def _floor_sum(n: int, a: int, b: int, m: int) -> int:
-    """Σ ⌊(a·i + b) / m⌋ over 0 ≤ i < n, as Euclid divides (Graham, Knuth, Patashnik, "Concrete Mathematics", 3.5)."""
+    """Returns Σ ⌊(a·i + b) / m⌋ for 0 ≤ i < n.
+
+    Euclid's recursion, as in Graham, Knuth, Patashnik, "Concrete Mathematics", 3.5.
+    """
     total = 0
     while n:
         total += (n - 1) * n // 2 * (a // m) + n * (b // m)

@@ -1,8 +1,8 @@
-"""From token files to windows.
+"""Windows of tokens from token files.
 
-The documents of a split form one stream, file after file. Window i holds the inputs [i·T, i·T + T) and, one later,
-their targets; neighbours share a token, so every token but the stream's first is a target once an epoch, also those
-of the last, shorter window.
+The documents of a split form one stream, file after file. Window i has the inputs [i·T, i·T + T) and the targets one
+position later. Neighbouring windows share a token, so every token except the first of the stream is a target once per
+epoch. The last window may be shorter.
 """
 
 import hashlib
@@ -22,31 +22,31 @@ from data_prep.tokenizer_spec import TokenizerSpec
 from ..config.data import DataConfig
 from .blend import Blend
 
-IGNORED = -100  # target of a position that has none
-NAMED_BY = 2**18  # tokens and lengths at each end of a foreign pair that its name is made of
+IGNORED = -100  # target of a position without a target
+NAMED_BY = 2**18  # number of tokens and lengths, at each end of a foreign pair, that its name is hashed from
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Opened token files. A foreign pair has no validation split, no tokenizer and an unknown vocabulary."""
+    """Opened token files of one corpus. A foreign pair has no validation split, tokenizer or vocabulary size."""
 
-    name: str  # a hash of its training tokens: its counter and its order hold wherever the files are moved
+    name: str  # a hash of the training tokens, so that position and order survive a move of the files
     train: tuple[TokenFile, ...]
     val: tuple[TokenFile, ...]
     vocab_size: int | None
-    bytes_of_ids: np.ndarray | None  # length of each id's text; 0 for special tokens
+    bytes_of_ids: np.ndarray | None  # bytes of text per id; 0 for special tokens
     tokenizer: Path | None
     tokenizer_fingerprint: str | None
 
     @property
     def tokens(self) -> int:
-        """For training."""
+        """Number of training tokens."""
         return sum(file.size for file in self.train)
 
 
 @dataclass(frozen=True)
 class Data:
-    """The corpora of a run, by their titles: all of one vocabulary."""
+    """Corpora of a run, by title. All have the same vocabulary."""
 
     corpora: dict[str, Corpus]
     blend: Blend
@@ -73,7 +73,10 @@ class Data:
 
 
 def open_data(config: DataConfig) -> Data:
-    """Opens every corpus. ValueError naming the fault; also where two have other tokenizers, or are the same tokens."""
+    """Opens all corpora.
+
+    Raises ValueError if a corpus is faulty, if two have different tokenizers, or if two have the same tokens.
+    """
     paths = config.paths
     corpora = {title: open_corpus(Path(path)) for title, path in paths.items()}
     weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
@@ -82,27 +85,27 @@ def open_data(config: DataConfig) -> Data:
         if corpus.tokenizer_fingerprint != data.tokenizer_fingerprint:
             first = next(iter(paths))
             raise ValueError(
-                f"data.corpora.{title}={paths[title]} must be tokenised as data.corpora.{first} is: it has another"
-                " tokenizer"
+                f"data.corpora.{title}={paths[title]} must have the tokenizer of data.corpora.{first}: tokenise it"
+                " again"
             )
         for twin in data.corpora.keys() - {title}:
             if data.corpora[twin].name == corpus.name:
-                raise ValueError(f"data.corpora.{title} and data.corpora.{twin} are the same tokens: give one weight")
+                raise ValueError(f"data.corpora.{title} and data.corpora.{twin} have the same tokens: leave one out")
     for corpus in corpora.values():
-        if config.packing == "best_fit" or (config.masked and corpus.tokenizer is None):  # others have `verify`
+        if config.packing == "best_fit" or (config.masked and corpus.tokenizer is None):  # `verify` checks the others
             _check_indices(corpus)
     return data
 
 
 def _check_indices(corpus: Corpus) -> None:
-    """Reads them whole. ValueError on the first fault."""
+    """Reads the indices completely. Raises ValueError at the first fault."""
     for file in (*corpus.train, *corpus.val):
         for fault in file.index_faults():
             raise ValueError(fault)
 
 
 def open_corpus(path: Path) -> Corpus:
-    """Opens and cheaply checks a corpus: manifest, sizes, tokenizer. Raises ValueError naming the fault."""
+    """Opens a corpus. Checks manifest, sizes and tokenizer, not the tokens. Raises ValueError if one is faulty."""
     if (path / MANIFEST_FILE).is_file() or path.is_dir():
         corpus = _open_folder(path)
     elif path.with_name(path.name + ".idx").is_file() or path.suffix in (".bin", ".idx"):
@@ -125,7 +128,7 @@ def _open_folder(path: Path) -> Corpus:
 
 
 def _name_of_pair(file: TokenFile) -> str:
-    """Name of a pair that brings no hashes: from the lengths and the ends of its two files."""
+    """Name of a pair without a manifest: a hash of the sizes and the ends of both files."""
     digest = hashlib.sha256(f"{file.size} {file.sequences}".encode())
     for part in (file.tokens, file.lengths):
         digest.update(part[:NAMED_BY].tobytes() + part[-NAMED_BY:].tobytes())
@@ -133,22 +136,19 @@ def _name_of_pair(file: TokenFile) -> str:
 
 
 class Window(NamedTuple):
-    """tokens, targets: [T] int64, a target IGNORED where there is none. Of several windows, [B, T].
-
-    starts: where in the window the document of each token begins, [T] int64; None where they are not told apart.
-    """
+    """One window, int64 [T], or a batch of windows, [B, T]."""
 
     tokens_T: np.ndarray
-    targets_T: np.ndarray
-    starts_T: np.ndarray | None = None
+    targets_T: np.ndarray  # IGNORED: no target
+    starts_T: np.ndarray | None = None  # where each token's document begins; None: documents are not separated
 
     def row(self, b: int) -> "Window":
-        """One of several, to be filled."""
+        """View of window b of a batch, to be filled."""
         return Window(self.tokens_T[b], self.targets_T[b], None if self.starts_T is None else self.starts_T[b])
 
 
 class DocumentSpan(NamedTuple):
-    """A document's tokens in a window: [start, stop) of it, which begin at the document's token `offset`."""
+    """Part of a document in a window: positions [start, stop), beginning at the document's token `offset`."""
 
     file: TokenFile
     document: int
@@ -158,11 +158,11 @@ class DocumentSpan(NamedTuple):
 
 
 class Windows:
-    """The windows of T tokens over a stream of token files; `masked`: their documents are told apart."""
+    """Windows of T tokens over a stream of token files. masked: separate documents in attention and targets."""
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int, *, masked: bool = False) -> None:
         self.files, self.seq_len, self.masked = files, seq_len, masked
-        self._begins = [0, *accumulate(file.size for file in files)]  # of the files in the stream, and its end
+        self._begins = [0, *accumulate(file.size for file in files)]  # start of each file in the stream, and the end
 
     @property
     def tokens(self) -> int:
@@ -177,14 +177,14 @@ class Windows:
         return window
 
     def empty_batch(self, *batch: int) -> Window:
-        """For one window, or a batch of them; not filled."""
+        """Arrays for one window, or for a batch of the given size. Not initialised."""
         shape = (*batch, self.seq_len)
         return Window(
             np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64) if self.masked else None
         )
 
     def fill(self, index: int, window: Window) -> None:
-        """Window `index`. At the stream's end, and between documents that are told apart, targets are IGNORED."""
+        """Fills `window` with window `index`. Targets past the stream's end or in another document are IGNORED."""
         self._check(index)
         parts = list(self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1))
         pieces = [file.tokens[low:high] for _, file, low, high in parts]
@@ -206,7 +206,7 @@ class Windows:
             raise IndexError(f"window {index} is outside [0, {len(self)})")
 
     def documents(self, index: int) -> list[DocumentSpan]:
-        """The documents that window `index` has tokens of, in their order."""
+        """Documents with tokens in window `index`, in order."""
         parts = []
         for at, file, low, high in self._parts(index * self.seq_len, (index + 1) * self.seq_len):
             begins = [begin for begin in file.document_starts(low, high) if begin > low]
@@ -216,7 +216,7 @@ class Windows:
         return parts
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, int, int]]:
-        """The files that have the stream's tokens [start, stop), with where in that range and in the file they are."""
+        """Yields the files with the tokens [start, stop): offset in that range, file, and range in the file."""
         begin, stop = start, min(stop, self.tokens)
         i = bisect_right(self._begins, start) - 1
         while start < stop:

@@ -1,4 +1,4 @@
-"""Batches for this rank, made ready by a thread while the step before runs."""
+"""Batches of this rank, prepared by a thread during the previous step."""
 
 import queue
 import threading
@@ -16,39 +16,35 @@ from .samples import Samples
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, targets: [B, T] int64 on the rank's device; a target is IGNORED where there is none.
-
-    starts_BT: where in its sequence the document of each token begins; None: they are not told apart.
-    plan: who sends which rows for the lookup of the tokens; None leaves it to the lookup.
-    """
+    """Sequences of one forward and backward: int64 [B, T], on the rank's device."""
 
     tokens_BT: Tensor
-    targets_BT: Tensor
-    starts_BT: Tensor | None = None
-    plan: LookupPlan | None = None
+    targets_BT: Tensor  # IGNORED: no target
+    starts_BT: Tensor | None = None  # where each token's document begins; None: documents are not separated
+    plan: LookupPlan | None = None  # exchange of rows for the lookup of the tokens; None: the lookup plans it
 
     def moved(self, move: Callable[[Tensor], Tensor], plan: LookupPlan | None = None) -> "MicroBatch":
-        """Its tensors elsewhere."""
+        """Returns the micro-batch with `move` applied to its tensors."""
         starts_BT = None if self.starts_BT is None else move(self.starts_BT)
         return MicroBatch(move(self.tokens_BT), move(self.targets_BT), starts_BT, plan)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one global batch; n_targets counts its valid targets."""
+    """Part of one global batch on this rank."""
 
     micro_batches: list[MicroBatch]
-    n_targets: int
+    n_targets: int  # targets that are not IGNORED
 
 
 class BatchLoader:
-    """Serves samples consumed, consumed + 1, ... of the run, `global_batch` a step over all ranks.
+    """Serves the samples of the run in order, `global_batch` per step over all ranks.
 
-    It reads the tokens of all ranks that share the matrix (`shard.world` neighbours), and so plans this rank's part of
-    their lookup, of rows in `dtype`, without a word between them.
+    A rank reads the tokens of its whole vocab group (`shard.world` neighbouring ranks). Therefore it can plan its part
+    of the group's lookup, of rows in `dtype`, without communication.
 
-    Its whole state is how many samples of each corpus were handed out, so it continues at any world size,
-    micro-batch and global batch. Raises ValueError on a token id that is no row of the vocabulary.
+    The state is only the number of samples served per corpus. A run can continue with another number of ranks,
+    micro-batch or global batch. Raises ValueError if a token id is not below the vocabulary size.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class BatchLoader:
         self.consumed = dict(state)
 
     def epochs(self) -> dict[str, float]:
-        """How often each corpus has been gone through, by its title."""
+        """Epochs completed per corpus, by title, as fractions."""
         return self.samples.epochs(self.consumed)
 
     def __next__(self) -> Batch:
@@ -94,18 +90,18 @@ class BatchLoader:
         return Batch([self._to_device(micro) for micro in batch.micro_batches], batch.n_targets)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stop.set()
         while self._ready is not None and self._thread.is_alive():
             try:
-                self._ready.get(timeout=0.05)  # makes room: it may be waiting to put
+                self._ready.get(timeout=0.05)  # makes room: the thread may be blocked in put
             except queue.Empty:
                 continue
 
     def _fill(self, consumed: dict[str, int]) -> None:
         assert self._ready is not None
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a thread starts on GPU 0, and pinning memory would touch it
+            torch.cuda.set_device(self.device)  # a new thread uses GPU 0; pinning memory would allocate there
         while not self._stop.is_set():
             try:
                 self._ready.put(self._batch(consumed))
@@ -121,7 +117,7 @@ class BatchLoader:
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))
 
     def _micro_batch(self, samples: list[tuple[Windows, int]]) -> MicroBatch:
-        """This rank's of the samples of a micro-step."""
+        """Builds this rank's micro-batch from the samples of all ranks."""
         group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
         micro = {}
         for rank in group:
@@ -137,12 +133,12 @@ class BatchLoader:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device. From pinned memory the host does not wait for it."""
+    """Copies to the device. From pinned memory the copy is asynchronous."""
     return tensor.to(device, non_blocking=True)
 
 
 def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
-    """These windows, on the host. ValueError on an id outside [0, vocab_size)."""
+    """Reads these windows to the host. Raises ValueError if an id is outside [0, vocab_size)."""
     batch = samples[0][0].empty_batch(len(samples))
     for b, (windows, index) in enumerate(samples):
         windows.fill(index, batch.row(b))
@@ -152,18 +148,18 @@ def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
 def _checked(batch: Window, vocab_size: int) -> MicroBatch:
     smallest, largest = int(batch.tokens_T.min()), int(max(batch.tokens_T.max(), batch.targets_T.max()))
     if smallest < 0:
-        raise ValueError(f"the data holds id {smallest}: an id must not be negative")
+        raise ValueError(f"the data contains id {smallest}: ids must not be negative")
     if largest >= vocab_size:
-        raise ValueError(f"the data holds id {largest}, but vocab.size={vocab_size}: it needs a larger vocabulary")
+        raise ValueError(f"the data contains id {largest}: vocab.size={vocab_size} must be larger")
     return MicroBatch(*(None if part is None else torch.from_numpy(part) for part in batch))  # type: ignore[arg-type]
 
 
 def validation_batches(
     windows: Windows, most: int, *, batch: int, rank: int, world: int, vocab_size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """The first `most` windows (0: all) in order, dealt to the ranks; every rank gets as many batches.
+    """Yields this rank's batches of the first `most` windows (0: all), in order. All ranks get the same number.
 
-    Where the windows run out a batch is filled up with windows without targets.
+    If there are too few windows for the last batch, it is filled with windows without targets.
     """
     n = min(len(windows), most) if most else len(windows)
     for start in range(0, n, batch * world):

@@ -1,10 +1,10 @@
-"""Windows filled with whole documents: best-fit decreasing (Ding et al., "Fewer Truncations Improve Language Modeling",
-arXiv:2404.10830).
+"""Packing of whole documents into windows: best-fit decreasing (Ding et al., "Fewer Truncations Improve Language
+Modeling", arXiv:2404.10830).
 
-A document of n tokens has n - 1 places to predict from: all its tokens but the last, the end-of-document id, are inputs
-once an epoch, and all but the first are targets. Of a document with more than T places, each T are a window of their
-own; what remains of it, and every shorter document, is put whole where it leaves the least room. The plan is a pure
-function of the documents' lengths.
+A document of n tokens has n - 1 positions with a target: once per epoch, all tokens except the last (the
+end-of-document id) are inputs, and all except the first are targets. A document with more than T positions fills
+windows of T positions each. Its rest, and every shorter document, goes whole into the window with the least free
+space. The plan is a pure function of the documents' lengths.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -19,20 +19,21 @@ from .dataset import IGNORED, DocumentSpan, Window, Windows
 
 
 class PackedWindows(Windows):
-    """Variant of `Windows` that keeps documents apart. Memory: 12 bytes a document, 70 while it is planned."""
+    """Packed variant of `Windows`, with separate documents. Memory: 12 bytes per document, 70 during planning."""
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
         super().__init__(files, seq_len, masked=True)
-        self._before = [0, *accumulate(file.documents for file in files)]  # documents, up to each file
+        self._before = [0, *accumulate(file.documents for file in files)]  # number of documents before each file
         places = np.concatenate([np.maximum(file.document_lengths() - 1, 0) for file in files])
         wholes, rest = np.divmod(places, seq_len)
-        self._long = np.flatnonzero(wholes)  # documents that fill windows alone
-        self._wholes = np.cumsum(wholes[self._long])  # how many, up to and with each
+        self._long = np.flatnonzero(wholes)  # documents that fill whole windows
+        self._wholes = np.cumsum(wholes[self._long])  # number of these windows, cumulative
         pieces = np.flatnonzero(rest)
         bins = best_fit(rest[pieces], seq_len)
         order = np.argsort(bins, kind="stable")
-        self._pieces = pieces[order]  # documents, window by window
-        self._firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))  # of each window, and the end
+        self._pieces = pieces[order]  # documents, by window
+        # First piece of each window, and the end.
+        self._firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
         self.documents_cut, self.places = int((wholes + (rest > 0) > 1).sum()), int(places.sum())
 
     def __len__(self) -> int:
@@ -40,19 +41,17 @@ class PackedWindows(Windows):
 
     @property
     def _shared(self) -> int:
-        """The first windows; after them come those of one long document each."""
+        """Number of windows with packed documents. The windows filled by one long document come after them."""
         return len(self._firsts) - 1
 
     @property
     def waste(self) -> float:
-        """The part of all places that is filled with nothing."""
+        """Fraction of all positions that is padding."""
         return 1 - self.places / (len(self) * self.seq_len)
 
     @property
     def summary(self) -> str:
-        return (
-            f"packed into {len(self):,} windows, {self.waste:.2%} of them empty, {self.documents_cut:,} documents cut"
-        )
+        return f"packed into {len(self):,} windows, {self.waste:.2%} padding, {self.documents_cut:,} documents cut"
 
     def fill(self, index: int, window: Window) -> None:
         assert window.starts_T is not None
@@ -81,20 +80,20 @@ class PackedWindows(Windows):
         return parts
 
     def _document(self, number: int) -> tuple[TokenFile, int]:
-        """Finds a document, numbered over all files: its file, and its number in it."""
+        """Returns the file of a document and its number there. number: counted over all files."""
         i = bisect_right(self._before, number) - 1
         return self.files[i], number - self._before[i]
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item [n], bins numbered from 0. Every size is in [1, capacity].
+    """Returns the bin of each item [n], numbered from 0. Every size must be in [1, capacity].
 
-    The largest items first, each to the bin with the least room that it fits in, else to a new one. Items of one size
-    go together to bins of one room: at most capacity² rounds for any number of items.
+    Items are placed from large to small, each in the bin with the least sufficient room, otherwise in a new bin. Items
+    of equal size are placed together in bins of equal room, in at most capacity² rounds for any number of items.
     """
     order = np.argsort(-sizes, kind="stable")
     bins, made = np.empty(len(sizes), np.int64), 0
-    rooms: list[int] = []  # that some bins have, rising
+    rooms: list[int] = []  # rooms of the open bins, ascending
     having: defaultdict[int, list[np.ndarray]] = defaultdict(list)
 
     def keep(room: int, some: np.ndarray) -> None:

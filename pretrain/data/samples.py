@@ -1,4 +1,4 @@
-"""The samples of a run in their order: which window of which corpus each is."""
+"""Samples of a run in order: the corpus and the window of each."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,11 @@ from .order import Order
 
 
 class Samples:
-    """Blended corpora, each served in an order of its own. `sources`: windows and order of each, by its title.
+    """Blended corpora, each in its own order. sources: windows and order per corpus, by title.
 
-    Where a run stands is how many samples of each corpus it has consumed, by `Order.corpus`. Their sum says which
-    sample of the run is next, and so of which corpus it is; that corpus's own number says which of its windows. So a
-    corpus may come, go, or change its weight, and none is rewound.
+    The position of a run is the number of samples consumed per corpus, by `Order.corpus`. Their sum is the number of
+    the run's next sample and determines its corpus. The corpus's own count determines the window. So corpora can be
+    added, removed or reweighted during a run, and each continues at its own position.
     """
 
     def __init__(self, sources: dict[str, tuple[Windows, Order]], blend: Blend) -> None:
@@ -25,7 +25,7 @@ class Samples:
         return next(iter(self.sources.values()))[0].seq_len
 
     def next(self, consumed: Mapping[str, int], count: int) -> list[tuple[Windows, int]]:
-        """Returns the `count` samples after those consumed: whose window each is, and which."""
+        """Returns the next `count` samples: for each, the corpus's windows and the index of the window."""
         start = sum(consumed.values())
         corpora = self.blend.corpora(start, start + count)
         found = np.empty(count, np.int64)
@@ -36,7 +36,7 @@ class Samples:
         return [(windows[corpus], index) for corpus, index in zip(corpora.tolist(), found.tolist(), strict=True)]
 
     def after(self, consumed: Mapping[str, int], count: int) -> dict[str, int]:
-        """Returns what is consumed once the next `count` samples are."""
+        """Returns the position after the next `count` samples."""
         start = sum(consumed.values())
         counts = self.blend.counts(start, start + count)
         orders = [order for _, order in self.sources.values()]
@@ -44,5 +44,5 @@ class Samples:
         return {**consumed, **added}
 
     def epochs(self, consumed: Mapping[str, int]) -> dict[str, float]:
-        """How often each corpus has been gone through, by its title."""
+        """Epochs completed per corpus, by title, as fractions."""
         return {title: consumed.get(order.corpus, 0) / len(windows) for title, (windows, order) in self.sources.items()}

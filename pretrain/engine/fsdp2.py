@@ -87,6 +87,6 @@ class FSDP2Engine:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor."""
+    """Part of a DTensor on this rank."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local()

@@ -40,7 +40,7 @@ class Stage0Weights:
         apply_clip(self._gradients(), factor)
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's gradients for the next optimizer step. Changed in place."""
+        """Gradients on this rank for the next optimizer step. The caller changes them in place."""
         return [parameter.grad for parameter in self.stepped() if parameter.grad is not None]
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face in and out. The names are in the modules: most of them need torch."""
+"""Import from and export to Hugging Face. Import names from the modules: most of them need torch."""

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a folder that `transformers` loads."""
+"""Exports a checkpoint as a folder that `transformers` can load."""
 
 import json
 from collections.abc import Iterator
@@ -34,12 +34,12 @@ def export(
     embed_scale: float = 1.0,
     source: SpecialTokens | None = None,
 ) -> int:
-    """Writes OUT, whole or not at all; the number of its parameters. The matrix has V rows there, none of padding.
+    """Writes the folder `out` atomically. Returns the number of parameters. The matrix has V rows, without padding.
 
-    embed_scale: of what the lookup hands out. The embedding is multiplied by it, so that a tied model has two there.
-    source: the special tokens of the model that the run began with, which stay as they were; null: a text begins and
-    ends with the end of a document. materialize_head: a tied model, too, has its head in the files, for readers that
-    look for it. Raises ValueError if OUT is not free or transformers has no such model, OSError on a full disk.
+    embed_scale: the embedding is multiplied by it; a tied model with a factor other than 1 becomes untied.
+    source: special tokens of the model that the run started from, which are kept; None: the end-of-document token is
+    bos and eos. materialize_head: also write the head of a tied model, for readers that expect it.
+    Raises ValueError if `out` exists or transformers has no equal model, OSError if the disk is full.
     """
     family = FAMILIES[model.family].hugging_face
     one = OUTPUT not in checkpoint.shapes
@@ -73,7 +73,10 @@ def streams(
     output: str | None,
     embed_scale: float,
 ) -> list[Streamed]:
-    """Their tensors. Of the body, one is read at a time; of the matrix, some rows. output: what of ours is the head."""
+    """Tensors of the Hugging Face model, read while written: one of the body, or some rows of the matrix, at a time.
+
+    output: name of our tensor that becomes the head; None: no head.
+    """
     rows, width = checkpoint.manifest["vocab_size"], model.width
 
     def matrix(theirs: str, ours: str, scale: float = 1.0) -> Streamed:
@@ -113,7 +116,7 @@ def _zeros(length: int) -> Iterator[Tensor]:
 
 
 def _write_weights(folder: Path, tensors: list[Streamed]) -> None:
-    """One file, or several and their index."""
+    """Writes one file, or several files and their index."""
     files: list[list[Streamed]] = [[]]
     for tensor in tensors:
         if files[-1] and sum(other.bytes for other in files[-1]) + tensor.bytes > FILE_BYTES:

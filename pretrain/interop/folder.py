@@ -1,7 +1,7 @@
-"""A folder of a Hugging Face model, read by rows: `config.json`, and safetensors in one file or several.
+"""Reads the folder of a Hugging Face model by rows: `config.json`, and safetensors in one or more files.
 
-Nothing is read that is not asked for: of the matrix, a rank reads the rows that it owns. Names and shapes are read
-without torch: a launcher looks at them before any rank starts.
+Only requested rows are read: of the matrix, a rank reads its own rows. Names and shapes are read without torch, because
+launchers check them before any rank starts.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # ours, in a checkpoint
+EMBEDDING, OUTPUT = "embedding.weight", "head.weight"  # our names, in a checkpoint
 PIECE_BYTES = 64 << 20
-DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in a file
+DTYPES = ("F64", "F32", "BF16", "F16")  # supported dtypes of weights
 
 
 class HFModel:
-    """A model in a folder, by our names. ValueError, naming folder and fault, where our body cannot be it.
+    """Hugging Face model in a folder, by our tensor names. Raises ValueError if a feature of it is not supported.
 
     model: settings of our body; vocab_size: V; tie: tied or untied.
     """
@@ -45,7 +45,7 @@ class HFModel:
         self.format = self.family.hugging_face
         try:
             self.model: ModelConfig = self.format.model(self.config)
-        except (ValueError, TypeError, AttributeError) as error:  # the latter of values of another type
+        except (ValueError, TypeError, AttributeError) as error:  # the last two from values of a wrong type
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         self._opened: dict[tuple[Path, str], Any] = {}
         self.files = self._find()
@@ -62,7 +62,7 @@ class HFModel:
     def vocab_size(self) -> int:
         embedding = self._named(self.format.embedding)
         if embedding not in self.files:
-            only = f", only {HEAD}, but {CONFIG} does not say tie_word_embeddings=true" if HEAD in self.files else ""
+            only = f", only {HEAD}, but {CONFIG} does not have tie_word_embeddings=true" if HEAD in self.files else ""
             raise ValueError(f"{self.folder} has no tensor {self.format.prefix}{self.format.embedding}{only}")
         rows = next(iter(self._look(embedding).get_shape()), 0)
         said = self.config.get("vocab_size", rows)
@@ -75,8 +75,8 @@ class HFModel:
         return "tied" if self.config.get("tie_word_embeddings", self.format.tied) else "untied"
 
     def rows(self, name: str, start: int, stop: int) -> "Tensor":
-        """Rows [start, stop) of our tensor of that name, in the dtype of the file."""
-        import torch  # only now: looking at a folder needs none
+        """Reads rows [start, stop) of our tensor `name`, in the dtype of the file."""
+        import torch  # imported late: names and shapes do not need it
 
         mapping, parts, first = self.mappings[name], [], 0
         for theirs, rows in mapping.theirs.items():
@@ -88,7 +88,7 @@ class HFModel:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _check_names(self) -> None:
-        """Every tensor has its place and its shape. Reads the files' headers; of a tied model's own head, all of it."""
+        """Checks names and shapes of all tensors. Reads only headers, except for a separate head of a tied model."""
         known = set()
         for mapping in self.mappings.values():
             for theirs in mapping.theirs:
@@ -99,7 +99,7 @@ class HFModel:
             known.add(HEAD)
         for theirs in sorted(self.files.keys() - known):
             if not theirs.endswith(self.format.buffers):
-                raise ValueError(f"{self.files[theirs]} has tensor {theirs}, which has no place in our body")
+                raise ValueError(f"{self.files[theirs]} has tensor {theirs}, which our body does not have")
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self.files:
@@ -107,33 +107,33 @@ class HFModel:
         part = self._look(name)
         found, dtype = tuple(part.get_shape()), part.get_dtype()
         if found != expected:
-            raise ValueError(f"{self.files[name]}: {name} has shape {found}, but {CONFIG} means {expected}")
+            raise ValueError(f"{self.files[name]}: {name} has shape {found}, but {CONFIG} implies {expected}")
         if dtype not in DTYPES:
-            raise ValueError(f"{self.files[name]}: {name} is of {dtype}, and must be of {', '.join(DTYPES)}")
+            raise ValueError(f"{self.files[name]}: {name} has dtype {dtype}, must be one of {', '.join(DTYPES)}")
 
     def _check_head(self, rows: int, width: int) -> None:
-        """A tied model's head, where its file has one, is its embedding. The only check that needs torch: for bf16."""
+        """Checks that a tied model's head, if stored, equals its embedding. Needs torch, for bf16."""
         self._check_shape(HEAD, (rows, width))
         head, embedding = self._read(HEAD), self._read(self._named(self.format.embedding))
         for low, high in pieces(0, rows, 4 * width):
             if not head[low:high].equal(embedding[low:high]):
                 raise ValueError(
-                    f"{self.folder} has an {HEAD} that is not its embedding, but {CONFIG} says (or does not deny)"
-                    " tie_word_embeddings=true: write there which it is"
+                    f"{self.folder} has an {HEAD} that differs from its embedding, but {CONFIG} has"
+                    " tie_word_embeddings=true (or this default): set tie_word_embeddings there"
                 )
 
     def _named(self, theirs: str) -> str:
-        """The name in the files. Of a tied model they may have the one matrix under the head's name alone."""
+        """Name of a tensor in the files. A tied model may have its matrix only under the name of the head."""
         name = theirs if theirs == HEAD else self.prefix + theirs
         alone = theirs == self.format.embedding and self.tie == "tied" and name not in self.files
         return HEAD if alone and HEAD in self.files else name
 
     def _look(self, name: str) -> Any:
-        """A tensor's shape and dtype."""
+        """Tensor for its shape and dtype; does not need torch."""
         return self._slice(name, "np")
 
     def _read(self, name: str) -> Any:
-        """A tensor whose slices are torch's."""
+        """Tensor whose slices are torch tensors."""
         return self._slice(name, "pt")
 
     def _slice(self, name: str, framework: str) -> Any:
@@ -143,7 +143,7 @@ class HFModel:
             raise ValueError(f"{self.files[name]}: {error}") from error
 
     def _open(self, path: Path, framework: str = "np") -> Any:
-        """A safetensors file, mapped; "pt" imports torch. Raises ValueError if it is not one."""
+        """Opens a safetensors file, memory-mapped; "pt" imports torch. Raises ValueError if it cannot be read."""
         if (path, framework) not in self._opened:
             try:
                 refuse_pointer(path)
@@ -153,9 +153,9 @@ class HFModel:
         return self._opened[path, framework]
 
     def _find(self) -> dict[str, Path]:
-        """Which file has which tensor. Never a pickle."""
+        """Returns the file of each tensor. Never reads a pickle."""
         folder, path = self.folder, self.folder / WEIGHTS
-        if path.is_file():  # before an index, which may be another model's: `transformers` leaves what it finds
+        if path.is_file():  # before an index: `transformers` does not delete an old index when it saves one file
             return dict.fromkeys(self._open(path).keys(), path)
         if (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")
@@ -163,12 +163,12 @@ class HFModel:
                 raise ValueError(f"{folder / INDEX}: weight_map is missing")
             return {name: folder / str(file) for name, file in weight_map.items()}
         pickled = next(folder.glob("pytorch_model*.bin"), None)
-        instead = f": {pickled} is a pickle, which is not read; save it as safetensors" if pickled else ""
+        instead = f": {pickled} is a pickle, which is not read; save the model as safetensors" if pickled else ""
         raise ValueError(f"{path} is missing{instead}")
 
 
 def pieces(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) cut into ranges of rows of at most PIECE_BYTES."""
+    """Yields consecutive ranges of rows in [start, stop), each of at most PIECE_BYTES."""
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for low in range(start, stop, step):
         yield low, min(low + step, stop)

@@ -1,4 +1,4 @@
-"""What must hold of a Hugging Face model that a run begins with: `init_from=hf:DIR`. No torch: launchers ask."""
+"""Checks of `init_from=hf:DIR`, the Hugging Face model that a run starts from. Imports no torch, for launchers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,17 @@ from .folder import HFModel
 
 
 def check_initial(init_from: str, model: ModelConfig, vocab: VocabConfig, rows: int, tokenizer: Path | None) -> str:
-    """A warning, or nothing.
+    """Checks that a run can start from these weights. Returns a warning, or "".
 
-    Raises ValueError if a run of that model, `rows` and data's tokenizer cannot begin with these weights.
+    rows: the run's vocabulary size. tokenizer: the data's, None if unknown. Settings that do not affect the weights may
+    differ, for example the context of a Llama. A tied model may continue untied, with two equal matrices.
 
-    A setting that no weight depends on may differ, as the context of a Llama. A tied model may go on untied, from two
-    equal matrices.
+    Raises ValueError if model, vocabulary or tokenizer do not match.
     """
     found = HFModel(folder_of(init_from))
     family = found.family
     if model.family != family.name:
-        raise ValueError(f"model.family={model.family} must be {family.name}, which {init_from} is")
+        raise ValueError(f"model.family={model.family} must be {family.name}, the family of {init_from}")
     theirs, ours, their_vocab = family.explicit(found.model), family.explicit(model), VocabConfig(**family.vocab)
     free = family.without_weights
     other = [f"model.{key}={_text(theirs[key])}" for key in theirs if theirs[key] != ours[key] and key not in free]
@@ -40,15 +40,15 @@ def check_initial(init_from: str, model: ModelConfig, vocab: VocabConfig, rows: 
         raise ValueError(f"init_from={init_from} has other settings than this run: give {' '.join(other)}")
     spec, _, why = tokenizer_of(found)
     if spec is None or tokenizer is None:
-        why = "the data brings none" if tokenizer is None else why
-        return f"init_from={init_from}: its tokenizer is not compared with the data's: {why}"
+        why = "the data has none" if tokenizer is None else why
+        return f"init_from={init_from}: its tokenizer cannot be compared with the data's: {why}"
     if not spec.has_rows_of(TokenizerSpec.load(tokenizer)):
         raise ValueError(f"init_from={init_from} has another tokenizer than {tokenizer}: its rows mean other tokens")
     return ""
 
 
 def special_tokens(init_from: str) -> SpecialTokens:
-    """The special tokens of the model that a run begins with."""
+    """Special tokens of the model that a run starts from."""
     return tokens_with_rows(HFModel(folder_of(init_from)))
 
 
@@ -58,12 +58,15 @@ def tokens_with_rows(found: HFModel) -> SpecialTokens:
 
 class FoundTokenizer(NamedTuple):
     spec: TokenizerSpec | None
-    special: SpecialTokens  # the ones that have a row
-    remark: str  # why there is no spec, or what it lacks
+    special: SpecialTokens  # special tokens with a row in the matrix
+    remark: str  # why there is no spec, or what the spec lacks
 
 
 def tokenizer_of(found: HFModel) -> FoundTokenizer:
-    """The folder's tokenizer. One unused token beyond the matrix is left out; ValueError if it has more of them."""
+    """Reads the tokenizer of the folder. One unused token without a row in the matrix is left out.
+
+    Raises ValueError if more tokens have no row, or if a used token has no row.
+    """
     special, rows = tokens_with_rows(found), found.vocab_size
     try:
         spec = from_hf(found.folder)
@@ -77,8 +80,8 @@ def tokenizer_of(found: HFModel) -> FoundTokenizer:
     if len(beyond) > 1 or used & set(beyond.values()) or max(spec.ranks.values()) >= rows:
         named = f": {', '.join(beyond)}" if beyond else ""
         raise ValueError(
-            f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {rows:,}{named}: give the"
-            " matrix their rows (transformers: model.resize_token_embeddings(len(tokenizer))), or take them out of the"
+            f"{found.folder}: its tokenizer has {spec.vocab_size:,} ids, its matrix {rows:,}{named}: add rows to the"
+            " matrix (transformers: model.resize_token_embeddings(len(tokenizer))), or remove the tokens from the"
             " tokenizer"
         )
     (name,) = beyond

@@ -1,8 +1,8 @@
-"""Tokenizers of byte-level BPE: tiktoken's ranks and pattern, and Hugging Face's tokenizer.json.
+"""Converts byte-level BPE tokenizers from tiktoken's ranks and pattern to Hugging Face's tokenizer.json.
 
-tiktoken joins, of all neighbours that make a token, the pair whose token has the lowest rank. Hugging Face joins pairs
-by a list. So the list has every pair that makes a token, in the order of the tokens' ranks; and, as tiktoken does, a
-word that is a token is not built up from pairs (`ignore_merges`).
+tiktoken repeatedly merges the neighbouring pair whose token has the lowest rank. Hugging Face merges pairs in the order
+of a list. Therefore the list contains every pair that makes a token, ordered by the rank of that token. A word that is
+itself a token is not built from pairs in tiktoken; `ignore_merges` does the same.
 """
 
 from typing import Any
@@ -14,9 +14,11 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 
 
 def to_hf(spec: TokenizerSpec, context: int, source: SpecialTokens | None = None) -> dict[str, dict[str, Any]]:
-    """The files, by name. source: special tokens of the model that a run began with; they keep names and
-    meaning. Their ids for a text are those of the spec, except that they take special tokens' names in a text for the
-    tokens. Raises ValueError if its pattern cannot be written for `tokenizers`.
+    """Returns the contents of the tokenizer files, by name.
+
+    source: special tokens of the model that the run started from; their names and roles are kept. The ids of a text
+    equal the spec's, except that names of special tokens in the text become these tokens.
+    Raises ValueError if the pattern cannot be converted for `tokenizers`.
     """
     of_byte = characters()
     written = {token: "".join(of_byte[byte] for byte in token) for token in spec.ranks}
@@ -27,7 +29,7 @@ def to_hf(spec: TokenizerSpec, context: int, source: SpecialTokens | None = None
     try:
         pattern = oniguruma(spec.pattern)
     except ValueError as error:
-        raise ValueError(f"tokenizer {spec.name} cannot be written for transformers: {error}") from error
+        raise ValueError(f"tokenizer {spec.name} cannot be converted for transformers: {error}") from error
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -64,7 +66,7 @@ def to_hf(spec: TokenizerSpec, context: int, source: SpecialTokens | None = None
 
 
 def _begins_with(source: SpecialTokens) -> dict[str, Any]:
-    """A step that puts bos before a text."""
+    """Post-processor that puts bos before a text."""
     name = next(name for name, id in source.names.items() if id == source.bos)
     bos, text, other = {"SpecialToken": {"id": name, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1)
     return {
@@ -80,7 +82,7 @@ def _sequence(name: str, kind: int) -> dict[str, Any]:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes a token, by the rank of what it makes, then of its parts."""
+    """Returns every pair of tokens that makes a token, ordered by the ranks of the token and its two parts."""
     found = [
         (rank, ranks[left], ranks[right], left, right)
         for token, rank in ranks.items()
@@ -90,8 +92,9 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def oniguruma(pattern: str) -> str:
-    """tiktoken's pattern for the engine of `tokenizers`, to which {n,m}+ is a repetition, and $ the end of a line.
+    """Converts tiktoken's pattern for Oniguruma, the engine of `tokenizers`.
 
-    ValueError where it has what is not translated.
+    There, {n,m}+ is a repeated group, not a possessive quantifier, and $ is the end of a line. Raises ValueError if the
+    pattern has a feature that is not converted.
     """
     return "".join(translated(pattern, "(?>{}{})", {"$": r"\z"}))

@@ -1,4 +1,4 @@
-"""Fills a model of ours with the weights of a Hugging Face model. Apart from folder.py because it needs torch."""
+"""Loads weights of a Hugging Face model into ours. Separate from folder.py because it needs torch."""
 
 from typing import Any
 
@@ -14,16 +14,14 @@ from .folder import EMBEDDING, OUTPUT, HFModel, pieces
 
 
 def initialise(init_from: str, state: ModelState) -> None:
-    """Puts the weights into a model that has not been trained. Each rank reads its rows; collectives: the engine's."""
+    """Loads the weights into an untrained model. Each rank reads its rows. Collectives: the engine's."""
     tensors: dict[str, Any] = dict(state.tensors())
     fill(tensors, HFModel(folder_of(init_from)))
     state.load(tensors, step=0)
 
 
 def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model as it is in the folder, for reading; the matrix split over the ranks of the default group, if there is
-    one.
-    """
+    """Loads the model of the folder for inference. The matrix is sharded over the default process group, if any."""
     with torch.device("meta"):
         body = found.model.body()
     config = VocabConfig(tie=found.tie, **found.family.vocab)
@@ -33,10 +31,10 @@ def load_model(found: HFModel, device: torch.device, dtype: torch.dtype = torch.
 
 
 def fill(tensors: dict[str, Any], found: HFModel) -> None:
-    """Puts the weights into tensors and DTensors of our names, of these what lies on this rank. No collective.
+    """Copies the weights into tensors and into the local parts of DTensors, by our names. No collective.
 
-    Optimizer states are not changed, nor are the padding rows of the matrix, those from V on. If the source is tied and
-    the model untied, both matrices get the embedding.
+    Optimizer states and the padding rows of the matrix (from V on) do not change. If the source is tied and the model
+    untied, both matrices get the embedding.
     """
     sources = {name: name for name in found.mappings} | {OUTPUT: OUTPUT if OUTPUT in found.mappings else EMBEDDING}
     for name, source in sources.items():

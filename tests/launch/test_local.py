@@ -246,7 +246,7 @@ def test_ids_beyond_the_vocabulary_stop_the_run(tmp_path):
     prefix = write_tokens(tmp_path / "tokens", vocab_size=97)
     done = run(f"launch/local.py data.path={prefix} vocab.size=50 run.dir={tmp_path}/run {SMALL}")
     assert done.returncode == 1
-    assert "the data holds id 96, but vocab.size=50" in done.stderr and "Traceback" not in done.stderr
+    assert "the data contains id 96: vocab.size=50 must be larger" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

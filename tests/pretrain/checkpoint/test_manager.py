@@ -317,9 +317,7 @@ def test_a_checkpoint_of_another_model_is_named(good, changes, expected):
 def test_a_checkpoint_with_more_tensors_is_of_another_model(tmp_path):
     run_ranks(1, save, tmp_path, {"vocab__tie": "untied"})
     for ((kind, message),) in run_ranks(2, failures, [tmp_path]):
-        assert (
-            kind is CheckpointError and "has tensor head.weight, this model does not: it belongs to another" in message
-        )
+        assert kind is CheckpointError and "has tensor head.weight, this model does not: it belongs" in message
 
 
 def test_a_newer_checkpoint_of_another_model_is_no_reason_to_fall_back(copies, tmp_path):

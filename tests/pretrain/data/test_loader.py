@@ -126,7 +126,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(loader):
 def test_an_id_that_is_no_row_is_named(loader):
     largest = SEQ_LEN * WINDOWS - 1
     batch = loader(global_batch=WINDOWS, shard=VocabShard.of(0, 1, largest))
-    with pytest.raises(ValueError, match=rf"holds id {largest}, but vocab\.size={largest}: it needs a larger"):
+    with pytest.raises(ValueError, match=rf"contains id {largest}: vocab\.size={largest} must be larger"):
         next(batch)
 
 
@@ -135,7 +135,7 @@ def test_a_negative_id_is_named(tmp_path):
     with open(tmp_path / "a.bin", "r+b") as file:
         file.write(np.array([5, -3], "<i4").tobytes())
     windows = Windows((TokenFile(tmp_path / "a"),), 4)
-    with pytest.raises(ValueError, match="holds id -3: an id must not be negative"):
+    with pytest.raises(ValueError, match="contains id -3: ids must not be negative"):
         loading.read([(windows, 0)], 70_000)
 
 

@@ -102,9 +102,9 @@ def test_a_wrong_setting_is_named(settings, message):
 def test_corpora_must_share_a_tokenizer_and_differ_in_tokens(tmp_path):
     one, same = (make_corpus(tmp_path / name, train=100) for name in ("one", "same"))
     other = write_tokens(tmp_path / "other", np.arange(50), 100).prefix
-    with pytest.raises(ValueError, match=r"data.corpora.b=.* must be tokenised as data.corpora.a is"):
+    with pytest.raises(ValueError, match=r"data.corpora.b=.* must have the tokenizer of data.corpora.a"):
         open_data(DataConfig(corpora={"a": str(one), "b": str(other)}))
-    with pytest.raises(ValueError, match=r"data.corpora.a and data.corpora.b are the same tokens"):
+    with pytest.raises(ValueError, match=r"data.corpora.a and data.corpora.b have the same tokens"):
         open_data(DataConfig(corpora={"a": str(one), "b": str(same)}))
     longer = make_corpus(tmp_path / "longer", train=300)
     data = open_data(DataConfig(corpora={"a": str(one), "b": str(longer)}, stages={7: {"a": 3.0, "b": 1.0}}))

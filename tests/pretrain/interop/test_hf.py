@@ -283,7 +283,7 @@ def test_a_tensor_that_its_file_lacks_and_numbers_that_are_no_weights(hf, tmp_pa
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("ln_f.weight"))
     save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
-    with pytest.raises(ValueError, match=rf"{name} is of I8, and must be of F64"):
+    with pytest.raises(ValueError, match=rf"{name} has dtype I8, must be one of F64"):
         HFModel(source)
     file.unlink()
     part = source / "model-00001-of-00001.safetensors"
@@ -308,9 +308,9 @@ WRONG = {
     "a number of heads": ("llama tied", {"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 must be a whole number"),
     "another vocabulary": ("gpt2 tied", {"vocab_size": 999}, "has 260 rows, but config.json says vocab_size=999"),
     "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json means (41, 24)"),
-    "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which has no place in our body"),
+    "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which our body does not have"),
     "no head": ("gpt2 tied", {"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
-    "two matrices, tied": ("gpt2 untied, exact gelu", {"tie_word_embeddings": True}, "that is not its embedding"),
+    "two matrices, tied": ("gpt2 untied, exact gelu", {"tie_word_embeddings": True}, "that differs from its embedding"),
 }
 
 

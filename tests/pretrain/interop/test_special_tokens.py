@@ -156,7 +156,7 @@ def test_a_tokenizer_that_cannot_be_compared_is_told(llama3, tmp_path):
     write_tokens(tmp_path / "tokens", 262)
     config = config_of(folder, tmp_path / "run", tmp_path / "tokens")
     check_job(config, 1, "cpu", warn=told.append)
-    assert len(told) == 1 and f"init_from=hf:{folder}: its tokenizer is not compared with the data's" in told[0]
+    assert len(told) == 1 and f"init_from=hf:{folder}: its tokenizer cannot be compared with the data's" in told[0]
     list(import_model([f"hf={folder}", f"run={tmp_path / 'imported'}", "vocab.multiple=8"]))
     config.run.dir, config.init_from, told[:] = str(tmp_path / "imported"), None, []
     check_job(config, 1, "cpu", warn=told.append)
@@ -172,11 +172,11 @@ def test_one_unused_token_beyond_the_matrix_is_left_out(llama3, tmp_path):
     list(export_model([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}"]))
     assert len(models.transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 262
     add_tokens(folder, NAMES | {"[PAD]": 262, "[MASK]": 263})
-    with pytest.raises(ValueError, match=r"its matrix 262: \[PAD\], \[MASK\]: give the matrix their rows"):
+    with pytest.raises(ValueError, match=r"its matrix 262: \[PAD\], \[MASK\]: add rows to the matrix"):
         list(import_model([f"hf={folder}", f"run={tmp_path / 'run2'}"]))
     add_tokens(folder, NAMES | {"<|im_end|>": 262})
     rewrite(folder / "tokenizer_config.json", eos_token="<|im_end|>", pad_token=None)
-    with pytest.raises(ValueError, match=r"its matrix 262: <\|im_end\|>: give the matrix"):
+    with pytest.raises(ValueError, match=r"its matrix 262: <\|im_end\|>: add rows"):
         list(import_model([f"hf={folder}", f"run={tmp_path / 'run2'}"]))
 
 
@@ -195,7 +195,7 @@ def test_a_tied_matrix_under_the_heads_name_alone(tmp_path, kind, sharded):
     found = HFModel(folder)
     assert found.tie == "tied" and torch.equal(found.rows("embedding.weight", 0, 260), expected)
     rewrite(folder / "config.json", tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"has no tensor .*, only lm_head.weight, but config.json does not say"):
+    with pytest.raises(ValueError, match=r"has no tensor .*, only lm_head.weight, but config.json does not have"):
         HFModel(folder)
 
 

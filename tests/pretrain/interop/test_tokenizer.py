@@ -125,7 +125,7 @@ def test_patterns_for_another_engine():
 @pytest.mark.parametrize("pattern", ["(?:ab){1,2}+|.", "^aa|.", "(?s:.)+"])
 def test_a_pattern_that_the_other_engine_reads_otherwise_is_refused(pattern):
     spec = TokenizerSpec("x", pattern, {END_OF_DOCUMENT: 256}, {bytes([byte]): byte for byte in range(256)})
-    with pytest.raises(ValueError, match="tokenizer x cannot be written for transformers"):
+    with pytest.raises(ValueError, match="tokenizer x cannot be converted for transformers"):
         to_hf(spec, 8)
 
 
