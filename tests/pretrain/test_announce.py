@@ -12,7 +12,7 @@ from tests.pretrain.tiny import tiny_config, write_tokens
 @pytest.mark.parametrize(
     "every,said", [(4, ["the data has no validation split, so eval.every=4 has no effect"]), (0, [])]
 )
-def test_missing_validation_split_is_one_line(tmp_path, every, said):
+def test_missing_validation_split_prints_one_line(tmp_path, every, said):
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", eval__every=every)
     assert not_validated(config, check_job(config, 1, "cpu")) == said
 

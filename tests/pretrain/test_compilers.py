@@ -20,43 +20,43 @@ def machine(request, monkeypatch):
     return request.param
 
 
-def test_a_machine_with_a_compiler_and_headers_passes(machine):
+def test_machine_with_compiler_and_headers_passes(machine):
     check_compilers(machine[0], compiles=True, masked=True, environment=os.environ)
 
 
-def test_no_compiler_is_named_with_what_to_install(machine, monkeypatch, tmp_path):
+def test_missing_compiler_names_package(machine, monkeypatch, tmp_path):
     device, _, package = machine
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=rf"cannot be run .*install {package.replace('+', '.')} and python3-dev"):
         check_compilers(device, compiles=True, masked=False, environment=os.environ)
 
 
-def test_a_variable_that_names_no_compiler_is_named(machine, monkeypatch):
+def test_invalid_compiler_variable_is_named(machine, monkeypatch):
     device, variable, _ = machine
     monkeypatch.setenv(variable, "/gone/away")
     with pytest.raises(ValueError, match=f"{variable}=/gone/away cannot be run"):
         check_compilers(device, compiles=True, masked=False, environment=os.environ)
 
 
-def test_a_python_without_headers_is_named(machine, monkeypatch, tmp_path):
+def test_missing_python_headers_are_named(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(ValueError, match=f"Python.h is missing from {tmp_path}"):
         check_compilers(machine[0], compiles=True, masked=False, environment=os.environ)
 
 
-def test_without_triton_the_settings_that_need_it_are_named(monkeypatch):
+def test_missing_triton_names_settings(monkeypatch):
     monkeypatch.setattr(compilers, "find_spec", lambda _: None)
     check_compilers("cuda", compiles=False, masked=False, environment=os.environ)
     with pytest.raises(ValueError, match=r"^data\.documents=masked must have Triton .* set data\.documents=causal$"):
         check_compilers("cuda", compiles=False, masked=True, environment=os.environ)
 
 
-def test_a_cpu_run_that_compiles_nothing_needs_no_compiler(monkeypatch, tmp_path):
+def test_cpu_run_without_compile_needs_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     check_compilers("cpu", compiles=False, masked=True, environment=os.environ)
 
 
-def test_a_start_without_a_compiler_is_refused_in_one_line(tokens, tmp_path):  # noqa: F811
+def test_start_without_compiler_prints_one_line(tokens, tmp_path):  # noqa: F811
     run, empty = tmp_path / "run", tmp_path / "empty"
     empty.mkdir()
     environment = {"PATH": str(empty), "CXX": "g++", "CUDA_VISIBLE_DEVICES": ""}

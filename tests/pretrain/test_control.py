@@ -14,7 +14,7 @@ def saves(failed: bool = False) -> SimpleNamespace:
     return SimpleNamespace(failed=lambda: failed, longest=0.0)
 
 
-def test_the_highest_reason_counts():
+def test_highest_reason_wins():
     requests = StopRequests()
     control = RunControl(TrainingConfig(time_limit="1s"), requests)
     assert control.reason() is StopReason.NONE
@@ -27,7 +27,7 @@ def test_the_highest_reason_counts():
 
 
 @pytest.mark.parametrize("left,reason", [(30.0, StopReason.REQUESTED), (90.0, StopReason.NONE)])
-def test_the_deadline_of_the_job_is_a_request(monkeypatch, left, reason):
+def test_job_deadline_requests_stop(monkeypatch, left, reason):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     control = RunControl(TrainingConfig(), StopRequests())
@@ -35,6 +35,6 @@ def test_the_deadline_of_the_job_is_a_request(monkeypatch, left, reason):
     assert control.reason() is reason
 
 
-def test_a_deadline_that_is_no_time_is_named():
+def test_invalid_deadline_raises():
     with pytest.raises(ValueError, match=r"^ROWSHARD_DEADLINE=soon in the environment must be a unix time$"):
         RunControl(TrainingConfig(), StopRequests()).watch_saves(saves(), 60.0, {"ROWSHARD_DEADLINE": "soon"})

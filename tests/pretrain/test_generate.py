@@ -20,7 +20,7 @@ def text_of(rank: int, world: int, run: Path) -> str:
     return "".join(generate(settings, torch.device("cpu")))
 
 
-def test_an_untied_model_gives_the_same_text_alone_and_on_two_ranks(tmp_path):
+def test_untied_model_gives_same_text_on_two_ranks(tmp_path):
     data = make_corpus(tmp_path / "data")
     config = tiny_config(data, tmp_path / "run", vocab__size=None, vocab__tie="untied", train__steps=3)
     freeze(config, open_data(config.data))

@@ -113,5 +113,5 @@ def test_training_reads_the_device_through_one_function(tmp_path, engine):
     assert run_ranks(2, reads_of_training, config) == [set(), set()]
 
 
-def test_on_host_keeps_the_numbers():
+def test_on_host_keeps_values():
     assert on_host(torch.arange(3)).tolist() == [0, 1, 2]

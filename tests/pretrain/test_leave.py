@@ -41,7 +41,7 @@ def exit_codes(script):
     return [rank.returncode for rank in ranks], said
 
 
-def test_collectives_in_flight_do_not_abort_a_rank_that_has_finished():
+def test_pending_collectives_do_not_abort_finished_rank():
     codes, said = exit_codes(RANK + "\nleave(work)")
     assert codes == [0, 0] and said == [("done; at exit\n", "")] * 2
 
@@ -55,7 +55,7 @@ def test_collectives_in_flight_do_not_abort_a_rank_that_has_finished():
         ("1 / 0", 1, ("", "ZeroDivisionError: division by zero\n")),
     ],
 )
-def test_exit_code_and_output_are_those_of_main(end, code, said):
+def test_exit_code_and_output_match_main(end, code, said):
     script = "import atexit, sys\nfrom pretrain.exits import leave\natexit.register(print, 'at exit')\n"
     script += f"def work():\n    {end}\nleave(work)"
     ended = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, timeout=60)

@@ -27,13 +27,13 @@ def device_of(local_rank: int, gpus: int, monkeypatch: pytest.MonkeyPatch) -> to
 
 
 @pytest.mark.parametrize("local_rank,gpus,index", [(0, 8, 0), (3, 8, 3), (3, 1, 0), (0, 1, 0)])
-def test_rank_takes_its_gpu_or_the_only_one_it_sees(monkeypatch, local_rank, gpus, index):
+def test_rank_uses_its_gpu_or_only_visible_one(monkeypatch, local_rank, gpus, index):
     device = device_of(local_rank, gpus, monkeypatch)
     assert device == torch.device("cuda", index)
     name_rank(device)  # DeepSpeed reads it
     assert os.environ["LOCAL_RANK"] == str(index)
 
 
-def test_fewer_gpus_than_ranks_is_one_clear_error(monkeypatch):
+def test_fewer_gpus_than_ranks_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"^LOCAL_RANK=3 must be below 2, the GPUs that this rank sees: "):
         device_of(3, 2, monkeypatch)

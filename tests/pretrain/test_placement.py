@@ -40,7 +40,7 @@ def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_loss_sends_the_bytes_of_the_estimate(world):
+def test_loss_traffic_matches_estimate(world):
     rows, width, tokens = 96, 2048, 64
     work = Workload(rows, width, matrices=1, tokens=tokens, micro_batches=1, itemsize=2, state=8)
     told = sum(one.sent for one in transfers(world, work, world) if one.kind != "all-to-all")
@@ -48,32 +48,32 @@ def test_the_loss_sends_the_bytes_of_the_estimate(world):
         assert sent == told
 
 
-def test_tokens_cross_for_less_than_weights_until_there_are_as_many_as_rows():
+def test_tokens_are_cheaper_than_weights_below_row_count():
     for tokens, cheaper in ((LLAMA3.rows // 64, True), (LLAMA3.rows // 4, False)):
         work = replace(LLAMA3, tokens=tokens)
         assert (estimate(8, work, NODE).sent < weights_gathered(work, NODE).sent) == cheaper
 
 
 @pytest.mark.parametrize("work", [LLAMA3, GPT2, replace(LLAMA3, matrices=2)], ids=["llama3", "gpt2", "untied"])
-def test_a_copy_for_each_node(work):
+def test_auto_chooses_one_copy_per_node(work):
     """Within a node the tokens cross behind the matmuls; between nodes they would not."""
     assert choose_parallel("auto", work, NODE).ranks == 8
     assert choose_parallel("auto", work, NODES).ranks == 8
 
 
-def test_one_copy_each_where_tokens_are_many_and_rows_few():
+def test_auto_chooses_one_copy_per_rank_for_small_vocabulary():
     work = Workload(rows=1000, width=1024, matrices=1, tokens=65_536, micro_batches=1, itemsize=2, state=8)
     assert choose_parallel("auto", work, Machine.of("cpu", 8, 8)).ranks == 1
 
 
-def test_memory_decides_between_sizes_as_fast():
+def test_memory_breaks_ties_between_equal_times():
     """Bound by matmuls, four and eight ranks of a node take the same time, and eight hold half as much."""
     times = [estimate(p, LLAMA3, NODE).seconds for p in (4, 8)]
     assert abs(times[0] / times[1] - 1) < 0.05
     assert choose_parallel("auto", LLAMA3, NODE).ranks == 8
 
 
-def test_auto_says_why():
+def test_auto_explains_choice():
     why = choose_parallel("auto", LLAMA3, NODES).why
     assert why.startswith("vocab.parallel=auto: 8 of 64 ranks share a copy\n")
     lines = why.splitlines()
@@ -83,7 +83,7 @@ def test_auto_says_why():
 
 
 @pytest.mark.parametrize("asked,better", [("1", 8), ("64", 8), ("8", None), ("4", None)])
-def test_who_sets_it_clearly_worse_is_told(asked, better):
+def test_much_slower_setting_warns(asked, better):
     parallel = choose_parallel(asked, GPT2, NODES)
     assert parallel.ranks == int(asked)
     if better:
@@ -92,11 +92,11 @@ def test_who_sets_it_clearly_worse_is_told(asked, better):
         assert parallel.why == ""
 
 
-def test_a_size_that_does_not_divide_the_ranks():
+def test_size_must_divide_ranks():
     with pytest.raises(ValueError, match=r"vocab\.parallel=4 must divide the number of ranks, 6"):
         choose_parallel("4", GPT2, Machine.of("cpu", 6, 6))
 
 
-def test_alone_there_is_nothing_to_say():
+def test_single_rank_prints_nothing():
     parallel = choose_parallel("auto", GPT2, Machine.of("cpu", 1, 1))
     assert parallel.ranks == 1 and parallel.why == ""

@@ -20,12 +20,12 @@ PUBLISHED = {
 OURS = ("nano", "llama_tiny")  # of no publication; no set: its order would differ between processes of tests
 
 
-def test_every_preset_has_a_published_count():
+def test_every_preset_has_published_count():
     assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*PUBLISHED, *OURS}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_count_is_the_published_one(name):
+def test_parameter_count_matches_published(name):
     rows, matrices, published = PUBLISHED[name]
     config = configured(f"model={name}")
     body, matrix = counts(config, rows)
@@ -35,7 +35,7 @@ def test_parameter_count_is_the_published_one(name):
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *OURS])
-def test_default_sequence_is_sane_to_train_at(name):
+def test_default_sequence_length_is_limited(name):
     config = configured(f"model={name}")
     assert config.seq_len == min(config.model.context, 8192)
 
@@ -51,7 +51,7 @@ def test_tie_of_the_command_line_wins():
 
 
 @pytest.mark.parametrize("base,tie", [("family/llama", "tied"), ("llama_8b", "untied")])
-def test_model_of_ones_own_inherits_the_tie(tmp_path: Path, base, tie):
+def test_user_model_inherits_tie(tmp_path: Path, base, tie):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "own.yaml").write_text(f"defaults: [{base}@_here_, _self_]\nlayers: 3\ncontext: 131072\n")
     config = configured(f"hydra.searchpath=[file://{tmp_path}]", "model=own")

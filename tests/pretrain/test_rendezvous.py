@@ -64,18 +64,18 @@ def start(*arguments: str, **environment: object) -> subprocess.CompletedProcess
     ],
     ids=["gloo", "nccl", "interface"],
 )
-def test_a_librarys_words_are_one_line_without_a_backtrace(said, shown):
+def test_library_error_is_one_line_without_backtrace(said, shown):
     assert words(RuntimeError(said)) == shown
     assert hopeless(RuntimeError(said)) == ("ib0" in said)
 
 
-def test_what_a_library_raises_while_the_ranks_meet_is_not_a_lost_rank():
+def test_rendezvous_error_is_not_a_lost_rank():
     with pytest.raises(NotMet, match="remote process exited") as caught, in_its_words():
         raise dist.DistBackendError(NCCL)
     assert not caught.value.hopeless
 
 
-def test_a_rank_without_peers_says_how_many_came(monkeypatch, capfd):
+def test_timeout_names_number_of_ranks_that_joined(monkeypatch, capfd):
     place(monkeypatch)
     with pytest.raises(NotMet, match=r"1 of 2 ranks came within 0\.2 s") as caught:
         meet(timedelta(seconds=0.2))
@@ -83,7 +83,7 @@ def test_a_rank_without_peers_says_how_many_came(monkeypatch, capfd):
     assert "rank 0 of 2 waits for the others at 127.0.0.1:0" in capfd.readouterr().err
 
 
-def test_a_rank_waits_for_the_first_one(monkeypatch):
+def test_rank_waits_for_rank_0(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place(monkeypatch, rank=1, port=free.getsockname()[1])
@@ -91,7 +91,7 @@ def test_a_rank_waits_for_the_first_one(monkeypatch):
             meet(timedelta(seconds=0.2))
 
 
-def test_a_host_that_does_not_exist_is_not_waited_for(monkeypatch):
+def test_unknown_host_fails_immediately(monkeypatch):
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -103,7 +103,7 @@ def test_a_host_that_does_not_exist_is_not_waited_for(monkeypatch):
     assert caught.value.hopeless
 
 
-def test_a_rank_too_many_does_not_join_those_that_have_met(monkeypatch):
+def test_extra_rank_cannot_join(monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place(monkeypatch, rank=1, port=store.port)
     store.add("came-0", 2)
@@ -112,14 +112,14 @@ def test_a_rank_too_many_does_not_join_those_that_have_met(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "two"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1"), ("RANK", "2")])
-def test_an_environment_that_names_no_rank_is_one_clear_error(monkeypatch, name, value):
+def test_incomplete_environment_raises(monkeypatch, name, value):
     place(monkeypatch)
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}={value} in the environment must be"):
         meet(timedelta(seconds=1))
 
 
-def test_a_taken_port_is_named_and_may_be_tried_again(frozen):
+def test_taken_port_is_named_and_retried(frozen):
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
         taken.listen()
@@ -143,7 +143,7 @@ def at(port: int) -> dict[str, object]:
     ],
     ids=["gloo", "nccl", "a later group's interface", "no peers"],
 )
-def test_a_rank_ends_with_a_librarys_words(monkeypatch, capsys, error, ending, said):
+def test_last_line_of_rank_is_library_error(monkeypatch, capsys, error, ending, said):
     """Its last line is what restarts.jsonl shows."""
 
     def fails(path):
@@ -157,7 +157,7 @@ def test_a_rank_ends_with_a_librarys_words(monkeypatch, capsys, error, ending, s
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_interface_that_does_not_exist_is_named_and_not_tried_again(tmp_path):
+def test_unknown_interface_is_named_and_not_retried(tmp_path):
     tokens = write_tokens(tmp_path / "tokens", vocab_size=97)
     settings = "model.layers=1 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.precision=fp32"
     run = f"nproc=2 data.path={tokens} vocab.size=97 run.dir={tmp_path}/run train.steps=1"
@@ -169,7 +169,7 @@ def test_an_interface_that_does_not_exist_is_named_and_not_tried_again(tmp_path)
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", **at(29_999)}])
-def test_left_over_variables_without_peers_mean_alone(monkeypatch, environment):
+def test_stale_variables_without_peers_mean_single_process(monkeypatch, environment):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (environment | {"RANK": "1"}).items():
@@ -178,7 +178,7 @@ def test_left_over_variables_without_peers_mean_alone(monkeypatch, environment):
         assert device.type in ("cpu", "cuda") and not dist.is_initialized()
 
 
-def test_a_sample_under_left_over_variables_says_what_it_waits_for(monkeypatch, capsys, tmp_path):
+def test_generate_with_stale_variables_says_what_it_waits_for(monkeypatch, capsys, tmp_path):
     place(monkeypatch)
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000001/manifest.json").touch()

@@ -31,7 +31,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("tie,precision", [("tied", "fp32"), ("untied", "auto")])
-def test_resuming_is_exact_to_the_last_bit(tmp_path, tie, precision):
+def test_resume_is_bit_exact(tmp_path, tie, precision):
     data = write_tokens(tmp_path / "tokens")
     settings = {"train__steps": 20, "vocab__tie": tie, "train__precision": precision}
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
@@ -56,14 +56,14 @@ def on_two_ranks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("world,vocab_parallel", [(1, 1), (4, 4), (4, 2)])
-def test_a_run_goes_on_at_another_world_size(on_two_ranks, tmp_path, world, vocab_parallel):
+def test_run_continues_at_other_world_size(on_two_ranks, tmp_path, world, vocab_parallel):
     parts = Path(shutil.copytree(on_two_ranks / "parts", tmp_path / "parts"))
     run_ranks(world, train_rank, tiny_config(on_two_ranks / "tokens", parts, vocab__parallel=vocab_parallel))
     assert len(losses(parts)) == 20
     np.testing.assert_allclose(losses(parts), losses(on_two_ranks / "straight"), rtol=1e-5)
 
 
-def test_the_position_is_counted_in_samples(tmp_path):
+def test_position_is_counted_in_samples(tmp_path):
     """Two ranks, then three with a global batch of another size: no sample twice, none left out."""
     data = write_tokens(tmp_path / "tokens")
     settings = {"train__steps": 30, "eval__every": 0}
@@ -90,7 +90,7 @@ def train_until_signalled(rank: int, world: int, config: JobConfig, number: int)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_saves_all_at_a_step_edge(tmp_path, number):
+def test_signal_to_one_rank_saves_on_all_ranks(tmp_path, number):
     data = write_tokens(tmp_path / "tokens")
     settings = {"train__steps": 100_000, "optim__schedule": "wsd"}
     run_ranks(2, train_until_signalled, tiny_config(data, tmp_path / "run", **settings), number)
@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_saves_all_at_a_step_edge(tmp_path, number):
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
-def test_a_finished_run_is_left_alone(tmp_path):
+def test_finished_run_does_not_change(tmp_path):
     data = write_tokens(tmp_path / "tokens")
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "run"))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
@@ -110,7 +110,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert len(losses(tmp_path / "run")) == 20
 
 
-def test_a_deadline_leaves_time_for_a_step_and_two_saves(monkeypatch):
+def test_deadline_reserves_a_step_and_two_saves(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -132,11 +132,11 @@ def test_a_deadline_leaves_time_for_a_step_and_two_saves(monkeypatch):
 
 
 @pytest.mark.parametrize("text,seconds", [("4h", 14400), ("1d12h30m5s", 131405), ("90m", 5400), (None, None)])
-def test_a_time_limit_is_read(text, seconds):
+def test_time_limit_is_parsed(text, seconds):
     assert TrainingConfig(time_limit=text).time_limit_seconds == seconds
 
 
-def test_of_a_frozen_configuration_only_a_group_that_came_later_may_be_missing(tmp_path):
+def test_frozen_config_may_lack_only_newer_groups(tmp_path):
     frozen = asdict(tiny_config(tmp_path, tmp_path / "a"))
     del frozen["monitor"]
     assert build_config(OmegaConf.create(frozen)).monitor == MonitorConfig()

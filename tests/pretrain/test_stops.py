@@ -49,7 +49,7 @@ def stopped_while_evaluating(rank: int, world: int, config: JobConfig, number: i
 
 
 @pytest.mark.parametrize("number,step", [(signal.SIGTERM, 8), (signal.SIGUSR1, 12)], ids=["in between", "at the end"])
-def test_an_evaluation_that_is_cut_short_is_done_after_the_resume(tmp_path, number, step):
+def test_interrupted_evaluation_is_repeated_after_resume(tmp_path, number, step):
     """Also where nothing else would have been logged at its step, and where it was the last thing left to do."""
     settings = {"train__steps": 12, "eval__every": step // 2, "log__every": 5, "checkpoint__every": 4}
     data = make_corpus(tmp_path / "data")
@@ -83,17 +83,17 @@ def test_an_evaluation_that_is_cut_short_is_done_after_the_resume(tmp_path, numb
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_whose_fault_an_error_is(error, device, peer):
+def test_errors_are_classified(error, device, peer):
     """What is both is the device's."""
     assert (device_error(error), lost_peer(error)) == (device, peer)
 
 
-def test_a_limit_on_hanging_is_no_negative_number():
+def test_negative_hang_timeout_raises():
     with pytest.raises(ValueError, match=r"train\.hang_timeout=-1 must not be negative \(0: never\)"):
         TrainingConfig(hang_timeout=-1)
 
 
-def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
+def test_signal_during_exit_does_not_kill_rank():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         with StopRequests(after=signal.SIG_IGN) as requests:
@@ -106,7 +106,7 @@ def test_a_request_that_comes_while_the_rank_ends_does_not_kill_it():
             signal.signal(number, handler)
 
 
-def test_a_hang_up_is_a_request_unless_it_was_ignored():
+def test_sighup_requests_stop_unless_ignored():
     """nohup starts a process this way."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -123,7 +123,7 @@ def test_a_hang_up_is_a_request_unless_it_was_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_request_before_the_meeting_ends_the_wait_only_when_it_lasts(monkeypatch):
+def test_early_signal_ends_only_long_rendezvous(monkeypatch):
     ended = threading.Event()
     with StopRequests() as requests:
         with requests.ending(ended.set):
@@ -141,7 +141,7 @@ def test_a_request_before_the_meeting_ends_the_wait_only_when_it_lasts(monkeypat
             assert ended.wait(10)
 
 
-def test_a_lock_that_a_lost_node_still_holds_is_waited_for(tmp_path, monkeypatch):
+def test_rank_waits_for_lock_of_lost_node(tmp_path, monkeypatch):
     """For a while: then it is an error of a kind that another start may mend."""
     config = tiny_config(tmp_path, tmp_path / "run")
     first = SimpleNamespace(rank=0)

@@ -49,7 +49,7 @@ def charts_of(tied: ReportRun, untied: ReportRun) -> dict[str, Chart]:
     return {chart.title: chart for section in sections(tied, untied) for chart in section.charts}
 
 
-def test_the_facts_are_those_of_the_runs(runs):
+def test_facts_match_runs(runs):
     found = {name: cells for name, *cells in facts(*pair(runs))}
     matrix = VOCAB * 24
     one, other = BODY + matrix, BODY + 2 * matrix
@@ -61,7 +61,7 @@ def test_the_facts_are_those_of_the_runs(runs):
         assert told == f"{last['loss']:.4f}"
 
 
-def test_the_curves_are_those_of_the_runs(runs):
+def test_curves_match_runs(runs):
     charts = charts_of(*pair(runs))
     lines = [json.loads(line) for line in (runs["untied"] / "metrics.jsonl").read_text().splitlines()]
     by_name = {line.name: line.points for line in charts["Training loss"].lines}
@@ -73,14 +73,14 @@ def test_the_curves_are_those_of_the_runs(runs):
         assert all(np.isfinite([y for _, y in line.points]).all() for line in chart.lines), chart.title
 
 
-def test_a_split_run_shows_its_drift(runs):
+def test_untied_run_shows_drift(runs):
     split = pair(runs, untied="split")
     (drift,) = charts_of(*split)["Drift since the split"].lines
     assert drift.name == "untied" and len(drift.points) == STEPS - 4
     assert "The untied run was tied up to step 4: its curves begin as one matrix." in warnings(*split)
 
 
-def test_what_else_differs_is_a_warning(runs):
+def test_other_differences_warn(runs):
     """What could change a loss, that is: `monitor` and how long a rank may hang cannot."""
     assert list(warnings(*pair(runs, tied="plain"))) == [
         "Another setting differs: seed is 8 when tied, and 7 when not.",
@@ -90,7 +90,7 @@ def test_what_else_differs_is_a_warning(runs):
 
 
 @pytest.mark.parametrize("last,told", [(9, []), (6, [LATER]), (0, [])])
-def test_last_losses_of_different_steps_are_a_warning(runs, tmp_path, last, told):
+def test_last_losses_at_different_steps_warn(runs, tmp_path, last, told):
     """The tied run was evaluated at its end, the untied one at `last`; 0: never."""
     evaluated = {kind: tmp_path / kind for kind in ("tied", "untied")}
     for (kind, folder), end in zip(evaluated.items(), (STEPS, last), strict=True):
@@ -104,7 +104,7 @@ def test_last_losses_of_different_steps_are_a_warning(runs, tmp_path, last, told
     assert list(warnings(*pair(evaluated))) == told
 
 
-def test_the_page_is_drawn(runs, tmp_path):
+def test_page_is_rendered(runs, tmp_path):
     out = tmp_path / "tie.html"
     command = [sys.executable, "-m", "pretrain.tie_report", f"tied={runs['tied']}", f"untied={runs['split']}"]
     done = subprocess.run([*command, f"out={out}"], capture_output=True, text=True, timeout=100)
@@ -121,7 +121,7 @@ def test_the_page_is_drawn(runs, tmp_path):
     assert "NaN" not in text and f"{BODY + VOCAB * 24:,}" in text and "<script" not in text
 
 
-def test_a_token_is_no_part_of_the_page(runs, monkeypatch):
+def test_token_text_is_escaped(runs, monkeypatch):
     monkeypatch.setattr(ReportRun, "text", lambda self, row: "</table><script>")
     assert "<script" not in page(*pair(runs))
 
@@ -140,7 +140,7 @@ def test_a_token_is_no_part_of_the_page(runs, monkeypatch):
         (["both={tied}"], "must be tied=, untied= or out=; see --help"),
     ],
 )
-def test_a_wrong_command_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_command_prints_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
     from pretrain.commands import tie_report as command
 
     quiet, empty = tmp_path / "quiet", tmp_path / "empty"

@@ -63,7 +63,7 @@ def one_step_in_float64(rank: int, world: int, config: JobConfig):
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 @pytest.mark.parametrize("world,vocab_parallel", LAYOUTS)
-def test_one_step_is_the_dense_step_in_float64(tmp_path, world, vocab_parallel, tie):
+def test_one_step_matches_dense_in_float64(tmp_path, world, vocab_parallel, tie):
     data = write_tokens(tmp_path / "tokens")
     config = tiny_config(data, tmp_path / "run", vocab__parallel=vocab_parallel, vocab__tie=tie)
     dense = DenseModel(config, torch.float64)
@@ -86,7 +86,7 @@ def test_one_step_is_the_dense_step_in_float64(tmp_path, world, vocab_parallel, 
 
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
-def test_twenty_steps_are_the_dense_steps(tmp_path, tie):
+def test_twenty_steps_match_dense(tmp_path, tie):
     data = write_tokens(tmp_path / "tokens")
     truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie)).losses
     assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
@@ -111,7 +111,7 @@ def initial_rows(rank: int, world: int, config: JobConfig):
     return rows, {name: p.full_tensor().detach() for name, p in model.body.named_parameters()}
 
 
-def test_initial_weights_are_the_same_bits_for_every_layout(tmp_path):
+def test_initial_weights_are_equal_for_every_layout(tmp_path):
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", vocab__tie="untied")
     dense = DenseModel(config, torch.float32)
     whole = {"embedding.weight": dense.weight, "head.weight": dense.head_weight}
@@ -124,7 +124,7 @@ def test_initial_weights_are_the_same_bits_for_every_layout(tmp_path):
                 assert torch.equal(parameter, dense.body.get_parameter(name))
 
 
-def test_ignored_targets_at_the_end_of_the_data_do_not_count(tmp_path):
+def test_ignored_targets_do_not_count(tmp_path):
     """The last window is short; the loss is divided by the targets that are there, on every rank alike."""
     data = write_tokens(tmp_path / "tokens", documents=3)
     settings = {"train__steps": 3, "train__global_batch": 12}
@@ -141,7 +141,7 @@ def test_ignored_targets_at_the_end_of_the_data_do_not_count(tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_non_finite_gradient_stops_run_before_save(tmp_path):
     data = write_tokens(tmp_path / "tokens")
     config = tiny_config(data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0, checkpoint__every=1)
     with pytest.raises(AssertionError, match=r"FloatingPointError: the gradient's norm is (nan|inf) at step"):
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(t
     assert saved_tensors(tmp_path / "run")
 
 
-def test_the_best_by_validation_loss_stays(tmp_path):
+def test_best_checkpoint_by_validation_loss_is_kept(tmp_path):
     """Evaluated before it is saved, at the same step; a rate that is far too high makes the first the best."""
     rules = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_best": 1, "eval__every": 2}
     wild = {"optim__lr": 0.5, "optim__warmup_steps": 4, "optim__clip": 0.0}

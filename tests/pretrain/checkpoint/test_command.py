@@ -43,7 +43,7 @@ def steps(run: Path) -> list[int]:
     return [int(folder.name[5:]) for folder in checkpoints(run)]
 
 
-def test_a_process_lists_or_exits_with_2(run):
+def test_process_lists_or_exits_with_2(run):
     call = [sys.executable, "-m", "pretrain.checkpoint", "list", f"run={run}"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 7
@@ -51,7 +51,7 @@ def test_a_process_lists_or_exits_with_2(run):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: run=/nowhere has no checkpoint\n")
 
 
-def test_list_tells_what_there_is(run):
+def test_list_shows_every_checkpoint(run):
     (checkpoints(run)[0] / "manifest.json").write_text("{")
     checkpoints(run)[-1].rename(run / "checkpoints/damaged-step-00000012")
     done = command("list", f"run={run}")
@@ -103,7 +103,7 @@ def test_verify_names_every_fault(run):
         (["keep=0"], [2, 4, 6, 8, 10, 12]),
     ],
 )
-def test_prune_goes_by_the_rules(run, rules, left):
+def test_prune_follows_rules(run, rules, left):
     (run / "checkpoints/.tmp-step-00000014").mkdir()
     done = command("prune", f"run={run}", *rules)
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_prune_goes_by_the_rules(run, rules, left):
     assert f"{len(left)} checkpoints stay" in done.stdout
 
 
-def test_prune_leaves_what_is_damaged_and_a_run_at_work(run):
+def test_prune_keeps_damaged_checkpoints_and_running_runs(run):
     (checkpoints(run)[0] / "manifest.json").write_text("{")
     with open(run / ".ranks.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -134,13 +134,13 @@ def test_prune_leaves_what_is_damaged_and_a_run_at_work(run):
         (["prune", "run=RUN", "step=4"], "prune goes by rules, and takes no step"),
     ],
 )
-def test_a_wrong_command_is_one_line(six, arguments, expected):
+def test_invalid_command_prints_one_line(six, arguments, expected):
     done = command(*(argument.replace("RUN", str(six)) for argument in arguments))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert expected in done.stderr
 
 
-def test_help_needs_no_run():
+def test_help_works_without_run():
     for arguments in ([], ["--help"], ["prune", "-h"]):
         done = command(*arguments)
         assert done.returncode == 0 and "keep_every" in done.stdout

@@ -123,14 +123,14 @@ def copies(good, tmp_path):
     ids=["tied", "untied, empty shards"],
 )
 @pytest.mark.parametrize("world,parallel", [(2, "auto"), (4, "2")])
-def test_saved_at_one_split_and_loaded_at_others(tmp_path, world, parallel, changes):
+def test_checkpoint_loads_at_other_world_sizes(tmp_path, world, parallel, changes):
     run_ranks(world, save, tmp_path, {**changes, "vocab__parallel": parallel})
     for loaders, axis in [(1, "auto"), (2, "1"), (3, "auto"), (4, "auto")]:
         for right, _ in run_ranks(loaders, load, tmp_path, {**changes, "vocab__parallel": axis}):
             assert right, f"{loaders} ranks with vocab.parallel={axis} got something else"
 
 
-def test_generators_go_on_where_they_were(tmp_path):
+def test_random_generators_are_restored(tmp_path):
     saved = run_ranks(2, save, tmp_path)
     loaded = [numbers for _, numbers in run_ranks(2, load, tmp_path)]
     assert all(map(torch.equal, saved, loaded)) and not torch.equal(*saved)
@@ -151,13 +151,13 @@ def test_generators_go_on_where_they_were(tmp_path):
         ({"keep": 1, "keep_every": 3}, [3, 4]),
     ],
 )
-def test_keep(tmp_path, rules, left):
+def test_rules_keep_expected_checkpoints(tmp_path, rules, left):
     run_ranks(1, save, tmp_path, {f"checkpoint__{key}": value for key, value in rules.items()}, (1, 2, 3, 4))
     assert [folder.name for folder in checkpoints(tmp_path)] == [f"step-{step:08d}" for step in left]
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
-def test_leftovers_are_no_checkpoints_and_go_away(good, copies):
+def test_leftovers_are_ignored_and_removed(good, copies):
     folder = copies("run")
     run = folder.parents[1]
     folder.with_name(".tmp-step-00000009").mkdir()
@@ -172,7 +172,7 @@ def test_leftovers_are_no_checkpoints_and_go_away(good, copies):
     assert not (unfinished / "shard-00007-model-00001-of-00001.safetensors").exists()
 
 
-def test_a_step_that_is_saved_stays(good, copies):
+def test_saved_step_is_not_saved_again(good, copies):
     folder = copies("run")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     run_ranks(2, save, folder.parents[1])
@@ -219,7 +219,7 @@ def edit_text(folder: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_where_all_are_damaged_it_does_not_start_over(copies):
+def test_run_with_only_damaged_checkpoints_does_not_start(copies):
     """Every rank names the fault, and nothing is renamed: the next start says so again."""
     folders = {name: copies(name) for name in SPOILS}
     for name, (spoil, _) in SPOILS.items():
@@ -233,7 +233,7 @@ def test_where_all_are_damaged_it_does_not_start_over(copies):
     assert all(folder.is_dir() for folder in folders.values())
 
 
-def test_another_format_is_an_error_and_no_damage(copies):
+def test_other_format_version_raises(copies):
     folder = copies("future")
     edit_manifest(folder, format_version=9)
     for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
@@ -254,7 +254,7 @@ def fall_back(rank, world, runs):
     return results
 
 
-def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_taken(copies):
+def test_damaged_checkpoint_is_set_aside_for_older_one(copies):
     """And its step can be saved again. Two are damaged, in different ways: both are named."""
     runs = {}
     for name, (spoil, _) in SPOILS.items():
@@ -286,14 +286,14 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_is_taken(copies):
         ]
 
 
-def test_what_was_set_aside_is_remembered(copies):
+def test_checkpoint_set_aside_prevents_new_start(copies):
     folder = copies("run")
     folder.rename(folder.with_name("damaged-step-00000003"))
     for ((kind, message),) in run_ranks(2, failures, [folder.parents[1]]):
         assert kind is DamagedCheckpoint and "damaged-step-00000003 was set aside" in message
 
 
-def test_reading_alone_names_what_it_cannot_read(copies):
+def test_unreadable_tensor_is_named(copies):
     folder = copies("truncated")
     os.truncate(folder / "shard-00002-model-00001-of-00001.safetensors", 100)
     with pytest.raises(CheckpointError, match=f"{folder} cannot be read: .*header"):
@@ -309,18 +309,18 @@ def test_reading_alone_names_what_it_cannot_read(copies):
         ({"vocab_size": 1000}, "embedding.weight has shape [312, 3], this model needs [1000, 3]"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named(good, changes, expected):
+def test_checkpoint_of_other_model_raises(good, changes, expected):
     for ((kind, message),) in run_ranks(2, failures, [good], changes):
         assert kind is CheckpointError and expected in message
 
 
-def test_a_checkpoint_with_more_tensors_is_of_another_model(tmp_path):
+def test_checkpoint_with_extra_tensor_raises(tmp_path):
     run_ranks(1, save, tmp_path, {"vocab__tie": "untied"})
     for ((kind, message),) in run_ranks(2, failures, [tmp_path]):
         assert kind is CheckpointError and "has tensor head.weight, this model does not: it belongs" in message
 
 
-def test_a_newer_checkpoint_of_another_model_is_no_reason_to_fall_back(copies, tmp_path):
+def test_newest_checkpoint_of_other_model_prevents_fallback(copies, tmp_path):
     folder = copies("run")
     run_ranks(2, save, tmp_path / "other", {"model__width": 6})
     shutil.copytree(tmp_path / "other/checkpoints/step-00000003", folder.with_name("step-00000008"))
@@ -398,7 +398,7 @@ def save_on_a_full_disk(rank, world, run, leaving):
     return messages
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path):
+def test_full_disk_keeps_last_checkpoint(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", run], capture_output=True, timeout=10)
@@ -417,7 +417,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path):
 
 
 @pytest.mark.parametrize("world,parallel", [(1, "auto"), (2, "auto"), (4, "2")])
-def test_an_asynchronous_save_is_the_synchronous_one_bit_for_bit(tmp_path, world, parallel):
+def test_asynchronous_save_equals_synchronous_save(tmp_path, world, parallel):
     facts = []
     for asynchronous in (False, True):
         run = tmp_path / str(asynchronous)
@@ -465,7 +465,7 @@ def save_while_training_goes_on(rank, world, run):
     return waited, seen
 
 
-def test_training_goes_on_while_the_files_are_written_and_a_second_save_waits(tmp_path):
+def test_training_continues_during_save_and_second_save_waits(tmp_path):
     for waited, seen in run_ranks(2, save_while_training_goes_on, tmp_path):
         assert waited > 0.2 and seen == ["step-00000003"]
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
@@ -481,7 +481,7 @@ def train_with_late_copies(rank, world, config):
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
-def test_a_save_copied_behind_the_next_step_has_nothing_of_it(tmp_path, engine):
+def test_update_waits_for_copy_of_save(tmp_path, engine):
     data = write_tokens(tmp_path / "tokens")
     settings = {"engine": {"name": engine}, "train__steps": 4, "checkpoint__every": 1}
     late, straight = (tiny_config(data, tmp_path / name, **settings) for name in ("late", "straight"))
@@ -523,12 +523,12 @@ def copied(rank, world, run, what):
         (4, "drift", "embedding.weight: ranks 1 and 3 hold the same rows, but with different values"),
     ],
 )
-def test_shards_must_differ_and_replicas_must_not(tmp_path, world, what, expected):
+def test_equal_shards_and_different_replicas_raise(tmp_path, world, what, expected):
     for messages in run_ranks(world, copied, tmp_path, what):
         assert all(expected in message for message in messages), messages
 
 
-def test_shards_of_nothing_but_padding_may_be_alike(tmp_path):
+def test_padding_shards_may_be_equal(tmp_path):
     settings = {"vocab_size": 3, "vocab__multiple": 8, "vocab__tie": "untied"}
     run_ranks(4, check_shards, tmp_path, settings)
 
@@ -538,12 +538,12 @@ def check_shards(rank, world, run, changes):
 
 
 @pytest.mark.parametrize("key", ["every", "keep", "keep_every", "keep_best", "reserve_seconds"])
-def test_a_wrong_setting_is_named(key):
+def test_invalid_setting_raises(key):
     with pytest.raises(ValueError, match=rf"checkpoint\.{key}=-1 must not be negative"):
         CheckpointConfig(**{key: -1})
 
 
-def test_the_best_are_kept():
+def test_best_checkpoints_are_kept():
     losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: float("nan"), 7: 9.0}
     assert CheckpointConfig(keep=1).kept(losses) == {7}
     assert CheckpointConfig(keep=1, keep_best=1).kept(losses) == {2, 7}

@@ -12,7 +12,7 @@ from pretrain.checkpoint.tensor_file import Slice, file_name, write_slices
 
 
 @pytest.mark.parametrize("piece", [7, 8 << 20])
-def test_safetensors_reads_it_back(tmp_path, monkeypatch, piece):
+def test_safetensors_reads_file_back(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(tensor_file, "PIECE_BYTES", piece)
     tensors = {
         "fp32": torch.randn(5, 3),
@@ -31,7 +31,7 @@ def test_safetensors_reads_it_back(tmp_path, monkeypatch, piece):
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
 
 
-def test_torch_finds_each_slice_at_its_place(tmp_path):
+def test_torch_finds_slices_at_their_offsets(tmp_path):
     whole = torch.randn(7, 4)
     write_slices(tmp_path / file_name(0), [Slice("rows", whole[:4], (0, 0))])
     write_slices(tmp_path / file_name(1), [Slice("rows", whole[4:], (4, 0)), Slice("bias", whole[0], (0,))])
@@ -43,7 +43,7 @@ def test_torch_finds_each_slice_at_its_place(tmp_path):
         assert file.metadata()["format"] == "pt"
 
 
-def test_a_failed_write_leaves_no_file(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(KeyError):
         write_slices(tmp_path / file_name(0), [Slice("whole numbers", torch.arange(3), (0,))])
     assert not [*tmp_path.iterdir()]

@@ -46,7 +46,7 @@ class Example:
         del local
 
 
-def test_a_field_has_its_type_default_and_comment():
+def test_describe_returns_type_default_and_text():
     assert describe(Example) == {
         "required": Setting(int, MISSING, "must be given"),
         "delay": Setting(float, 1.5, "seconds to wait, in two lines"),

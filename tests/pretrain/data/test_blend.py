@@ -12,7 +12,7 @@ WEIGHTS = st.lists(st.floats(0, 10), min_size=1, max_size=5).filter(lambda weigh
 
 @settings(deadline=None)
 @given(first=WEIGHTS, data=st.data())
-def test_counts_are_the_corpora_counted(first, data):
+def test_counts_match_enumeration(first, data):
     stages = {0: first}
     for begin in sorted(data.draw(st.lists(st.integers(1, 300), max_size=3, unique=True))):
         weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(first), max_size=len(first)))
@@ -28,7 +28,7 @@ def test_counts_are_the_corpora_counted(first, data):
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 1], [0.7, 0.2, 0.1], [5, 1e-3], [1 / 3, 1 / 3, 1 / 3]])
-def test_every_stretch_has_nearly_its_weights(weights):
+def test_shares_of_any_range_match_weights(weights):
     blend, shares = Blend({0: weights}), np.array(weights) / sum(weights)
     for start in (0, 12345, 10**15):
         for length in (10, 100, 1000, 10_000):
@@ -37,14 +37,14 @@ def test_every_stretch_has_nearly_its_weights(weights):
             assert (abs(counts - shares * length) < 6).all(), "a random draw would be off by about √length / 2"
 
 
-def test_weights_change_at_the_sample_they_are_to_change_at():
+def test_weights_change_at_given_sample():
     blend = Blend({0: [1, 0], 100: [0, 1], 150: [1, 1]})
     corpora = blend.corpora(0, 250)
     assert (corpora[:100] == 0).all() and (corpora[100:150] == 1).all() and 40 <= corpora[150:].sum() <= 60
     assert blend.counts(0, 100) == [100, 0] and blend.counts(90, 160)[0] == 10 + (corpora[150:160] == 0).sum()
 
 
-def test_a_place_far_out_is_found_at_once():
+def test_far_position_is_found_immediately():
     blend = Blend({0: [0.6, 0.3, 0.1], 10**12: [1, 1, 1]})
     counts = blend.counts(0, 2 * 10**12)  # a loop over the samples would take days
     assert sum(counts) == 2 * 10**12 and abs(counts[2] - (10**11 + 10**12 / 3)) < 10

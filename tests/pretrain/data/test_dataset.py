@@ -23,7 +23,7 @@ from tests.pretrain.helpers import make_corpus, write_tokens
 
 @settings(deadline=None)
 @given(n=st.integers(1, 2000), seed=st.integers(0, 2**63))
-def test_a_permutation_is_a_bijection(n, seed):
+def test_permutation_is_bijection(n, seed):
     permutation = Permutation(n, seed, "corpus", 0)
     images = permutation(np.arange(n))
     assert sorted(images.tolist()) == list(range(n))
@@ -36,7 +36,7 @@ def test_a_permutation_is_a_bijection(n, seed):
 
 @settings(deadline=None)
 @given(n=st.integers(1, 2**40), seed=st.integers(0, 2**63), data=st.data())
-def test_a_permutation_of_any_size_sends_no_two_to_one_place(n, seed, data):
+def test_permutation_of_any_size_is_injective(n, seed, data):
     """On a sample: some indices, their neighbours and both ends."""
     permutation = Permutation(n, seed, "corpus", 0)
     some = data.draw(st.lists(st.integers(0, n - 1), max_size=50))
@@ -46,7 +46,7 @@ def test_a_permutation_of_any_size_sends_no_two_to_one_place(n, seed, data):
     assert [int(permutation(spots[i : i + 1])[0]) for i in range(len(spots))] == images.tolist()  # alone or together
 
 
-def test_the_order_never_changes():
+def test_order_is_stable_across_versions():
     """Runs that are resumed rely on it."""
     assert Permutation(1000, 7, "corpus", 0)(np.arange(8)).tolist() == [594, 349, 71, 525, 59, 522, 335, 706]
     assert Permutation(2**40 - 3, 7, "corpus", 1)(np.arange(4)).tolist() == [
@@ -59,7 +59,7 @@ def test_the_order_never_changes():
 
 
 @pytest.mark.parametrize("n", [2**20 + 1, 10**9 + 7, 2**40 - 3, 2**40])
-def test_a_huge_permutation_is_no_slower_to_seek(n):
+def test_huge_permutation_has_constant_cost(n):
     permutation = Permutation(n, 0)
     spots = np.array([0, 1, 2, n // 2, n - 2, n - 1, *range(12345, 14345)])
     images = permutation(spots).tolist()
@@ -69,7 +69,7 @@ def test_a_huge_permutation_is_no_slower_to_seek(n):
     assert len(pickle.dumps(permutation)) < 300  # all that it holds: O(1)
 
 
-def test_keys_of_any_kind_make_another_order():
+def test_any_key_changes_order():
     keys = [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0)]
     images = [tuple(Permutation(500, *key)(np.arange(500)).tolist()) for key in keys]
     assert len(set(images)) == 4
@@ -78,7 +78,7 @@ def test_keys_of_any_kind_make_another_order():
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_an_empty_permutation_is_refused(n):
+def test_empty_permutation_raises(n):
     with pytest.raises(ValueError, match=f"permutation of {n} things"):
         Permutation(n)
 
@@ -95,7 +95,7 @@ def test_order_is_a_permutation_in_each_epoch():
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4), seq_len=st.integers(1, 9))
-def test_every_token_but_the_first_is_a_target_once(tmp_path_factory, lengths, seq_len):
+def test_every_token_except_first_is_target_once(tmp_path_factory, lengths, seq_len):
     folder = tmp_path_factory.mktemp("files")
     whole = np.arange(sum(lengths))  # every token tells its place in the stream
     pieces = np.split(whole, np.cumsum(lengths)[:-1])
@@ -119,7 +119,7 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path_factory, lengths, s
     files=st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=3),
     seq_len=st.integers(1, 9),
 )
-def test_masked_windows_know_their_documents(tmp_path_factory, files, seq_len):
+def test_masked_windows_separate_documents(tmp_path_factory, files, seq_len):
     folder = tmp_path_factory.mktemp("files")
     place = 0
     document = []  # of each token of the stream
@@ -142,7 +142,7 @@ def test_masked_windows_know_their_documents(tmp_path_factory, files, seq_len):
             assert targets[t] == (here + 1 if goes_on else IGNORED)
 
 
-def test_a_document_of_several_sequences_begins_once(tmp_path):
+def test_document_of_several_sequences_starts_once(tmp_path):
     indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
     builder.add_document(np.arange(7), [3, 0, 4])
@@ -156,7 +156,7 @@ def test_a_document_of_several_sequences_begins_once(tmp_path):
     assert Windows((file,), 14, masked=True)[0].starts_T.tolist() == [0] * 7 + [7] * 2 + [9] * 5
 
 
-def test_a_window_that_is_not_there(tmp_path):
+def test_window_out_of_range_raises(tmp_path):
     write_tokens(tmp_path / "a", np.arange(9), 100)
     windows = Windows((TokenFile(tmp_path / "a"),), 4)
     assert len(windows) == 2
@@ -165,7 +165,7 @@ def test_a_window_that_is_not_there(tmp_path):
             windows[index]
 
 
-def test_open_corpus(tmp_path):
+def test_open_corpus_reads_manifest(tmp_path):
     corpus = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30))
     assert corpus.vocab_size == small_spec().vocab_size and corpus.bytes_of_ids is not None
     for text, id in small_spec().ranks.items():
@@ -176,7 +176,7 @@ def test_open_corpus(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["theirs", "theirs.bin", "theirs.idx"])
-def test_a_pair_written_by_megatron(tmp_path, given):
+def test_megatron_pair_is_opened(tmp_path, given):
     indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
     for document in ([5, 6, 7], [70_000, 9]):
@@ -215,13 +215,13 @@ def swap_tokenizer(folder: Path) -> None:
         (swap_tokenizer, "it is another tokenizer"),
     ],
 )
-def test_a_spoilt_folder_is_named(tmp_path, spoil, message):
+def test_damaged_folder_raises(tmp_path, spoil, message):
     spoil(make_corpus(tmp_path / "mine", train=100, val=30))
     with pytest.raises(ValueError, match=message):
         open_corpus(tmp_path / "mine")
 
 
-def test_more_token_files_than_a_process_may_have_open(tmp_path):
+def test_more_token_files_than_open_file_limit(tmp_path):
     """1,024 by default, and each is of two: the last 200 stay mapped. Read in any order they are what they were."""
     stream = np.random.default_rng(0).integers(1000, size=4 * 450)
     for number, ids in enumerate(stream.reshape(450, 4)):
@@ -236,7 +236,7 @@ def test_more_token_files_than_a_process_may_have_open(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["documents", "pointers"])
-def test_an_index_that_lies_is_refused_where_it_tells_documents_apart(tmp_path, number):
+def test_wrong_index_raises_if_documents_are_separated(tmp_path, number):
     """Of a folder `verify` says so; packing reads its indices whole all the same."""
     folder = make_corpus(tmp_path / "mine", train=100, val=30)
     for prefix in (tmp_path / "theirs", folder / "train-00001"):
@@ -258,14 +258,14 @@ def test_an_index_that_lies_is_refused_where_it_tells_documents_apart(tmp_path, 
         open_data(DataConfig(path=str(folder), documents="masked", packing="best_fit"))
 
 
-def test_a_path_that_is_nothing(tmp_path):
+def test_invalid_path_raises(tmp_path):
     with pytest.raises(ValueError, match=r"data\.path=.*nowhere is neither a folder of token files nor the prefix"):
         open_corpus(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"data\.path is missing"):
         DataConfig()
 
 
-def test_a_corpus_is_known_by_its_training_tokens(tmp_path, monkeypatch):
+def test_corpus_name_depends_on_training_tokens_only(tmp_path, monkeypatch):
     """Or a resumed run would start over in data that was moved, and go on in the middle of data that is new."""
     mine = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30)).name
     monkeypatch.chdir(tmp_path / "mine")
@@ -276,13 +276,13 @@ def test_a_corpus_is_known_by_its_training_tokens(tmp_path, monkeypatch):
     assert open_corpus(write_tokens(tmp_path / "b", np.arange(51), 100).prefix).name != pair
 
 
-def test_too_little_to_train_on(tmp_path):
+def test_fewer_than_two_tokens_raises(tmp_path):
     write_tokens(tmp_path / "a", np.arange(1), 100)
     with pytest.raises(ValueError, match="fewer than two training tokens"):
         open_corpus(tmp_path / "a")
 
 
-def test_a_billion_samples_cost_what_a_thousand_do(tmp_path):
+def test_memory_does_not_grow_with_samples(tmp_path):
     """A sparse pair. What is allocated to open it, to find a batch far out, and to read it."""
     peaks = []
     for samples in (1_000, 10**9):

@@ -51,7 +51,7 @@ def samples(batch) -> list[int]:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_ranks_share_the_global_batch(loader, world, micro_batch):
+def test_ranks_share_global_batch(loader, world, micro_batch):
     alone = loader()
     ranks = [loader(rank, world, micro_batch=micro_batch) for rank in range(world)]
     for _ in range(6):  # into the second epoch
@@ -66,7 +66,7 @@ def test_ranks_share_the_global_batch(loader, world, micro_batch):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_the_order_is_the_same_for_any_ranks_and_micro_batch(loader, windows, world, micro_batch):
+def test_order_does_not_depend_on_ranks_or_micro_batch(loader, windows, world, micro_batch):
     """Put together as they are dealt, micro-batch by micro-batch, they are the order itself."""
     ranks = [loader(rank, world, 96, micro_batch) for rank in range(world)]
     order = Order(len(windows), seed=0, corpus="a")
@@ -78,13 +78,13 @@ def test_the_order_is_the_same_for_any_ranks_and_micro_batch(loader, windows, wo
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_one_rank_has_in_one_micro_batch_what_more_have_together(loader, world):
+def test_one_rank_matches_several_ranks_together(loader, world):
     (whole,) = next(loader(micro_batch=8)).micro_batches
     parts = [next(loader(rank, world, micro_batch=8 // world)).micro_batches for rank in range(world)]
     assert torch.equal(torch.cat([micro.tokens_BT for (micro,) in parts]), whole.tokens_BT)
 
 
-def test_nothing_is_repeated_or_skipped_when_ranks_and_batch_change(loader):
+def test_no_sample_repeats_or_is_lost_after_change(loader):
     seen, state = [], {}
     for world, global_batch, micro_batch, steps in [(2, 8, 2, 2), (1, 3, 3, 3), (4, 4, 1, 2), (1, 7, 1, 1)]:
         ranks = [loader(rank, world, global_batch, micro_batch, **state) for rank in range(world)]
@@ -95,15 +95,15 @@ def test_nothing_is_repeated_or_skipped_when_ranks_and_batch_change(loader):
     assert sorted(seen) == list(range(WINDOWS))
 
 
-def test_the_last_window_counts_its_targets(loader):
+def test_last_window_counts_its_targets(loader):
     assert next(loader(global_batch=WINDOWS)).n_targets == SEQ_LEN * WINDOWS - 1
 
 
-def test_an_unknown_corpus_starts_at_its_beginning(loader):
+def test_new_corpus_starts_at_sample_0(loader):
     assert samples(next(loader(other=16))) == samples(next(loader()))
 
 
-def test_close_ends_the_thread(loader):
+def test_close_stops_thread(loader):
     before = set(threading.enumerate())
     closed = loader()
     next(closed)
@@ -118,19 +118,19 @@ class Broken(Windows):
         raise OSError("the disk is gone")
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(loader):
+def test_thread_error_reaches_consumer(loader):
     with pytest.raises(OSError, match="the disk is gone"):
         next(loader(data=Broken((), SEQ_LEN)))
 
 
-def test_an_id_that_is_no_row_is_named(loader):
+def test_id_beyond_vocabulary_raises(loader):
     largest = SEQ_LEN * WINDOWS - 1
     batch = loader(global_batch=WINDOWS, shard=VocabShard.of(0, 1, largest))
     with pytest.raises(ValueError, match=rf"contains id {largest}: vocab\.size={largest} must be larger"):
         next(batch)
 
 
-def test_a_negative_id_is_named(tmp_path):
+def test_negative_id_raises(tmp_path):
     write_tokens(tmp_path / "a", np.arange(9), 70_000)  # int32
     with open(tmp_path / "a.bin", "r+b") as file:
         file.write(np.array([5, -3], "<i4").tobytes())
@@ -141,7 +141,7 @@ def test_a_negative_id_is_named(tmp_path):
 
 @pytest.mark.parametrize("most", [0, 13])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_deals_each_window_once(windows, world, most):
+def test_validation_serves_each_window_once(windows, world, most):
     def batches(rank):
         place = {"rank": rank, "world": world, "vocab_size": 1000, "device": torch.device("cpu")}
         return list(validation_batches(windows, most, batch=3, **place))
@@ -158,7 +158,7 @@ def test_validation_deals_each_window_once(windows, world, most):
     assert sorted(dealt) == list(range(most or WINDOWS))
 
 
-def test_each_rank_plans_the_lookup_of_its_vocabulary_group(loader):
+def test_plan_matches_tokens_of_vocab_group(loader):
     """Four ranks, two groups of two: the plan is the one that the ranks' own tokens give."""
     shards = [VocabShard.of(rank % 2, 2, 1000) for rank in range(4)]
     batches = [next(loader(rank=rank, world=4, micro_batch=2, shard=shards[rank])) for rank in range(4)]

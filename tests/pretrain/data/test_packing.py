@@ -25,7 +25,7 @@ def one_by_one(sizes, capacity):
 
 
 @pytest.mark.parametrize("capacity,n", [(1, 5), (2, 7), (16, 0), (16, 1), (16, 300), (64, 1000), (100, 40)])
-def test_it_is_best_fit_decreasing(capacity, n):
+def test_packing_matches_best_fit_decreasing(capacity, n):
     for seed in range(5):
         sizes = np.random.default_rng(seed).integers(1, capacity + 1, n)
         if seed % 2:
@@ -49,7 +49,7 @@ def files(tmp_path):
     return tuple(made)
 
 
-def test_every_place_of_every_document_is_served_once(files):
+def test_every_position_is_served_once(files):
     windows, pairs, pieces = PackedWindows(files, T), Counter(), Counter()
     empty = 0
     for i in range(len(windows)):
@@ -76,7 +76,7 @@ def test_every_place_of_every_document_is_served_once(files):
     assert round(windows.waste * len(windows) * T) == empty
 
 
-def test_its_documents_are_told(files):
+def test_packed_window_lists_its_documents(files):
     windows = PackedWindows(files, T)
     for i in range(len(windows)):
         tokens, _, starts = windows[i]
@@ -92,7 +92,7 @@ def test_its_documents_are_told(files):
         windows[len(windows)]
 
 
-def test_neighbours_must_be_told_apart():
+def test_packing_requires_masked_documents():
     with pytest.raises(ValueError, match=r"data.documents=causal must be masked with data.packing=best_fit"):
         DataConfig("data/a", packing="best_fit")
     with pytest.raises(ValueError, match=r"data.packing=first_fit must be none or best_fit"):

@@ -31,7 +31,7 @@ def served(samples: Samples, consumed: dict[str, int], count: int) -> tuple[list
     return windows, samples.after(consumed, count)
 
 
-def test_what_is_served_does_not_depend_on_the_pieces_it_is_served_in(sources):
+def test_samples_do_not_depend_on_batch_size(sources):
     samples = Samples(sources, Blend({0: [3, 2, 1], 50: [1, 1, 1]}))
     whole, end = served(samples, {}, 90)
     pieces, consumed = [], {}
@@ -42,7 +42,7 @@ def test_what_is_served_does_not_depend_on_the_pieces_it_is_served_in(sources):
     assert Counter(title for title, _ in whole) == {title: end[title] for title in SIZES}
 
 
-def test_corpora_and_weights_may_change_and_nothing_is_repeated_or_skipped(sources):
+def test_no_window_repeats_after_corpora_change(sources):
     """A corpus comes, weights change, one goes and comes back: within an epoch each window is served at most once."""
     some = {name: sources[name] for name in ("web", "code")}
     less = {name: sources[name] for name in ("web", "books")}
@@ -64,7 +64,7 @@ def test_corpora_and_weights_may_change_and_nothing_is_repeated_or_skipped(sourc
         )
 
 
-def test_epochs_are_told(sources):
+def test_epochs_are_counted_per_corpus(sources):
     samples = Samples(sources, Blend({0: [1, 1, 0]}))
     consumed = samples.after({}, 120)
     assert samples.epochs(consumed) == {"web": consumed["web"] / 60, "code": consumed["code"] / 30, "books": 0}
@@ -94,12 +94,12 @@ def test_epochs_are_told(sources):
         ({"path": "a", "documents": "packed"}, "data.documents=packed must be causal or masked"),
     ],
 )
-def test_a_wrong_setting_is_named(settings, message):
+def test_invalid_setting_raises(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
 
 
-def test_corpora_must_share_a_tokenizer_and_differ_in_tokens(tmp_path):
+def test_corpora_must_share_tokenizer_and_differ_in_tokens(tmp_path):
     one, same = (make_corpus(tmp_path / name, train=100) for name in ("one", "same"))
     other = write_tokens(tmp_path / "other", np.arange(50), 100).prefix
     with pytest.raises(ValueError, match=r"data.corpora.b=.* must have the tokenizer of data.corpora.a"):

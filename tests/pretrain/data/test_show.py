@@ -60,7 +60,7 @@ def shown(text: str) -> list[list[int]]:
     return [[int(id) for id in sample] for sample in ids]
 
 
-def test_it_shows_what_training_served_also_after_the_batch_has_changed(tmp_path):
+def test_show_matches_training_after_batch_change(tmp_path):
     data = {"a": str(write_tokens(tmp_path / "a")), "b": str(write_tokens(tmp_path / "b", seed=1))}
     settings = {"data__path": "", "data__corpora": data, "data__weights": {"a": 1, "b": 2}}
     first = tiny_config(tmp_path, tmp_path / "run", train__stop_after=3, **settings)
@@ -83,7 +83,7 @@ def test_it_shows_what_training_served_also_after_the_batch_has_changed(tmp_path
     assert after.returncode == 0 and "step 5: samples 42 to 47" in after.stdout, after.stderr + after.stdout
 
 
-def test_documents_are_told_by_their_file_and_place(tmp_path):
+def test_documents_are_shown_with_file_and_position(tmp_path):
     windows = Windows((TokenFile(write_tokens(tmp_path / "a")),), 16)
     for index in range(len(windows) - 1):
         tokens = windows[index].tokens_T
@@ -97,7 +97,7 @@ def test_documents_are_told_by_their_file_and_place(tmp_path):
             assert part.offset + part.stop - part.start <= part.file.lengths[part.document]
 
 
-def test_text_is_shown_where_there_is_a_tokenizer(tmp_path):
+def test_text_is_shown_with_tokenizer(tmp_path):
     data = make_corpus(tmp_path / "data")
     done = show(f"data.path={data}", "train.seq_len=32", "train.global_batch=2", "train.micro_batch=1")
     assert done.returncode == 0 and done.stdout.count("sample ") == 2, done.stderr
@@ -119,7 +119,7 @@ def shown_on_a_terminal(*arguments: str) -> str:
     return b"".join(pieces).decode().replace("\r\n", "\n")
 
 
-def test_documents_have_colours_on_a_terminal_alone(tmp_path):
+def test_colours_only_on_terminal(tmp_path):
     data = write_tokens(tmp_path / "a")
     command = [f"data.path={data}", f"vocab.size={VOCAB}", "train.seq_len=64", "train.global_batch=2"]
     command += ["train.micro_batch=1"]
@@ -148,6 +148,6 @@ def test_documents_have_colours_on_a_terminal_alone(tmp_path):
         (["run=a", "seed=3"], "seed=3 is not for run=a"),
     ],
 )
-def test_a_wrong_command_is_one_line(arguments, expected):
+def test_invalid_command_prints_one_line(arguments, expected):
     done = show(*arguments)
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -36,7 +36,7 @@ def calls_of(kind: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind,expensive,cheap", [("none", 0, 0), ("block", 4, 1), ("selective", 0, 1)])
-def test_what_is_computed_again(kind, expensive, cheap):
+def test_checkpointing_recomputes_expected_operations(kind, expensive, cheap):
     """Of five matmuls and attentions "block" repeats all but the last, whose result no gradient needs."""
     before, gelu = calls_of("none")
     assert calls_of(kind) == (before + expensive, gelu + cheap)

@@ -121,7 +121,7 @@ def trained(folder) -> Callable[[str, int, str, int], Run]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world,tie,accumulation", LAYOUTS)
-def test_ten_steps_are_the_dense_steps(truth, trained, world, engine, tie, accumulation):
+def test_ten_steps_match_dense(truth, trained, world, engine, tie, accumulation):
     run, dense = trained(engine, world, tie, accumulation), truth(tie)
     assert len(run.losses) == STEPS and min(dense.norms) > 0.5, "the clip must be at work"
     np.testing.assert_allclose(run.losses, dense.losses, rtol=1e-5)
@@ -130,7 +130,7 @@ def test_ten_steps_are_the_dense_steps(truth, trained, world, engine, tie, accum
         assert apart(run.tensors[name], weight) <= 1e-5, name
 
 
-def test_a_run_may_change_engine_stage_and_world_size_in_the_middle(folder):
+def test_resume_with_other_engine_stage_and_world_size(folder):
     run_ranks(2, train_rank, config_of(folder / "straight", 2, train__steps=20))
     for stop, engine, world in ((5, "fsdp2", 2), (10, "zero3", 4), (15, "zero1", 1), (20, "fsdp2", 2)):
         link = config_of(folder / "chain", world, engine=engine, train__steps=20, train__stop_after=stop)
@@ -141,7 +141,7 @@ def test_a_run_may_change_engine_stage_and_world_size_in_the_middle(folder):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_resuming_is_exact_to_the_last_bit(folder, engine):
+def test_resume_is_bit_exact(folder, engine):
     """In new processes, with several micro-batches; in fp32, and in bf16 where there is one."""
     whole, first, second = [], [], []
     for precision in PRECISIONS:
@@ -167,7 +167,7 @@ SAVERS: dict[str, list[dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_saves_memory_changes_no_number(folder, trained, engine):
+def test_memory_savings_keep_results(folder, trained, engine):
     # selective first: at stage 3 the others replace F.linear for the rest of a process
     kinds: list[dict[str, object]] = [{"activation_checkpointing": kind} for kind in ("selective", "block")]
     configs = [
@@ -179,7 +179,7 @@ def test_what_saves_memory_changes_no_number(folder, trained, engine):
         assert_same(outcome(config.run_dir), trained(engine, 2, "tied", 2), 1e-6)
 
 
-def test_compiled_blocks_change_no_number(folder, trained):
+def test_compiled_blocks_keep_results(folder, trained):
     """With activation checkpointing, on one rank, they are tried in models/test_llama.py: compiling takes longest."""
     run = folder / "compiled"
     run_ranks(2, train_rank, config_of(run, 2, 2, more={"compile": True}), timeout=300)
@@ -208,7 +208,7 @@ def initial_states(rank: int, world: int, configs: list[JobConfig]) -> list[dict
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_initial_weights_are_the_same_bits_in_every_precision(folder, engine):
+def test_initial_weights_are_equal_in_every_precision(folder, engine):
     configs = [config_of(folder / "initial", 4, engine=engine, train__precision=name) for name in PRECISIONS]
     body = DenseModel(configs[0], torch.float32).body
     for states in run_ranks(4, initial_states, configs):
@@ -240,7 +240,7 @@ def gathered_at_once(rank: int, world: int, config: JobConfig) -> int:
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
-def test_a_state_gathers_one_parameter_at_a_time(folder, engine):
+def test_state_gathers_one_parameter_at_a_time(folder, engine):
     """Gloo's thread may not have let go of the one before."""
     most = run_ranks(2, gathered_at_once, config_of(folder / "gathered", 2, engine=engine, vocab__parallel=1))
     assert max(most) <= 2
@@ -256,7 +256,7 @@ def test_a_state_gathers_one_parameter_at_a_time(folder, engine):
         ("zero3", "block", "best_fit"),
     ],
 )
-def test_masked_documents_train_as_each_alone(folder, engine, kind, packing):
+def test_masked_documents_match_separate_documents(folder, engine, kind, packing):
     """The truth runs the documents of each window one by one.
 
     Adam's first steps divide a gradient by its own size, so they turn the rounding of one near 0 into an error of the

@@ -47,7 +47,7 @@ def config_of(tokens: Path, run: Path, engine: str, vocab_parallel: int, **chang
     return tiny_config(tokens, run, **settings | changes)
 
 
-def test_ten_steps_agree_for_every_layout_and_engine(tokens):
+def test_loss_and_norm_agree_for_every_layout_and_engine(tokens):
     runs = {}
     for engine, world, vocab_parallel in LAYOUTS:
         config = config_of(tokens, tokens.parent / f"{engine}-{world}x{vocab_parallel}", engine, vocab_parallel)
@@ -84,7 +84,7 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_optimizer_is_handed_the_clipped_gradient_of_that_norm(tokens, engine, precision):
+def test_optimizer_gets_clipped_gradient(tokens, engine, precision):
     """A block of 3 million numbers."""
     name, *offload = engine.split()
     config = config_of(tokens, tokens.parent / "clip", name, 1, model__width=512, train__precision=precision)
@@ -103,7 +103,7 @@ def matrix_norm(rank: int, world: int, vocab_parallel: int, whole_VD: torch.Tens
     return float(VocabOptimizer([rows], OptimConfig(), mesh).grad_norm())
 
 
-def test_the_matrix_norm_is_exact_for_every_split():
+def test_matrix_norm_is_exact_for_every_split():
     whole_VD = torch.randn(2**16, 64, generator=torch.Generator().manual_seed(0))
     truth = float(whole_VD.double().norm())
     for world, vocab_parallel in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)):
@@ -112,7 +112,7 @@ def test_the_matrix_norm_is_exact_for_every_split():
         assert norms[0] == pytest.approx(truth, rel=1e-12)
 
 
-def test_squares_of_50_million_numbers_add_up_as_in_float64():
+def test_sum_of_squares_matches_float64():
     """Also of bf16, of tensors that are not contiguous, and of those that fill no block."""
     numbers = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
     truth = sum(float(part.double().square().sum()) for part in numbers.split(2**20))

@@ -25,40 +25,40 @@ BAD = [
 
 
 @pytest.mark.parametrize("config,settings,message", BAD)
-def test_a_wrong_setting_is_named(config, settings, message):
+def test_invalid_setting_raises(config, settings, message):
     with pytest.raises(ValueError) as error:
         config(**settings)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("key", OWNED_KEYS)
-def test_a_key_of_deepspeed_that_is_ours_is_refused_by_name(key):
+def test_owned_deepspeed_key_raises(key):
     outer, _, inner = key.partition(".")
     with pytest.raises(ValueError, match=rf"engine\.extra\.{key} must not be set"):
         DeepSpeedConfig(extra={outer: {inner: 1} if inner else 1})
 
 
-def test_other_keys_of_deepspeed_reach_it():
+def test_other_deepspeed_keys_are_passed_on():
     config = DeepSpeedConfig(zero_stage=2, extra={"steps_per_print": 7, "zero_optimization": {"overlap_comm": True}})
     json = deepspeed_json(config, low_precision=True, numbers=1000)
     assert json["steps_per_print"] == 7 and json["gradient_clipping"] == 0
     assert json["zero_optimization"] == json["zero_optimization"] | {"stage": 2, "overlap_comm": True}
 
 
-def test_a_key_that_deepspeed_does_not_know_is_named():
+def test_unknown_deepspeed_key_raises():
     with pytest.raises(
         ValueError, match=r"^engine\.extra\.zero_optimization\.overlap: Extra inputs are not permitted$"
     ):
         check_extra(DeepSpeedConfig(extra={"zero_optimization": {"overlap": True}}))
 
 
-def test_moving_the_optimizer_off_a_gpu_needs_one():
+def test_cpu_offload_requires_gpu():
     with pytest.raises(ValueError, match=r"engine\.offload=cpu must be none on a CPU"):
         FSDP2Config(offload="cpu").check_device("cpu")
     FSDP2Config(offload="cpu").check_device("cuda")
 
 
-def test_a_killed_build_is_named_where_deepspeed_would_wait_for_it(tmp_path, monkeypatch):
+def test_stale_build_lock_raises(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     asked = DeepSpeedConfig(extra={"steps_per_print": 7})
     check_extra(asked)
@@ -72,7 +72,7 @@ def test_a_killed_build_is_named_where_deepspeed_would_wait_for_it(tmp_path, mon
     check_extra(DeepSpeedConfig())  # builds nothing
 
 
-def test_deepspeed_is_imported_by_those_who_choose_it_alone():
+def test_deepspeed_is_imported_lazily():
     code = "import sys, pretrain.train; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stdout + done.stderr

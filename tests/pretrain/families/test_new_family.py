@@ -108,14 +108,14 @@ def toy(*overrides: str) -> JobConfig:
     return configured("model=family/toy", f"vocab.size={VOCAB}", *overrides)
 
 
-def test_a_model_sets_what_its_family_needs_of_the_vocabulary():
+def test_model_sets_vocab_settings_of_its_family():
     config = toy("model.layers=3")
     assert config.model == ToyConfig(layers=3) and config.vocab.softcap == CAP
     assert toy("vocab.softcap=5.0").vocab.softcap == 5
     assert configured("model=gpt2").vocab.softcap is None
 
 
-def test_an_untied_size_keeps_what_the_family_needs(tmp_path):
+def test_untied_preset_keeps_family_settings(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "big.yaml").write_text(
         "defaults: [family/toy@_here_, /vocab/tie/untied@_global_.vocab, _self_]\nlayers: 3\n"
@@ -124,7 +124,7 @@ def test_an_untied_size_keeps_what_the_family_needs(tmp_path):
     assert (config.vocab.tie, config.vocab.softcap, config.model.layers) == ("untied", CAP, 3)
 
 
-def test_it_is_planned_and_rehearsed():
+def test_new_family_is_planned_and_rehearsed():
     config = toy("train.micro_batch=2", "train.global_batch=8")
     rehearse(config, VOCAB, parallel=2, world=2)
     step = step_of(config, VOCAB, 2, 2, TorchKernels(slab_bytes=2**20, memory_mib=1))
@@ -138,7 +138,7 @@ def train_toy(rank: int, world: int, config: JobConfig) -> None:
     train_rank(rank, world, config)
 
 
-def test_it_trains_and_goes_to_hugging_face_and_back(tmp_path):
+def test_new_family_survives_export_and_import(tmp_path):
     run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
     config = toy(
         f"data.path={write_tokens(tmp_path / 'tokens')}",

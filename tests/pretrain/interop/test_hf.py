@@ -72,7 +72,7 @@ def asked(rank: int, world: int, source: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_loss_are_those_of_transformers(hf, kind, world):
+def test_logits_and_loss_match_transformers(hf, kind, world):
     answers = run_ranks(world, asked, hf(kind)) if world > 1 else [asked(0, 1, hf(kind))]
     for i, (dtype, tolerance) in enumerate(DTYPES.items()):
         rows = [answer[i][1] for answer in answers]
@@ -86,7 +86,7 @@ def test_logits_and_loss_are_those_of_transformers(hf, kind, world):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_family_knows_the_shapes_of_its_body(hf, kind):
+def test_mappings_match_shapes_of_body(hf, kind):
     found = HFModel(hf(kind))
     with torch.device("meta"):
         body = {name: tuple(parameter.shape) for name, parameter in found.model.body().named_parameters()}
@@ -96,7 +96,7 @@ def test_a_family_knows_the_shapes_of_its_body(hf, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_out_and_in_again_is_the_same_bits(hf, kind, tmp_path):
+def test_export_and_import_are_bit_exact(hf, kind, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     run = run_of(hf(kind), tmp_path / "run")
     list(export_model([f"run={run}", f"out={out}"]))
@@ -112,7 +112,7 @@ def test_out_and_in_again_is_the_same_bits(hf, kind, tmp_path):
     assert before == after
 
 
-def test_transformers_has_nothing_to_say(hf, tmp_path):
+def test_transformers_loads_export_without_warning(hf, tmp_path):
     """No warning, no line, nothing missing, left over or drawn at random; with a head of its own for the tied, too."""
     outs = []
     for i, kind in enumerate(KINDS):
@@ -139,7 +139,7 @@ for out in {outs}:
 
 
 @pytest.mark.parametrize("kind", ["gpt2 tied", "llama untied, biases", "qwen3 untied"])
-def test_the_same_greedy_text(hf, kind, tmp_path):
+def test_greedy_text_matches_transformers(hf, kind, tmp_path):
     run, out, prompt = run_of(hf(kind), tmp_path / "run"), tmp_path / "out", "the lost theory"
     list(export_model([f"run={run}", f"out={out}"]))
     ours = "".join(generate(GenerateConfig(run=str(run), prompt=prompt, tokens=24, temperature=0.0), CPU))
@@ -150,7 +150,7 @@ def test_the_same_greedy_text(hf, kind, tmp_path):
     assert len(drawn) == 24 and ours == f"{prompt}{theirs}\n"
 
 
-def test_a_bare_body_has_no_prefix_and_a_materialised_head_is_the_embedding(hf, tmp_path):
+def test_bare_body_and_materialised_head_are_supported(hf, tmp_path):
     for kind in ("gpt2 tied", "qwen2 tied"):
         bare = models.save(tmp_path / f"bare-{kind}", kind, bare=True)
         whole = models.tensors_of(hf(kind))
@@ -166,7 +166,7 @@ def test_a_bare_body_has_no_prefix_and_a_materialised_head_is_the_embedding(hf, 
         )
 
 
-def test_several_files_in_and_out_in_bf16(hf, tmp_path, monkeypatch):
+def test_sharded_bf16_files_survive_export_and_import(hf, tmp_path, monkeypatch):
     split = models.save(tmp_path / "split", "llama tied", max_shard_size="30KB")
     assert len(list(split.glob("*.safetensors"))) > 2
     run, out = run_of(split, tmp_path / "run"), tmp_path / "out"
@@ -179,7 +179,7 @@ def test_several_files_in_and_out_in_bf16(hf, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("last", ["one file", "several"])
-def test_of_one_file_and_an_index_beside_it_that_which_transformers_reads(tmp_path, last):
+def test_single_file_wins_over_index(tmp_path, last):
     """It writes one and leaves the other, which may be an older model's."""
     for seed, size in enumerate(("30KB", "1GB") if last == "one file" else ("1GB", "30KB")):
         source = models.save(tmp_path / "both", "llama tied", seed=seed, max_shard_size=size)
@@ -188,7 +188,7 @@ def test_of_one_file_and_an_index_beside_it_that_which_transformers_reads(tmp_pa
     assert torch.equal(HFModel(source).rows("embedding.weight", 0, VOCAB), theirs)
 
 
-def test_the_matrix_comes_in_pieces(hf, tmp_path, monkeypatch):
+def test_matrix_is_read_in_pieces(hf, tmp_path, monkeypatch):
     """Neither in nor out is more of it read at once than a piece."""
     monkeypatch.setattr(folder, "PIECE_BYTES", 4800)  # 50 rows
     read: list[int] = []
@@ -214,7 +214,7 @@ def test_memory_does_not_grow_with_the_matrix():
     assert len(found) == 3 and all(0 < own < 160 for own, _ in found.values()), found
 
 
-def test_what_a_family_lacks_is_written_as_nothing(tmp_path, hf):
+def test_missing_biases_are_written_as_zeros(tmp_path, hf):
     """Biases before attention alone, with normed queries: Qwen3 has a bias after attention then, too."""
     source = tmp_path / "source"
     run = run_of(hf("qwen3 untied"), tmp_path / "run")
@@ -236,7 +236,7 @@ def test_what_a_family_lacks_is_written_as_nothing(tmp_path, hf):
         assert models.load(source).config.attention_bias
 
 
-def test_a_scale_of_the_embedding_goes_into_it(hf, tmp_path):
+def test_embed_scale_is_multiplied_into_embedding(hf, tmp_path):
     source, out = hf("gpt2 tied"), tmp_path / "out"
     checkpoint = CheckpointRows(checkpoints(run_of(source, tmp_path / "run"))[-1])
     export.export(checkpoint, HFModel(source).model, None, out, torch.float32, False, embed_scale=2.5)
@@ -255,20 +255,20 @@ def change(source: Path, to: Path, **settings: object) -> Path:
     return to
 
 
-def test_a_window_that_is_never_full_and_no_end_of_a_text(hf, tmp_path):
+def test_wide_window_and_missing_eos_are_accepted(hf, tmp_path):
     source = change(hf("mistral untied"), tmp_path / "changed", sliding_window=48, eos_token_id=[])
     assert (
         HFModel(source).model == HFModel(hf("mistral untied")).model and SpecialTokens({"eos_token_id": []}).ends == []
     )
 
 
-def test_the_settings_of_transformers_4(hf, tmp_path):
+def test_settings_of_transformers_4_are_read(hf, tmp_path):
     rope = {key: value for key, value in models.LLAMA3.items() if key != "rope_theta"}
     old = {"rope_parameters": None, "rope_theta": models.LLAMA3["rope_theta"], "rope_scaling": rope}
     assert HFModel(change(hf("llama tied"), tmp_path / "old", **old)).model == HFModel(hf("llama tied")).model
 
 
-def test_of_two_rotary_scalings_transformers_takes_the_older_whole(hf, tmp_path):
+def test_rope_scaling_wins_over_rope_parameters(hf, tmp_path):
     scaling = models.LLAMA3 | {"factor": 2.0, "original_max_position_embeddings": 8}
     source = change(hf("llama tied"), tmp_path / "both", rope_scaling=scaling, original_max_position_embeddings=16)
     ours = HFModel(source).model
@@ -277,7 +277,7 @@ def test_of_two_rotary_scalings_transformers_takes_the_older_whole(hf, tmp_path)
     torch.testing.assert_close(theirs.model.rotary_emb.inv_freq, frequencies(ours, torch.device("cpu")))
 
 
-def test_a_tensor_that_its_file_lacks_and_numbers_that_are_no_weights(hf, tmp_path):
+def test_missing_tensor_and_wrong_dtype_raise(hf, tmp_path):
     source = change(hf("gpt2 tied"), tmp_path / "changed")
     file = source / "model.safetensors"
     tensors = load_file(file)
@@ -315,7 +315,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_our_body_cannot_be_is_refused_by_name(hf, tmp_path, case):
+def test_unsupported_model_raises(hf, tmp_path, case):
     kind, settings, message = WRONG[case]
     source = change(hf(kind), tmp_path / "changed", **settings)
     with pytest.raises(ValueError) as error:
@@ -324,7 +324,7 @@ def test_what_our_body_cannot_be_is_refused_by_name(hf, tmp_path, case):
 
 
 @pytest.mark.parametrize("lock", [LAUNCH_LOCK, RANKS_LOCK, "queued"])
-def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
+def test_import_does_not_touch_running_run(hf, tmp_path, lock):
     """Before its first checkpoint, too: by its launcher's lock, its ranks', or while it waits in a queue."""
     run = tmp_path / "run"
     run.mkdir()
@@ -342,7 +342,7 @@ def test_a_run_that_is_alive_is_left_as_it_was(hf, tmp_path, lock):
 
 
 @pytest.mark.parametrize("step", ["write_streamed", "publish"])
-def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
+def test_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
     run_of(hf("gpt2 tied"), run)
 
 
-def test_commands_and_their_mistakes(hf, tmp_path):
+def test_commands_report_errors_in_one_line(hf, tmp_path):
     """The first one in a process of its own."""
 
     def command(*arguments: str):

@@ -81,7 +81,7 @@ def losses_of_transformers(folder: Path, kind: str) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_goes_on_as_their_model_does_under_each_engine(folder, kind):
+def test_training_matches_transformers_under_each_engine(folder, kind):
     names = ENGINES if kind == "gpt2 tied" else ("hsdp", "zero0", "zero2")  # the others: on three ranks, below
     configs = [config_of(folder, kind, f"{kind}-{name}", engine=ENGINES[name]) for name in names]
     run_ranks(2, train_ranks, configs, timeout=180)
@@ -90,7 +90,7 @@ def test_it_goes_on_as_their_model_does_under_each_engine(folder, kind):
         np.testing.assert_allclose(outcome(config.run_dir).losses, truth, rtol=1e-5)
 
 
-def test_three_ranks_have_unequal_parts_of_it(folder):
+def test_three_unequal_shards_match_source(folder):
     engines = {name: ENGINES[name] for name in ("fsdp2", "zero1", "zero3")}
     sizes = {"vocab__parallel": 3, "train__micro_batch": 4}
     kind = "qwen3 untied"
@@ -108,7 +108,7 @@ def test_three_ranks_have_unequal_parts_of_it(folder):
         assert models.load(Path(f"{config.run_dir}-out")).config.vocab_size == VOCAB
 
 
-def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(folder):
+def test_resume_import_and_untying_keep_losses(folder):
     """Once there is a checkpoint, nobody asks for the source."""
     kind = "gpt2 tied"
     source = folder / "gone"
@@ -139,7 +139,7 @@ def test_a_stop_and_an_import_change_nothing_and_a_tied_model_may_go_on_untied(f
     assert apart.losses[0] == truth.losses[0] and apart.losses[-1] != truth.losses[-1]
 
 
-def test_settings_that_differ_are_all_told(folder):
+def test_all_different_settings_are_named(folder):
     model, vocab = HFModel(folder / "qwen3 untied").model, VocabConfig(tie="untied")
     source = f"hf:{folder / 'qwen3 untied'}"
     check_initial(source, model, vocab, VOCAB, None)
@@ -159,7 +159,7 @@ def test_settings_that_differ_are_all_told(folder):
         check_initial(source, HFModel(folder / "gpt2 tied").model, vocab, VOCAB, None)
 
 
-def test_another_tokenizer_is_refused(folder, tmp_path):
+def test_other_tokenizer_raises(folder, tmp_path):
     source = HFModel(folder / "gpt2 tied")
     small_spec().save(tmp_path / "same")
     small_spec(("he", "hen", " hen")).save(tmp_path / "other")
@@ -174,7 +174,7 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
             check_initial(*ask, tmp_path / other)
 
 
-def test_what_was_imported_is_trained_on_data_of_the_same_tokens(folder, tmp_path):
+def test_imported_run_requires_data_with_same_tokens(folder, tmp_path):
     """Nothing has been drawn yet: another pattern, seed, length and packing; but not other rows."""
     run, corpus = tmp_path / "run", make_corpus(tmp_path / "data")
     spec = TokenizerSpec.load(open_data(DataConfig(path=str(corpus))).tokenizer)
@@ -189,13 +189,13 @@ def test_what_was_imported_is_trained_on_data_of_the_same_tokens(folder, tmp_pat
 
 
 @pytest.mark.parametrize("given", ["gpt2", "hf:", "hub:gpt2"])
-def test_what_it_may_be(folder, given):
+def test_invalid_init_from_raises(folder, given):
     with pytest.raises(ValueError, match=f"init_from={given} must be hf:DIR"):
         tiny = asdict(config_of(folder, "gpt2 tied", "unused"))
         build_config(OmegaConf.create(tiny | {"init_from": given}))
 
 
-def test_paths_are_made_whole(folder, monkeypatch):
+def test_paths_become_absolute(folder, monkeypatch):
     monkeypatch.chdir(folder)
     config = config_of(folder, "gpt2 tied", "unused")
     config.init_from = "hf:gpt2 tied"

@@ -61,7 +61,7 @@ def llama3(tmp_path_factory) -> Path:
     return folder
 
 
-def test_bos_eos_and_pad_go_in_and_out(llama3, tmp_path):
+def test_bos_eos_and_pad_survive_import_and_export(llama3, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     list(import_model([f"hf={llama3}", f"run={run}"]))
     list(export_model([f"run={run}", f"out={out}"]))
@@ -80,7 +80,7 @@ def test_bos_eos_and_pad_go_in_and_out(llama3, tmp_path):
     assert SpecialTokens.of_run(again) == SpecialTokens.of_run(run)
 
 
-def test_a_source_without_tokenizer_config_has_its_ids_from_config(llama3, tmp_path):
+def test_ids_come_from_config_without_tokenizer_config(llama3, tmp_path):
     folder = copied(llama3, tmp_path / "bare")
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink()
@@ -90,7 +90,7 @@ def test_a_source_without_tokenizer_config_has_its_ids_from_config(llama3, tmp_p
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS, END, TURN)
 
 
-def test_lens_and_generate_begin_with_bos_and_stop_at_any_eos(llama3, tmp_path, monkeypatch):
+def test_lens_and_generate_start_with_bos_and_stop_at_any_eos(llama3, tmp_path, monkeypatch):
     run = tmp_path / "run"
     list(import_model([f"hf={llama3}", f"run={run}"]))
     for given in ({"hf": str(llama3)}, {"run": str(run)}):
@@ -115,7 +115,7 @@ def test_lens_and_generate_begin_with_bos_and_stop_at_any_eos(llama3, tmp_path, 
         assert [ids[0] for ids in seen] == [BOS, BOS]
 
 
-def test_a_default_of_a_class_that_is_an_ordinary_token_is_not_bos(llama3, tmp_path):
+def test_class_default_that_is_ordinary_token_is_not_bos(llama3, tmp_path):
     """config.json may have kept Llama's own 1 and 2, which are bytes of this tokenizer."""
     folder = copied(llama3, tmp_path / "stale")
     for name in ("config.json", "generation_config.json"):
@@ -139,7 +139,7 @@ def config_of(folder: Path, run: Path, tokens: Path):
     return config
 
 
-def test_a_run_that_began_with_a_source_keeps_its_special_tokens(llama3, tmp_path):
+def test_run_keeps_special_tokens_of_its_source(llama3, tmp_path):
     write_tokens(tmp_path / "tokens", 262)
     config = config_of(llama3, tmp_path / "run", tmp_path / "tokens")
     data = open_data(DataConfig(path=str(tmp_path / "tokens")))
@@ -150,7 +150,7 @@ def test_a_run_that_began_with_a_source_keeps_its_special_tokens(llama3, tmp_pat
     assert not (tmp_path / "run" / KEPT_AS).exists() and SpecialTokens.of_run(tmp_path / "run") == SpecialTokens()
 
 
-def test_a_tokenizer_that_cannot_be_compared_is_told(llama3, tmp_path):
+def test_incomparable_tokenizer_warns(llama3, tmp_path):
     folder, told = copied(llama3, tmp_path / "sentencepiece"), []
     rewrite(folder / "tokenizer.json", pre_tokenizer={"type": "Metaspace"})
     write_tokens(tmp_path / "tokens", 262)
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_cannot_be_compared_is_told(llama3, tmp_path):
     assert len(told) == 1 and "was imported without a tokenizer" in told[0]
 
 
-def test_one_unused_token_beyond_the_matrix_is_left_out(llama3, tmp_path):
+def test_one_unused_token_without_row_is_left_out(llama3, tmp_path):
     folder = copied(llama3, tmp_path / "padded")
     add_tokens(folder, NAMES | {"[PAD]": 262})
     rewrite(folder / "tokenizer_config.json", pad_token="[PAD]")
@@ -182,7 +182,7 @@ def test_one_unused_token_beyond_the_matrix_is_left_out(llama3, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2 tied", "llama tied"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_tied_matrix_under_the_heads_name_alone(tmp_path, kind, sharded):
+def test_tied_matrix_stored_as_head_is_read(tmp_path, kind, sharded):
     folder = models.save(tmp_path / "source", kind)
     expected = HFModel(folder).rows("embedding.weight", 0, 260)
     save_model(models.load(folder), str(folder / "model.safetensors"))
@@ -200,13 +200,13 @@ def test_a_tied_matrix_under_the_heads_name_alone(tmp_path, kind, sharded):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
-def test_a_pointer_of_git_lfs_is_named(llama3, tmp_path, name):
+def test_git_lfs_pointer_raises(llama3, tmp_path, name):
     folder = copied(llama3, tmp_path / "cloned")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         list(import_model([f"hf={folder}", f"run={tmp_path / 'run'}"]))
 
 
-def test_a_file_in_place_of_the_folder_is_named(llama3):
+def test_file_instead_of_folder_raises(llama3):
     with pytest.raises(ValueError, match=r"model.safetensors is a file: give the folder of the model, .*source"):
         HFModel(llama3 / "model.safetensors")

@@ -64,7 +64,7 @@ def same(pair, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_same_ids_on_code_and_back(pairs, name):
+def test_ids_match_on_code_and_decode(pairs, name):
     ours, theirs = pairs[name]
     for text in code(1):
         if END_OF_DOCUMENT not in text:
@@ -74,7 +74,7 @@ def test_the_same_ids_on_code_and_back(pairs, name):
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_same_ids_around_every_character(pairs, name):
+def test_ids_match_around_every_character(pairs, name):
     """Case folding, classes and spaces of two engines for regular expressions; of ideographs, every 97th."""
     points = [
         point
@@ -90,14 +90,14 @@ def test_the_same_ids_around_every_character(pairs, name):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab '\n\r\tsS1２é\u0301東🙂.\u00a0\u3000"), max_size=40))
-def test_the_same_ids_on_what_hypothesis_finds(pairs, text):
+def test_ids_match_on_generated_texts(pairs, text):
     for pair in pairs.values():
         same(pair, text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sets(st.text(alphabet="ab", min_size=2, max_size=5), max_size=12), st.text(alphabet="ab", max_size=30))
-def test_any_ranks_give_the_ids_of_tiktoken(words, text):
+def test_any_ranks_match_tiktoken(words, text):
     """Ranks that no training would make: tokens without parts, and several ways to each."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {word.encode(): 256 + i for i, word in enumerate(sorted(words))}
@@ -106,7 +106,7 @@ def test_any_ranks_give_the_ids_of_tiktoken(words, text):
     same((Tokenizer(spec), theirs), text)
 
 
-def test_special_tokens_and_merges():
+def test_special_tokens_and_merges_are_written():
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258}
     spec = TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 260, "<|pad|>": 259}, ranks)
     assert merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"ab", b"c")]
@@ -116,21 +116,21 @@ def test_special_tokens_and_merges():
     assert files["tokenizer_config.json"]["model_max_length"] == 77
 
 
-def test_patterns_for_another_engine():
+def test_patterns_are_converted_for_oniguruma():
     assert oniguruma(r"\p{N}{1,3}+| ?[^\s\p{L}]++|\s++$") == r"(?>\p{N}{1,3})| ?[^\s\p{L}]++|\s++\z"
     assert oniguruma(PATTERNS["cl100k"]) == PATTERNS["cl100k"]
     assert oniguruma(r"\P{N}{1,3}+|[$€]|\x{41}{2}+|\$") == r"(?>\P{N}{1,3})|[$€]|(?>\x{41}{2})|\$"
 
 
 @pytest.mark.parametrize("pattern", ["(?:ab){1,2}+|.", "^aa|.", "(?s:.)+"])
-def test_a_pattern_that_the_other_engine_reads_otherwise_is_refused(pattern):
+def test_unconvertible_pattern_raises(pattern):
     spec = TokenizerSpec("x", pattern, {END_OF_DOCUMENT: 256}, {bytes([byte]): byte for byte in range(256)})
     with pytest.raises(ValueError, match="tokenizer x cannot be converted for transformers"):
         to_hf(spec, 8)
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_in_again_it_is_the_same_tokenizer(pairs, name, tmp_path):
+def test_import_restores_exported_tokenizer(pairs, name, tmp_path):
     spec = pairs[name][0].spec
     write(tmp_path, to_hf(spec, 8))
     back = from_hf(tmp_path, None)
@@ -144,7 +144,7 @@ def write(folder: Path, files: dict) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-def test_the_two_files_of_gpt2(tmp_path):
+def test_vocab_and_merges_files_are_read(tmp_path):
     """vocab.json and merges.txt, as the oldest folders have them; and tokenizer.json with ByteLevel's own pattern."""
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(code(0.3), 600, special_tokens=[], show_progress=False)
@@ -161,7 +161,7 @@ def test_the_two_files_of_gpt2(tmp_path):
         assert Tokenizer(old).encode(text).tolist() == trained.encode(text).ids
 
 
-def test_another_name_for_the_end(tmp_path):
+def test_end_of_document_may_have_another_name(tmp_path):
     spec = TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 256}, {bytes([byte]): byte for byte in range(256)})
     files = to_hf(spec, 8)
     files["tokenizer.json"]["added_tokens"][0]["content"] = "<|end_of_text|>"
@@ -203,7 +203,7 @@ BYTES_ALONE = BYTES | {"use_regex": False}
         ({"pattern": r"\p{L}+"}, "it has other ids for a text that both were given"),  # tiktoken drops the rest
     ],
 )
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
+def test_unsupported_tokenizer_raises(tmp_path, change, message):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257}
     files = to_hf(TokenizerSpec("x", PATTERNS["gpt2"], {END_OF_DOCUMENT: 258}, ranks), 8)
     model = files["tokenizer.json"]["model"]

@@ -24,7 +24,7 @@ def initialised(config: GPT2Config, seed: int = 0) -> Body:
     return body
 
 
-def test_causality_by_gradients():
+def test_gradients_are_causal():
     body = initialised(SMALL)
     hidden = torch.randn(1, 7, SMALL.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(body, hidden)  # [1, T, D, 1, T, D]
@@ -32,7 +32,7 @@ def test_causality_by_gradients():
     assert torch.equal(influence != 0, torch.ones(7, 7).tril().bool())
 
 
-def test_attention_is_a_softmax_over_the_past():
+def test_attention_matches_explicit_softmax():
     attention = Attention(SMALL).double()
     hidden = torch.randn(2, 5, SMALL.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     out = attention(hidden)
@@ -53,7 +53,7 @@ def packed() -> tuple[torch.Tensor, list[list[int]]]:
     return starts_BT, [[0, 1], [2, 3, 4], [5], [6]]
 
 
-def test_packed_documents_are_what_they_are_alone():
+def test_packed_documents_match_separate_documents():
     body = initialised(SMALL)
     starts_BT, documents = packed()
     hidden = torch.randn(2, 7, SMALL.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_packed_documents_are_what_they_are_alone():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_block_mask_of_a_gpu_is_the_exact_mask():
+def test_block_mask_matches_boolean_mask():
     """FlexAttention itself, uncompiled, on the CPU."""
     starts_BT, _ = packed()
     exact = within_documents(starts_BT)
@@ -83,7 +83,7 @@ def test_the_block_mask_of_a_gpu_is_the_exact_mask():
         ("gpt2_xl", 1_557_611_200),
     ],
 )
-def test_parameter_counts_of_the_family(name, parameters):
+def test_parameter_counts_match_published(name, parameters):
     register_groups()
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("train", [f"model={name}", "data.path=data", "run.dir=run"])
@@ -93,7 +93,7 @@ def test_parameter_counts_of_the_family(name, parameters):
     assert sum(p.numel() for p in body.parameters()) + 50_257 * model.width == parameters
 
 
-def test_initial_values_by_kind():
+def test_initial_values_match_their_kind():
     config = GPT2Config(layers=4, width=256, heads=4, context=256)
     residual = 0.02 / math.sqrt(2 * config.layers)
     body = initialised(config)
@@ -110,7 +110,7 @@ def test_initial_values_by_kind():
     assert not torch.equal(first, second)
 
 
-def test_initial_rows_are_the_same_for_any_cut():
+def test_initial_rows_do_not_depend_on_sharding():
     with torch.device("meta"):
         body = GPT2Config(layers=1, width=96, heads=3, context=130).body()
     for name, parameter in body.named_parameters():
@@ -132,6 +132,6 @@ def test_initial_rows_are_the_same_for_any_cut():
         ({"heads": 6, "width": 256}, "model.heads=6 must divide model.width=256"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_invalid_setting_raises(setting, message):
     with pytest.raises(ValueError, match=message):
         GPT2Config(**setting)

@@ -60,14 +60,14 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_causality_by_gradients():
+def test_gradients_are_causal():
     body = initialised(SMALL)
     jacobian = torch.autograd.functional.jacobian(body, random(1, 7, SMALL.width))  # [1, T, D, 1, T, D]
     influence = jacobian.abs().amax((0, 2, 3, 5))  # of position s (column) on position t (row)
     assert torch.equal(influence != 0, torch.ones(7, 7).tril().bool())
 
 
-def test_packed_documents_are_what_they_are_alone():
+def test_packed_documents_match_separate_documents():
     body, hidden = initialised(SMALL), random(2, 7, SMALL.width)
     starts_BT, documents = packed()
     together = body(hidden, starts_BT)
@@ -76,7 +76,7 @@ def test_packed_documents_are_what_they_are_alone():
     torch.testing.assert_close(together[1:], body(hidden[1:]), rtol=1e-12, atol=1e-12)
 
 
-def test_each_query_meets_the_keys_of_its_group_turned_by_its_position():
+def test_attention_matches_complex_rotation_per_head():
     """Complex numbers turn, and every query head has its keys: no code is shared with the body."""
     body = initialised(SMALL)
     attention, hidden = body.blocks[0].attention, random(1, 5, SMALL.width)
@@ -99,7 +99,7 @@ def test_each_query_meets_the_keys_of_its_group_turned_by_its_position():
     torch.testing.assert_close(out[0], attention.out(mixed.flatten(1)), rtol=1e-6, atol=1e-9)  # cosines are in fp32
 
 
-def test_a_norm_keeps_the_dtype_of_what_it_scales():
+def test_norm_keeps_input_dtype():
     norm, x = RMSNorm(6, 1e-5), random(3, 6)
     exact = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(norm.double()(x), exact)
@@ -114,7 +114,7 @@ def test_a_norm_keeps_the_dtype_of_what_it_scales():
         ("qwen3_600m", 1, 151_936, 596_049_920),
     ],
 )
-def test_parameter_counts_of_the_family(name, matrices, rows, parameters):
+def test_parameter_counts_match_published(name, matrices, rows, parameters):
     register_groups()
     with initialize_config_dir(str(CONF), version_base=None):
         composed = compose("train", [f"model={name}", "data.path=data", "run.dir=run"])
@@ -124,7 +124,7 @@ def test_parameter_counts_of_the_family(name, matrices, rows, parameters):
     assert sum(p.numel() for p in body.parameters()) + matrices * rows * model.width == parameters
 
 
-def test_initial_values_by_kind():
+def test_initial_values_match_their_kind():
     config = LlamaConfig(layers=4, width=256, heads=4, kv_heads=2, inner=704, qk_norm=True, bias="attention")
     for name, parameter in (body := initialised(config)).named_parameters():
         if name.endswith("bias"):
@@ -152,7 +152,7 @@ def test_initial_values_by_kind():
         ({"bias": "all"}, "model.bias=all must be none, qkv or attention"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_invalid_setting_raises(setting, message):
     with pytest.raises(ValueError, match=message):
         LlamaConfig(**setting)
 
@@ -185,7 +185,7 @@ def config_of(folder, name, engine="fsdp2", kind="plain", **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_steps_are_the_dense_steps_under_each_engine(folder, kind):
+def test_ten_steps_match_dense_under_each_engine(folder, kind):
     masked = {"data__documents": "masked"} if kind == "qwen3" else {}
     dense = dense_training(config_of(folder, "dense", kind=kind, **masked))
     engines = ENGINES if kind == "plain" else ("fsdp2", "zero1", "zero3")
@@ -208,7 +208,7 @@ def test_ten_steps_are_the_dense_steps_under_each_engine(folder, kind):
     ],
     ids=["selective", "block", "compile"],
 )
-def test_what_saves_memory_or_time_changes_no_number(folder, change):
+def test_memory_and_time_savings_keep_results(folder, change):
     name, straight = "-".join(map(str, change.values())), config_of(folder, "straight", kind="qwen3")
     config = config_of(folder, name, kind="qwen3", **{f"engine__{key}": value for key, value in change.items()})
     if not straight.run_dir.exists():
@@ -218,7 +218,7 @@ def test_what_saves_memory_or_time_changes_no_number(folder, change):
 
 
 @pytest.mark.parametrize("engine", ENGINES if BF16 else ("fsdp2",))
-def test_it_trains_in_bf16(folder, engine):
+def test_bf16_training_is_close_to_fp32(folder, engine):
     """Where the processor has it; within 0.1 % of fp32."""
     fp32 = config_of(folder, f"{engine}-fp32", engine)
     low = config_of(folder, f"{engine}-auto", engine, train__precision="auto")
@@ -230,12 +230,12 @@ SETTINGS = ["train.micro_batch=1", "train.seq_len=64", "train.global_batch=64"]
 
 
 @pytest.mark.parametrize("model", ["llama_1b", "llama_8b", "qwen3_600m"])
-def test_a_step_is_rehearsed(model):
+def test_step_is_rehearsed(model):
     rehearse(configured(f"model={model}", *SETTINGS, "data.documents=masked", "vocab.tie=untied"), 1000, 8, 64)
 
 
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
-def test_a_step_gives_to_collectives_and_holds_what_the_plan_says(kind):
+def test_step_traffic_and_memory_match_plan(kind):
     """The plan is for GPUs, where a norm keeps its input alone; on a CPU, what it has normed as well."""
     sizes = ["train.micro_batch=8", "train.seq_len=1024", "train.global_batch=128", "train.precision=fp32"]
     checkpointing = f"engine.activation_checkpointing={kind}"

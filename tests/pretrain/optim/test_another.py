@@ -34,7 +34,7 @@ def train(rank, world, configs):
         train_rank(rank, world, config)
 
 
-def test_other_states_are_saved_and_resumed_under_either_engine(tmp_path):
+def test_other_states_survive_resume_under_both_engines(tmp_path):
     write_tokens(tmp_path / "tokens")
     settings = {"train__steps": 6, "vocab__tie": "untied", "optim__lr": 0.05}
     straight = config_of(tmp_path / "straight", 2, **settings)
@@ -59,7 +59,7 @@ def test_other_states_are_saved_and_resumed_under_either_engine(tmp_path):
         assert abs(found - expected) < 1e-5 * expected
 
 
-def test_the_planner_counts_the_states_that_there_are(tmp_path, monkeypatch):
+def test_planner_counts_states_of_optimizer(tmp_path, monkeypatch):
     monkeypatch.setitem(OF_BODY, "momentum", Momentum)
     write_tokens(tmp_path / "tokens")
     config = config_of(tmp_path / "run", 1)

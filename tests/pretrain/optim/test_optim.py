@@ -7,7 +7,7 @@ from pretrain.config.optim import OptimConfig
 from pretrain.optim import body_optimizer, clip_factor, lr_at
 
 
-def test_cosine_rises_to_lr_and_ends_at_its_floor():
+def test_cosine_peaks_at_lr_and_ends_at_floor():
     config = OptimConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
     rates = [lr_at(config, step, 24) for step in range(24)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -16,7 +16,7 @@ def test_cosine_rises_to_lr_and_ends_at_its_floor():
     assert lr_at(OptimConfig(lr=1.0, warmup_steps=0, min_lr_ratio=0.2), 10, 21) == pytest.approx(0.6)  # half-way
 
 
-def test_wsd_is_stable_then_falls_in_a_line_to_its_floor():
+def test_wsd_is_constant_then_linear_to_floor():
     config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, min_lr_ratio=0.0, decay_fraction=0.4)
     rates = [lr_at(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
@@ -55,12 +55,12 @@ def test_default_warmup_of_a_long_run_is_100_steps():
         ),
     ],
 )
-def test_schedule_that_does_not_fit_is_named(setting, steps, message):
+def test_too_long_schedule_raises(setting, steps, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**setting).check_steps(steps)
 
 
-def test_schedule_that_just_fits_is_accepted():
+def test_longest_schedule_is_accepted():
     OptimConfig(warmup_steps=59).check_steps(60)
     OptimConfig(schedule="wsd", warmup_steps=50, decay_fraction=0.5).check_steps(100)
     OptimConfig(warmup_steps=90, decay_fraction=0.5).check_steps(100)  # a cosine has no separate decay
@@ -76,7 +76,7 @@ def test_only_matrices_decay():
     assert torch.equal(bias, torch.ones(2))
 
 
-def test_the_clip_knows_both_owners():
+def test_clip_covers_both_owners():
     norm, factor = clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=1.0)
     assert norm == 5.0 and factor == pytest.approx(0.2, rel=1e-6)
     assert clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=6.0) == (5.0, 1.0)
@@ -94,6 +94,6 @@ def test_the_clip_knows_both_owners():
         ({"decay_fraction": 1.5}, r"optim.decay_fraction=1.5 must be in \[0, 1\]"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_invalid_setting_raises(setting, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**setting)

@@ -83,7 +83,7 @@ def truth(folder):
 
 
 @pytest.mark.parametrize("engine,world", CASES)
-def test_owners_match_a_dense_adamw_with_groups(folder, truth, engine, world):
+def test_owners_match_dense_adamw_with_groups(folder, truth, engine, world):
     run = folder / f"{engine}-{world}"
     run_ranks(world, train_rank, owners_config(run, "both", engine, world))
     found, dense = outcome(run), truth("both")
@@ -96,7 +96,7 @@ def test_owners_match_a_dense_adamw_with_groups(folder, truth, engine, world):
 
 
 @pytest.mark.parametrize("given", ["body", "vocab"])
-def test_one_owner_may_have_settings_alone(folder, truth, given):
+def test_overrides_of_one_owner_keep_the_other(folder, truth, given):
     run = folder / f"{given} alone"
     run_ranks(2, train_rank, owners_config(run, given, "fsdp2", 2))
     for name, weight in truth(given).weights.items():
@@ -105,7 +105,7 @@ def test_one_owner_may_have_settings_alone(folder, truth, given):
     assert min(apart(other[name], weight) for name, weight in truth(given).weights.items() if weight.dim() == 2) > 1e-2
 
 
-def test_an_owner_without_settings_has_the_common_ones():
+def test_owner_defaults_to_common_settings():
     optim = OptimConfig(lr=0.3, beta1=0.5, vocab=OwnerConfig(beta1=0.6))
     assert optim.hyperparameters(optim.body) == (1.0, 0.5, 0.95, 1e-8, 0.1)
     assert optim.hyperparameters(optim.vocab) == (1.0, 0.6, 0.95, 1e-8, 0.1)
@@ -123,12 +123,12 @@ def test_an_owner_without_settings_has_the_common_ones():
         ({"optim__name": "sgd"}, r"optim.name=sgd must be one of adamw"),
     ],
 )
-def test_a_wrong_setting_is_named(tmp_path, setting, message):
+def test_invalid_setting_raises(tmp_path, setting, message):
     with pytest.raises(ValueError, match=f"(?i){message}"):
         tiny_config(tmp_path / "tokens", tmp_path / "run", **setting)
 
 
-def test_a_run_frozen_before_there_were_owners_goes_on_unchanged(tmp_path):
+def test_config_without_owners_resumes_unchanged(tmp_path):
     config = tiny_config(tmp_path / "tokens", tmp_path)
     old = asdict(config)
     for key in ("name", "body", "vocab"):
