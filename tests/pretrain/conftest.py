@@ -1,4 +1,4 @@
-"""Fixtures of several folders."""
+"""Fixtures used in several folders."""
 
 from tests.browser import browser
 

@@ -1,4 +1,4 @@
-"""The truth: one process, whole weights, plain autograd; no shard, no engine."""
+"""Dense reference: one process, whole weights, plain autograd; no shards, no engine."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from tests.pretrain.tiny import VOCAB
 
 
 class DenseModel(nn.Module):
-    """The truth: the same initial weights, whole, in one process, under plain autograd."""
+    """Reference model: equal initial weights, unsharded, in one process, under plain autograd."""
 
     def __init__(self, config: JobConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class DenseModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
     def loss_of_documents(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """Each document on its own, one after the other: nothing is packed."""
+        """Loss of each document separately, without packing."""
         total = torch.zeros((), dtype=self.weight.dtype)
         for sequence in zip(tokens, targets, starts, strict=True):
             for start in sequence[2].unique():
@@ -45,7 +45,7 @@ class DenseModel(nn.Module):
 
 
 def windows_of(config: JobConfig, step: int) -> list[Tensor]:
-    """The global batch of a step: tokens, targets [global_batch, T], and where documents begin, if it matters."""
+    """Global batch of a step: tokens and targets [global_batch, T], and starts of documents if masked."""
     corpus = open_corpus(Path(config.data.path))
     if config.data.packing == "best_fit":
         windows: Windows = PackedWindows(corpus.train, config.seq_len)
@@ -58,7 +58,7 @@ def windows_of(config: JobConfig, step: int) -> list[Tensor]:
 
 
 class Dense(NamedTuple):
-    """A run: loss and norm of each step, and the weights at its end by their names in a checkpoint."""
+    """Results of a run: loss and norm per step, and final weights by their names in a checkpoint."""
 
     losses: list[float]
     norms: list[float]
@@ -66,7 +66,7 @@ class Dense(NamedTuple):
 
 
 def dense_training(config: JobConfig) -> Dense:
-    """A plain training loop: AdamW, clip, schedule."""
+    """Plain training loop with AdamW, clip and schedule."""
     model = DenseModel(config, torch.float32)
     optimizer = body_optimizer(config.optim).build(model.parameters(), config.optim, config.optim.body)
     losses, norms = [], []

@@ -1,4 +1,4 @@
-"""Small things that the tests of several parts build on."""
+"""Helpers for the tests of several packages."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter
 from pretrain.vocab import VocabShard
 from tests.data_prep.commands import small_spec
 
-TIMES = {"tokens_per_s", "data_wait"}  # in metrics.jsonl: not twice the same
+TIMES = {"tokens_per_s", "data_wait"}  # keys of metrics.jsonl that differ between equal runs
 
 
 def padded_rows(weight_VD: Tensor, shard: VocabShard) -> Tensor:
-    """The shard's rows of a dense matrix, [v, D], padding zero."""
+    """Rows of a dense matrix on a shard, [v, D]; padding rows are zero."""
     padded = weight_VD.new_zeros(shard.padded_size, weight_VD.shape[1])
     padded[: shard.vocab_size] = weight_VD
     return padded[shard.start : shard.stop].clone()
 
 
 def write_tokens(prefix: Path, ids: np.ndarray, vocab_size: int) -> TokenFileWriter:
-    """A token file of one document (of none, where there are no ids)."""
+    """Writes a token file of one document; of none if there are no ids."""
     with TokenFileWriter(prefix, vocab_size) as writer:
         if len(ids):
             writer.add(np.asarray(ids))
@@ -28,7 +28,7 @@ def write_tokens(prefix: Path, ids: np.ndarray, vocab_size: int) -> TokenFileWri
 
 
 def make_corpus(folder: Path, train: int = 4000, val: int = 600) -> Path:
-    """A finished folder of two training files and one of validation, with random ids below 260."""
+    """Makes a complete folder: two training files, one validation file, random ids below 260."""
     spec = small_spec()
     spec.save(folder / "tokenizer")
     random = np.random.default_rng(0)

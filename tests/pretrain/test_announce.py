@@ -1,4 +1,4 @@
-"""What a start says about its validation."""
+"""Messages at the start about a missing validation split."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A machine that cannot build a run's kernels is named in one line before any work."""
+"""A missing compiler is reported in one line before any work."""
 
 import os
 import sysconfig
@@ -13,7 +13,7 @@ from tests.launch.test_start import local, start, tokens  # noqa: F401
 
 @pytest.fixture(params=[("cuda", "CC", "gcc"), ("cpu", "CXX", "g++")], ids=["gpu", "cpu"])
 def machine(request, monkeypatch):
-    """A device, its compiler's variable and package, on a machine where Triton is installed and neither is set."""
+    """Device, compiler variable and package, on a machine with Triton where CC and CXX are unset."""
     monkeypatch.setattr(compilers, "find_spec", lambda _: True)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)

@@ -1,4 +1,4 @@
-"""Which of a rank's reasons to stop counts."""
+"""Priority of a rank's reasons to stop."""
 
 import time
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a model says does not depend on how many ranks hold its rows; that of a tied one is tried with the launcher."""
+"""Generated text does not depend on the number of ranks. Tied models are tested with the launcher."""
 
 from pathlib import Path
 

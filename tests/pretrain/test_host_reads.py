@@ -1,4 +1,4 @@
-"""The host reads a device's numbers through one function, which the launcher's supervisor knows."""
+"""The host reads device values only through one function, known to the launcher's supervisor."""
 
 import linecache
 import sys
@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
-ON_THE_HOST = {  # what these functions read is there, or is read on a CPU only
+ON_THE_HOST = {  # these functions read host tensors, or run on CPUs only
     "add_weight_gradient",
     "clamp",
     "copies",
@@ -30,20 +30,21 @@ ON_THE_HOST = {  # what these functions read is there, or is read on a CPU only
     "plan_lookup",
     "_sums",
     "violated",
-    "_top",  # waits through `on_host` just before
+    "_top",  # has just waited in `on_host`
 }
 
 
 class ReadsElsewhere(TorchDispatchMode):
-    """Lines of pretrain that wait for the device in this thread, but not in `on_host`.
+    """Lines of pretrain that wait for the device in this thread, outside `on_host`.
 
-    All tensors here are on a CPU: one counts as the host's if it came out of `on_host`, or was made of such alone.
+    All tensors here are on a CPU. A tensor counts as a host tensor if it is a result of `on_host`, or was computed only
+    from host tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: set[str] = set()
-        self.hosts: dict[int, torch.UntypedStorage] = {}  # kept: an address is not used twice
+        self.hosts: dict[int, torch.UntypedStorage] = {}  # kept alive so that no address is reused
 
     def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._keep(tensor.detach().clone())
@@ -56,13 +57,13 @@ class ReadsElsewhere(TorchDispatchMode):
         return tensor.untyped_storage()._cdata in self.hosts
 
     def check(self, tensor: torch.Tensor, frame: FrameType | None) -> None:
-        """`frame`: of the function that reads."""
+        """Records a read. frame: of the reading function."""
         while frame is not None and "/torch/_" in frame.f_code.co_filename:  # wrappers of this mode
             frame = frame.f_back
         assert frame is not None
         path, number, function = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         known = waits_for_a_peer(path, str(number), function) or self._of_host(tensor) or function in ON_THE_HOST
-        if not known and "/torch/optim/" not in path:  # which counts steps on the host
+        if not known and "/torch/optim/" not in path:  # torch.optim counts steps on the host
             self.lines.add(f"{path}:{number}: {linecache.getline(path, number).strip()}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,7 +100,7 @@ def reads_of_training(rank: int, world: int, config: JobConfig) -> set[str]:
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_training_reads_the_device_through_one_function(tmp_path, engine):
-    """A run with evaluation, saves and all monitors."""
+    """Trains with evaluation, saves and all monitors."""
     changes = {
         "vocab__size": None,
         "vocab__untie_at": 2,

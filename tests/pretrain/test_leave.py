@@ -1,4 +1,4 @@
-"""How a rank's process ends while gloo's threads still hold tensors."""
+"""Exit of a rank while gloo's threads still hold tensors."""
 
 import subprocess
 import sys

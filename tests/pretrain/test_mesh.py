@@ -1,4 +1,4 @@
-"""Which device a rank takes; no GPU is needed."""
+"""Choice of a rank's device, without a GPU."""
 
 import os
 

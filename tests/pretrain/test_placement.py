@@ -1,4 +1,4 @@
-"""vocab.parallel=auto: the estimate against what really crosses, and its choices."""
+"""vocab.parallel=auto: estimates match real traffic, and the choices are right."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ NODES = Machine.of("cuda", world=64, node=8)
 
 
 def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
-    """What one rank sends in the loss of its tokens, its own part never counted."""
+    """Bytes that one rank sends to others in the loss."""
     sent = []
 
     def count(collective, others):
@@ -56,7 +56,7 @@ def test_tokens_are_cheaper_than_weights_below_row_count():
 
 @pytest.mark.parametrize("work", [LLAMA3, GPT2, replace(LLAMA3, matrices=2)], ids=["llama3", "gpt2", "untied"])
 def test_auto_chooses_one_copy_per_node(work):
-    """Within a node the tokens cross behind the matmuls; between nodes they would not."""
+    """Inside a node, matmuls hide the traffic of tokens; between nodes they would not."""
     assert choose_parallel("auto", work, NODE).ranks == 8
     assert choose_parallel("auto", work, NODES).ranks == 8
 
@@ -67,7 +67,7 @@ def test_auto_chooses_one_copy_per_rank_for_small_vocabulary():
 
 
 def test_memory_breaks_ties_between_equal_times():
-    """Bound by matmuls, four and eight ranks of a node take the same time, and eight hold half as much."""
+    """Four and eight ranks per node are equally fast, because matmuls dominate; eight need half the memory."""
     times = [estimate(p, LLAMA3, NODE).seconds for p in (4, 8)]
     assert abs(times[0] / times[1] - 1) < 0.05
     assert choose_parallel("auto", LLAMA3, NODE).ranks == 8

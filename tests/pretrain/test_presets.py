@@ -1,4 +1,4 @@
-"""conf/model/*.yaml against what was published of each model."""
+"""Presets in conf/model/*.yaml match the published models."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from pretrain.announce import counts, parameters
 from tests.benchmarks.plan import CONF, configured
 
-# rows of its own vocabulary, matrices, and all parameters: the published checkpoint's
+# rows of the vocabulary, number of matrices, and all parameters of the published checkpoint
 PUBLISHED = {
     "gpt2": (50_257, 1, 124_439_808),
     "gpt2_medium": (50_257, 1, 354_823_168),
@@ -17,7 +17,7 @@ PUBLISHED = {
     "llama_8b": (128_256, 2, 8_030_261_248),
     "qwen3_600m": (151_936, 1, 596_049_920),
 }
-OURS = ("nano", "llama_tiny")  # of no publication; no set: its order would differ between processes of tests
+OURS = ("nano", "llama_tiny")  # unpublished; not a set, because its order would differ between test processes
 
 
 def test_every_preset_has_published_count():

@@ -1,4 +1,4 @@
-"""What goes wrong while the ranks meet is told in the library's words, and never as a rank that was lost."""
+"""Errors of the rendezvous show the library's message, and are never reported as a lost rank."""
 
 import json
 import os
@@ -32,7 +32,7 @@ IFACE = "[enforce fail at /gloo/transport/tcp/device.cc:84] ifa != nullptr. Unab
 
 @pytest.fixture
 def frozen(tmp_path):
-    """A run's config.yaml."""
+    """Writes config.yaml of a run."""
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", train__steps=1)
     write_config(config, None)
     return config.path
@@ -45,7 +45,7 @@ def place(monkeypatch, rank=0, world=2, address="127.0.0.1", port=0):
 
 
 def start(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
-    """A command, or one rank, that may be without others."""
+    """Starts a command or one rank, possibly without other ranks."""
     known = os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in environment.items()}
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=100)
@@ -144,7 +144,7 @@ def at(port: int) -> dict[str, object]:
     ids=["gloo", "nccl", "a later group's interface", "no peers"],
 )
 def test_last_line_of_rank_is_library_error(monkeypatch, capsys, error, ending, said):
-    """Its last line is what restarts.jsonl shows."""
+    """The last line of a rank is what restarts.jsonl shows."""
 
     def fails(path):
         raise error

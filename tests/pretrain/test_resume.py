@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been."""
+"""A resumed run equals an uninterrupted one."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_resume_is_bit_exact(tmp_path, tie, precision):
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory) -> Path:
-    """A folder with tokens, 20 steps of them, and the first 12 of the same run."""
+    """A folder with tokens, a run of 20 steps, and the first 12 steps of the same run."""
     folder = tmp_path_factory.mktemp("runs")
     write_tokens(folder / "tokens")
     run_ranks(2, train_rank, tiny_config(folder / "tokens", folder / "straight"))
@@ -64,7 +64,7 @@ def test_run_continues_at_other_world_size(on_two_ranks, tmp_path, world, vocab_
 
 
 def test_position_is_counted_in_samples(tmp_path):
-    """Two ranks, then three with a global batch of another size: no sample twice, none left out."""
+    """Trains on two ranks, then on three with another global batch: no sample is repeated or lost."""
     data = write_tokens(tmp_path / "tokens")
     settings = {"train__steps": 30, "eval__every": 0}
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "run", train__stop_after=10, **settings))
@@ -76,7 +76,7 @@ def test_position_is_counted_in_samples(tmp_path):
 
 
 def train_until_signalled(rank: int, world: int, config: JobConfig, number: int) -> None:
-    """One rank of two is told to stop, at some moment after the third step."""
+    """Sends SIGTERM to one of two ranks, at some moment after the third step."""
 
     def tell() -> None:
         log = config.run_dir / "metrics.jsonl"
@@ -117,10 +117,10 @@ def test_deadline_reserves_a_step_and_two_saves(monkeypatch):
     longest = [0.0]
     deadline = Deadline(1100.0, reserve=10.0, longest_save=lambda: longest[0])
     now[0] = 1004.0
-    assert not deadline(), "a step of four seconds"
+    assert not deadline(), "the step takes four seconds"
     now[0] = 1006.0
     longest[0] = 30.0
-    assert deadline()  # 1.5 · (4 + 2·30) = 96 of the 94 that are left
+    assert deadline()  # 1.5 · (4 + 2·30) = 96 s needed, 94 s left
     longest[0] = 20.0
     now[0] = 1008.0
     assert not deadline()

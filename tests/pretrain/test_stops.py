@@ -1,4 +1,4 @@
-"""A run that is stopped in an evaluation, or that hangs."""
+"""Stops during an evaluation, hangs, and signals at unusual moments."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def stopped_while_evaluating(rank: int, world: int, config: JobConfig, number: int) -> tuple[StopReason, list[int]]:
-    """One rank is told to stop at the third batch of the second evaluation; the batches of each that were taken."""
+    """Requests a stop on one rank at batch 3 of the second evaluation. Returns batches taken per evaluation."""
     taken: list[int] = []
 
     def batches(*args: object, **kwargs: object) -> Iterator[MicroBatch]:
@@ -43,20 +43,20 @@ def stopped_while_evaluating(rank: int, world: int, config: JobConfig, number: i
                 os.kill(os.getpid(), number)
             yield batch
 
-    pretrain.hooks.evaluation.validation_batches = batches  # this process is a rank, and ends after it
+    pretrain.hooks.evaluation.validation_batches = batches  # this process is a rank and ends afterwards
     with StopRequests() as requests:
         return pretrain.train.train(config, torch.device("cpu"), requests), taken
 
 
 @pytest.mark.parametrize("number,step", [(signal.SIGTERM, 8), (signal.SIGUSR1, 12)], ids=["in between", "at the end"])
 def test_interrupted_evaluation_is_repeated_after_resume(tmp_path, number, step):
-    """Also where nothing else would have been logged at its step, and where it was the last thing left to do."""
+    """Holds also if nothing else is logged at this step, and if the evaluation was the last work of the run."""
     settings = {"train__steps": 12, "eval__every": step // 2, "log__every": 5, "checkpoint__every": 4}
     data = make_corpus(tmp_path / "data")
     run_ranks(2, train_rank, tiny_config(data, tmp_path / "straight", **settings))
     config = tiny_config(data, tmp_path / "parts", **settings)
     (reason, taken), _ = run_ranks(2, stopped_while_evaluating, config, number)
-    assert reason is StopReason.REQUESTED and taken[0] > taken[1] == 3, "it was not waited for"
+    assert reason is StopReason.REQUESTED and taken[0] > taken[1] == 3, "the evaluation must stop early"
     last = checkpoints(config.run_dir)[-1]
     assert last.name == f"step-{step:08d}" and read_manifest(last)["val_loss"] is None
     assert "val_loss" not in lines(config.run_dir)[-1] and lines(config.run_dir)[-1]["step"] == step
@@ -84,7 +84,7 @@ def test_interrupted_evaluation_is_repeated_after_resume(tmp_path, number, step)
     ids=lambda value: str(value)[:20],
 )
 def test_errors_are_classified(error, device, peer):
-    """What is both is the device's."""
+    """An error of both kinds counts as the device's."""
     assert (device_error(error), lost_peer(error)) == (device, peer)
 
 
@@ -107,7 +107,7 @@ def test_signal_during_exit_does_not_kill_rank():
 
 
 def test_sighup_requests_stop_unless_ignored():
-    """nohup starts a process this way."""
+    """Ignores SIGHUP at the start, as nohup does."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequests() as requests:
@@ -134,7 +134,7 @@ def test_early_signal_ends_only_long_rendezvous(monkeypatch):
             assert ended.wait(10)
         ended.clear()
         with requests.ending(ended.set):
-            pass  # the others are there
+            pass  # the other ranks have joined
         assert not ended.is_set()
         monkeypatch.setattr("pretrain.stops.MEETING_SECONDS", 0.1)
         with requests.ending(ended.set):
@@ -142,7 +142,7 @@ def test_early_signal_ends_only_long_rendezvous(monkeypatch):
 
 
 def test_rank_waits_for_lock_of_lost_node(tmp_path, monkeypatch):
-    """For a while: then it is an error of a kind that another start may mend."""
+    """Waits for a limited time, then raises an error that a restart may solve."""
     config = tiny_config(tmp_path, tmp_path / "run")
     first = SimpleNamespace(rank=0)
     with lock_run(config.run_dir, RANKS_LOCK):

@@ -1,4 +1,4 @@
-"""The page of a tied and an untied run: what it says is what the runs have, and all of it is drawn."""
+"""The page of a tied and an untied run matches the runs and is drawn completely."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ BODY = sum(p.numel() for p in GPT2Config(layers=2, width=24, heads=3, context=16
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Tied, untied, split on the way; and a tied one of another seed that was not watched."""
+    """Runs: tied, untied, untied in the middle, and tied with another seed and without monitor."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_tokens(folder / "tokens")
     kinds = {
@@ -81,17 +81,17 @@ def test_untied_run_shows_drift(runs):
 
 
 def test_other_differences_warn(runs):
-    """What could change a loss, that is: `monitor` and how long a rank may hang cannot."""
+    """Warns about settings that can change a loss, so not about `monitor` or `train.hang_timeout`."""
     assert list(warnings(*pair(runs, tied="plain"))) == [
         "Another setting differs: seed is 8 when tied, and 7 when not.",
         "The tied run was not watched (monitor.embedding_every=0): no gradients, no health of rows.",
     ]
-    assert "Input's share" in charts_of(*pair(runs, tied="plain")), "of the other one"
+    assert "Input's share" in charts_of(*pair(runs, tied="plain")), "named in the other run's warning"
 
 
 @pytest.mark.parametrize("last,told", [(9, []), (6, [LATER]), (0, [])])
 def test_last_losses_at_different_steps_warn(runs, tmp_path, last, told):
-    """The tied run was evaluated at its end, the untied one at `last`; 0: never."""
+    """Evaluates the tied run at its end and the untied run at step `last` (0: never)."""
     evaluated = {kind: tmp_path / kind for kind in ("tied", "untied")}
     for (kind, folder), end in zip(evaluated.items(), (STEPS, last), strict=True):
         shutil.copytree(runs[kind], folder)

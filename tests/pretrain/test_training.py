@@ -1,4 +1,4 @@
-"""Training on any number of ranks is the training of one dense process."""
+"""Training on any number of ranks matches training in one dense process."""
 
 import json
 
@@ -25,7 +25,7 @@ LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 4)]  # world, vocab.paral
 
 
 def one_step_in_float64(rank: int, world: int, config: JobConfig):
-    """Loss, gradients and norm of one global batch on this rank, the engine and all else as in training."""
+    """Loss, gradients and norm of one global batch on this rank, computed as in training, in float64."""
     torch.set_default_dtype(torch.float64)
     mesh = Mesh.of(int(config.vocab.parallel), torch.device("cpu"))
     shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, VOCAB, config.vocab.multiple)
@@ -89,10 +89,10 @@ def test_one_step_matches_dense_in_float64(tmp_path, world, vocab_parallel, tie)
 def test_twenty_steps_match_dense(tmp_path, tie):
     data = write_tokens(tmp_path / "tokens")
     truth = dense_training(tiny_config(data, tmp_path / "dense", vocab__tie=tie)).losses
-    assert truth[-1] < truth[0] - 0.5, "the task must be learnt, or the losses show nothing"
-    for world, vocab_parallel in ((1, 1), (2, 2), (3, 3), (4, 2)):  # the others: one step in float64, above
+    assert truth[-1] < truth[0] - 0.5, "the model must learn, otherwise equal losses prove nothing"
+    for world, vocab_parallel in ((1, 1), (2, 2), (3, 3), (4, 2)):  # other layouts: one step in float64, above
         run = tmp_path / f"{world}x{vocab_parallel}"
-        micro_batch = 2 if world == 3 else 3  # several micro-batches a step, but for 4 ranks
+        micro_batch = 2 if world == 3 else 3  # several micro-batches per step, except on 4 ranks
         settings = {"vocab__parallel": vocab_parallel, "vocab__tie": tie, "train__micro_batch": micro_batch}
         run_ranks(world, train_rank, tiny_config(data, run, **settings))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_twenty_steps_match_dense(tmp_path, tie):
         np.testing.assert_allclose([line["loss"] for line in lines], truth, rtol=1e-5)
         for name, tensor in saved_tensors(run).items():
             if name.endswith(("embedding.weight", "head.weight")):
-                assert len(tensor) == 312 and (tensor[VOCAB:] == 0).all(), f"{name}: padding rows moved"
+                assert len(tensor) == 312 and (tensor[VOCAB:] == 0).all(), f"{name}: padding rows changed"
                 assert tensor[:VOCAB].abs().sum(1).gt(0).all()
 
 
@@ -125,14 +125,14 @@ def test_initial_weights_are_equal_for_every_layout(tmp_path):
 
 
 def test_ignored_targets_do_not_count(tmp_path):
-    """The last window is short; the loss is divided by the targets that are there, on every rank alike."""
+    """The last window is short. All ranks divide the loss by the number of existing targets."""
     data = write_tokens(tmp_path / "tokens", documents=3)
     settings = {"train__steps": 3, "train__global_batch": 12}
     losses = []
     for world in (1, 4):
         config = tiny_config(data, tmp_path / f"run{world}", **settings)
         windows = Windows(open_corpus(data).train, config.seq_len)
-        assert len(windows) < 12 and (windows.tokens - 1) % config.seq_len, "the batch must hold a short window"
+        assert len(windows) < 12 and (windows.tokens - 1) % config.seq_len, "the batch must contain a short window"
         run_ranks(world, train_rank, config)
         lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines])
@@ -150,7 +150,7 @@ def test_non_finite_gradient_stops_run_before_save(tmp_path):
 
 
 def test_best_checkpoint_by_validation_loss_is_kept(tmp_path):
-    """Evaluated before it is saved, at the same step; a rate that is far too high makes the first the best."""
+    """Evaluates and saves at the same step. A far too high learning rate makes the first checkpoint the best."""
     rules = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_best": 1, "eval__every": 2}
     wild = {"optim__lr": 0.5, "optim__warmup_steps": 4, "optim__clip": 0.0}
     stops = {"train__steps": 8, "train__stop_after": 6}

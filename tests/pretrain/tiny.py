@@ -1,4 +1,4 @@
-"""A tiny run: its token files, its configuration, and one rank of it."""
+"""A tiny run: token files, configuration, and the function of one rank."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from pretrain.config.job import JobConfig
 from pretrain.stops import StopRequests
 from pretrain.train import train
 
-VOCAB = 307  # no number of ranks divides it, nor the padded 312 rows all of them
+VOCAB = 307  # not divisible by any number of ranks; its 312 padded rows not by all
 
 
 def write_tokens(prefix: Path, vocab_size: int = VOCAB, documents: int = 40, seed: int = 0) -> Path:
-    """Token files PREFIX.bin and PREFIX.idx of documents that can be learnt: noisy arithmetic sequences."""
+    """Writes PREFIX.bin and PREFIX.idx with learnable documents: noisy arithmetic sequences."""
     random = np.random.default_rng(seed)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with TokenFileWriter(prefix, vocab_size) as file:
@@ -32,7 +32,7 @@ def write_tokens(prefix: Path, vocab_size: int = VOCAB, documents: int = 40, see
 
 
 def tiny_config(data: Path, run: Path, **changes: object) -> JobConfig:
-    """Two blocks of width 24 in fp32; `changes` are dotted keys with __ for the dot: train__steps=40."""
+    """Configuration of two blocks of width 24 in fp32. changes: keys with __ for the dot, such as train__steps=40."""
     settings: dict = {
         "seed": 7,
         "model": {"family": "gpt2", "layers": 2, "width": 24, "heads": 3, "context": 16},
@@ -53,13 +53,13 @@ def tiny_config(data: Path, run: Path, **changes: object) -> JobConfig:
 
 
 def train_rank(rank: int, world: int, config: JobConfig) -> None:
-    """One rank of a run, for `run_ranks`. The launching process's part is to freeze the configuration."""
+    """Trains one rank, for `run_ranks`. Freezes the configuration, as a launcher does."""
     with StopRequests() as requests:
         train(config, torch.device("cpu"), requests)
 
 
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, whole: parameters and both moments by name."""
+    """Whole tensors of the newest checkpoint by name: parameters and both moments."""
     folder = checkpoints(run)[-1]
     dtypes = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     shapes = read_manifest(folder)["tensors"]

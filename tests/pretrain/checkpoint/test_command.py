@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoint`, as users type it; most of it in the test's own process."""
+"""`python -m pretrain.checkpoint`, as users type it; mostly inside the test's process."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory) -> Path:
-    """A run of two ranks with checkpoints 2, 4 ... 12, the best of which is 4."""
+    """A run of two ranks with checkpoints 2, 4 ... 12. The best is 4."""
     run = tmp_path_factory.mktemp("six")
     run_ranks(2, save, run, {}, range(2, 13, 2))
     for folder in checkpoints(run):

@@ -1,4 +1,4 @@
-"""Host copies of what a save writes: what is waited for, and in which order."""
+"""Host copies during a save: order of copies and waits."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from pretrain.checkpoint.tensor_file import Slice
 
 
 class Recorded(torch.Tensor):
-    """A tensor that says it is on a GPU, and writes down how it is copied."""
+    """Tensor that claims to be on a GPU and records how it is copied."""
 
     calls: ClassVar[list[str]] = []
 
@@ -67,7 +67,7 @@ def test_gpu_copies_wait_for_mark_on_side_stream(monkeypatch):
             "off the side stream",
         ]
         assert [part.tensor.tolist() for part in taken] == [[1.0, 1.0], [1.0, 1.0, 1.0]]
-    assert memory == [True, False], "memory is kept from one save to the next"
+    assert memory == [True, False], "memory is reused by the next save"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,4 @@
-"""Checkpoints through real ranks: whole at any split, or refused by name."""
+"""Checkpoints of real ranks load at any world size, or raise an error that names the fault."""
 
 import hashlib
 import os
@@ -29,11 +29,11 @@ from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
 POSITION = TrainState(step=3, tokens=77, samples={"a": 5, "b": 6}, val_loss=1.5)
-SMALL = {"model__layers": 1, "model__width": 3, "model__heads": 1}  # width 3: on four ranks one holds no bias
+SMALL = {"model__layers": 1, "model__width": 3, "model__heads": 1}  # width 3: on four ranks, one has no part of a bias
 
 
 def build(run: Path, world: int, vocab_size: int = 307, **changes) -> CheckpointManager:
-    """One rank of a fresh run, ready to save or to load."""
+    """Builds one rank of a new run, ready to save or load."""
     config = tiny_config(run, run, **SMALL | changes)
     axis = world if config.vocab.parallel == "auto" else int(config.vocab.parallel)
     mesh = Mesh.of(axis, torch.device("cpu"))
@@ -43,7 +43,7 @@ def build(run: Path, world: int, vocab_size: int = 307, **changes) -> Checkpoint
 
 
 def whole(name: str, tensor: DTensor) -> torch.Tensor:
-    """What the tests save under that name."""
+    """Whole tensor that the tests save under this name."""
     generator = torch.Generator().manual_seed(stable_seed(name))
     return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
@@ -59,7 +59,7 @@ def is_filled(manager: CheckpointManager) -> bool:
 
 
 def save(rank, world, run, changes=None, steps=(POSITION.step,)):
-    """Saves; then the next random numbers of this rank."""
+    """Saves. Returns the next random numbers of this rank."""
     manager = build(run, world, **changes or {})
     fill(manager)
     torch.manual_seed(100 + rank)
@@ -70,7 +70,7 @@ def save(rank, world, run, changes=None, steps=(POSITION.step,)):
 
 
 def load(rank, world, run, changes=None):
-    """Loads the newest; whether all is as saved, and the next random numbers of this rank."""
+    """Loads the newest. Returns True if all values are as saved, and the next random numbers of this rank."""
     manager = build(run, world, **changes or {})
     torch.manual_seed(0)
     state, _ = manager.restore(no_warning)
@@ -87,7 +87,7 @@ def no_warning(message):
 
 
 def failures(rank, world, runs, changes=None):
-    """The error of restoring each of the runs; whether it is that of a damaged one."""
+    """Restores each run. Returns class and message of the error."""
     messages = []
     for run in runs:
         try:
@@ -100,7 +100,7 @@ def failures(rank, world, runs, changes=None):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """A run with a checkpoint of two ranks."""
+    """A run with one checkpoint, saved by two ranks."""
     run = tmp_path_factory.mktemp("good")
     run_ranks(2, save, run)
     return run
@@ -108,7 +108,7 @@ def good(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copies(good, tmp_path):
-    """Copies of the good run: `copies(name)` is the checkpoint's folder in a new one."""
+    """Copies the good run: `copies(name)` returns the checkpoint's folder in a new copy."""
 
     def copy(name: str) -> Path:
         shutil.copytree(good, tmp_path / name)
@@ -127,7 +127,7 @@ def test_checkpoint_loads_at_other_world_sizes(tmp_path, world, parallel, change
     run_ranks(world, save, tmp_path, {**changes, "vocab__parallel": parallel})
     for loaders, axis in [(1, "auto"), (2, "1"), (3, "auto"), (4, "auto")]:
         for right, _ in run_ranks(loaders, load, tmp_path, {**changes, "vocab__parallel": axis}):
-            assert right, f"{loaders} ranks with vocab.parallel={axis} got something else"
+            assert right, f"{loaders} ranks with vocab.parallel={axis} loaded other values"
 
 
 def test_random_generators_are_restored(tmp_path):
@@ -137,7 +137,7 @@ def test_random_generators_are_restored(tmp_path):
     others = [[numbers for _, numbers in run_ranks(3, load, tmp_path)] for _ in range(2)]
     assert torch.equal(
         torch.stack(others[0]), torch.stack(others[1])
-    )  # in another world: new ones, but always the same
+    )  # with another world size: new numbers, but always the same
     assert len({tuple(numbers.tolist()) for numbers in others[0]}) == 3
 
 
@@ -180,7 +180,7 @@ def test_saved_step_is_not_saved_again(good, copies):
 
 
 def edit_manifest(folder: Path, **changes) -> None:
-    """As somebody would who knows its hash."""
+    """Edits a manifest and updates its hash."""
     manifest = read_manifest(folder) | changes
     write_manifest(folder, {key: value for key, value in manifest.items() if value is not None})
 
@@ -220,7 +220,7 @@ def edit_text(folder: Path, old: str, new: str) -> None:
 
 
 def test_run_with_only_damaged_checkpoints_does_not_start(copies):
-    """Every rank names the fault, and nothing is renamed: the next start says so again."""
+    """Every rank names the fault. Nothing is renamed, so the next start reports it again."""
     folders = {name: copies(name) for name in SPOILS}
     for name, (spoil, _) in SPOILS.items():
         spoil(folders[name])
@@ -241,7 +241,7 @@ def test_other_format_version_raises(copies):
 
 
 def fall_back(rank, world, runs):
-    """Restores each of the runs: whether the step of POSITION came of it, and the warnings."""
+    """Restores each run. Returns True if it is at POSITION's step, and the warnings."""
     results = []
     for run in runs:
         warnings: list[str] = []
@@ -255,7 +255,7 @@ def fall_back(rank, world, runs):
 
 
 def test_damaged_checkpoint_is_set_aside_for_older_one(copies):
-    """And its step can be saved again. Two are damaged, in different ways: both are named."""
+    """Names both of two damaged checkpoints. Their steps can be saved again."""
     runs = {}
     for name, (spoil, _) in SPOILS.items():
         if name == "another step":
@@ -330,7 +330,7 @@ def test_newest_checkpoint_of_other_model_prevents_fallback(copies, tmp_path):
 
 
 class Bomb:
-    """Leaves a folder where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -352,7 +352,7 @@ def test_no_pickle_is_read(copies, tmp_path):
     for ((kind, _),) in run_ranks(2, failures, [replaced.parents[1]]):
         assert kind is DamagedCheckpoint
     facts = read_manifest(replaced)["files"]
-    for path in replaced.glob("*.safetensors"):  # and with the right size and hash
+    for path in replaced.glob("*.safetensors"):  # with the right size and hash
         facts[path.name] = {"bytes": len(bomb), "sha256": hashlib.sha256(bomb).hexdigest()}
     edit_manifest(replaced, files=facts)
     for ((_, message),) in run_ranks(2, failures, [replaced.parents[1]]):
@@ -362,11 +362,11 @@ def test_no_pickle_is_read(copies, tmp_path):
             assert in_process(program.main, command, f"run={run}").returncode == 0
     assert not marker.exists()
     pickle.loads(bomb)
-    assert marker.exists(), "the bomb itself is a dud"
+    assert marker.exists(), "unpickling must create the folder"
 
 
 def save_on_a_full_disk(rank, world, run, leaving):
-    """Saves with no more room than that: the error; then with room, whether the old and the new one load."""
+    """Saves on a full disk, then with enough space. Returns the error, and True if both checkpoints load."""
     manager = build(run, world, checkpoint__asynchronous=True)
     fill(manager)
     filler = run / "filler"
@@ -382,11 +382,11 @@ def save_on_a_full_disk(rank, world, run, leaving):
             time.sleep(0.01)
         assert manager.failed() and is_filled(manager)
         try:
-            manager.save(TrainState(POSITION.step + 2))  # waits for the first, and tells of it
+            manager.save(TrainState(POSITION.step + 2))  # waits for the first save and raises its error
             messages.append("saved")
         except CheckpointError as error:
             messages.append(str(error))
-        assert not manager.failed(), "told once"
+        assert not manager.failed(), "the error must be raised once"
         torch.distributed.barrier()
         if rank == 0:
             assert [path.name for path in manager.folder.iterdir()] == [f"step-{POSITION.step:08d}"]
@@ -428,7 +428,7 @@ def test_asynchronous_save_equals_synchronous_save(tmp_path, world, parallel):
 
 
 def after(seconds, work):
-    """`work`, late."""
+    """Runs `work` after a delay."""
 
     def late():
         time.sleep(seconds)
@@ -438,7 +438,7 @@ def after(seconds, work):
 
 
 def save_while_training_goes_on(rank, world, run):
-    """The writer is held up in its copying, then in its writing while the live tensors change; then a second save."""
+    """Delays the writer in its copy, then in its write while the tensors change; then saves again."""
     manager = build(run, world)
     fill(manager)
     held = threading.Event()
@@ -455,7 +455,7 @@ def save_while_training_goes_on(rank, world, run):
     assert manager.model.tensors() and not checkpoints(run)
     for tensor in manager.model.tensors().values():
         tensor.to_local().add_(1)
-    torch.distributed.barrier()  # training's collectives go on meanwhile
+    torch.distributed.barrier()  # training's collectives continue meanwhile
     threading.Timer(0.3, held.set).start()
     start = time.monotonic()
     manager.save(replace(POSITION, step=POSITION.step + 1))
@@ -470,11 +470,11 @@ def test_training_continues_during_save_and_second_save_waits(tmp_path):
         assert waited > 0.2 and seen == ["step-00000003"]
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     shutil.rmtree(checkpoints(tmp_path)[-1])
-    assert all(right for right, _ in run_ranks(2, load, tmp_path)), "what was saved is what it was at the save"
+    assert all(right for right, _ in run_ranks(2, load, tmp_path)), "saved values must be those at the save"
 
 
 def train_with_late_copies(rank, world, config):
-    """A copy takes longer than a forward and backward: the next update must wait for it."""
+    """Trains with copies slower than forward and backward: the next update must wait."""
     digests = ModelState.digests
     ModelState.digests = lambda state: after(0.2, lambda: digests(state))()
     train_rank(rank, world, config)
@@ -496,11 +496,11 @@ def test_update_waits_for_copy_of_save(tmp_path, engine):
 
 
 def copied(rank, world, run, what):
-    """What the checks of the split say after one rank's rows went wrong."""
+    """Returns the messages of the shard checks after one rank's rows were overwritten."""
     manager = build(run, world, vocab__parallel="2" if world == 4 else "auto", vocab__tie="untied")
     manager.check_shards()
     rows = manager.model.vocab.weight.data
-    if what == "broadcast":  # as plain DeepSpeed does
+    if what == "broadcast":  # like plain DeepSpeed
         torch.distributed.broadcast(rows, 0)
     elif rank == 3:
         rows[1, 1] += 1e-7

@@ -1,4 +1,4 @@
-"""What we write is what safetensors and torch read."""
+"""Files that we write are read by safetensors and torch."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Which corpus a sample is of."""
+"""Blending: the corpus of each sample follows the weights."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_counts_match_enumeration(first, data):
     assert blend.counts(start, stop) == np.bincount(corpora, minlength=len(first)).tolist()
     assert (corpora == np.concatenate([blend.corpora(i, i + 1) for i in range(start, stop)] or [corpora])).all()
     if len(stages) == 1:
-        assert all(first[corpus] > 0 for corpus in corpora), "weight 0 is never"
+        assert all(first[corpus] > 0 for corpus in corpora), "weight 0 must never be chosen"
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 1], [0.7, 0.2, 0.1], [5, 1e-3], [1 / 3, 1 / 3, 1 / 3]])
@@ -34,7 +34,7 @@ def test_shares_of_any_range_match_weights(weights):
         for length in (10, 100, 1000, 10_000):
             counts = np.array(blend.counts(start, start + length))
             assert counts.sum() == length
-            assert (abs(counts - shares * length) < 6).all(), "a random draw would be off by about √length / 2"
+            assert (abs(counts - shares * length) < 6).all(), "random draws would differ by about √length / 2"
 
 
 def test_weights_change_at_given_sample():

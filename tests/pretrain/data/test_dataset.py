@@ -1,4 +1,4 @@
-"""The stream, its windows and their order."""
+"""Token stream, windows and order."""
 
 import importlib
 import itertools
@@ -37,7 +37,7 @@ def test_permutation_is_bijection(n, seed):
 @settings(deadline=None)
 @given(n=st.integers(1, 2**40), seed=st.integers(0, 2**63), data=st.data())
 def test_permutation_of_any_size_is_injective(n, seed, data):
-    """On a sample: some indices, their neighbours and both ends."""
+    """Checks some indices, their neighbours and both ends."""
     permutation = Permutation(n, seed, "corpus", 0)
     some = data.draw(st.lists(st.integers(0, n - 1), max_size=50))
     spots = np.unique([0, n - 1, *(near for i in some for near in (max(i - 1, 0), i, min(i + 1, n - 1)))])
@@ -47,7 +47,7 @@ def test_permutation_of_any_size_is_injective(n, seed, data):
 
 
 def test_order_is_stable_across_versions():
-    """Runs that are resumed rely on it."""
+    """Resumed runs rely on the order."""
     assert Permutation(1000, 7, "corpus", 0)(np.arange(8)).tolist() == [594, 349, 71, 525, 59, 522, 335, 706]
     assert Permutation(2**40 - 3, 7, "corpus", 1)(np.arange(4)).tolist() == [
         415128220993,
@@ -65,8 +65,8 @@ def test_huge_permutation_has_constant_cost(n):
     images = permutation(spots).tolist()
     assert len(set(images)) == len(spots) and all(0 <= image < n for image in images)
     tenths = np.bincount([10 * image // n for image in images[6:]], minlength=10)
-    assert (abs(tenths - 200) < 6 * np.sqrt(180)).all()  # neighbours land everywhere
-    assert len(pickle.dumps(permutation)) < 300  # all that it holds: O(1)
+    assert (abs(tenths - 200) < 6 * np.sqrt(180)).all()  # neighbours are spread everywhere
+    assert len(pickle.dumps(permutation)) < 300  # O(1) memory
 
 
 def test_any_key_changes_order():
@@ -74,7 +74,7 @@ def test_any_key_changes_order():
     images = [tuple(Permutation(500, *key)(np.arange(500)).tolist()) for key in keys]
     assert len(set(images)) == 4
     for one, other in itertools.combinations(images, 2):
-        assert sum(a == b for a, b in zip(one, other, strict=True)) < 10  # a random one agrees in 1 place
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 10  # two random ones agree in 1 place
 
 
 @pytest.mark.parametrize("n", [0, -1])
@@ -88,7 +88,7 @@ def test_order_is_a_permutation_in_each_epoch():
     epochs = [order(50 * e, 50).tolist() for e in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert order(7, 1) == epochs[0][7]  # back again, and in any order
+    assert order(7, 1) == epochs[0][7]  # backwards, and in any order
     assert order(45, 60).tolist() == epochs[0][45:] + epochs[1] + epochs[2][:5]
     assert Order(50, 3, "b")(0, 50).tolist() != epochs[0] != Order(50, 4, "a")(0, 50).tolist()
 
@@ -97,7 +97,7 @@ def test_order_is_a_permutation_in_each_epoch():
 @given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4), seq_len=st.integers(1, 9))
 def test_every_token_except_first_is_target_once(tmp_path_factory, lengths, seq_len):
     folder = tmp_path_factory.mktemp("files")
-    whole = np.arange(sum(lengths))  # every token tells its place in the stream
+    whole = np.arange(sum(lengths))  # every token is its position in the stream
     pieces = np.split(whole, np.cumsum(lengths)[:-1])
     for i, piece in enumerate(pieces):
         write_tokens(folder / f"{i}", piece, 100)
@@ -108,8 +108,8 @@ def test_every_token_except_first_is_target_once(tmp_path_factory, lengths, seq_
         tokens, targets, _ = windows[index]
         assert tokens.shape == targets.shape == (seq_len,) and tokens.dtype == targets.dtype == np.int64
         valid = targets != IGNORED
-        assert valid.any() and (targets[valid] == tokens[valid] + 1).all()  # across seams too
-        assert not valid[np.argmin(valid) :].any() or valid.all()  # only the end of the stream goes without
+        assert valid.any() and (targets[valid] == tokens[valid] + 1).all()  # across file boundaries, too
+        assert not valid[np.argmin(valid) :].any() or valid.all()  # only the end of the stream has no targets
         seen += targets[valid].tolist()
     assert seen == whole[1:].tolist()
 
@@ -122,11 +122,11 @@ def test_every_token_except_first_is_target_once(tmp_path_factory, lengths, seq_
 def test_masked_windows_separate_documents(tmp_path_factory, files, seq_len):
     folder = tmp_path_factory.mktemp("files")
     place = 0
-    document = []  # of each token of the stream
+    document = []  # document of each token in the stream
     for i, lengths in enumerate(files):
         with TokenFileWriter(folder / f"{i}", 1000) as file:
             for length in lengths:
-                file.add(np.arange(place, place + length))  # every token tells its place in the stream
+                file.add(np.arange(place, place + length))  # every token is its position in the stream
                 document += [place] * length
                 place += length
     windows = Windows(tuple(TokenFile(folder / f"{i}") for i in range(len(files))), seq_len, masked=True)
@@ -134,7 +134,7 @@ def test_masked_windows_separate_documents(tmp_path_factory, files, seq_len):
         tokens, targets, starts = windows[index]
         for t in range(min(seq_len, len(document) - index * seq_len)):
             here = index * seq_len + t
-            if here + 1 == len(document):  # the stream's last token is a target alone
+            if here + 1 == len(document):  # the last token of the stream is only a target
                 assert targets[t] == IGNORED
                 continue
             assert tokens[t] == here and starts[t] == max(0, document[here] - index * seq_len)
@@ -147,7 +147,7 @@ def test_document_of_several_sequences_starts_once(tmp_path):
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
     builder.add_document(np.arange(7), [3, 0, 4])
     builder.add_document(np.arange(7, 9), [2])
-    builder.end_document()  # one without a sequence
+    builder.end_document()  # a document without sequences
     builder.add_document(np.arange(9, 14), [4, 1])
     builder.finalize(str(tmp_path / "a.idx"))
     file = TokenFile(tmp_path / "a")
@@ -183,7 +183,7 @@ def test_megatron_pair_is_opened(tmp_path, given):
         builder.add_document(np.array(document), [len(document)])
     builder.finalize(str(tmp_path / "theirs.idx"))
     corpus = open_corpus(tmp_path / given)
-    assert corpus.name == open_corpus(tmp_path / "theirs").name, "one counter, however it is spelled"
+    assert corpus.name == open_corpus(tmp_path / "theirs").name, "one name for all spellings of the path"
     assert not corpus.val and corpus.vocab_size is None and corpus.tokenizer is None
     tokens, targets, _ = Windows(corpus.train, 4)[0]
     assert tokens.tolist() == [5, 6, 7, 70_000] and targets.tolist() == [6, 7, 70_000, 9]
@@ -222,7 +222,7 @@ def test_damaged_folder_raises(tmp_path, spoil, message):
 
 
 def test_more_token_files_than_open_file_limit(tmp_path):
-    """1,024 by default, and each is of two: the last 200 stay mapped. Read in any order they are what they were."""
+    """Opens more pairs than the limit of 1,024 files allows; the last 200 stay mapped. Reads them in any order."""
     stream = np.random.default_rng(0).integers(1000, size=4 * 450)
     for number, ids in enumerate(stream.reshape(450, 4)):
         write_tokens(tmp_path / f"a-{number:03}", ids, 1000)
@@ -237,7 +237,7 @@ def test_more_token_files_than_open_file_limit(tmp_path):
 
 @pytest.mark.parametrize("number", ["documents", "pointers"])
 def test_wrong_index_raises_if_documents_are_separated(tmp_path, number):
-    """Of a folder `verify` says so; packing reads its indices whole all the same."""
+    """Opens a folder that `verify` would reject. Packing reads the indices completely, too."""
     folder = make_corpus(tmp_path / "mine", train=100, val=30)
     for prefix in (tmp_path / "theirs", folder / "train-00001"):
         with TokenFileWriter(prefix, 1000) as writer:
@@ -266,7 +266,7 @@ def test_invalid_path_raises(tmp_path):
 
 
 def test_corpus_name_depends_on_training_tokens_only(tmp_path, monkeypatch):
-    """Or a resumed run would start over in data that was moved, and go on in the middle of data that is new."""
+    """Otherwise a resumed run would restart in moved data, or continue in the middle of new data."""
     mine = open_corpus(make_corpus(tmp_path / "mine", train=100, val=30)).name
     monkeypatch.chdir(tmp_path / "mine")
     assert open_corpus(Path(".")).name == mine
@@ -283,7 +283,7 @@ def test_fewer_than_two_tokens_raises(tmp_path):
 
 
 def test_memory_does_not_grow_with_samples(tmp_path):
-    """A sparse pair. What is allocated to open it, to find a batch far out, and to read it."""
+    """Measures the memory to open a sparse pair, and to find and read a far batch."""
     peaks = []
     for samples in (1_000, 10**9):
         write_sparse(tmp_path / "a", samples * 64 + 1)

@@ -1,4 +1,4 @@
-"""Batches are a pure function of the samples consumed: any number of ranks, any sizes."""
+"""Batches are a pure function of the samples consumed, for any number of ranks and any sizes."""
 
 import threading
 
@@ -21,14 +21,14 @@ ONE_SHARD = VocabShard.of(0, 1, 1000)
 
 @pytest.fixture
 def windows(tmp_path):
-    """40 windows; every token tells its place, so a window's first token tells the window."""
+    """Makes 40 windows. Every token is its position, so its first token identifies a window."""
     write_tokens(tmp_path / "a", np.arange(SEQ_LEN * WINDOWS), 1000)  # the last window lacks one target
     return Windows((TokenFile(tmp_path / "a"),), SEQ_LEN)
 
 
 @pytest.fixture
 def loader(windows):
-    """Builds loaders, and closes them all."""
+    """Builds loaders and closes all of them."""
     built = []
 
     def build(rank=0, world=1, global_batch=8, micro_batch=1, shard=ONE_SHARD, data=windows, **state):
@@ -45,7 +45,7 @@ def loader(windows):
 
 
 def samples(batch) -> list[int]:
-    """The windows of a rank's batch, in its order."""
+    """Windows of a rank's batch, in order."""
     return [int(tokens[0]) // SEQ_LEN for micro in batch.micro_batches for tokens in micro.tokens_BT]
 
 
@@ -67,10 +67,10 @@ def test_ranks_share_global_batch(loader, world, micro_batch):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_order_does_not_depend_on_ranks_or_micro_batch(loader, windows, world, micro_batch):
-    """Put together as they are dealt, micro-batch by micro-batch, they are the order itself."""
+    """Concatenates the ranks' micro-batches, which must give the order."""
     ranks = [loader(rank, world, 96, micro_batch) for rank in range(world)]
     order = Order(len(windows), seed=0, corpus="a")
-    for step in range(3):  # each of more than two epochs
+    for step in range(3):  # each longer than two epochs
         batches = [next(rank).micro_batches for rank in ranks]
         dealt = [micro for together in zip(*batches, strict=True) for micro in together]
         served = [int(tokens[0]) // SEQ_LEN for micro in dealt for tokens in micro.tokens_BT]
@@ -90,7 +90,7 @@ def test_no_sample_repeats_or_is_lost_after_change(loader):
         ranks = [loader(rank, world, global_batch, micro_batch, **state) for rank in range(world)]
         seen += [place for _ in range(steps) for rank in ranks for place in samples(next(rank))]
         states = [rank.state_dict() for rank in ranks]
-        assert states == [{"a": len(seen)}] * world  # what was made ready ahead does not count
+        assert states == [{"a": len(seen)}] * world  # prefetched batches do not count
         state = states[0]
     assert sorted(seen) == list(range(WINDOWS))
 
@@ -109,7 +109,7 @@ def test_close_stops_thread(loader):
     next(closed)
     assert len(set(threading.enumerate()) - before) == 1
     closed.close()
-    closed.close()  # twice does no harm
+    closed.close()  # a second close does nothing
     assert set(threading.enumerate()) == before
 
 
@@ -147,7 +147,7 @@ def test_validation_serves_each_window_once(windows, world, most):
         return list(validation_batches(windows, most, batch=3, **place))
 
     ranks = [batches(rank) for rank in range(world)]
-    assert len({len(rank) for rank in ranks}) == 1  # or the ranks' collectives would not match
+    assert len({len(rank) for rank in ranks}) == 1  # otherwise the ranks' collectives would not match
     dealt = [
         int(tokens[0]) // SEQ_LEN
         for rank in ranks
@@ -159,7 +159,7 @@ def test_validation_serves_each_window_once(windows, world, most):
 
 
 def test_plan_matches_tokens_of_vocab_group(loader):
-    """Four ranks, two groups of two: the plan is the one that the ranks' own tokens give."""
+    """Compares with the plan computed from the ranks' tokens, for four ranks in two groups."""
     shards = [VocabShard.of(rank % 2, 2, 1000) for rank in range(4)]
     batches = [next(loader(rank=rank, world=4, micro_batch=2, shard=shards[rank])) for rank in range(4)]
     for rank, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""Best-fit packing: every place of every document once, whole documents whole, and no bin more than the paper's way."""
+"""Best-fit packing serves every position once, keeps documents whole and needs no more bins than the paper."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ T = 16
 
 
 def one_by_one(sizes, capacity):
-    """Best-fit decreasing as it is defined: the room that is left in each bin."""
+    """Plain best-fit decreasing. Returns the room left in each bin."""
     rooms = []
     for size in sorted(sizes, reverse=True):
         fitting = [empty_batch for empty_batch in rooms if empty_batch >= size]
@@ -38,7 +38,7 @@ def test_packing_matches_best_fit_decreasing(capacity, n):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two, of documents of 1 to 70 tokens; a token tells its document and its place, the last is the end's."""
+    """Makes two files of documents of 1 to 70 tokens. A token encodes document and position; the last is the end's."""
     generator, made, number = np.random.default_rng(0), [], 0
     for name in "ab":
         with TokenFileWriter(tmp_path / name, 100_000) as file:

@@ -1,4 +1,4 @@
-"""Several corpora in one run: nothing repeated, nothing skipped, whatever changes on the way."""
+"""Several corpora in one run: no window is repeated or lost after any change."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ SIZES = {"web": 60, "code": 30, "books": 20}
 
 @pytest.fixture
 def sources(tmp_path):
-    """Corpora of so many windows of 4 tokens."""
+    """Makes corpora with the given numbers of windows of 4 tokens."""
     found = {}
     for name, size in SIZES.items():
         write_tokens(tmp_path / name, np.arange(4 * size + 1), 1000)
@@ -43,7 +43,7 @@ def test_samples_do_not_depend_on_batch_size(sources):
 
 
 def test_no_window_repeats_after_corpora_change(sources):
-    """A corpus comes, weights change, one goes and comes back: within an epoch each window is served at most once."""
+    """Adds a corpus, changes weights, removes a corpus and adds it again. No window repeats within an epoch."""
     some = {name: sources[name] for name in ("web", "code")}
     less = {name: sources[name] for name in ("web", "books")}
     consumed, seen = {}, []
@@ -57,10 +57,10 @@ def test_no_window_repeats_after_corpora_change(sources):
         windows, consumed = served(samples, consumed, count)
         seen += windows
         assert sum(consumed.values()) == len(seen)
-    assert len(set(seen)) == len(seen), "no window twice"
+    assert len(set(seen)) == len(seen), "no window may repeat"
     for name, (_, order) in sources.items():
         assert {index for title, index in seen if title == name} == set(order(0, consumed[name]).tolist()), (
-            "none left out"
+            "no window may be lost"
         )
 
 

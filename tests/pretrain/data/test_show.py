@@ -1,4 +1,4 @@
-"""`python -m pretrain.data show`: what a step saw, against what training really served."""
+"""`python -m pretrain.data show` matches the batches that training served."""
 
 import os
 import pty
@@ -34,7 +34,7 @@ def show(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[list[list[int]]]:
-    """What the training's own loader hands to that rank, step by step: the tokens of each sequence."""
+    """Tokens of each sequence that the training loader serves to this rank, step by step."""
     loader = BatchLoader(
         samples(config, open_data(config.data)),
         global_batch=config.train.global_batch,
@@ -54,7 +54,7 @@ def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[lis
 
 
 def shown(text: str) -> list[list[int]]:
-    """The ids of each sample."""
+    """Ids of each sample, as shown."""
     samples = re.split(r"\nsample .*\n", text)[1:]
     ids = [re.sub(r"(?m)^  .*, document .*$", "", sample).split() for sample in samples]
     return [[int(id) for id in sample] for sample in ids]
@@ -105,13 +105,13 @@ def test_text_is_shown_with_tokenizer(tmp_path):
 
 
 def shown_on_a_terminal(*arguments: str) -> str:
-    """What the command writes, in a process of its own, if its output is a terminal."""
+    """Output of the command in a separate process, with a terminal as output."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "pretrain.data", "show", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=theirs, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         os.close(theirs)
         pieces = []
-        with suppress(OSError):  # so a terminal ends that nobody writes to any more
+        with suppress(OSError):  # end of a terminal after its last writer closed
             while piece := os.read(ours, 1 << 16):
                 pieces.append(piece)
         os.close(ours)

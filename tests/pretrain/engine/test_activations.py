@@ -1,4 +1,4 @@
-"""What a block computes again on backward; that no number changes is shown with the engines."""
+"""Operations that a block recomputes in the backward. That results do not change is tested with the engines."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from pretrain.models.gpt2 import Block
 
 
 class Count(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts the calls of each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Count(TorchDispatchMode):
 
 
 def calls_of(kind: str) -> tuple[int, int]:
-    """Matmuls and attentions, and activations, of one forward and backward."""
+    """Counts matmuls and attentions, and GELUs, of one forward and backward."""
     block = Block(GPT2Config(layers=1, width=24, heads=3, context=8))
     names = [name for name, _ in block.named_parameters()]
     checkpoint_activations([block], kind)
@@ -37,6 +37,6 @@ def calls_of(kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind,expensive,cheap", [("none", 0, 0), ("block", 4, 1), ("selective", 0, 1)])
 def test_checkpointing_recomputes_expected_operations(kind, expensive, cheap):
-    """Of five matmuls and attentions "block" repeats all but the last, whose result no gradient needs."""
+    """Block checkpointing repeats four of five matmuls and attentions: no gradient needs the last result."""
     before, gelu = calls_of("none")
     assert calls_of(kind) == (before + expensive, gelu + cheap)

@@ -1,4 +1,4 @@
-"""Either engine, at every stage and on any number of ranks, does what one dense process does."""
+"""Both engines, at every stage and on any number of ranks, match one dense process."""
 
 import json
 import weakref
@@ -21,7 +21,7 @@ from tests.pretrain.dense import Dense, DenseModel, dense_training
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
-CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else so small a body is never cut
+CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # otherwise ZeRO-3 would not shard a small body
 ENGINES: dict[str, dict[str, object]] = {
     "fsdp2": {"name": "fsdp2"},
     "hsdp": {"name": "fsdp2", "hsdp": True},
@@ -33,14 +33,14 @@ ENGINES: dict[str, dict[str, object]] = {
 STEPS = 10
 BF16 = compute_dtype(TrainingConfig(), "cpu") is torch.bfloat16
 PRECISIONS = ("fp32", "auto") if BF16 else ("fp32",)  # without native bf16 both are the same
-# Four ranks cost most, and neither the tie nor the accumulation knows how many there are.
+# Four ranks are slow, and tie and accumulation do not depend on the number of ranks.
 LAYOUTS = [(world, tie, n) for n in (1, 2) for tie in ("tied", "untied") for world in (1, 2)] + [(4, "untied", 2)]
 SIZES = {
     "train__steps": STEPS,
     "train__global_batch": 24,
-    "model__width": 21,  # no number of ranks divides it: shards differ in size, or are padded
+    "model__width": 21,  # not divisible by any number of ranks: shards differ in size or are padded
     "model__context": 15,
-    "optim__eps": 1e-5,  # a key's bias has gradient 0 but for rounding, which a smaller eps makes as large as others
+    "optim__eps": 1e-5,  # the gradient of a key's bias is rounding noise, which a smaller eps would amplify
 }
 
 
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 def config_of(
     run: Path, world: int, accumulation: int = 1, engine: str = "fsdp2", more: dict | None = None, **changes: object
 ) -> JobConfig:
-    """The tokens lie beside the run. Half of the ranks share one copy of the matrix. `more`: for the engine."""
+    """Configuration with the tokens beside the run; half of the ranks share a matrix. more: settings of the engine."""
     settings = SIZES | {
         "engine": ENGINES[engine] | (more or {}),
         "vocab__parallel": max(1, world // 2),
@@ -63,7 +63,7 @@ def config_of(
 
 
 def train_ranks(rank: int, world: int, configs: list[JobConfig]) -> None:
-    """Several runs, one after the other, in the same processes."""
+    """Trains several runs, one after the other, in the same processes."""
     for config in configs:
         train_rank(rank, world, config)
 
@@ -75,7 +75,7 @@ def outcome(run: Path) -> Run:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """‖one - other‖ / ‖other‖."""
+    """Relative distance ‖one - other‖ / ‖other‖."""
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 
@@ -101,7 +101,7 @@ def truth(folder) -> Callable[[str], Dense]:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Callable[[str, int, str, int], Run]:
-    """One of an engine's runs on that many ranks; they are made together."""
+    """Returns one run of an engine and world size; all runs of both are trained together."""
 
     @cache
     def train(engine: str, world: int) -> None:
@@ -123,7 +123,7 @@ def trained(folder) -> Callable[[str, int, str, int], Run]:
 @pytest.mark.parametrize("world,tie,accumulation", LAYOUTS)
 def test_ten_steps_match_dense(truth, trained, world, engine, tie, accumulation):
     run, dense = trained(engine, world, tie, accumulation), truth(tie)
-    assert len(run.losses) == STEPS and min(dense.norms) > 0.5, "the clip must be at work"
+    assert len(run.losses) == STEPS and min(dense.norms) > 0.5, "the clip must be active"
     np.testing.assert_allclose(run.losses, dense.losses, rtol=1e-5)
     np.testing.assert_allclose(run.norms, dense.norms, rtol=1e-5)
     for name, weight in dense.weights.items():
@@ -142,7 +142,7 @@ def test_resume_with_other_engine_stage_and_world_size(folder):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_exact(folder, engine):
-    """In new processes, with several micro-batches; in fp32, and in bf16 where there is one."""
+    """Resumes in new processes, with several micro-batches, in fp32 and, if supported, in bf16."""
     whole, first, second = [], [], []
     for precision in PRECISIONS:
         settings = {"world": 2, "accumulation": 2, "engine": engine, "train__precision": precision}
@@ -168,7 +168,7 @@ SAVERS: dict[str, list[dict[str, object]]] = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_savings_keep_results(folder, trained, engine):
-    # selective first: at stage 3 the others replace F.linear for the rest of a process
+    # selective first: at stage 3 the other kinds replace F.linear for the rest of the process
     kinds: list[dict[str, object]] = [{"activation_checkpointing": kind} for kind in ("selective", "block")]
     configs = [
         config_of(folder / f"{engine}-saver-{i}", 2, 2, engine, change)
@@ -180,15 +180,15 @@ def test_memory_savings_keep_results(folder, trained, engine):
 
 
 def test_compiled_blocks_keep_results(folder, trained):
-    """With activation checkpointing, on one rank, they are tried in models/test_llama.py: compiling takes longest."""
+    """Compiles without activation checkpointing; models/test_llama.py tests both together, on one rank."""
     run = folder / "compiled"
     run_ranks(2, train_rank, config_of(run, 2, 2, more={"compile": True}), timeout=300)
     assert_same(outcome(run), trained("fsdp2", 2, "tied", 2), 1e-5)
 
 
 def test_engines_agree_in_bf16(folder, truth):
-    """Ten steps: losses to 0.1%, norms to 2%, weights to 2⁻⁷ of the run in fp32. One rounding to bf16 is 2⁻⁹."""
-    engines = ENGINES if BF16 else ("fsdp2",)  # without bf16 it is a run in fp32, as above
+    """Ten steps in bf16 match fp32: losses to 0.1%, norms to 2%, weights to 2⁻⁷. One rounding to bf16 is 2⁻⁹."""
+    engines = ENGINES if BF16 else ("fsdp2",)  # without bf16 this is an fp32 run, as above
     configs = [config_of(folder / f"{engine}-bf16", 2, engine=engine, train__precision="auto") for engine in engines]
     run_ranks(2, train_ranks, configs, timeout=180)
     dense = truth("tied")
@@ -201,7 +201,7 @@ def test_engines_agree_in_bf16(folder, truth):
 
 
 def initial_states(rank: int, world: int, configs: list[JobConfig]) -> list[dict[str, Tensor]]:
-    """The engine's state before the first step, whole."""
+    """Returns the engine's whole state before the first step."""
     mesh = Mesh.of(2, torch.device("cpu"))
     engines = [build_model(config, mesh, VOCAB)[0] for config in configs]
     return [{name: tensor.full_tensor() for name, tensor in engine.state().items()} for engine in engines]
@@ -220,7 +220,7 @@ def test_initial_weights_are_equal_in_every_precision(folder, engine):
 
 
 def gathered_at_once(rank: int, world: int, config: JobConfig) -> int:
-    """The most whole parameters or moments that are alive while the engine's state is taken."""
+    """Largest number of whole parameters or moments alive during `engine.state()`."""
     engine, _, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
     alive: list[weakref.ref] = []
     most = 0
@@ -241,7 +241,7 @@ def gathered_at_once(rank: int, world: int, config: JobConfig) -> int:
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_state_gathers_one_parameter_at_a_time(folder, engine):
-    """Gloo's thread may not have let go of the one before."""
+    """Allows two whole parameters, because gloo's thread may still hold the previous one."""
     most = run_ranks(2, gathered_at_once, config_of(folder / "gathered", 2, engine=engine, vocab__parallel=1))
     assert max(most) <= 2
 
@@ -257,10 +257,10 @@ def test_state_gathers_one_parameter_at_a_time(folder, engine):
     ],
 )
 def test_masked_documents_match_separate_documents(folder, engine, kind, packing):
-    """The truth runs the documents of each window one by one.
+    """The dense reference runs the documents of each window separately.
 
-    Adam's first steps divide a gradient by its own size, so they turn the rounding of one near 0 into an error of the
-    weight, which depends on the processor; a larger eps bounds it.
+    In Adam's first steps, the update is the gradient divided by its own size. For gradients near 0 this amplifies
+    rounding errors, which depend on the processor. A larger eps limits them.
     """
     settings = {"data__documents": "masked", "data__packing": packing, "train__steps": 4, "optim__eps": 1e-4}
     run = folder / f"masked-{engine}-{kind}"

@@ -1,4 +1,4 @@
-"""Loss and norm of a large matrix do not depend on the engine, nor on how many ranks hold it."""
+"""Loss and norm of a large matrix do not depend on the engine or the number of ranks."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def tokens(tmp_path_factory) -> Path:
 
 
 def config_of(tokens: Path, run: Path, engine: str, vocab_parallel: int, **changes: object) -> JobConfig:
-    """A matrix of 3 million numbers, at the default learning rate and clip."""
+    """Configuration with a matrix of 3 million numbers and the default learning rate and clip."""
     settings: dict[str, object] = {
         "vocab__size": VOCAB,
         "vocab__parallel": vocab_parallel,
@@ -55,13 +55,13 @@ def test_loss_and_norm_agree_for_every_layout_and_engine(tokens):
         lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
         runs[config.run_dir.name] = [[line["loss"], line["grad_norm"]] for line in lines]
     alone = runs.pop("fsdp2-1x1")
-    assert len(alone) == 10 and max(norm for _, norm in alone) > 1, "the clip must be at work"
+    assert len(alone) == 10 and max(norm for _, norm in alone) > 1, "the clip must be active"
     for name, run in runs.items():
         np.testing.assert_allclose(run, alone, rtol=2e-6, err_msg=name)
 
 
 def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
-    """Norm of one backward's gradient, and of what the optimizer is handed after a clip by 1/2."""
+    """Returns the norm of one backward's gradient, and of the optimizer's gradient after a clip by 1/2."""
     engine, model, _ = build_model(config, Mesh.of(1, torch.device("cpu")), VOCAB)
     hidden_BTD = torch.randn(2, 16, config.model.width, generator=torch.Generator().manual_seed(rank))
     hidden_BTD = hidden_BTD.to(model.vocab.compute_dtype).requires_grad_()
@@ -77,7 +77,7 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
 
     engine.optimizer.stepper.register_step_pre_hook(count)
     engine.step(1e-3, clip=0.5)
-    if config.engine.title != "deepspeed ZeRO-0":  # else every rank is handed all
+    if config.engine.title != "deepspeed ZeRO-0":  # at stage 0 every rank has all gradients
         dist.all_reduce(handed)
     return whole, float(handed.sqrt())
 
@@ -85,7 +85,7 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
 @pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_optimizer_gets_clipped_gradient(tokens, engine, precision):
-    """A block of 3 million numbers."""
+    """Uses a block of 3 million numbers."""
     name, *offload = engine.split()
     config = config_of(tokens, tokens.parent / "clip", name, 1, model__width=512, train__precision=precision)
     if offload:
@@ -113,7 +113,7 @@ def test_matrix_norm_is_exact_for_every_split():
 
 
 def test_sum_of_squares_matches_float64():
-    """Also of bf16, of tensors that are not contiguous, and of those that fill no block."""
+    """Sums 50 million squares; also in bf16, of non-contiguous tensors and of tensors smaller than a block."""
     numbers = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
     truth = sum(float(part.double().square().sum()) for part in numbers.split(2**20))
     cpu = torch.device("cpu")

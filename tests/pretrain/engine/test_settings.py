@@ -1,4 +1,4 @@
-"""A setting that an engine cannot honour is named, with the rule."""
+"""Settings that an engine cannot support raise an error with the rule."""
 
 import subprocess
 import sys

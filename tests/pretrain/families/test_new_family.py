@@ -1,5 +1,6 @@
-"""A model family that is only in this file is composed, planned, trained, exported and imported by one entry of the
-registry.
+"""A model family defined only in this file works after one entry in the registry.
+
+It is composed, planned, trained, exported and imported.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """Sees the present token alone."""
+    """Body without attention: each token sees only itself."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ def test_new_family_is_planned_and_rehearsed():
 
 
 def train_toy(rank: int, world: int, config: JobConfig) -> None:
-    FAMILIES[TOY.name] = TOY  # a rank is a process of its own
+    FAMILIES[TOY.name] = TOY  # a rank is a separate process
     train_rank(rank, world, config)
 
 

@@ -1,7 +1,7 @@
-"""What import and export hold beyond the program itself, of a GPT-2 whose matrix has 256 MiB in fp32: prints MiB.
+"""Measures the memory of import and export for a GPT-2 with a matrix of 256 MiB in fp32, beyond the program itself.
 
-`python -m tests.pretrain.interop.memory`. Of its own: memory that is in no file. Mapped: pages of files that it reads,
-which the system takes back where it needs room.
+`python -m tests.pretrain.interop.memory` prints MiB. "own": memory not backed by a file. "mapped": pages of files that
+it reads, which the system can reclaim.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ KINDS = ("RssAnon", "RssFile")
 
 
 def held(command: Callable[[list[str]], Iterator[str]], given: str, made: str) -> list[float]:
-    """Of each kind, at most, above what the process held after a first, uncounted run; looked at every millisecond."""
+    """Peak MiB of each kind above the level after a first run of the command, sampled every millisecond."""
     list(command([given, f"{made}-0"]))
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = [status_mib(kind) for kind in KINDS]
@@ -37,7 +37,7 @@ def held(command: Callable[[list[str]], Iterator[str]], given: str, made: str) -
 
 
 def measure() -> dict[str, list[float]]:
-    """By what is done. Takes 2 GiB of the disk while it runs."""
+    """Measures each command. Needs 2 GiB of disk space while it runs."""
     import transformers
 
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=4, n_positions=16)
@@ -55,4 +55,4 @@ def measure() -> dict[str, list[float]]:
 
 if __name__ == "__main__":
     for name, (own, mapped) in measure().items():
-        print(f"{name}: {own:.0f} of its own, {mapped:.0f} mapped")
+        print(f"{name}: {own:.0f} own, {mapped:.0f} mapped")

@@ -1,4 +1,4 @@
-"""Small models of `transformers` with random weights, saved to a folder; and how to ask them."""
+"""Saves and loads small models of `transformers` with random weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.data_prep.commands import small_spec
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
-VOCAB = small_spec().vocab_size  # 260: no number of ranks divides it, nor the padded rows all of them
+VOCAB = small_spec().vocab_size  # 260: not divisible by every number of ranks, even when padded
 GPT2 = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 48}
 LLAMA = {
     "vocab_size": VOCAB,
@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def save(
     folder: Path, kind: str, *, bare: bool = False, seed: int = 0, spec: TokenizerSpec | None = None, **options: Any
 ) -> Path:
-    """A model of that kind with a tokenizer of bytes. bare: without a head, its names without prefix."""
+    """Saves a model of this kind with a byte tokenizer. bare: without a head and without prefix in the names."""
     (name, settings), spec = KINDS[kind], spec or small_spec()
     settings, end = settings | {"vocab_size": spec.vocab_size}, spec.end_of_document
     config = getattr(transformers, f"{name}Config")(**settings | {"bos_token_id": end, "eos_token_id": end})
@@ -73,7 +73,7 @@ def save_tokenizer(folder: Path, spec: TokenizerSpec) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """As anybody would load it, for asking."""
+    """Loads a model as a user would, for inference."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(dtype).eval()
 
 
@@ -85,7 +85,7 @@ def logits(folder: Path, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def exact_norms() -> Iterator[None]:
-    """transformers computes RMS norms in fp32, whatever the model is in."""
+    """Replaces RMS norms, which transformers always computes in fp32."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
@@ -108,7 +108,7 @@ def exact_norms() -> Iterator[None]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """By their names without prefix; of a tied model without a head of its own."""
+    """Tensors by name without prefix; without the head of a tied model."""
     from safetensors.torch import load_file
 
     found = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Models of transformers in and out: the same numbers for any split, the same bits back, the same text."""
+"""Import and export of transformers models: equal results at any world size, equal bits back, equal text."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def ids(seed: int, rows: int = 2, length: int = 40) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """A folder of each kind, made when it is first asked for."""
+    """Returns a folder of each kind, made at first use."""
     base = tmp_path_factory.mktemp("hf")
 
     def of(kind: str) -> Path:
@@ -58,7 +58,7 @@ def run_of(source: Path, run: Path, *settings: str) -> Path:
 
 
 def asked(rank: int, world: int, source: Path) -> list[tuple]:
-    """Each rank's own tokens through its rows, in both precisions: hidden states, rows, sum of the losses."""
+    """Runs each rank's tokens in both precisions. Returns hidden states, rows and the sum of the losses."""
     answers = []
     for dtype in DTYPES:
         model = load_model(HFModel(source), CPU, dtype)
@@ -113,7 +113,7 @@ def test_export_and_import_are_bit_exact(hf, kind, tmp_path):
 
 
 def test_transformers_loads_export_without_warning(hf, tmp_path):
-    """No warning, no line, nothing missing, left over or drawn at random; with a head of its own for the tied, too."""
+    """Loads without warnings and without missing, unexpected or random weights; tied models also with a stored head."""
     outs = []
     for i, kind in enumerate(KINDS):
         run = run_of(hf(kind), tmp_path / f"run-{i}")
@@ -180,7 +180,7 @@ def test_sharded_bf16_files_survive_export_and_import(hf, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("last", ["one file", "several"])
 def test_single_file_wins_over_index(tmp_path, last):
-    """It writes one and leaves the other, which may be an older model's."""
+    """transformers writes one file and does not delete an old index."""
     for seed, size in enumerate(("30KB", "1GB") if last == "one file" else ("1GB", "30KB")):
         source = models.save(tmp_path / "both", "llama tied", seed=seed, max_shard_size=size)
     assert (source / "model.safetensors").is_file() and (source / "model.safetensors.index.json").is_file()
@@ -189,7 +189,7 @@ def test_single_file_wins_over_index(tmp_path, last):
 
 
 def test_matrix_is_read_in_pieces(hf, tmp_path, monkeypatch):
-    """Neither in nor out is more of it read at once than a piece."""
+    """Import and export read at most one piece of the matrix at a time."""
     monkeypatch.setattr(folder, "PIECE_BYTES", 4800)  # 50 rows
     read: list[int] = []
     for owner in (HFModel, CheckpointRows):
@@ -209,13 +209,13 @@ def test_matrix_is_read_in_pieces(hf, tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_matrix():
-    """Of 256 MiB: two pieces of 64, and what is in no piece."""
+    """Allows two pieces of 64 MiB and a constant, for a matrix of 256 MiB."""
     found = memory.measure()
     assert len(found) == 3 and all(0 < own < 160 for own, _ in found.values()), found
 
 
 def test_missing_biases_are_written_as_zeros(tmp_path, hf):
-    """Biases before attention alone, with normed queries: Qwen3 has a bias after attention then, too."""
+    """Exports a model with qkv biases and query norms: Qwen3 then also has a bias of the attention output."""
     source = tmp_path / "source"
     run = run_of(hf("qwen3 untied"), tmp_path / "run")
     checkpoint = CheckpointRows(checkpoints(run)[0])
@@ -246,7 +246,7 @@ def test_embed_scale_is_multiplied_into_embedding(hf, tmp_path):
 
 
 def change(source: Path, to: Path, **settings: object) -> Path:
-    """A copy of a folder with other settings in its config.json; None takes one out."""
+    """Copies a folder and changes settings in its config.json; None removes one."""
     to.mkdir()
     for path in source.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
@@ -325,7 +325,7 @@ def test_unsupported_model_raises(hf, tmp_path, case):
 
 @pytest.mark.parametrize("lock", [LAUNCH_LOCK, RANKS_LOCK, "queued"])
 def test_import_does_not_touch_running_run(hf, tmp_path, lock):
-    """Before its first checkpoint, too: by its launcher's lock, its ranks', or while it waits in a queue."""
+    """Refuses a run that a launcher or its ranks hold, or that waits in a queue, even without a checkpoint."""
     run = tmp_path / "run"
     run.mkdir()
     if lock == "queued":
@@ -355,7 +355,7 @@ def test_full_disk_leaves_no_run(hf, tmp_path, monkeypatch, step):
 
 
 def test_commands_report_errors_in_one_line(hf, tmp_path):
-    """The first one in a process of its own."""
+    """Runs the first command in a separate process."""
 
     def command(*arguments: str):
         return in_process(hugging_face.main, *arguments)

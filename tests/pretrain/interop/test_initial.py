@@ -1,4 +1,4 @@
-"""init_from=hf:DIR: a run goes on as transformers' own model would."""
+"""init_from=hf:DIR: training continues as in transformers."""
 
 import shutil
 from dataclasses import asdict, replace
@@ -66,7 +66,7 @@ def config_of(folder: Path, kind: str, name: str, **changes):
 
 
 def losses_of_transformers(folder: Path, kind: str) -> list[float]:
-    """A plain loop around their model."""
+    """Losses of a plain training loop around the transformers model."""
     config, model = config_of(folder, kind, "unused"), models.load(folder / kind)
     optim, losses = config.optim, []
     optimizer = body_optimizer(optim).build(model.parameters(), optim, optim.body)
@@ -82,7 +82,7 @@ def losses_of_transformers(folder: Path, kind: str) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_matches_transformers_under_each_engine(folder, kind):
-    names = ENGINES if kind == "gpt2 tied" else ("hsdp", "zero0", "zero2")  # the others: on three ranks, below
+    names = ENGINES if kind == "gpt2 tied" else ("hsdp", "zero0", "zero2")  # the rest on three ranks, below
     configs = [config_of(folder, kind, f"{kind}-{name}", engine=ENGINES[name]) for name in names]
     run_ranks(2, train_ranks, configs, timeout=180)
     truth = losses_of_transformers(folder, kind)
@@ -109,11 +109,11 @@ def test_three_unequal_shards_match_source(folder):
 
 
 def test_resume_import_and_untying_keep_losses(folder):
-    """Once there is a checkpoint, nobody asks for the source."""
+    """Resumes without the source, which a checkpoint makes unnecessary."""
     kind = "gpt2 tied"
     source = folder / "gone"
     shutil.copytree(folder / kind, source)
-    (source / "tokenizer.json").unlink()  # the data has none either
+    (source / "tokenizer.json").unlink()  # the data has none, too
     imported = folder / "imported"
     straight = config_of(folder, kind, "straight")
     list(import_model([f"hf={source}", f"run={imported}", "seed=7", "vocab.multiple=8", "train.seq_len=16"]))
@@ -143,11 +143,11 @@ def test_all_different_settings_are_named(folder):
     model, vocab = HFModel(folder / "qwen3 untied").model, VocabConfig(tie="untied")
     source = f"hf:{folder / 'qwen3 untied'}"
     check_initial(source, model, vocab, VOCAB, None)
-    model.context = 7  # has no weights
+    model.context = 7  # does not affect weights
     assert model.head_size == 10
     check_initial(source, model, vocab, VOCAB, None)
     llama = HFModel(folder / "llama untied, biases").model
-    llama.head_size = llama.size  # as its config.json says, though null means it
+    llama.head_size = llama.size  # explicit in its config.json; null means the same
     check_initial(f"hf:{folder / 'llama untied, biases'}", llama, vocab, VOCAB, None)
     model.layers, model.qk_norm, model.head_size = 3, False, None
     with pytest.raises(ValueError) as error:
@@ -175,7 +175,7 @@ def test_other_tokenizer_raises(folder, tmp_path):
 
 
 def test_imported_run_requires_data_with_same_tokens(folder, tmp_path):
-    """Nothing has been drawn yet: another pattern, seed, length and packing; but not other rows."""
+    """Accepts another pattern, seed, length and packing before the first sample, but not other rows."""
     run, corpus = tmp_path / "run", make_corpus(tmp_path / "data")
     spec = TokenizerSpec.load(open_data(DataConfig(path=str(corpus))).tokenizer)
     source = models.save(tmp_path / "source", "gpt2 tied", spec=replace(spec, pattern=PATTERNS["cl100k"]))

@@ -1,4 +1,4 @@
-"""bos, eos and pad of a source go through import, generate, lens and export; tokens and weights in unusual places."""
+"""Special tokens of a source survive import, generate, lens and export; tokens and weights in unusual places."""
 
 import json
 from dataclasses import asdict
@@ -32,7 +32,7 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 
 def rewrite(path: Path, **changes: object) -> None:
-    """Changes keys of a JSON file; null takes one out."""
+    """Changes keys of a JSON file; None removes one."""
     content = (json.loads(path.read_text()) if path.exists() else {}) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -44,7 +44,7 @@ def add_tokens(folder: Path, names: dict[str, int]) -> None:
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory) -> Path:
-    """A Llama whose tokenizer begins texts, ends turns and ends texts with three tokens, as Llama 3's does."""
+    """A Llama with three special tokens, as in Llama 3: start of text, end of turn and end of text."""
     spec = small_spec()
     wide = TokenizerSpec(spec.name, spec.pattern, spec.special_tokens | {"<|a|>": BOS, "<|b|>": TURN}, spec.ranks)
     folder = models.save(tmp_path_factory.mktemp("llama3") / "source", "llama tied", spec=wide)
@@ -116,7 +116,7 @@ def test_lens_and_generate_start_with_bos_and_stop_at_any_eos(llama3, tmp_path, 
 
 
 def test_class_default_that_is_ordinary_token_is_not_bos(llama3, tmp_path):
-    """config.json may have kept Llama's own 1 and 2, which are bytes of this tokenizer."""
+    """Keeps the class defaults 1 and 2 in config.json, which are bytes of this tokenizer."""
     folder = copied(llama3, tmp_path / "stale")
     for name in ("config.json", "generation_config.json"):
         rewrite(folder / name, bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -146,7 +146,7 @@ def test_run_keeps_special_tokens_of_its_source(llama3, tmp_path):
     freeze(config, data)
     assert SpecialTokens.of_run(tmp_path / "run").bos == BOS
     config.init_from = None
-    freeze(config, data)  # nothing was trained yet: now it begins from scratch
+    freeze(config, data)  # not trained yet, so it starts from scratch
     assert not (tmp_path / "run" / KEPT_AS).exists() and SpecialTokens.of_run(tmp_path / "run") == SpecialTokens()
 
 

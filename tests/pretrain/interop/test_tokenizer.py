@@ -1,4 +1,4 @@
-"""A tokenizer of ranks and its tokenizer.json give the same ids: on code, on every character, on any short text."""
+"""A tiktoken tokenizer and its tokenizer.json give equal ids: on code, on every character, on any short text."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 from pretrain.interop.tokenizer import merges, oniguruma, to_hf
 
-CL100K_NOW = (  # as tiktoken has it today
+CL100K_NOW = (  # as in current tiktoken
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
 )
@@ -36,7 +36,7 @@ SPLITS = {**PATTERNS, "cl100k now": CL100K_NOW, "o200k": O200K}
 
 
 def code(megabytes: float) -> list[str]:
-    """The standard library, file by file."""
+    """Source files of the standard library."""
     texts, size = [], 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         text = path.read_text(errors="replace")
@@ -49,7 +49,7 @@ def code(megabytes: float) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Ours and theirs, for each pattern."""
+    """Our tokenizer and the converted one, for each pattern."""
     texts = [*code(0.5), "Zürich 东京 naïve ｆｕｌｌ １２３４ 🙂🙂 it's IT'S \r\n\t  x " * 20]
     made = {}
     for name, pattern in SPLITS.items():
@@ -75,7 +75,7 @@ def test_ids_match_on_code_and_decode(pairs, name):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_ids_match_around_every_character(pairs, name):
-    """Case folding, classes and spaces of two engines for regular expressions; of ideographs, every 97th."""
+    """Compares case folding, classes and spaces of two regex engines. Tests every 97th ideograph."""
     points = [
         point
         for point in range(sys.maxunicode + 1)
@@ -98,7 +98,7 @@ def test_ids_match_on_generated_texts(pairs, text):
 @settings(max_examples=200, deadline=None)
 @given(st.sets(st.text(alphabet="ab", min_size=2, max_size=5), max_size=12), st.text(alphabet="ab", max_size=30))
 def test_any_ranks_match_tiktoken(words, text):
-    """Ranks that no training would make: tokens without parts, and several ways to each."""
+    """Uses ranks that no training would produce: tokens without parts, or with several decompositions."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {word.encode(): 256 + i for i, word in enumerate(sorted(words))}
     spec = TokenizerSpec("any", PATTERNS["gpt2"], {END_OF_DOCUMENT: len(ranks)}, ranks)
@@ -145,7 +145,7 @@ def write(folder: Path, files: dict) -> None:
 
 
 def test_vocab_and_merges_files_are_read(tmp_path):
-    """vocab.json and merges.txt, as the oldest folders have them; and tokenizer.json with ByteLevel's own pattern."""
+    """Reads vocab.json and merges.txt of old folders, and tokenizer.json with ByteLevel's default pattern."""
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(code(0.3), 600, special_tokens=[], show_progress=False)
     end = trained.get_vocab_size()
@@ -172,7 +172,7 @@ def test_end_of_document_may_have_another_name(tmp_path):
 
 
 SPLIT = {"type": "Split", "pattern": {"Regex": " ?[a-z]+"}, "behavior": "Isolated"}
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}  # and use_regex, which then is true
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}  # use_regex is true by default
 BYTES_ALONE = BYTES | {"use_regex": False}
 
 

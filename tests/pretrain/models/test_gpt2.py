@@ -1,4 +1,4 @@
-"""The body: causal, of the published sizes, with the published initial values."""
+"""GPT-2's body is causal and has the published sizes and initial values."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def test_attention_matches_explicit_softmax():
 
 
 def packed() -> tuple[torch.Tensor, list[list[int]]]:
-    """Where the document of each position begins, and the positions of each document."""
+    """Returns the start of each position's document, and the positions of each document."""
     starts_BT = torch.tensor([[0, 0, 2, 2, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0]])
     return starts_BT, [[0, 1], [2, 3, 4], [5], [6]]
 
@@ -65,7 +65,7 @@ def test_packed_documents_match_separate_documents():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_block_mask_matches_boolean_mask():
-    """FlexAttention itself, uncompiled, on the CPU."""
+    """Runs FlexAttention uncompiled on the CPU."""
     starts_BT, _ = packed()
     exact = within_documents(starts_BT)
     blocks = block_mask(starts_BT)

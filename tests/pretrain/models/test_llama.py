@@ -1,6 +1,6 @@
-"""The Llama family: its parts against plain formulas, its sizes, and under every engine the dense run.
+"""The Llama family matches plain formulas, published sizes and, under every engine, the dense run.
 
-That it computes what `transformers` does is shown with the import, in tests/pretrain/interop.
+Equality with `transformers` is tested with the import, in tests/pretrain/interop.
 """
 
 import itertools
@@ -77,7 +77,7 @@ def test_packed_documents_match_separate_documents():
 
 
 def test_attention_matches_complex_rotation_per_head():
-    """Complex numbers turn, and every query head has its keys: no code is shared with the body."""
+    """The reference rotates complex numbers, head by head. It shares no code with the body."""
     body = initialised(SMALL)
     attention, hidden = body.blocks[0].attention, random(1, 5, SMALL.width)
     assert isinstance(attention, Attention)
@@ -213,13 +213,13 @@ def test_memory_and_time_savings_keep_results(folder, change):
     config = config_of(folder, name, kind="qwen3", **{f"engine__{key}": value for key, value in change.items()})
     if not straight.run_dir.exists():
         run_ranks(2, train_ranks, [straight])
-    run_ranks(1 if config.engine.compile else 2, train_ranks, [config], timeout=300)  # each rank would compile it all
+    run_ranks(1 if config.engine.compile else 2, train_ranks, [config], timeout=300)  # each rank would compile
     assert_same(outcome(config.run_dir), outcome(straight.run_dir), 1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES if BF16 else ("fsdp2",))
 def test_bf16_training_is_close_to_fp32(folder, engine):
-    """Where the processor has it; within 0.1 % of fp32."""
+    """Runs if the processor supports bf16; compares with fp32 to 0.1 %."""
     fp32 = config_of(folder, f"{engine}-fp32", engine)
     low = config_of(folder, f"{engine}-auto", engine, train__precision="auto")
     run_ranks(2, train_ranks, [fp32, low], timeout=180)
@@ -236,12 +236,12 @@ def test_step_is_rehearsed(model):
 
 @pytest.mark.parametrize("kind", ["none", "block", "selective"])
 def test_step_traffic_and_memory_match_plan(kind):
-    """The plan is for GPUs, where a norm keeps its input alone; on a CPU, what it has normed as well."""
+    """The plan is for GPUs, where a norm keeps only its input. On a CPU it also keeps its normalised values."""
     sizes = ["train.micro_batch=8", "train.seq_len=1024", "train.global_batch=128", "train.precision=fp32"]
     checkpointing = f"engine.activation_checkpointing={kind}"
     config = configured("model=llama_1b", "model.layers=2", *sizes, checkpointing)
     step, seen = step_of(config, 50_257, 8, 16, GPU), simulate(config, 50_257, 8, 16, GPU)
     assert told(step, seen.lookup) == (seen.calls, seen.given)
-    blocks = {"none": config.model.layers, "block": 1, "selective": 0}[kind]  # whose norms it has when most is held
+    blocks = {"none": config.model.layers, "block": 1, "selective": 0}[kind]  # blocks whose norms are held at the peak
     normed = blocks * 2 * config.model.width * step.work.tokens * 4
     assert max(map(total, step.phases().values())) + normed == pytest.approx(seen.held, rel=0.05)

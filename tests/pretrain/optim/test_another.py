@@ -1,4 +1,4 @@
-"""An optimizer is one class: engines, checkpoints and the planner take one whose states are not AdamW's."""
+"""Engines, checkpoints and the planner support an optimizer with other states than AdamW's."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 
 class Momentum(Optimizer):
-    """SGD: matrices have one tensor of state, biases and norms none."""
+    """SGD with momentum: one state tensor per matrix, none for biases and norms."""
 
     @classmethod
     def build(cls, parameters, optim, own):

@@ -1,4 +1,4 @@
-"""The schedule, the groups and the clip, against values worked out by hand."""
+"""Schedule, parameter groups and clip match values computed by hand."""
 
 import pytest
 import torch
@@ -20,9 +20,7 @@ def test_wsd_is_constant_then_linear_to_floor():
     config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, min_lr_ratio=0.0, decay_fraction=0.4)
     rates = [lr_at(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert (
-        lr_at(OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_fraction=0.0), 9, 10) == 1.0
-    )  # no fall at all
+    assert lr_at(OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_fraction=0.0), 9, 10) == 1.0  # no decay
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -36,7 +34,7 @@ def test_default_warmup_fits_every_run(schedule, steps, decay_fraction):
     assert warmup <= min(100, steps // 10)
     assert rates[:warmup] == sorted(rates[:warmup])
     if steps >= 10:
-        assert max(rates) == pytest.approx(1.0, rel=1 / steps), "the rate comes to its peak, and leaves it"
+        assert max(rates) == pytest.approx(1.0, rel=1 / steps), "the rate must reach its peak"
 
 
 def test_default_warmup_of_a_long_run_is_100_steps():

@@ -1,4 +1,4 @@
-"""optim.body and optim.vocab: each owner is stepped with its own settings, as a dense AdamW steps its groups."""
+"""Overrides in optim.body and optim.vocab match a dense AdamW with parameter groups."""
 
 import json
 from dataclasses import asdict
@@ -35,7 +35,7 @@ def owners_config(run: Path, given: str, engine: str = "fsdp2", world: int = 1) 
 
 
 def dense_training(config: JobConfig) -> Dense:
-    """In float64: three groups, each with settings as given above, else as the common ones."""
+    """Trains in float64 with three groups. Each uses the settings above, otherwise the common ones."""
     model = DenseModel(config, torch.float64)
     common = asdict(config.optim)
     body = common | {key: value for key, value in common["body"].items() if value is not None}
