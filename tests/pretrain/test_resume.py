@@ -76,7 +76,7 @@ def test_position_is_counted_in_samples(tmp_path):
 
 
 def train_until_signalled(rank: int, world: int, config: JobConfig, number: int) -> None:
-    """Sends SIGTERM to one of two ranks, at some moment after the third step."""
+    """Trains until rank 1 sends itself the signal `number`, at some moment after the third step."""
 
     def tell() -> None:
         log = config.run_dir / "metrics.jsonl"
