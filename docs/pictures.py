@@ -18,7 +18,7 @@ from pretrain.vocab import VocabShard  # noqa: E402
 
 WIDTH = 850
 INK, SOFT, LINE, PAPER, CARD = "#1f2933", "#52606d", "#cbd2d9", "#ffffff", "#f5f7fa"
-RANKS = ("#0072b2", "#009e73", "#c98500", "#b8441f")  # strong, for edges and text
+RANKS = ("#0067a3", "#007a58", "#8f5f00", "#a83a18")  # strong, for edges and text
 TINTS = ("#cfe3f3", "#cdebe2", "#fae7bf", "#f6d5c8")  # the same, for areas
 NETWORK, NETWORK_TINT = "#6b4fa3", "#e3dbf3"
 SMALL, TEXT, LARGE = 12.5, 13.5, 16

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel matrix for a library user, see docs/library.md; the rest is in the modules.
+"""The matrix split by vocabulary rows, for a library user: see docs/library.md. Further functions are in the modules.
 
 Imports torch alone.
 """

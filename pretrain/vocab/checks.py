@@ -1,6 +1,6 @@
 """Checks of tensors' values within a step.
 
-Not part of loss.py: a rehearsal, whose tensors have no values, must be able to skip them all.
+They stand apart from loss.py because a rehearsal, whose tensors have no values, must be able to skip them all.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _skipped = False
 def violated(condition: Tensor) -> bool:
     """Returns True if the condition, one bool, is False.
 
-    On CUDA, where reading it would stall the host, the device asserts it and this returns False.
+    On CUDA, reading it would stall the host. There the device asserts it, and the result is False.
     """
     if _skipped:
         return False
@@ -27,7 +27,7 @@ def violated(condition: Tensor) -> bool:
 
 @contextmanager
 def checks_skipped() -> Iterator[None]:
-    """Takes all conditions for met while this lasts, without reading them: for tensors that have no values."""
+    """Treats all conditions as met inside the `with` block and does not read them: for tensors without values."""
     global _skipped
     before, _skipped = _skipped, True
     try:

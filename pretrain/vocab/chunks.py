@@ -1,4 +1,4 @@
-"""Cuts the group's tokens into chunks that fit a memory budget, and brings their hidden states, one chunk ahead."""
+"""Chunks of the group's tokens that fit a memory budget; their hidden states are gathered one chunk ahead."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .collectives import Pending, TokenComm
 from .kernels.base import Kernels, accurate_dtype
 from .shard import RowShard
 
-ROUND = 128  # tokens: matmuls like chunks of whole tiles
+ROUND = 128  # tokens: matmuls are fastest on whole tiles
 
 
 def chunk_budget(shard: RowShard, width: int, dtype: torch.dtype, memory_mib: int | None, kernels: Kernels) -> int:
-    """How many tokens of all ranks may be in work at once; the same on every rank.
+    """Returns how many tokens of all ranks a chunk may have; the same number on every rank.
 
-    The kernels' slab goes off the memory, at most half of it. Where nobody gives a budget it grows with the rows'
-    gradient: every chunk passes over all of that once, which a chunk of few tokens does not repay.
+    The kernels' slab is taken off the memory, but at most half of it. If `memory_mib` is None, the budget grows with
+    the rows' gradient: every chunk passes over the whole gradient once, which does not pay for few tokens.
     """
     if memory_mib is None:
         memory = max(kernels.memory_mib * 2**20, shard.rows_per_rank * width * accurate_dtype(dtype).itemsize // 4)
@@ -29,14 +29,16 @@ def chunk_budget(shard: RowShard, width: int, dtype: torch.dtype, memory_mib: in
 
 
 def token_bytes(shard: RowShard, width: int, dtype: torch.dtype) -> int:
-    """Bytes of a token in work: its factors [v] and its hidden states in this and the next chunk, scaled, and the
-    matmul's product, in `dtype`; and its gradient, before and after the reduction, accurate.
+    """Returns the bytes that one token of a chunk needs.
+
+    In `dtype`: its unnormalised probabilities [v], its hidden state in this and in the next chunk, the scaled one, and
+    the matmul's product. In the accurate dtype: its gradient before and after the reduction.
     """
     return shard.rows_per_rank * dtype.itemsize + width * (4 * dtype.itemsize + 2 * accurate_dtype(dtype).itemsize)
 
 
 def chunk_size(max_tokens_per_rank: int, ranks: int, budget: int) -> int:
-    """Tokens of each rank in a chunk, where ranks bring up to `max_tokens_per_rank`: even chunks of whole tiles."""
+    """Returns the tokens of each rank in a chunk: even chunks of whole tiles, as large as the budget allows."""
     most = max(1, budget // ranks)
     even = -(-max_tokens_per_rank // max(1, -(-max_tokens_per_rank // most)))
     whole = max(1, ROUND // ranks)
@@ -45,21 +47,21 @@ def chunk_size(max_tokens_per_rank: int, ranks: int, budget: int) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """m tokens of the group in rank order: c of each rank that brings its own, padded where a rank has fewer."""
+    """m tokens of the group in rank order: c of each rank that has its own, padded if a rank has fewer."""
 
-    mine: slice  # of this rank's tokens; empty where it has run out of them
+    mine: slice  # this rank's tokens in the chunk; empty if it has no more
     hidden_mD: Tensor
-    columns: slice  # of what `Chunks.gather` returns
+    columns: slice  # the chunk's columns in what `Chunks.gather` returns
 
     def of(self, values_pL: Tensor) -> Tensor:
-        """[p, longest] -> [m]: this chunk's part of what was gathered."""
+        """Returns this chunk's part [m] of what was gathered, [p, max_tokens_per_rank]."""
         return values_pL[:, self.columns].flatten()
 
 
 class Chunks:
-    """This rank's tokens, in as many chunks of equal size as the rank with the most tokens needs.
+    """Tokens of this rank, cut into as many chunks of equal size as the rank with the most tokens needs.
 
-    A token may bring several hidden states, [N, ..., D]; its chunks then have them too.
+    A token may have several hidden states, [N, ..., D]; the chunks then have them too.
     """
 
     def __init__(self, traffic: TokenComm, hidden_ND: Tensor, budget: int, max_tokens_per_rank: int | None) -> None:
@@ -74,18 +76,18 @@ class Chunks:
 
     @property
     def tokens(self) -> int:
-        """m of the largest chunk."""
+        """Tokens of the largest chunk: m."""
         return self.traffic.ranks * min(self.size, self.max_tokens_per_rank)
 
     def gather(self, values_N: Tensor, fill: float) -> Tensor:
-        """[N] -> [p, longest] of all ranks that bring tokens, short ones filled up. One all-gather."""
+        """Gathers [N] of all ranks to [p, max_tokens_per_rank]; `fill` stands for missing tokens. One all-gather."""
         return self.traffic.gather(F.pad(values_N, (0, self.max_tokens_per_rank - len(values_N)), value=fill)).wait()
 
     def __len__(self) -> int:
         return -(-self.max_tokens_per_rank // self.size) if self.max_tokens_per_rank else 0
 
     def __iter__(self) -> Iterator[Chunk]:
-        """The next chunk's hidden states are on their way while this one is in work."""
+        """Yields the chunks in order. The next chunk's hidden states travel while the caller works on this one."""
         arriving = [self._fetch(0)] if len(self) else []
         for i in range(len(self)):
             mine, columns, hidden = arriving.pop()

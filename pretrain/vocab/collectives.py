@@ -1,4 +1,4 @@
-"""The collectives of the vocabulary, and who holds which tokens."""
+"""Collectives of the vocabulary group, and how tokens travel between its ranks."""
 
 from typing import Protocol
 
@@ -13,16 +13,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory. On a GPU this waits for the device, and so for every collective before it.
+    """Returns the tensor in host memory. On a GPU it waits for the device, and so for every collective before it.
 
-    Every host read of a device tensor on the training path goes through this frame: the launcher's supervisor knows
-    it, and does not blame a rank that hangs here.
+    Every host read of a device tensor on the training path goes through this function: the launcher's supervisor knows
+    its frame, and does not blame a rank that hangs here.
     """
     return tensor.cpu()
 
 
 def check_group(shard: VocabShard, group: dist.ProcessGroup | None) -> None:
-    """ValueError unless the shard is this rank's of the group; no group is a world of one."""
+    """Raises ValueError if the shard is not this rank's shard of the group; without a group the world is 1."""
     if group is None:
         if shard.world != 1:
             raise ValueError(f"a shard of world={shard.world} needs its process group")
@@ -31,7 +31,10 @@ def check_group(shard: VocabShard, group: dist.ProcessGroup | None) -> None:
 
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] -> [p, ...] in rank order; without a group p = 1 and nothing moves. Every rank gives one shape."""
+    """Gathers [...] of every rank to [p, ...], in rank order. All ranks must pass the same shape.
+
+    Without a group p = 1, and nothing moves.
+    """
     if group is None:
         return mine.unsqueeze(0)
     world = dist.get_world_size(group)
@@ -41,7 +44,7 @@ def all_gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_scatter(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[p, ...] -> [...]: the sum over the ranks of their part for me."""
+    """Reduces [p, ...] to [...]: the sum over the ranks of the parts that are for this rank."""
     if group is None:
         return parts.squeeze(0)
     mine = parts.new_empty(parts.shape[1:])
@@ -50,7 +53,10 @@ def reduce_scatter(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def all_to_all(parts: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """[Σsend, ...] -> [Σreceive, ...]: the first send[0] rows go to rank 0, and so on; what comes is in rank order."""
+    """Exchanges [Σsend, ...] for [Σreceive, ...]: the first send[0] rows go to rank 0, and so on.
+
+    The rows that arrive are in rank order.
+    """
     if group is None:
         return parts
     out = parts.new_empty(sum(receive), *parts.shape[1:])
@@ -59,12 +65,13 @@ def all_to_all(parts: Tensor, send: list[int], receive: list[int], group: dist.P
 
 
 class Pending:
-    """A collective under way: `wait()` for its result."""
+    """A collective that has been started: `wait()` returns its result."""
 
     def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
         self._result, self._work = result, work
 
     def wait(self) -> Tensor:
+        """Waits for the collective and returns its result; a second call returns the same."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -72,19 +79,22 @@ class Pending:
 
 
 class TokenComm(Protocol):
-    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order. Returns before it is done."""
+    """Moves one chunk: c tokens of this rank, m tokens of all ranks, in rank order.
 
-    ranks: int  # that bring tokens of their own
+    A method that returns a `Pending` does not wait for the collective.
+    """
+
+    ranks: int  # ranks that have tokens of their own
 
     def max_tokens_per_rank(self, N: int, device: torch.device) -> int: ...
     def gather(self, mine_c: Tensor) -> Pending: ...  # [c, ...] -> [ranks, c, ...]
     def mine(self, all_m: Tensor) -> Tensor: ...  # [m, ...] -> [c, ...], a view
-    def sum(self, partial_mD: Tensor) -> Pending: ...  # this shard's part -> the sum for my tokens [c, D]
+    def sum(self, partial_mD: Tensor) -> Pending: ...  # this shard's part -> the sum for this rank's tokens [c, D]
     def stack(self, statistics_km: Tensor) -> Pending: ...  # [k, m] -> [p, k, m], in rank order
 
 
 class LocalComm:
-    """One process has all tokens and all rows."""
+    """Tokens of one process, which has all tokens and all rows."""
 
     ranks = 1
 
@@ -105,7 +115,7 @@ class LocalComm:
 
 
 class ReplicatedComm(LocalComm):
-    """Every rank has the same tokens."""
+    """Tokens that are the same on every rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -124,7 +134,7 @@ class ReplicatedComm(LocalComm):
 
 
 class DistinctComm(ReplicatedComm):
-    """Every rank has tokens of its own."""
+    """Tokens that differ: every rank has its own."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
@@ -149,8 +159,9 @@ class DistinctComm(ReplicatedComm):
 
 
 def token_comm(shard: VocabShard, group: dist.ProcessGroup | None, tokens: str) -> TokenComm:
-    """How tokens travel: "distinct", each rank has its own, or "replicated", all have the same. Raises ValueError
-    otherwise, or if the shard is not this rank's of the group.
+    """Returns how tokens travel: "distinct", each rank has its own, or "replicated", all have the same.
+
+    Raises ValueError if `tokens` is another word, or if the shard is not this rank's shard of the group.
     """
     if tokens not in ("distinct", "replicated"):
         raise ValueError(f'tokens={tokens!r} must be "distinct" or "replicated"')

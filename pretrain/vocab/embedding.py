@@ -1,4 +1,4 @@
-"""The owner of the token-embedding matrix: one parameter for both uses (tied), or two (untied), or one, then two."""
+"""The owner of the token-embedding matrix: one parameter for both uses (tied), two (untied), or first one, then two."""
 
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,23 @@ if TYPE_CHECKING:
 
 
 class VocabParallelEmbedding(GuardedRows):
-    """This rank's rows of the matrix: `weight` [v, D], and `head_weight` [v, D] where it is untied, or was split.
+    """The token-embedding matrix, of which every rank owns some rows: input lookup, output head and loss.
 
-    Both are main weights of `dtype`, and no engine sees them: wrapping them is an error, see guard.py. `compute_dtype`
-    is what the lookup hands out and what the loss multiplies in. `group` are the ranks of the shard's world; None where
-    that is one.
+    `weight` [v, D] holds this rank's rows; `head_weight` [v, D] holds those of the head if the matrix is untied, or was
+    split. Both are main weights of `dtype`. No engine may shard or copy them: guard.py makes that an error.
+    `compute_dtype` is the dtype of the lookup's result and of the loss's matmuls. `group`: the ranks that share the
+    matrix; None if this process has it alone.
+
+    One step in one process; `torchrun` runs the same lines on several ranks, after init_process_group:
+
+    >>> vocab = VocabParallelEmbedding.create(1000, 16, seed=0)
+    >>> optimizer = torch.optim.AdamW(vocab.parameters(), lr=0.01)
+    >>> tokens, targets = torch.tensor([[5, 6, 7]]), torch.tensor([[6, 7, 8]])
+    >>> loss = vocab.loss(vocab(tokens), targets, scale=1 / 3).loss  # a real model has a body between the two
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> round(loss.item(), 2)
+    6.91
     """
 
     def __init__(
@@ -49,7 +61,7 @@ class VocabParallelEmbedding(GuardedRows):
         self.weight = rows("embedding.weight")
         self.head_weight = rows("head.weight") if config.tie == "untied" else None
         self.kernels = choose_kernels(self.weight.device)
-        self.input_grad_vD: Tensor | None = None  # where given, backward adds the lookup's gradient to it as well
+        self.input_grad_vD: Tensor | None = None  # if it is set, backward adds the lookup's gradient to it as well
         self._checked = False
 
     @classmethod
@@ -66,11 +78,15 @@ class VocabParallelEmbedding(GuardedRows):
         compute_dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> "VocabParallelEmbedding":
-        """This rank's rows of a matrix [vocab_size, width] that is split over `group` (None: over all ranks).
+        """Builds this rank's rows of a matrix [vocab_size, width] that is shared by `group` (None: by all ranks).
 
-        To be called on all ranks, after init_process_group; without one, this process holds the matrix alone. Any split
-        of one seed builds the same matrix. `compute_dtype`: None is `dtype`. `settings`: further fields of VocabConfig.
-        Raises ValueError on a setting out of range and TypeError on an unknown one. Local.
+        Call it on all ranks, after init_process_group; without a process group, this process holds the matrix alone.
+        The seed decides the matrix, for any number of ranks. `compute_dtype`: None means `dtype`. `settings`: further
+        fields of VocabConfig. Raises ValueError if a setting is out of range, and TypeError if it is unknown. Local.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16, seed=0, tie="untied", softcap=30.0)
+        >>> vocab.weight.shape  # all rows, in one process; padded to a multiple of 128
+        torch.Size([1024, 16])
         """
         trainers = {"size", "parallel", "untie_at"} & set(settings)
         if trainers:
@@ -87,30 +103,40 @@ class VocabParallelEmbedding(GuardedRows):
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """The rows that make the logits, [v, D]."""
+        """Rows that make the logits, [v, D]."""
         return self.weight if self.head_weight is None else self.head_weight
 
     def untie(self) -> nn.Parameter:
-        """Splits a tied matrix: from now on the head's rows are a parameter of their own, which this returns, a copy.
+        """Splits a tied matrix: from now on the head has its own rows, a copy; returns them as a new parameter.
 
-        Between steps: what the rows have of a gradient stays with the embedding. Local.
+        Call it between steps: a gradient that the rows already have stays with the embedding. Local.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> head = vocab.untie()
+        >>> torch.equal(head, vocab.weight), head is vocab.output_weight
+        (True, True)
         """
         assert self.head_weight is None, "it is untied"
         self.head_weight = nn.Parameter(self.weight.detach().clone())
         return self.head_weight
 
     def match(self, saved: Container[str]) -> nn.Parameter | None:
-        """Splits a matrix that is to be split at some step if a checkpoint with tensors `saved` has it split; the rows
-        that are new, if so.
+        """Splits the matrix if `untie_at` is set and the checkpoint with tensors `saved` has it split already.
+
+        Returns the new rows, or None if nothing was split.
         """
         due = self.head_weight is None and self.config.untie_at is not None
         return self.untie() if due and "head.weight" in saved else None
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """The lookup, for ranks with any number of tokens each.
+        """Looks tokens up; each rank may have any number of them. All ranks of the group call it together.
 
-        Raises RuntimeError at the first call if something has overwritten the rows, see `GuardedRows.check_distinct`;
-        and if this process holds the matrix alone, but has peers by now.
+        Raises RuntimeError at the first call if something has overwritten the rows (`GuardedRows.check_distinct`), and
+        if this process built the matrix alone, but now belongs to a process group.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> vocab(torch.tensor([[1, 2, 3], [1, 2, 3]])).shape
+        torch.Size([2, 3, 16])
         """
         if self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError(
@@ -125,9 +151,13 @@ class VocabParallelEmbedding(GuardedRows):
     def lookup(
         self, tokens_BT: Tensor, plan: LookupPlan | None = None, max_tokens_per_rank: int | None = None
     ) -> Tensor:
-        """embed_scale · hidden [B, T, D] in the compute dtype; backward adds to the rows' `grad`.
+        """Returns embed_scale · rows, [B, T, D] in the compute dtype; backward adds to the rows' `grad`.
 
-        Plan, `max_tokens_per_rank` and collectives: see `vocab_parallel_lookup`.
+        `vocab_parallel_lookup` describes `plan`, `max_tokens_per_rank` and the collectives.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16, embed_scale=4.0)
+        >>> torch.equal(vocab.lookup(torch.tensor([7])), 4 * vocab.weight[[7]])
+        True
         """
         hidden_ND = vocab_parallel_lookup(
             tokens_BT.flatten(),
@@ -153,12 +183,17 @@ class VocabParallelEmbedding(GuardedRows):
         metrics: bool = False,
         max_tokens_per_rank: int | None = None,
     ) -> VocabLoss:
-        """Sum of the loss over this rank's targets (-100: none).
+        """Computes the sum of the loss over this rank's targets (-100: ignored). All ranks call it together.
 
-        With `scale`, which must be the same on all ranks, it is multiplied by it, and the gradient of the rows is in
-        their `grad` when this returns: to be followed by one backward() on the loss as it is. `max_tokens_per_rank`:
-        the largest number of targets on a rank of the group, if it is known. `metrics` and collectives: see
-        `vocab_parallel_linear_cross_entropy`.
+        With `scale`, the same number on all ranks, the loss is multiplied by it, and the gradient of the rows is in
+        their `grad` when the call returns; then call backward() on the loss once, without another factor. Without
+        `scale`, any factor may follow. `max_tokens_per_rank`: the largest number of targets on a rank of the group, if
+        you know it. `vocab_parallel_linear_cross_entropy` describes `metrics` and the collectives.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> out = vocab.loss(torch.zeros(1, 3, 16), torch.tensor([[6, 7, -100]]))
+        >>> round(out.loss.item(), 3), out.n_tokens.item()  # 2 · log(1000): padding rows take no part
+        (13.816, 2)
         """
         rows = self.output_weight
         final = scale is not None and torch.is_grad_enabled()
@@ -187,16 +222,25 @@ class VocabParallelEmbedding(GuardedRows):
         return [_main_grad(self.weight), *([] if self.input_grad_vD is None else [self.input_grad_vD])]
 
     def named_rows(self) -> dict[str, nn.Parameter]:
-        """The parameters by their names in a checkpoint, those of the unsharded model."""
+        """Returns the parameters by their names in a checkpoint, which are those of the unsharded model.
+
+        >>> list(VocabParallelEmbedding.create(1000, 16, tie="untied").named_rows())
+        ['embedding.weight', 'head.weight']
+        """
         rows = {"embedding.weight": self.weight}
         if self.head_weight is not None:
             rows["head.weight"] = self.head_weight
         return rows
 
     def full_state_dict(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """Whole matrices [V, D] without padding, by their names in a checkpoint, copies on every rank.
+        """Returns copies of the whole matrices [V, D], without padding, by their names in a checkpoint, on every rank.
 
-        `device`: where they are put (None: the rows'). To be called on all ranks of the group. One all-gather of each.
+        `device`: the device of the copies (None: the rows' device). All ranks of the group call it together. One
+        all-gather per matrix.
+
+        >>> state = VocabParallelEmbedding.create(1000, 16).full_state_dict()
+        >>> {name: tuple(matrix.shape) for name, matrix in state.items()}
+        {'embedding.weight': (1000, 16)}
         """
         return {
             name: gather_matrix(rows.detach(), self.shard, self.group).to(device or rows.device)
@@ -204,24 +248,45 @@ class VocabParallelEmbedding(GuardedRows):
         }
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes this rank's rows of whole matrices, [V, D] or padded. Local.
+        """Copies this rank's rows from whole matrices, [V, D] or padded. Local.
 
-        Raises ValueError if a name is missing or unknown, or a shape is another.
+        Raises ValueError if a name is missing or unknown, or a shape does not match.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> vocab.load_full_state_dict({"embedding.weight": torch.ones(1000, 16)})
+        >>> vocab.weight.sum().item()  # padding stays 0
+        16000.0
         """
         check_names(state, self.named_rows())
         for name, rows in self.named_rows().items():
             scatter_matrix(state[name], rows.detach(), self.shard, name)
 
     def dtensor_state_dict(self) -> "dict[str, DTensor]":
-        """The rows as DTensors [padded_size, D], by their names in a checkpoint, for torch.distributed.checkpoint.
+        """Returns the rows as DTensors [padded_size, D], by their names in a checkpoint.
 
-        They share the rows' memory: loading into them loads the rows. The first call makes a mesh of the group.
-        Raises RuntimeError without a process group.
+        They are meant for torch.distributed.checkpoint. They share the rows' memory: loading into them loads the rows.
+        The first call makes a mesh of the group. Raises RuntimeError without a process group.
+
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> vocab.dtensor_state_dict()["embedding.weight"].shape
+        torch.Size([1024, 16])
+        >>> dist.destroy_process_group()
         """
         return {name: self.dtensor(rows.detach()) for name, rows in self.named_rows().items()}
 
     def dtensor(self, rows_vD: Tensor) -> "DTensor":
-        """Any tensor like the rows, as a moment of an optimizer, as a DTensor: see `dtensor_state_dict`."""
+        """Returns any tensor shaped like the rows, such as an optimizer's moment, as a DTensor.
+
+        See `dtensor_state_dict`. Raises RuntimeError without a process group.
+
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> vocab = VocabParallelEmbedding.create(1000, 16)
+        >>> moment = torch.zeros_like(vocab.weight)
+        >>> vocab.dtensor(moment).placements
+        (Shard(dim=0),)
+        >>> dist.destroy_process_group()
+        """
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import Shard
 
@@ -237,7 +302,7 @@ class VocabParallelEmbedding(GuardedRows):
 
 
 def _check_kept(weight_vD: nn.Parameter, main_grad_vD: Tensor) -> None:
-    """Raises RuntimeError if the gradient that loss(scale=...) made is not the parameter's any more."""
+    """Raises RuntimeError if the gradient that loss(scale=...) made is no longer the parameter's gradient."""
     if weight_vD.grad is not main_grad_vD:
         raise RuntimeError(
             "the rows' gradient is made by loss(scale=...), and was zeroed between loss and backward: zero gradients"
@@ -246,7 +311,7 @@ def _check_kept(weight_vD: nn.Parameter, main_grad_vD: Tensor) -> None:
 
 
 def _main_grad(weight_vD: nn.Parameter) -> Tensor:
-    """The parameter's gradient, as autograd accumulates it; zeros where there is none yet."""
+    """Returns the parameter's gradient, to which autograd adds; it is created as zeros if there is none yet."""
     if weight_vD.grad is None:
         weight_vD.grad = torch.zeros_like(weight_vD)
     return weight_vD.grad

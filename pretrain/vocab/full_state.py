@@ -1,6 +1,7 @@
 """Whole matrices from the ranks' rows and back, for programs that keep their own checkpoints.
 
-Apart from embedding.py because training needs none of it. The trainer's checkpoints stream rows: pretrain/checkpoint.
+It stands apart from embedding.py because training needs none of it: the trainer's checkpoints stream rows
+(pretrain/checkpoint).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def gather_matrix(rows_vD: Tensor, shard: VocabShard, group: dist.ProcessGroup | None) -> Tensor:
-    """The matrix [V, D] without padding, on every rank, a copy. One all-gather of it."""
+    """Returns a copy of the whole matrix [V, D] without padding, on every rank. One all-gather."""
     padded = rows_vD.new_zeros(shard.rows_per_rank, rows_vD.shape[1])  # the last shards may have fewer
     padded[: shard.rows] = rows_vD
     return all_gather(padded, group).flatten(0, 1)[: shard.vocab_size]
 
 
 def scatter_matrix(matrix_VD: Tensor, rows_vD: Tensor, shard: VocabShard, name: str) -> None:
-    """Copies this rank's rows of the whole matrix, with or without its padding, to `rows_vD`. Local.
+    """Copies this rank's rows of the whole matrix, with or without padding, to `rows_vD`. Local.
 
-    Raises ValueError if its shape is another.
+    Raises ValueError if the matrix has another shape.
     """
     whole = [(size, rows_vD.shape[1]) for size in (shard.vocab_size, shard.padded_size)]
     if tuple(matrix_VD.shape) not in whole:
@@ -39,7 +40,7 @@ def scatter_matrix(matrix_VD: Tensor, rows_vD: Tensor, shard: VocabShard, name: 
 
 
 def check_names(state: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless both have the same names."""
+    """Raises ValueError if the names differ."""
     if set(state) != set(rows):
         raise ValueError(
             f"the state has {', '.join(sorted(state)) or 'nothing'}, but this vocabulary needs {', '.join(rows)}"
@@ -50,9 +51,9 @@ def check_names(state: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None
 def rows_dtensor(
     rows_vD: Tensor, shard: VocabShard, mesh: "DeviceMesh", placements: "Sequence[Placement]"
 ) -> "DTensor":
-    """A rank's rows as its part of the matrix [padded_size, D]; shares their memory.
+    """Returns the matrix [padded_size, D] as a DTensor whose local part is `rows_vD`; they share memory.
 
-    DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last ones shorter or empty.
+    DTensor cuts a dim as VocabShard does: ceil(rows / ranks) each, the last shards shorter or empty.
     """
     from torch.distributed.tensor import DTensor
 

@@ -1,6 +1,6 @@
-"""The body's gradients beside the matrix's: one sum over ranks, one norm, one clip.
+"""Gradients of the body together with those of the matrix: one sum over ranks, one norm, one clip.
 
-Apart from embedding.py because it works on the body, which the matrix's owner never meets.
+It stands apart from embedding.py because it works on the body, which the owner of the matrix never sees.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from .collectives import on_host
 from .embedding import VocabParallelEmbedding
 
-BLOCK = 2**15  # numbers that a CPU converts to float64 at once, in its cache; more would start threads
+BLOCK = 2**15  # numbers that a CPU converts to float64 at once: they stay in its cache, and start no threads
 
 
 def summed(body: Callable[..., Tensor], group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
-    """The body, to be called as it is, whose gradients are averaged over `group` (None: all ranks), as DDP and FSDP do.
+    """Wraps a body whose gradients DDP or FSDP averages over `group` (None: all ranks). Call the result instead.
 
-    The matrix sums gradients over ranks. Within the body they become `world` times as large, so that the average is
-    the sum; the gradient of its first argument, the hidden states of the lookup, leaves it as it should be. No
-    collective.
+    The matrix needs gradients that are summed over the ranks, not averaged. So inside the body gradients are multiplied
+    by the number of ranks, and the average becomes the sum. The gradient of the first argument, the hidden states of
+    the lookup, is divided by the same number when it leaves the body. No collective.
+
+    >>> layer = nn.Linear(8, 8)  # in a program: DistributedDataParallel(layer), or a layer after fully_shard
+    >>> body = summed(layer)
+    >>> hidden = torch.ones(3, 8)
+    >>> torch.equal(body(hidden), layer(hidden))
+    True
     """
 
     def call(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -42,12 +48,21 @@ def clip_grad_norm_(
     max_norm: float,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Norm of the whole gradient, rows of all ranks and body; scales it so that it does not exceed `max_norm`.
+    """Scales all gradients so that their common norm does not exceed `max_norm`; returns the norm before, in float64.
 
-    To be called on all ranks of the matrix's group, whose bodies have equal gradients (DDP) or shards of one as
-    DTensors (fully_shard). All ranks get the same norm, float64, and scale by the same factor. `body_parameters` may
-    hold the rows too: they count once. One all-reduce of two numbers; for DTensors another.
-    Raises RuntimeError if `error_if_nonfinite` and the norm is not finite.
+    The norm is over the rows of all ranks and the body. Call it on all ranks of the matrix's group. The bodies must
+    have equal gradients on all ranks (DDP), or shards of one gradient as DTensors (fully_shard). All ranks get the same
+    norm and scale by the same factor. `body_parameters` may include the rows: they count once. One all-reduce of two
+    numbers, and one more for DTensors. Raises RuntimeError if `error_if_nonfinite` and the norm is not finite.
+
+    >>> vocab = VocabParallelEmbedding.create(1000, 8)
+    >>> layer = nn.Linear(8, 8)
+    >>> vocab.weight.grad, layer.weight.grad = torch.full((1024, 8), 0.5), torch.zeros(8, 8)
+    >>> norm = clip_grad_norm_(vocab, layer.parameters(), max_norm=1.0)
+    >>> round(norm.item(), 3)
+    45.255
+    >>> round(vocab.weight.grad.norm().item(), 3)
+    1.0
     """
     rows = list(vocab.parameters())
     known = {id(parameter) for parameter in rows}
@@ -70,12 +85,12 @@ def clip_grad_norm_(
 
 
 def _is_dtensor(gradient: Tensor) -> bool:
-    """True for a DTensor: who has one has imported torch.distributed.tensor, which takes its time."""
+    """Returns True for a DTensor, without importing torch.distributed.tensor, which takes long."""
     return hasattr(gradient, "to_local")
 
 
 def _dtensor_square(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Σx² over DTensors of one mesh, a float64 scalar. One all-reduce, if there are any."""
+    """Returns Σx² over DTensors of one mesh, a float64 scalar. One all-reduce, if there are any."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
@@ -83,17 +98,17 @@ def _dtensor_square(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 
 def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Σx² over local tensors, a float64 scalar on `device`; 0 for none.
+    """Returns Σx² over local tensors, a float64 scalar on `device`; 0 if there are none.
 
-    Added up in float64, so that it does not depend on how the tensors are split: torch's fp32 norms on a CPU add one
-    number after the other, and are wrong by 4e-3 at 200 million numbers.
+    The sum is in float64, so that it does not depend on how the tensors are sharded. torch's fp32 norms on a CPU add
+    one number after the other: their error is 4e-3 at 200 million numbers.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
     if on_gpu:
         total += torch.stack(torch._foreach_norm(on_gpu, dtype=torch.float64)).square().sum()
     on_cpu = [tensor for tensor in tensors if not tensor.is_cuda]
-    if on_cpu:  # there, foreach_norm in float64 takes three times as long as this
+    if on_cpu:  # on a CPU, foreach_norm in float64 takes three times as long as this
         room, square = torch.empty(BLOCK, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for part in (part for tensor in on_cpu for part in tensor.flatten().split(BLOCK)):
             exact = room[: len(part)].copy_(part)

@@ -1,6 +1,6 @@
-"""Errors where a wrapper would take a rank's rows for a replica, or for a whole matrix, and silently damage them.
+"""Guards against wrappers that take a rank's rows for a replica or a whole matrix, and would silently damage them.
 
-Apart from embedding.py, which computes: this knows what torch's wrappers do to a module's parameters.
+It stands apart from embedding.py, which computes: this module knows what torch's wrappers do to parameters.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ ROWS = ("weight", "head_weight")
 
 
 class GuardedRows(nn.Module):
-    """A module whose parameters are one rank's rows of a matrix, other rows on every rank of `group`."""
+    """A module whose parameters are one rank's rows of a matrix: every rank of `group` has other rows."""
 
     def __init__(self, shard: VocabShard, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -25,19 +25,19 @@ class GuardedRows(nn.Module):
         self.register_state_dict_pre_hook(_refuse_part)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises RuntimeError if fully_shard puts a shard of the rows in their place."""
+        """Raises RuntimeError if fully_shard replaces the rows by a shard of them."""
         if name in ROWS and _is_sharded(value):
             raise RuntimeError(_RESHARDED)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Raises RuntimeError if FullyShardedDataParallel takes the rows away."""
+        """Raises RuntimeError if FullyShardedDataParallel removes the rows."""
         if name in ROWS:
             raise RuntimeError(_RESHARDED)
         super().__delattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GuardedRows":
-        """Raises ValueError if `to`, `half` or the like would change the dtype of the rows; they may move."""
+        """Raises ValueError if `to`, `half` or a similar call would change the rows' dtype; their device may change."""
         for rows in self.parameters(recurse=False):
             dtype = fn(rows.detach()[:0]).dtype
             if dtype != rows.dtype:
@@ -49,18 +49,18 @@ class GuardedRows(nn.Module):
         return self
 
     def check_distinct(self) -> None:
-        """Raises RuntimeError if two ranks hold equal rows: something has copied one rank's over the other's.
+        """Raises RuntimeError if two ranks hold equal rows: something has copied one rank's rows over the other's.
 
-        One all-gather of two numbers per matrix, and a pass over the rows.
+        One all-gather of two numbers per matrix, and one pass over the rows.
         """
         for rows_vD in self.parameters(recurse=False):
-            sums_v = rows_vD.detach().sum(dim=1, dtype=torch.float64)  # with padding, which an overwritten shard lacks
+            sums_v = rows_vD.detach().sum(dim=1, dtype=torch.float64)  # padding included: an overwritten shard has none
             by_row = torch.arange(1, len(sums_v) + 1, device=sums_v.device, dtype=sums_v.dtype)
             digest_2 = torch.stack([sums_v.sum(), sums_v @ by_row])
             seen: dict[tuple[float, ...], int] = {}
             for rank, numbers in enumerate(on_host(all_gather(digest_2, self.group)).tolist()):
                 first = seen.setdefault(tuple(numbers), rank)
-                if first != rank and numbers != [0.0, 0.0]:  # zeros: padding, or no values yet
+                if first != rank and numbers != [0.0, 0.0]:  # zeros: only padding, or no values yet
                     raise RuntimeError(
                         f"ranks {first} and {rank} own different rows of the vocabulary, but hold the same values: a"
                         " wrapper has copied one rank's over the other's; give it the body alone"
@@ -80,7 +80,7 @@ def _is_sharded(value: object) -> bool:
 
 
 def _refuse_part(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Raises RuntimeError before a rank's state_dict shows its rows as if they were the matrix."""
+    """Raises RuntimeError before a rank's state_dict presents its rows as the whole matrix."""
     assert isinstance(module, GuardedRows)
     shard = module.shard
     if shard.world > 1:
@@ -92,7 +92,7 @@ def _refuse_part(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _refuse_replication(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Raises RuntimeError if DistributedDataParallel takes a module with rows that it is not told to ignore."""
+    """Raises RuntimeError if DistributedDataParallel wraps a module with rows and has not been asked to ignore them."""
     if not isinstance(parent, nn.parallel.DistributedDataParallel) or child is None:
         return
     rows = [

@@ -40,17 +40,17 @@ from .shard import VocabShard
 class ChunkOnShard:
     """One chunk of m tokens on this shard."""
 
-    mine: slice  # of this rank's tokens
+    mine: slice  # this rank's tokens in the chunk
     hidden_mD: Tensor
-    valid_m: Tensor  # False where the target is ignored
-    rows_m: Tensor  # of the targets in this shard, -1 where another one owns it
-    target_m: Tensor  # the logits of those targets before softcap
-    unnormalised_probs_mv: Tensor  # to be filled, see `Kernels`
+    valid_m: Tensor  # False if the target is ignored
+    rows_m: Tensor  # row of the target in this shard, -1 if another shard owns it
+    target_m: Tensor  # logit of that target before softcap
+    unnormalised_probs_mv: Tensor  # filled by `Kernels.exponentials` or `Kernels.dlogits`
 
 
 @dataclass(frozen=True)
 class Head:
-    """Settings of the head, and the rows it works on. `metrics`: also the entropy and the id of the largest logit."""
+    """Settings of the head, and what it works with. `metrics`: also compute entropy and the id of the largest logit."""
 
     shard: VocabShard
     traffic: TokenComm
@@ -62,12 +62,12 @@ class Head:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Names of what `merge` returns for each token."""
+        """Names of the values that `merge` returns for each token."""
         return ("loss", "lse", "entropy", "best") if self.metrics else ("loss", "lse")
 
     @property
     def extra_statistics(self) -> tuple[str, ...]:
-        """The statistics that an option needs besides max, sum and the target's logit."""
+        """Statistics that the options need besides max, sum and the target's logit."""
         smoothing = ("logit_sum",) if self.smoothing else ()
         return (*smoothing, "weighted", "best") if self.metrics else smoothing
 
@@ -78,11 +78,11 @@ class Head:
 
     @property
     def needs_lse_first(self) -> bool:
-        """Smoothing's constant times the softcap's slope has no factor to defer: it needs the normaliser first."""
+        """True with smoothing and softcap: the constant times the slope has no factor that could be applied later."""
         return self.smoothing > 0 and self.softcap is not None
 
     def parts(self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor) -> Iterator[tuple[Chunk, ChunkOnShard]]:
-        """Yields every chunk, and its part on this shard; all share the memory of their factors."""
+        """Yields every chunk and its part on this shard; all share one buffer of unnormalised probabilities."""
         targets_pL = chunks.gather(targets_N, -1)
         unnormalised_probs_mv = self.kernels.empty_factors(chunks.hidden_ND, chunks.tokens, len(weight_vD))
         for chunk in chunks:
@@ -97,7 +97,7 @@ class Head:
             )
 
     def exponentials(self, part: ChunkOnShard, weight_vD: Tensor, gradients: bool) -> dict[str, Tensor]:
-        """This shard's statistics; with `gradients` also its factors. One matmul."""
+        """Returns this shard's statistics; with `gradients` also fills its unnormalised probabilities. One matmul."""
         return self.kernels.exponentials(
             part.hidden_mD,
             weight_vD,
@@ -110,7 +110,7 @@ class Head:
         )
 
     def stack(self, part: ChunkOnShard, statistics: dict[str, Tensor]) -> Pending:
-        """Sends this shard's statistics to all others: [p, k, m]."""
+        """Sends this shard's statistics to all ranks, and will return those of all: [p, k, m]."""
         target_m = torch.where(part.rows_m >= 0, self.cap(part.target_m), 0.0)
         if self.metrics:
             statistics["best"] = statistics["best"] + self.shard.start  # an id
@@ -118,9 +118,9 @@ class Head:
         return self.traffic.stack(torch.stack([statistics["max"], statistics["sum"], target_m, *others]))
 
     def merge(self, stacked_pkm: Tensor) -> dict[str, Tensor]:
-        """The statistics of all shards, in rank order -> `results`, each [m]."""
+        """Merges the statistics of all shards, in rank order, into `results`, each [m]."""
         parts = dict(zip(("max", "sum", "target", *self.extra_statistics), stacked_pkm.unbind(1), strict=True))
-        max_m, winner_m = parts["max"].max(0)  # the lowest rank on ties, hence the lowest id
+        max_m, winner_m = parts["max"].max(0)  # the lowest rank on ties, so the lowest id
         scale_pm = (parts["max"] - max_m).exp()
         sum_m = (parts["sum"] * scale_pm).sum(0)
         lse_m = max_m + sum_m.log()
@@ -134,7 +134,7 @@ class Head:
         return merged
 
     def recompute(self, part: ChunkOnShard, weight_vD: Tensor, lse_m: Tensor, g_m: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors' product with the rows, and what each token's are to be scaled with, the normaliser known."""
+        """Computes matmuls 1 and 2 again, now that lse is known. Returns P_r and the scale of each token."""
         if self.needs_lse_first:
             self.kernels.dlogits(
                 part.hidden_mD,
@@ -153,13 +153,13 @@ class Head:
         return self.kernels.times_weight(part.unnormalised_probs_mv, weight_vD), scale_m
 
     def deferred_scale(self, statistics: dict[str, Tensor], lse_m: Tensor, g_m: Tensor) -> Tensor:
-        """From exp(z - max of this shard) to the gradient of the logits; cannot overflow."""
+        """Returns the factor from exp(z - max of this shard) to the gradient of the logits; it cannot overflow."""
         return g_m * self.z_loss_gain(lse_m) * (statistics["max"] - lse_m).exp()
 
     def target_factor(self, part: ChunkOnShard, lse_m: Tensor, g_m: Tensor) -> Tensor:
-        """Gradient of the target's logit before softcap, [m]; 0 where it is not mine.
+        """Returns the gradient of the target's logit before softcap, [m]; 0 if another shard owns the target.
 
-        Smoothing's share of it comes with that of all other rows, except where `needs_lse_first`.
+        Smoothing's part of it is added together with that of all other rows, except if `needs_lse_first`.
         """
         capped_m = self.cap(part.target_m)
         slope_m = 1.0 if self.softcap is None else 1 - (capped_m / self.softcap).square()
@@ -170,15 +170,16 @@ class Head:
         )
 
     def z_loss_gain(self, lse_m: Tensor) -> Tensor:
-        """Factor by which z-loss multiplies the softmax's part of the gradient."""
+        """Returns the factor by which z-loss multiplies the softmax's part of the gradient."""
         return 1 + 2 * self.z_loss * lse_m
 
     def cap(self, logit_m: Tensor) -> Tensor:
+        """Applies the softcap, if there is one."""
         return logit_m if self.softcap is None else self.softcap * torch.tanh(logit_m / self.softcap)
 
 
 class Gradients:
-    """Adds up the gradients of chunk after chunk: dW in place, dX reduced behind the work that follows."""
+    """Gradients that add up chunk by chunk: dW in place; dX is reduced while the next work runs."""
 
     def __init__(self, head: Head, weight_vD: Tensor, dhidden_ND: Tensor, dweight_vD: Tensor) -> None:
         self.head, self.weight_vD, self.dhidden_ND = head, weight_vD, dhidden_ND
@@ -190,7 +191,7 @@ class Gradients:
             self.hidden_sum_D = torch.zeros_like(self.weight_sum_D)
 
     def add(self, part: ChunkOnShard, product_mD: Tensor, scale_m: Tensor, lse_m: Tensor, g_m: Tensor) -> None:
-        """One chunk's. `product` is factors · rows, `scale` what the factors lack, g the gradient of the losses."""
+        """Adds one chunk. `product`: P_r; `scale`: the factor that it lacks; g: the losses' gradient. Matmul 3."""
         kernels = self.head.kernels
         target_m = self.head.target_factor(part, lse_m, g_m)
         place = (target_m, part.hidden_mD, part.rows_m)
@@ -204,7 +205,7 @@ class Gradients:
         kernels.add_weight_gradient(self.dweight_vD, part.unnormalised_probs_mv, scaled_mD, *place)
 
     def finish(self) -> None:
-        """Both gradients are complete."""
+        """Waits for the last reduction; then both gradients are complete."""
         self._store()
         if self.smooths:
             self.dweight_vD -= self.hidden_sum_D
@@ -219,7 +220,10 @@ class Gradients:
 def compute_losses(
     head: Head, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, g: float, gradients: Gradients | None
 ) -> dict[str, Tensor]:
-    """`head.results` of this rank's tokens, [N] each; into `gradients`, those of g · the sum of all valid losses."""
+    """Returns `head.results` of this rank's tokens, [N] each.
+
+    `gradients`, if given, receives the gradients of g · the sum of all valid losses.
+    """
     accurate = accurate_dtype(chunks.hidden_ND.dtype)
     results = {name: torch.empty_like(targets_N, dtype=accurate) for name in head.results}
     for chunk, part in head.parts(chunks, weight_vD, targets_N):
@@ -246,7 +250,7 @@ def compute_losses(
 def recompute_gradients(
     head: Head, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, lse_N: Tensor, g_N: Tensor, gradients: Gradients
 ) -> None:
-    """Into `gradients`, those of Σ g · loss, from the saved log-sum-exps; one matmul more than at first."""
+    """Adds the gradients of Σ g · loss to `gradients`, from the saved log-sum-exps. Matmul 1 runs a second time."""
     lse_pL = chunks.gather(lse_N, 0.0)
     g_pL = chunks.gather(torch.where(targets_N >= 0, g_N, 0.0).to(lse_N.dtype), 0.0)
     for chunk, part in head.parts(chunks, weight_vD, targets_N):

@@ -1,10 +1,10 @@
-"""ids -> rows of a matrix split by vocabulary rows, for ranks with different tokens.
+"""Lookup of ids in a matrix split by vocabulary rows, for ranks with different tokens.
 
-A rank needs only the distinct ids of its tokens, and each has one owner. So only distinct rows cross the ranks:
-forward the row, backward its summed gradient. Who sends what to whom follows from the ids alone: a loader that knows
-every rank's tokens plans it ahead of time on the host, and then no id crosses and no device waits. Where ids hardly
-repeat or one rank owns most of them, that would move more than gather + reduce-scatter of every token's hidden state,
-as in Megatron-LM (arXiv:1909.08053); the plan is then made for those.
+A rank needs only the distinct ids of its tokens, and each has one owner. So only distinct rows cross the ranks: the row
+in forward, its summed gradient in backward. Who sends what to whom follows from the ids alone. A loader that knows
+every rank's tokens plans it ahead of time on the host; then no id crosses, and no device waits. If ids hardly repeat,
+or one rank owns most of them, this would move more than gather + reduce-scatter of every token's hidden state, as in
+Megatron-LM (arXiv:1909.08053); then the plan is made for these.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +24,11 @@ from .shard import VocabShard
 
 @dataclass(frozen=True)
 class LookupTraffic:
-    """Traffic of lookups between the ranks of a group, both ways, summed over ranks, in bytes a column of the matrix.
+    """Traffic of lookups between the ranks of a group: both directions, summed over ranks, in bytes per column."""
 
-    moved: by the plan; gathered: by gather + reduce-scatter of the hidden states. sent_p: distinct rows that others
-    want of each owner.
-    """
-
-    moved: int
-    gathered: int
-    sent_p: tuple[int, ...]
+    moved: int  # by the plan
+    gathered: int  # what gather + reduce-scatter of the hidden states would move
+    sent_p: tuple[int, ...]  # distinct rows that each owner sends to others
 
     def __add__(self, other: "LookupTraffic") -> "LookupTraffic":
         sent_p = tuple(mine + theirs for mine, theirs in zip(self.sent_p, other.sent_p, strict=True))
@@ -40,33 +36,34 @@ class LookupTraffic:
 
     @property
     def saved(self) -> float:
-        """The part of gather + reduce-scatter's bytes that is not moved."""
+        """Share of the bytes of gather + reduce-scatter that is not moved."""
         return 1 - self.moved / self.gathered if self.gathered else 0.0
 
     @property
     def balance(self) -> float:
-        """The busiest owner's rows as a multiple of the mean: 1 is even, p is all on one rank."""
+        """Rows of the busiest owner as a multiple of the mean: 1 is even; p means that one rank sends all."""
         return max(self.sent_p) * len(self.sent_p) / max(1, sum(self.sent_p))
 
 
 class LookupPlan(Protocol):
-    """How one rank of p takes part in one lookup of N ids. Every rank of the group has one of the same kind."""
+    """One rank's part in one lookup of N ids. All ranks of the group have a plan of the same kind."""
 
     @property
     def traffic(self) -> LookupTraffic: ...
 
     def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
-        """The rows of my ids, [N, D] in `dtype`. One collective."""
+        """Returns the rows of this rank's ids, [N, D] in `dtype`. One collective."""
         ...
 
     def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-        """Adds the gradient of all ranks' hidden states to my rows' in each buffer [v, D] of `into`, which are of one
-        dtype; in a fixed order. One collective.
+        """Adds the gradient of all ranks' hidden states to this rank's rows in each buffer [v, D] of `into`.
+
+        The buffers have one dtype. The order of the sum is fixed. One collective.
         """
         ...
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Self:
-        """The same plan, its tensors elsewhere."""
+        """Returns the same plan with `move` applied to its tensors."""
         ...
 
     def to(self, device: torch.device) -> Self: ...
@@ -75,7 +72,7 @@ class LookupPlan(Protocol):
 
 
 class _Tensors:
-    """Moves the tensors of a dataclass, and of those in it."""
+    """Base of dataclasses that move their tensors, and those of the dataclasses in their fields."""
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Self:
         moved: dict[str, object] = {}
@@ -96,43 +93,36 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class Segments(_Tensors):
-    """Which of N values belong to the same of U rows. places_N: the row of each; order_N: the values sorted by row,
-    in their own order within one; starts_U: where each row's begin there.
-    """
+    """N values grouped by the U rows to which they belong."""
 
-    places_N: Tensor
-    order_N: Tensor
-    starts_U: Tensor
+    places_N: Tensor  # the row of each value
+    order_N: Tensor  # the values sorted by row, in their own order within a row
+    starts_U: Tensor  # the position in `order_N` of each row's first value
 
     @classmethod
     def of(cls, places_N: Tensor, rows: int) -> "Segments":
-        """Every row has at least one value."""
+        """Groups values by `places_N`. Every row must have at least one value."""
         sorted_N, order_N = places_N.sort(stable=True)
         return cls(places_N, order_N, torch.searchsorted(sorted_N, torch.arange(rows, device=places_N.device)))
 
     def sum(self, values_ND: Tensor) -> Tensor:
-        """Sums of each row's values, [U, D], one after the other in their own order, on any device.
+        """Returns the sum of each row's values, [U, D], added one after the other in their own order, on any device.
 
-        A bag's forward does this, one thread a column. `embedding_dense_backward` has a race on CUDA, from 1,025 to
-        3,072 values (pytorch PR #187687), and `index_add_` has no fixed order there.
+        The forward of an embedding bag does this, one thread per column. On CUDA, `embedding_dense_backward` has a race
+        from 1,025 to 3,072 values (pytorch PR #187687), and `index_add_` has no fixed order.
         """
         return F.embedding_bag(self.order_N, values_ND, self.starts_U, mode="sum")
 
 
 @dataclass(frozen=True)
 class DistinctRows(_Tensors):
-    """All-to-all of the distinct rows, and back of their summed gradients in fp32.
-
-    send_rows: my local rows that others need, [S], grouped by receiver; send_counts: how many for each, p numbers.
-    receive_counts: distinct rows that I get from each, U in all, in the order of their ids. mine: of my N ids, which
-    of those U each is.
-    """
+    """Plan of an all-to-all of the distinct rows, and of their summed gradients in fp32 in backward."""
 
     traffic: LookupTraffic
-    send_rows: Tensor
-    send_counts: list[int]
-    receive_counts: list[int]
-    mine: Segments
+    send_rows: Tensor  # local rows that the ranks need, [S], grouped by receiver
+    send_counts: list[int]  # rows for each receiver
+    receive_counts: list[int]  # distinct rows from each owner, U in all, in the order of their ids
+    mine: Segments  # this rank's N ids, grouped by these U rows
 
     def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
         sent_SD = weight_vD[self.send_rows].to(dtype)
@@ -141,7 +131,7 @@ class DistinctRows(_Tensors):
     def add_gradient(self, dhidden_ND: Tensor, into: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         dreceived_UD = self.mine.sum(dhidden_ND.to(into[0].dtype))
         dsent_SD = all_to_all(dreceived_UD, self.receive_counts, self.send_counts, group)
-        # one rank at a time: its rows are distinct, so the order of the sum is fixed
+        # one rank after the other: a rank's rows are distinct, so the order of the sum is fixed
         for rows, drows in zip(self.send_rows.split(self.send_counts), dsent_SD.split(self.send_counts), strict=True):
             for dweight_vD in into:
                 dweight_vD.index_add_(0, rows, drows)
@@ -149,17 +139,13 @@ class DistinctRows(_Tensors):
 
 @dataclass(frozen=True)
 class GatheredTokens(_Tensors):
-    """Reduce-scatter of every token's hidden state, and back an all-gather of their gradients.
-
-    tokens: N of each rank. owned_K: those of the group's p·N ids that are mine, rank by rank; rows_U: my local rows
-    that they name, distinct; named: which of them each does.
-    """
+    """Plan of a reduce-scatter of every token's hidden state, and of an all-gather of their gradients in backward."""
 
     traffic: LookupTraffic
-    tokens: int
-    owned_K: Tensor
-    rows_U: Tensor
-    named: Segments
+    tokens: int  # N, the same on each rank
+    owned_K: Tensor  # positions, among the group's p·N ids, of those that this rank owns
+    rows_U: Tensor  # the distinct local rows of these ids
+    named: Segments  # the K ids, grouped by these U rows
 
     def rows(self, weight_vD: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
         parts_pND = weight_vD.new_zeros(len(self.traffic.sent_p), self.tokens, weight_vD.shape[1], dtype=dtype)
@@ -174,13 +160,18 @@ class GatheredTokens(_Tensors):
 
 
 def plan_lookup(ids_pN: list[Tensor], shard: VocabShard, dtype: torch.dtype) -> LookupPlan:
-    """The plan of `shard.rank`, from the ids of all ranks in rank order, for hidden states of `dtype`. Local.
+    """Plans the lookup of `shard.rank` from the ids of all ranks, in rank order, for hidden states of `dtype`. Local.
 
-    The kind is the one that moves fewer bytes at the rank that sends or receives the most.
-    Raises ValueError on an id outside [0, vocab_size).
+    The plan is of the kind that moves fewer bytes at the rank that sends or receives the most.
+    Raises ValueError if an id is outside [0, vocab_size).
+
+    >>> ids = [torch.tensor([1, 1, 9]), torch.tensor([1, 2, 3])]  # of two ranks; rank 0 owns the ids below 8
+    >>> plan = plan_lookup(ids, VocabShard.of(rank=0, world=2, vocab_size=16, multiple=1), torch.float32)
+    >>> plan.traffic.sent_p  # rank 0 sends rows 1, 2 and 3 to rank 1, which sends row 9
+    (3, 1)
     """
     edges = torch.tensor(shard.edges, device=ids_pN[0].device)
-    distinct_pU = [ids_N.unique() for ids_N in ids_pN]  # sorted, hence grouped by owner
+    distinct_pU = [ids_N.unique() for ids_N in ids_pN]  # sorted, and so grouped by owner
     for ids_U in distinct_pU:
         if len(ids_U) and not 0 <= int(ids_U[0]) <= int(ids_U[-1]) < shard.vocab_size:
             low, high = int(ids_U[0]), int(ids_U[-1])
@@ -200,7 +191,7 @@ def plan_lookup(ids_pN: list[Tensor], shard: VocabShard, dtype: torch.dtype) -> 
 
 
 def _weigh(wanted_pp: list[list[int]], tokens_p: list[int], dtype: torch.dtype) -> tuple[LookupTraffic, bool]:
-    """The traffic, and whether to gather. wanted[r][o]: distinct rows that rank r wants of owner o."""
+    """Returns the traffic, and True if gathering moves less. wanted[r][o]: distinct rows of owner o for rank r."""
     ranks = range(len(wanted_pp))
     out, back = dtype.itemsize, accurate_dtype(dtype).itemsize
     sent_p = tuple(sum(wanted_pp[r][o] for r in ranks if r != o) for o in ranks)
@@ -222,16 +213,26 @@ def vocab_parallel_lookup(
     max_tokens_per_rank: int | None = None,
     main_grad: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor:
-    """Rows of the split matrix for this rank's ids: hidden [N, D] in `dtype` (default: the weight's).
+    """Looks this rank's ids up in the split matrix; returns hidden [N, D] in `dtype` (default: the weight's).
 
-    The gradient of the rows is summed in fp32 (float64 where the weight is) over the ids of the whole group. It
-    reaches `weight_vD` in its dtype; or backward adds it to what `main_grad` returns, buffers [v, D] of the accurate
-    dtype, and makes no other one of their size. Collectives: those of the plan. Without a `plan`, made of just
-    these ids, they are all-gathered first, and the device is waited for; so is an all-reduce of a number, unless
-    `max_tokens_per_rank` is given, the largest number of ids on a rank.
+    The gradient of the rows is summed in fp32 (float64 if the weight is) over the ids of the whole group. It reaches
+    `weight_vD` in its dtype. With `main_grad`, backward adds it to the buffers [v, D] of the accurate dtype which
+    `main_grad` returns, and makes no other buffer of their size.
 
-    Raises ValueError on a shard that is not this rank's, and where it makes the plan, as `plan_lookup` does, or if
-    `max_tokens_per_rank` is too small.
+    `plan` must have been made for these ids. Its collectives are the only ones. Without a plan the ids are all-gathered
+    first, which waits for the device; before that, an all-reduce finds the largest number of ids per rank, unless
+    `max_tokens_per_rank` gives it.
+
+    Raises ValueError if the shard is not this rank's, if `max_tokens_per_rank` is too small, and as `plan_lookup` does
+    if it makes the plan.
+
+    >>> rows = torch.arange(8.0).reshape(4, 2).requires_grad_()
+    >>> hidden = vocab_parallel_lookup(torch.tensor([3, 0, 3]), rows, shard=VocabShard.of(0, 1, 4, multiple=1))
+    >>> hidden.tolist()
+    [[6.0, 7.0], [0.0, 1.0], [6.0, 7.0]]
+    >>> hidden.sum().backward()
+    >>> rows.grad[:, 0].tolist()  # row 3 was used twice
+    [1.0, 0.0, 0.0, 2.0]
     """
     check_group(shard, group)
     dtype = dtype or weight_vD.dtype
@@ -242,7 +243,7 @@ def vocab_parallel_lookup(
 
 
 def _all_ids(ids_N: Tensor, most: int | None, shard: VocabShard, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The ids of each rank, in the host's memory. most: the largest number of them on a rank; None: it is asked for."""
+    """Returns the ids of each rank, in host memory. most: the largest number of ids per rank; None: an all-reduce."""
     if most is None:
         most = token_comm(shard, group, "distinct").max_tokens_per_rank(len(ids_N), ids_N.device)
     if most < len(ids_N):

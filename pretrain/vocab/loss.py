@@ -1,10 +1,10 @@
-"""Linear layer, softmax and cross-entropy on a matrix split by vocabulary rows, without ever holding the logits.
+"""Linear layer, softmax and cross-entropy on a matrix split by vocabulary rows, without ever holding all logits.
 
-Every rank multiplies the tokens of the whole group with its own rows, a chunk of tokens at a time, and the
-ranks exchange a few floats a token: the softmax statistics of their shards. Sharded cross-entropy follows
-Megatron-LM (Shoeybi et al., arXiv:1909.08053), with these differences: ranks may hold different tokens; the
-chunk's gradients are formed while its logits are at hand, so nothing is recomputed; and padding rows never enter
-the matmul. The mathematics is in head.py, what it runs on in kernels/.
+Every rank multiplies the tokens of the whole group with its own rows, a chunk of tokens at a time. The ranks exchange
+a few floats per token: the softmax statistics of their shards. Sharded cross-entropy follows Megatron-LM (Shoeybi et
+al., arXiv:1909.08053), with three differences. Ranks may have different tokens. A chunk's gradients are made while its
+logits are in memory, so nothing is recomputed. Padding rows never enter the matmul. The mathematics is in head.py, the
+kernels are in kernels/, and docs/how-it-works.md derives it all.
 """
 
 from dataclasses import dataclass, field
@@ -26,19 +26,21 @@ from .shard import VocabShard
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """Result of `vocab_parallel_linear_cross_entropy`. Only `loss` is differentiable.
+    """Result of `vocab_parallel_linear_cross_entropy`, in nats. Only `loss` is differentiable.
 
-    loss: sum over this rank's valid targets, in nats, fp32 scalar; with reduction="none" one value a token
-        (0 where ignored). n_tokens: the number of valid targets, int64 scalar. lse, entropy: log-sum-exp of
-        the logits and entropy of the softmax in nats, [N], also for ignored tokens. correct: [N], True where
-        the valid target is the largest logit (lowest id on ties). entropy and correct: None without metrics.
+    >>> hidden, rows, targets = torch.zeros(3, 8), torch.zeros(128, 8), torch.tensor([5, 0, -100])
+    >>> out = vocab_parallel_linear_cross_entropy(hidden, rows, targets, shard=VocabShard.of(0, 1, vocab_size=100))
+    >>> out.n_tokens.item(), round(out.loss.item() / 2, 4)  # log(100)
+    (2, 4.6052)
+    >>> out.correct  # all logits are equal, so the largest is that of id 0
+    tensor([False,  True, False])
     """
 
-    loss: Tensor
-    n_tokens: Tensor
-    lse: Tensor
-    correct: Tensor | None
-    entropy: Tensor | None
+    loss: Tensor  # sum over this rank's valid targets, fp32 scalar; with reduction="none" [N], 0 if ignored
+    n_tokens: Tensor  # number of valid targets, int64 scalar
+    lse: Tensor  # log-sum-exp of the logits [N], also of ignored tokens
+    correct: Tensor | None  # [N], True if the valid target has the largest logit (lowest id on ties); None: no metrics
+    entropy: Tensor | None  # entropy of the softmax [N], also of ignored tokens; None: no metrics
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -62,34 +64,49 @@ def vocab_parallel_linear_cross_entropy(
     main_grad_vD: Tensor | None = None,
     kernels: Kernels | None = None,
 ) -> VocabLoss:
-    """Cross-entropy of softcap(hidden @ W.T) against the targets; W is split over `group` by rows.
+    """Computes the cross-entropy of softcap(hidden @ W.T) against the targets; W is split over `group` by rows.
 
-    Per token: lse - (1-ε)·z[y] - ε·mean(z) + λ·lse², with ε = `label_smoothing` and λ = `z_loss`; z, lse and
-    the mean are over all rows but padding, of all ranks. The loss is multiplied by `scale`, one for all ranks. Matmuls
-    run in hidden's dtype, statistics in fp32 (in float64 where hidden is). The gradient of `weight_vD` has its dtype,
-    is summed over the tokens of the group and is zero on padding rows. `group=None` is one process, without a process
-    group.
+    Per token: lse - (1-ε)·z[y] - ε·mean(z) + λ·lse², with ε = `label_smoothing` and λ = `z_loss`. z, lse and the mean
+    are over all rows of all ranks, without padding. The loss is multiplied by `scale`, which must be the same on all
+    ranks. Matmuls run in hidden's dtype, statistics in fp32 (float64 if hidden is). The gradient of `weight_vD` has its
+    dtype, is summed over the tokens of the group, and is zero on padding rows. `group=None` means one process, without
+    a process group.
 
-    "distinct": every rank has its own tokens, of any number. It gets their loss and their gradient.
-    "replicated": every rank has the same tokens (tensor parallelism) and gets the whole loss and gradient.
+    tokens="distinct": every rank has its own tokens, any number of them, and gets their loss and their gradient.
+    tokens="replicated": every rank has the same tokens (tensor parallelism), and gets the whole loss and gradient.
 
-    `main_grad_vD`: a buffer, fp32 (float64 where hidden is), to which the rows' gradient is added at once, in
-    forward, where gradients are enabled; no second one of its size is made, and `weight_vD` gets none. It holds for
-    backward() on this loss as it is, once; another factor, which `scale` should have brought, is a ValueError there.
-    Without it the sum's gradients are made in forward, too, and scaled in backward; they are recomputed, one matmul
-    more, for reduction="none", where ranks scale their losses differently, and when backward runs again.
+    `main_grad_vD`: a buffer, fp32 (float64 if hidden is), to which forward adds the rows' gradient if gradients are
+    enabled. Then no second buffer of its size is made, and `weight_vD` gets no gradient. Call backward() on the loss
+    once, and without another factor, which is a ValueError: pass the factor as `scale`. Without `main_grad_vD` the
+    gradients of the sum are made in forward, too, and scaled in backward. They are recomputed, by one more matmul, for
+    reduction="none", if ranks scale their losses differently, and if backward runs again.
 
-    The group's tokens are worked on in chunks that need about `memory_mib` (None: what suits the device, or a quarter
-    of the rows' gradient where that is more), or of at most `chunk_tokens`. `max_tokens_per_rank`:
-    the largest N in the group, if every rank knows it already; saves one all-reduce. `metrics`: entropy and correct,
-    too. `kernels`: None: by hidden's device.
+    The group's tokens are processed in chunks that need about `memory_mib` (None: what suits the device, or a quarter
+    of the rows' gradient if that is more), or that have at most `chunk_tokens` tokens. `max_tokens_per_rank`: the
+    largest N in the group, if every rank knows it already; it saves one all-reduce. `metrics`: also compute entropy and
+    correct. `kernels`: None chooses them by hidden's device.
 
-    Collectives a chunk: all-gather of hidden (distinct), all-gather of 3 statistics a token (+1 with smoothing, +2
-    with metrics), reduce-scatter (all-reduce) of the gradient of hidden in fp32; all run behind matmuls. Besides,
-    one all-gather of the targets, and one of a number each for `max_tokens_per_rank` and in backward, unless given.
+    Collectives per chunk: all-gather of hidden (distinct), all-gather of 3 statistics per token (1 more with smoothing,
+    2 more with metrics), reduce-scatter (replicated: all-reduce) of hidden's gradient in fp32. All run behind matmuls.
+    Collectives per call: one all-gather of the targets; one of a number for `max_tokens_per_rank` unless it is given,
+    and one of a number in backward unless `main_grad_vD` is given.
 
-    Raises ValueError on shapes that do not fit the shard and on a target outside [0, vocab_size) other than
-    `ignore_index` (on CUDA, where looking would stall the host, such a target is a device-side assertion).
+    Raises ValueError if shapes do not match the shard, and if a target is outside [0, vocab_size) other than
+    `ignore_index` (on CUDA, where reading it would stall the host, the target fails a device-side assertion).
+
+    In one process it is the usual cross-entropy:
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> hidden = torch.randn(3, 8, generator=generator, requires_grad=True)
+    >>> rows = torch.randn(100, 8, generator=generator, requires_grad=True)
+    >>> targets = torch.tensor([5, 99, -100])
+    >>> shard = VocabShard.of(rank=0, world=1, vocab_size=100, multiple=1)
+    >>> out = vocab_parallel_linear_cross_entropy(hidden, rows, targets, shard=shard)
+    >>> dense = torch.nn.functional.cross_entropy(hidden @ rows.T, targets, reduction="sum")
+    >>> torch.testing.assert_close(out.loss, dense)
+    >>> out.loss.backward()
+    >>> rows.grad.shape
+    torch.Size([100, 8])
     """
     _check_options(reduction, softcap, label_smoothing, chunk_tokens, memory_mib, main_grad_vD)
     _check_shapes(hidden_ND, weight_vD, targets_N, main_grad_vD, shard)
@@ -172,7 +189,7 @@ def _check_targets(targets_N: Tensor, vocab_size: int, ignore_index: int) -> Non
 
 @dataclass
 class _Call:
-    """One call of the function, all but its differentiable inputs; `results` as in `compute_losses`."""
+    """One call of the function without its differentiable inputs; `results` as in `compute_losses`."""
 
     head: Head
     targets_N: Tensor  # -1: ignored
@@ -182,7 +199,7 @@ class _Call:
     results: dict[str, Tensor] = field(default_factory=dict)
 
     def losses(self, hidden_ND: Tensor, weight_vD: Tensor, into: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """scale · loss [N], 0 where ignored. `into`: where the gradients of its sum go, d hidden and d weight."""
+        """Returns scale · loss [N], 0 if ignored. `into`: buffers for its sum's gradients, d hidden and d weight."""
         compute_vD = self._compute_rows(weight_vD, hidden_ND.dtype)
         gradients = None if into is None else Gradients(self.head, compute_vD, *into)
         chunks = self._chunks(hidden_ND)
@@ -190,7 +207,7 @@ class _Call:
         return self.results["loss"] * self.scale
 
     def recompute(self, hidden_ND: Tensor, weight_vD: Tensor, g_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of Σ g · scale · loss."""
+        """Returns the gradients of Σ g · scale · loss: d hidden and d weight."""
         compute_vD = self._compute_rows(weight_vD, hidden_ND.dtype)
         into = self.empty_gradients(hidden_ND, weight_vD)
         chunks, lse_N = self._chunks(hidden_ND), self.results["lse"]
@@ -204,9 +221,9 @@ class _Call:
         return dhidden_ND, torch.zeros_like(weight_vD, dtype=accurate, memory_format=torch.contiguous_format)
 
     def _compute_rows(self, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows that have logits, in the dtype of the matmuls; a view where that is the weight's.
+        """Returns the rows that have logits, in the dtype of the matmuls; a view if that is the weight's dtype.
 
-        Made for each call: an optimizer may change the rows without any sign that a copy is old.
+        A copy is made for each call: an optimizer may change the rows without a sign that an older copy is out of date.
         """
         return weight_vD.detach()[: self.head.shard.valid_rows].to(dtype).contiguous()
 
@@ -219,7 +236,7 @@ class _Call:
 def _differentiable(
     hidden_ND: Tensor, weight_vD: Tensor, call: _Call, reduction: str, main_grad_vD: Tensor | None
 ) -> Tensor:
-    """The loss, with the way back that suits it."""
+    """Returns the loss, with the backward that suits `reduction` and `main_grad_vD`."""
     if not torch.is_grad_enabled():
         losses_N = call.losses(hidden_ND, weight_vD)
         return losses_N.sum() if reduction == "sum" else losses_N
@@ -231,7 +248,7 @@ def _differentiable(
 
 
 class _TokenLosses(torch.autograd.Function):
-    """reduction="none": the gradients wait for backward, where each token's own factor is known."""
+    """Losses per token (reduction="none"): the gradients wait for backward, when each token's factor is known."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_vD, call):  # type: ignore[no-untyped-def]
@@ -247,7 +264,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _LossSum(torch.autograd.Function):
-    """reduction="sum": the gradients are made in forward, while the logits are at hand."""
+    """Sum of the losses (reduction="sum"): the gradients are made in forward, while the logits are in memory."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_vD, call):  # type: ignore[no-untyped-def]
@@ -260,8 +277,8 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         hidden_ND, weight_vD = ctx.saved_tensors
-        made, ctx.made = ctx.made, None  # handed on, not copied: a second backward has to make its own
-        # dW sums over the tokens of every rank, each of which may scale its loss in its own way.
+        made, ctx.made = ctx.made, None  # passed on, not copied: a second backward makes its own
+        # dW sums over the tokens of all ranks, and each rank may scale its loss differently.
         g_p = ctx.call.head.traffic.gather(g.reshape(1)).wait()
         if made is not None and bool(on_host((g_p == g_p[0]).all())):
             dhidden_ND, dweight_vD = made[0].mul_(g), made[1].mul_(g)
@@ -272,7 +289,7 @@ class _LossSum(torch.autograd.Function):
 
 
 class _FinalLossSum(torch.autograd.Function):
-    """With a main gradient: it is complete after forward, and backward only hands on that of hidden."""
+    """Sum of the losses with a main gradient: it is complete after forward; backward returns hidden's gradient."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_vD, call, main_grad_vD):  # type: ignore[no-untyped-def]

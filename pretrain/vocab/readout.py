@@ -1,7 +1,7 @@
-"""Reading the matrix: what the logits of hidden states tell, while no logit leaves its rank.
+"""Measures of the logits of hidden states, such as top-k, rank or entropy, while no logit leaves its rank.
 
-Every rank multiplies a chunk of tokens with its own rows, reduces the logits to a few numbers a token, and the ranks
-exchange those. A chunk is as large as a memory budget allows, so nothing grows with tokens × rows.
+Every rank multiplies a chunk of tokens with its own rows and reduces the logits to a few numbers per token; the ranks
+exchange these. A chunk is as large as a memory budget allows, so nothing grows with tokens × rows.
 """
 
 import math
@@ -22,38 +22,37 @@ from .shard import VocabShard
 from .softmax import GlobalSoftmax, ShardSoftmax, dot
 
 MEMORY_MIB = 256
-TILE_BYTES = 16 * 2**20  # of rows that are made accurate at once, where they are not
+TILE_BYTES = 16 * 2**20  # of rows that are converted to the accurate dtype at once
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Result of `Readout.read`: of S sets of N hidden states, in nats, accurate.
+    """Result of `Readout.read` for S sets of N hidden states, in nats, in the accurate dtype."""
 
-    top_logits, top_ids: the k largest logits, falling, and their ids, the lowest first among equals; [S, N, k].
-    lse, entropy: log-sum-exp of the logits and entropy of the softmax, [S, N].
-    logits, ranks: of the J ids that were asked for; [S, N, J]. Rank 1 is the largest logit; among equals the lowest id
-    comes first. An id outside [0, V) has the logit NaN and the rank 0.
-    kl_from: KL(reference ‖ set), kl_to: KL(set ‖ reference); [S, N, R]. mass: probability of the marked rows, [S, N].
-    """
-
-    top_logits: Tensor
-    top_ids: Tensor
-    lse: Tensor
-    entropy: Tensor
-    logits: Tensor
-    ranks: Tensor
-    kl_from: Tensor
-    kl_to: Tensor
-    mass: Tensor
+    top_logits: Tensor  # the k largest logits, in descending order [S, N, k]
+    top_ids: Tensor  # their ids [S, N, k]; among equal logits the lowest id comes first
+    lse: Tensor  # log-sum-exp of the logits [S, N]
+    entropy: Tensor  # entropy of the softmax [S, N]
+    logits: Tensor  # logits of the J ids that were asked for [S, N, J]; NaN for an id outside [0, V)
+    ranks: Tensor  # their ranks [S, N, J]; 1: largest logit, lowest id first among equals; 0 for an id outside [0, V)
+    kl_from: Tensor  # KL(reference ‖ set) [S, N, R]
+    kl_to: Tensor  # KL(set ‖ reference) [S, N, R]
+    mass: Tensor  # probability of the marked rows [S, N]
 
 
 class Readout:
-    """Reads softcap(hidden @ W.T), whose rows are split over the ranks of `group`; padding rows are not read.
+    """Reads softcap(hidden @ W.T), where the rows of W are split over the ranks of `group`; padding rows are not read.
 
-    "replicated": every rank brings the same hidden states and gets all results. "distinct": every rank brings its own,
-    of any number, and gets theirs. Logits are fp32 (float64 where hidden or the rows are) and so is what they are
-    reduced to. `memory_mib`: about what a chunk's logits, and hidden states that are gathered for them, may hold on a
-    rank. No gradients. `group=None` is one process.
+    tokens="replicated": every rank passes the same hidden states, and gets all results. tokens="distinct": every rank
+    passes its own, any number of them, and gets their results. Logits are fp32 (float64 if hidden or the rows are), and
+    so are the results. `memory_mib`: about what a chunk's logits, and the hidden states that are gathered for them, may
+    need per rank. No gradients. `group=None` means one process.
+
+    >>> rows = torch.eye(4)  # the logits are the hidden states
+    >>> readout = Readout(rows, shard=VocabShard.of(rank=0, world=1, vocab_size=4, multiple=1))
+    >>> logits, ids = readout.top_k(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), k=2)
+    >>> logits.tolist(), ids.tolist()
+    ([[3.0, 2.0]], [[1, 3]])
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Readout:
         tokens: Literal["distinct", "replicated"] = "replicated",
         memory_mib: float = MEMORY_MIB,
     ) -> None:
-        """Raises ValueError if the shard is not this rank's of the group, or has other rows."""
+        """Raises ValueError if the shard is not this rank's shard of the group, or the weight has other rows."""
         if len(weight_vD) != shard.rows:
             raise ValueError(f"weight has {len(weight_vD)} rows, but the shard has {shard.rows}")
         if not memory_mib > 0:
@@ -76,33 +75,36 @@ class Readout:
         self.traffic: TokenComm = token_comm(shard, group, tokens)
 
     def top_k(self, hidden_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits and their ids, [N, k]; of equal logits the lowest ids. Collectives: see `read`."""
+        """Returns the k largest logits and their ids, [N, k]; the lowest ids among equal logits.
+
+        Collectives: see `read`.
+        """
         read = self.read(hidden_ND[None], k=k)
         return read.top_logits[0], read.top_ids[0]
 
     def logit(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """The logit of an id of each position, [N]. Collectives: see `read`."""
+        """Returns the logit of one id per position, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None], ids_NJ=ids_N[:, None]).logits[0, :, 0]
 
     def rank(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """1 + the number of ids before it, [N] int64. Collectives: see `read`."""
+        """Returns the rank of one id per position, [N] int64: 1 for the largest logit. Collectives: see `read`."""
         return self.read(hidden_ND[None], ids_NJ=ids_N[:, None]).ranks[0, :, 0]
 
     def log_sum_exp(self, hidden_ND: Tensor) -> Tensor:
-        """[N]. Collectives: see `read`."""
+        """Returns the log-sum-exp of the logits, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None]).lse[0]
 
     def entropy(self, hidden_ND: Tensor) -> Tensor:
-        """Entropy of the softmax, [N]. Collectives: see `read`."""
+        """Returns the entropy of the softmax, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None]).entropy[0]
 
     def kl(self, hidden_a_ND: Tensor, hidden_b_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(a ‖ b) and KL(b ‖ a), [N] each. Collectives: see `read`."""
+        """Returns KL(a ‖ b) and KL(b ‖ a), [N] each. Collectives: see `read`."""
         read = self.read(hidden_b_ND[None], reference_RND=hidden_a_ND[None])
         return read.kl_from[0, :, 0], read.kl_to[0, :, 0]
 
     def masked_mass(self, hidden_ND: Tensor, mask_v: Tensor) -> Tensor:
-        """The probability of the rows that `mask_v` marks, [N]. Collectives: see `read`."""
+        """Returns the probability of the rows that `mask_v` marks, [N]. Collectives: see `read`."""
         return self.read(hidden_ND[None], mask_v=mask_v).mass[0]
 
     @torch.no_grad()
@@ -115,12 +117,12 @@ class Readout:
         reference_RND: Tensor | None = None,
         mask_v: Tensor | None = None,
     ) -> Reading:
-        """All of it in one pass: a matmul of every set and every reference with this rank's rows.
+        """Computes all measures in one pass: one matmul of every set and every reference with this rank's rows.
 
-        `mask_v`: bool, one for each of this rank's rows, padding included. Without it `mass` is 0.
-        Collectives a chunk and set: a gather of the J logits, one of 4 + 2·R + J + 2·k numbers a token; a chunk: one
-        of the references' 2·R. "distinct" also gathers the hidden states and the ids, and the count of tokens.
-        Raises ValueError on a k outside [0, V] and on shapes that do not fit.
+        `mask_v`: one bool for each of this rank's rows, padding included. Without it `mass` is 0.
+        Collectives per chunk and set: a gather of the J logits, and one of 4 + 2·R + J + 2·k numbers per token; per
+        chunk: one of the references' 2·R numbers. "distinct" also gathers the hidden states, the ids, and the number of
+        tokens. Raises ValueError if k is outside [0, V], or shapes do not match.
         """
         S, N, _ = hidden_SND.shape
         references = hidden_SND[:0] if reference_RND is None else reference_RND
@@ -149,11 +151,11 @@ class Readout:
     def _chunks(
         self, hidden_SND: Tensor, ids_NJ: Tensor, reference_RND: Tensor
     ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        """Chunks of [m, S, D], with the ids [m, J] and the references [m, R, D] of their tokens."""
+        """Yields chunks of [m, S, D], with the ids [m, J] and the references [m, R, D] of their tokens."""
         states = len(hidden_SND) + len(reference_RND)
-        slabs = 6 + 2 * len(reference_RND)  # logits, what becomes of them, and the order of the largest
+        slabs = 6 + 2 * len(reference_RND)  # logits, what is computed from them, and the order of the largest
         token_bytes = slabs * self.shard.rows_per_rank * self._accurate(hidden_SND).itemsize
-        if self.traffic.ranks > 1:  # those of this chunk and of the next are gathered
+        if self.traffic.ranks > 1:  # the hidden states of this chunk and the next are gathered
             token_bytes += 2 * states * hidden_SND.shape[-1] * hidden_SND.itemsize
         budget = max(1, int(self.memory_mib * 2**20 / token_bytes))
         chunks = Chunks(self.traffic, hidden_SND.transpose(0, 1), budget, None)
@@ -182,7 +184,7 @@ class Readout:
         mask_v: Tensor | None,
         k: int,
     ) -> dict[str, Tensor]:
-        """One set of one chunk: `Reading`'s fields, [m, ...]."""
+        """Measures one set of one chunk: the fields of `Reading`, [m, ...]."""
         logits_mJ = self._logits_of(logits_mv, ids_mJ)
         counts = [self._before(logits_mv, logit_m, ids_m) for logit_m, ids_m in zip(logits_mJ.T, ids_mJ.T, strict=True)]
         top_km, top_ids_km = self._top(logits_mv, k)
@@ -225,11 +227,11 @@ class Readout:
         }
 
     def _logits(self, hidden_mD: Tensor) -> Tensor:
-        """[m, v], accurate."""
+        """Returns the logits [m, v] in the accurate dtype."""
         return logits_in(self._accurate(hidden_mD), hidden_mD, self.weight_vD, self.softcap)
 
     def _logits_of(self, logits_mv: Tensor, ids_mJ: Tensor) -> Tensor:
-        """The ids' logits, [m, J], from their owners."""
+        """Returns the logits of the ids, [m, J], which their owners send."""
         if not ids_mJ.shape[1]:
             return logits_mv.new_empty(ids_mJ.shape)
         held_mJ = self.shard.holds(ids_mJ)
@@ -240,14 +242,15 @@ class Readout:
         return self._exchange(list(mine_mJ.T)).sum(0).T
 
     def _before(self, logits_mv: Tensor, logit_m: Tensor, ids_m: Tensor) -> Tensor:
-        """How many of my rows come before the ids of these logits, [m]."""
+        """Counts this rank's rows that come before the given ids, whose logits are given, [m]."""
         equal_mv = (logits_mv == logit_m[:, None]) & (self._ids_v < ids_m[:, None])
         return ((logits_mv > logit_m[:, None]) | equal_mv).sum(1).to(logits_mv.dtype)
 
     def _top(self, logits_mv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of my rows, falling, the lowest ids first among equals: [k, m]; -inf, id V, where I have fewer.
+        """Returns the k largest logits of this rank's rows in descending order, and their ids, [k, m] each.
 
-        NaN, of a model that has diverged, counts as the lowest.
+        Among equal logits the lowest id comes first. If the rank has fewer rows, -inf and id V fill up. NaN, from a
+        model that has diverged, counts as the lowest.
         """
         m, v = logits_mv.shape
         values_mk = logits_mv.new_full((m, k), -math.inf)
@@ -255,11 +258,11 @@ class Readout:
         n = min(k, v)
         if n:
             logits_mv = logits_mv.nan_to_num(-math.inf, math.inf, -math.inf)
-            edge_m1 = logits_mv.topk(n, dim=1).values[:, -1:]  # which of several equal ones it takes is not said
+            edge_m1 = logits_mv.topk(n, dim=1).values[:, -1:]  # topk takes any of several equal ones
             above_mv, equal_mv = logits_mv > edge_m1, logits_mv == edge_m1
             missing_m1 = n - above_mv.sum(1, keepdim=True)
             kept_mv = above_mv | (equal_mv & (equal_mv.cumsum(1, dtype=torch.int32) <= missing_m1))
-            on_host(missing_m1)  # nonzero waits for the device, too: here that is seen as such
+            on_host(missing_m1)  # nonzero waits for the device, too: here the supervisor recognises the wait
             local_mn = kept_mv.nonzero()[:, 1].view(m, n)
             kept_mn, order_mn = logits_mv.gather(1, local_mn).sort(dim=1, descending=True, stable=True)
             values_mk[:, :n], ids_mk[:, :n] = kept_mn, local_mn.gather(1, order_mn) + self.shard.start
@@ -273,7 +276,7 @@ class Readout:
         return accurate_dtype(torch.promote_types(hidden.dtype, self.weight_vD.dtype))
 
     def _exchange(self, statistics: list[Tensor]) -> Tensor:
-        """[p, k, m] of all shards."""
+        """Gathers the statistics of all shards: [p, k, m]."""
         return self.traffic.stack(torch.stack(statistics)).wait()
 
     def _check(self, hidden_SND: Tensor, reference_RND: Tensor, ids_NJ: Tensor, mask_v: Tensor | None, k: int) -> None:
@@ -290,7 +293,7 @@ class Readout:
 
 
 def logits_in(dtype: torch.dtype, hidden_mD: Tensor, rows_vD: Tensor, softcap: float | None) -> Tensor:
-    """[m, v]. Of rows in another dtype, a few are converted at a time."""
+    """Returns the logits [m, v] in `dtype`. Rows of another dtype are converted a few at a time."""
     hidden_mD = hidden_mD.to(dtype)
     if rows_vD.dtype == dtype:
         logits_mv = hidden_mD @ rows_vD.T

@@ -11,7 +11,7 @@ from .collectives import all_gather
 from .readout import logits_in
 from .shard import VocabShard
 
-SCORE_BYTES = 32 * 2**20  # of scores at a time
+SCORE_BYTES = 32 * 2**20  # of scores at once
 
 
 @torch.no_grad()
@@ -28,15 +28,21 @@ def sample(
     top_p: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """One id for each hidden state, [N]; every rank of the group gives the same hidden and gets the same ids.
+    """Samples one id per hidden state, [N]. All ranks of the group pass the same hidden states and get the same ids.
 
-    The draw is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p`
-    leave. Noise is a function of (seed, draw, position in N, row), so the draw is the same for any split.
-    temperature=0 takes the largest logit; ties go to the lowest id, but all ties at the edge of `top_p` stay.
-    Memory: SCORE_BYTES of scores, and a few times as much to draw from them; positions are dealt with in turn.
-    Collectives for each turn, of n positions: gathers of k values, sums of n floats (64 of them for `top_p`), one
-    gather of the winners.
-    Raises ValueError on a setting out of range.
+    The sample is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p` keep.
+    The noise is a function of (seed, draw, position in N, row), so the sample is the same for any number of ranks.
+    temperature=0 takes the largest logit. Ties go to the lowest id, but all ties at the edge of `top_p` are kept.
+    Memory: SCORE_BYTES of scores, and a few times as much to draw from them; n positions are processed at once.
+    Collectives for n positions: gathers of k values, sums of n floats (64 of them for `top_p`), one gather of the
+    winners. Raises ValueError if a setting is out of range.
+
+    >>> rows, shard = torch.eye(4), VocabShard.of(rank=0, world=1, vocab_size=4, multiple=1)
+    >>> hidden = torch.tensor([[0.0, 3.0, 1.0, 2.0]])  # with these rows, the logits
+    >>> sample(hidden, rows, shard=shard, seed=0, draw=0, temperature=0.0)
+    tensor([1])
+    >>> [sample(hidden, rows, shard=shard, seed=0, draw=draw, top_k=2).item() for draw in range(5)]
+    [3, 1, 1, 3, 1]
     """
     check_sampling(temperature, top_k, top_p)
     ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
@@ -53,7 +59,7 @@ def sample(
             scores_nv += _gumbel(seed, draw, start, len(scores_nv), ids_v)
         best_n, best_ids_n = _largest(scores_nv, ids_v)
         best_pn, ids_pn = all_gather(best_n, group), all_gather(best_ids_n, group)
-        winner_n = best_pn.max(0).indices  # the lowest rank on ties, hence the lowest id
+        winner_n = best_pn.max(0).indices  # the lowest rank on ties, so the lowest id
         found.append(ids_pn.gather(0, winner_n.unsqueeze(0)).squeeze(0))
     return torch.cat(found) if found else ids_v.new_zeros(0)
 
@@ -66,7 +72,7 @@ def _largest(scores_Nv: Tensor, ids_v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """-inf on all but the k largest of all shards; of equal ones the lowest ids are kept."""
+    """Sets all scores except the k largest of all shards to -inf; among equal ones the lowest ids are kept."""
     N, v = scores_Nv.shape
     values_Nk = scores_Nv.new_full((N, k), -math.inf)
     candidates_Nk = ids_v.new_zeros(N, k)
@@ -82,15 +88,15 @@ def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGro
 
 
 def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
-    """-inf on all but the smallest set of largest scores that holds `top_p` of the probability.
+    """Keeps the smallest set of largest scores that has `top_p` of the probability; sets the others to -inf.
 
-    The set's lowest score is found by bisection; only its mass crosses ranks.
+    The set's lowest score is found by bisection; only its mass crosses the ranks.
     """
     floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)  # for a shard without rows
     top_N1 = all_gather(torch.cat([scores_Nv, floor_N1], 1).amax(1, keepdim=True), group).amax(0)
     mass_Nv = (scores_Nv - top_N1).exp()
     needed_N = top_p * _total(mass_Nv.sum(1), group)
-    low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: below it lies no mass
+    low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: there is no mass below it
     for _ in range(64):
         middle_N1 = (low_N1 + high_N1) / 2
         enough_N1 = (_total((mass_Nv * (scores_Nv >= middle_N1)).sum(1), group) >= needed_N).unsqueeze(1)
@@ -100,8 +106,9 @@ def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None
 
 
 def _gumbel(seed: int, draw: int, start: int, n: int, ids_v: Tensor) -> Tensor:
-    """Gumbel noise [n, v] in float64: a hash (SplitMix64, Steele et al., 2014) of seed, draw, position from `start` on,
-    row.
+    """Returns Gumbel noise [n, v] in float64, made from a hash (SplitMix64, Steele et al., 2014).
+
+    The hash is of seed, draw, position (counted from `start`) and row.
     """
     position_n1 = torch.arange(start, start + n, device=ids_v.device).unsqueeze(1)
     state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + position_n1)
@@ -117,7 +124,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's keeps the sign."""
+    """Shifts to the right and fills with zeros; torch's own shift keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -126,5 +133,5 @@ def _signed(word: int) -> int:
 
 
 def _total(mine_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks, in rank order."""
+    """Returns the sum over the ranks, added in rank order."""
     return all_gather(mine_N, group).sum(0)

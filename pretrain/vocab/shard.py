@@ -1,4 +1,4 @@
-"""Which rows of a split tensor are mine: the only place with shard arithmetic."""
+"""Ownership of rows: which rows of a sharded tensor are this rank's. The only module with shard arithmetic."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ INIT_BLOCK = 128  # rows drawn from one generator; part of the model's definitio
 class RowShard:
     """One rank's contiguous range of rows of a tensor with `padded_size` rows.
 
-    Each rank holds ceil(padded_size / world) of them; the last shards may be shorter, or empty. This is also how
-    `DTensor`, FSDP2 and `torch.chunk` split a dim.
+    Each rank holds ceil(padded_size / world) rows; the last shards may be shorter, or empty. `DTensor`, FSDP2 and
+    `torch.chunk` cut a dim in the same way.
     """
 
     rank: int
@@ -27,12 +27,12 @@ class RowShard:
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows of every shard but the last ones."""
+        """Rows of every shard except the last ones, which may have fewer."""
         return -(-self.padded_size // self.world)
 
     @property
     def edges(self) -> list[int]:
-        """First row of each shard, counted in the whole tensor, and the end of the last: world + 1 numbers."""
+        """First row of each shard in the whole tensor, and the end of the last shard: world + 1 numbers."""
         return [min(rank * self.rows_per_rank, self.padded_size) for rank in range(self.world + 1)]
 
     @property
@@ -42,11 +42,12 @@ class RowShard:
 
     @property
     def stop(self) -> int:
+        """End of this shard: its last row + 1."""
         return min(self.start + self.rows_per_rank, self.padded_size)
 
     @property
     def rows(self) -> int:
-        """v: the rows of this shard, padding included."""
+        """v: the number of rows of this shard, padding included."""
         return self.stop - self.start
 
 
@@ -54,15 +55,28 @@ class RowShard:
 class VocabShard(RowShard):
     """One rank's vocabulary rows.
 
-    The matrix has `padded_size` rows: `vocab_size` rounded up to `multiple`, so its shape belongs to the model and is
-    the same for every split. Rows at or above `vocab_size` are padding: zero, without logit, without gradient.
+    The matrix has `padded_size` rows: `vocab_size` rounded up to `multiple`. So its shape belongs to the model, and is
+    the same for every number of ranks. Rows at or above `vocab_size` are padding: zero, without logit or gradient.
+
+    >>> shard = VocabShard.of(rank=1, world=4, vocab_size=1000)  # padded to 1,024 rows
+    >>> shard.start, shard.stop, shard.rows
+    (256, 512, 256)
+    >>> shard.edges
+    [0, 256, 512, 768, 1024]
     """
 
     vocab_size: int
 
     @classmethod
     def of(cls, rank: int, world: int, vocab_size: int, multiple: int = 128) -> "VocabShard":
-        """The shard of `rank` among `world`. Raises ValueError on a rank, size or multiple out of range."""
+        """Returns the shard of `rank` among `world` ranks.
+
+        Raises ValueError if rank, vocab_size or multiple is out of range.
+
+        >>> last = VocabShard.of(rank=3, world=4, vocab_size=1000)
+        >>> last.rows, last.valid_rows  # 24 rows of padding
+        (256, 232)
+        """
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} must be at least 1")
         if multiple < 1:
@@ -71,29 +85,45 @@ class VocabShard(RowShard):
 
     @property
     def valid_rows(self) -> int:
-        """The rows of this shard that are not padding; they come first."""
+        """Number of rows of this shard that are not padding; they come first."""
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
     def holds(self, ids: Tensor) -> Tensor:
-        """True where this shard owns the id. Padding rows and negative ids belong to nobody."""
+        """Returns a bool per id: True if this shard owns it. No shard owns padding rows or negative ids.
+
+        >>> VocabShard.of(rank=1, world=4, vocab_size=1000).holds(torch.tensor([255, 256, 511, -100]))
+        tensor([False,  True,  True, False])
+        """
         return (ids >= self.start) & (ids < self.start + self.valid_rows)
 
     def local(self, ids: Tensor) -> Tensor:
-        """Ids counted from this shard's first row; only meaningful where `holds(ids)`."""
+        """Returns the ids counted from this shard's first row; meaningful only for ids that the shard holds.
+
+        >>> VocabShard.of(rank=1, world=4, vocab_size=1000).local(torch.tensor([256, 300]))
+        tensor([ 0, 44])
+        """
         return ids - self.start
 
     def initial_rows(self, name: str, seed: int, width: int, std: float) -> Tensor:
-        """Normal rows of this shard [v, width] in fp32, padding zero; the same rows for any split."""
+        """Draws this shard's rows [v, width] from a normal distribution, fp32, on the CPU; padding rows are zero.
+
+        The rows depend on name, seed and row number only, so they are the same for any number of ranks.
+
+        >>> whole, half = VocabShard.of(0, 1, vocab_size=1000), VocabShard.of(1, 2, vocab_size=1000)
+        >>> rows = whole.initial_rows("embedding.weight", seed=0, width=8, std=0.02)
+        >>> torch.equal(rows[512:], half.initial_rows("embedding.weight", seed=0, width=8, std=0.02))
+        True
+        """
         rows_vD = seeded_normal(name, seed, self.start, self.stop, width, std)
         rows_vD[self.valid_rows :] = 0
         return rows_vD
 
 
 def seeded_normal(name: str, seed: int, start: int, stop: int, width: int, std: float) -> Tensor:
-    """Rows [start, stop) of the normal matrix `name` of any height, [stop - start, width], fp32, on the CPU.
+    """Draws rows [start, stop) of the normal matrix `name`: [stop - start, width], fp32, on the CPU.
 
-    Every block of `INIT_BLOCK` rows has a generator of its own, seeded by (seed, name, block). So any rank
-    draws just its rows, and every split yields the same matrix bit for bit.
+    Every block of `INIT_BLOCK` rows has its own generator, seeded by (seed, name, block). So a rank draws only its own
+    rows, and any number of ranks builds the same matrix bit for bit.
     """
     out = torch.empty(stop - start, width, dtype=torch.float32)
     for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
@@ -106,6 +136,6 @@ def seeded_normal(name: str, seed: int, start: int, stop: int, width: int, std: 
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the same in every process, unlike `hash`."""
+    """Returns a 63-bit seed made from the parts' text: the same in every process, unlike `hash`."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

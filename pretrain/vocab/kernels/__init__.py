@@ -1,4 +1,4 @@
-"""Kernels that the loss computes with on one device."""
+"""Kernels of the loss: what one rank computes on its device."""
 
 from .base import Kernels
 from .choose import choose_kernels

@@ -1,4 +1,4 @@
-"""The protocol of the kernels, and what they share."""
+"""Protocol of the kernels, and the functions that they share."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -6,27 +6,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ALIGNMENT = 64  # elements: rows of logits start on a cache line, whatever the size of the shard
+ALIGNMENT = 64  # elements: rows of logits start on a cache line for any size of the shard
 
 
 class Kernels(Protocol):
-    """The work on one chunk of m tokens and the v valid rows of this shard; v may be 0.
+    """Work on one chunk of m tokens and the v valid rows of this shard; v may be 0.
 
-    "Accurate" is fp32, or float64 where hidden is. z is the logit: softcap(hidden · weight), the target's exact.
-    `rows_m` is the target's row in this shard, -1 where another one owns it. `unnormalised_probs_mv` comes from
-    `empty_factors`, in the compute dtype, and is what multiplies the weights (hidden) in the gradients; the
+    "Accurate" means fp32, or float64 if hidden is. z is the logit: softcap(hidden · weight); the target's is exact.
+    `rows_m` is the target's row in this shard, -1 if another shard owns it. `unnormalised_probs_mv`, the "factors",
+    comes from `empty_factors`, in the compute dtype. It multiplies the weights (and hidden) in the gradients. The
     target's entry is always 0 there: rounded to bf16, p - 1 would carry nearly all of the gradient's error.
     """
 
-    slab_bytes: int  # of accurate logits at once
-    memory_mib: int  # that a chunk may hold where nobody says; beyond it, this device's matmuls gain little
+    slab_bytes: int  # accurate logits that exist at once
+    memory_mib: int  # default memory of a chunk; with more, this device's matmuls gain little
 
     def empty_factors(self, like: Tensor, m: int, v: int) -> Tensor:
-        """An uninitialised [m, v] like `like`, for `exponentials` and `dlogits` to fill; all chunks reuse it."""
+        """Returns an uninitialised [m, v] like `like` for `exponentials` and `dlogits` to fill; all chunks reuse it."""
         ...
 
     def target_logits(self, hidden_mD: Tensor, weight_vD: Tensor, rows_m: Tensor) -> Tensor:
-        """hidden · weight[row], accurate, before softcap; 0 where the row is not mine."""
+        """Returns hidden · weight[row] before softcap, accurate; 0 if another shard owns the row."""
         ...
 
     def exponentials(
@@ -40,11 +40,11 @@ class Kernels(Protocol):
         extra_statistics: Collection[str],
         gradients: bool,
     ) -> dict[str, Tensor]:
-        """Statistics of z over this shard's rows, accurate, [m] each; one matmul. With `gradients` also
-        factors = exp(z - max) · dz/du (du: before softcap), else their content is undefined.
+        """Returns statistics of z over this shard's rows, accurate, [m] each. One matmul.
 
-        max, sum: of exp(z - max). `extra_statistics`: best, the first row of the maximum; weighted, Σz·exp(z - max);
-        logit_sum, Σz. A shard without rows has a finite maximum below all others, and sums of 0.
+        With `gradients` it also fills factors = exp(z - max) · dz/du (u: before softcap); else they are undefined.
+        Statistics: max; sum, Σ exp(z - max). `extra_statistics`: best, the first row of the maximum; weighted,
+        Σ z·exp(z - max); logit_sum, Σ z. A shard without rows has a finite maximum below all others, and sums of 0.
         """
         ...
 
@@ -59,11 +59,14 @@ class Kernels(Protocol):
         gain_m: Tensor,
         smoothing_per_row: float,
     ) -> None:
-        """factors = (gain · exp(z - lse) - share) · dz/du; one matmul. For what cannot wait for the normaliser."""
+        """Fills factors = (gain · exp(z - lse) - smoothing_per_row) · dz/du. One matmul.
+
+        It is for options whose factors need the normaliser first.
+        """
         ...
 
     def times_weight(self, unnormalised_probs_mv: Tensor, weight_vD: Tensor) -> Tensor:
-        """factors · weight [m, D]; accurate where the device's matmul can do that."""
+        """Returns factors · weight [m, D]; accurate if the device's matmul can return that."""
         ...
 
     def scale(
@@ -75,9 +78,9 @@ class Kernels(Protocol):
         hidden_mD: Tensor,
         rows_m: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """scale · product + target_factor · weight[row], accurate; and scale · hidden in the compute dtype.
+        """Returns scale · product + target_factor · weight[row], accurate, and scale · hidden in the compute dtype.
 
-        May overwrite the product.
+        It may overwrite the product.
         """
         ...
 
@@ -90,24 +93,27 @@ class Kernels(Protocol):
         hidden_mD: Tensor,
         rows_m: Tensor,
     ) -> None:
-        """gradient += factorsᵀ · scaled; gradient[row] += target_factor · hidden. Accurate, in a fixed order."""
+        """Adds factorsᵀ · scaled to the gradient, and target_factor · hidden to gradient[row].
+
+        The sums are accurate, in a fixed order.
+        """
         ...
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype that sums are held in when matmuls run in `dtype`."""
+    """Returns the dtype of sums if matmuls run in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def aligned(v: int) -> int:
-    """v rounded up to `ALIGNMENT`."""
+    """Returns v rounded up to a multiple of `ALIGNMENT`."""
     return -(-v // ALIGNMENT) * ALIGNMENT
 
 
 def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None) -> Tensor:
-    """[m, v] whose rows start on multiples of `ALIGNMENT` elements: odd shard sizes keep the fast matmuls.
+    """Returns an empty [m, v] whose rows start on multiples of `ALIGNMENT` elements: odd sizes keep fast matmuls.
 
-    What lies between the rows is 0: a bf16 matmul of a CPU with AMX multiplies it with 0, and NaN would stay.
+    The gaps between the rows are 0: a CPU with AMX multiplies them by 0 in a bf16 matmul, and NaN would survive that.
     """
     whole = like.new_empty(m, aligned(v), dtype=dtype)
     whole[:, v:] = 0
@@ -115,7 +121,7 @@ def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None
 
 
 def floor_statistics(hidden_mD: Tensor, extra_statistics: Collection[str]) -> dict[str, Tensor]:
-    """Statistics of a shard without rows: a finite floor, so that merging never subtracts infinities."""
+    """Returns the statistics of a shard without rows: a finite floor, so that merging never subtracts infinities."""
     zero_m = hidden_mD.new_zeros(len(hidden_mD), dtype=accurate_dtype(hidden_mD.dtype))
     floor_m = torch.full_like(zero_m, torch.finfo(zero_m.dtype).min)
     return {"max": floor_m, "sum": zero_m} | dict.fromkeys(extra_statistics, zero_m)

@@ -1,8 +1,8 @@
-"""The kernels in plain torch, for any device, and tuned for a CPU.
+"""Kernels in plain torch, for any device, tuned for a CPU.
 
-A CPU's low-precision matmul rounds what it returns, and elementwise work is bound by memory. So the logits are
-taken through fp32 a slab of rows at a time, small enough to stay in the cache: that costs a thirtieth of the three
-matmuls, which leaves nothing for torch.compile to gain.
+A CPU's low-precision matmul rounds its result, and elementwise work is bound by memory. So the logits are processed in
+fp32 a slab of tokens at a time, small enough to stay in the cache. This costs a thirtieth of the three matmuls, which
+leaves nothing for torch.compile to gain.
 """
 
 import math
@@ -14,13 +14,13 @@ from torch import Tensor
 from ..collectives import on_host
 from .base import accurate_dtype, aligned_empty, floor_statistics
 
-SLAB_BYTES = 2**20  # of accurate logits; a few passes over them should not leave the cache
+SLAB_BYTES = 2**20  # of accurate logits: a few passes over them stay in the cache
 TILE_BYTES = 2 * 2**20  # of the rounded product that is added to dW
 LOG2_E = math.log2(math.e)
 
 
 class TorchKernels:
-    """See `Kernels`. Deterministic on a CPU; elsewhere `index_add_` may not be."""
+    """Kernels in torch, see `Kernels`. Deterministic on a CPU; on other devices `index_add_` may not be."""
 
     def __init__(self, slab_bytes: int = SLAB_BYTES, memory_mib: int = 64) -> None:
         self.slab_bytes, self.memory_mib = slab_bytes, memory_mib
@@ -52,7 +52,7 @@ class TorchKernels:
         torch.mm(hidden_mD, weight_vD.T, out=unnormalised_probs_mv)
         for slab, z_sv in self._slabs(unnormalised_probs_mv):
             owned, rows = _owned(rows_m[slab])
-            # a rounded logit of the target could lift its loss below zero: the exact one stands among the others
+            # a rounded logit of the target could push its loss below zero, so the exact one replaces it
             z_sv[owned, rows] = target_m[slab][owned]
             slope_sv = _cap(z_sv, softcap, slope=gradients)
             max_s = z_sv.amax(1)
@@ -133,7 +133,7 @@ class TorchKernels:
         gradient_vD.index_add_(0, rows, values)
 
     def _slabs(self, logits_mv: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yields a few rows at a time, accurate: a view where the logits are, else a copy."""
+        """Yields a few tokens at a time, accurate: a view if the logits are accurate, else a copy."""
         m, v = logits_mv.shape
         accurate = accurate_dtype(logits_mv.dtype)
         height = max(1, self.slab_bytes // (accurate.itemsize * max(1, v)))
@@ -143,18 +143,18 @@ class TorchKernels:
 
 
 def _owned(rows_m: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions of the targets that are mine, and their rows."""
+    """Returns the positions of the targets that this shard owns, and their rows."""
     owned = on_host(rows_m >= 0).nonzero().squeeze(1).to(rows_m.device)
     return owned, rows_m[owned]
 
 
 def _exp_(z_sv: Tensor, shift_s: Tensor) -> Tensor:
-    """exp(z - shift) in place; on a CPU exp2 takes a third of the time of exp, which was half of the whole slab's."""
+    """Computes exp(z - shift) in place. On a CPU exp2 takes a third of the time of exp, half of a slab's whole time."""
     return z_sv.sub_(shift_s.unsqueeze(1)).mul_(LOG2_E).exp2_()
 
 
 def _cap(z_sv: Tensor, softcap: float | None, slope: bool) -> Tensor | None:
-    """Caps the logits in place. Returns dz/du, or None where it is 1 or not asked for."""
+    """Caps the logits in place. Returns dz/du, or None if it is 1 or `slope` is False."""
     if softcap is None:
         return None
     z_sv.div_(softcap).tanh_()

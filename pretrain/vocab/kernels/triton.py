@@ -1,8 +1,8 @@
-"""The kernels for CUDA: cuBLAS for the matmuls, one Triton program a token for the rows between them.
+"""Kernels for CUDA: cuBLAS for the matmuls, and one Triton program per token for the rows of logits between them.
 
-No atomics: every sum has a fixed order. A row's offset is int64, for m·v passes 2³¹. Logits are fp32 and exist for
-`slab_bytes` at a time; what stays is exp(z - max) in the compute dtype. The programs also run under Triton's
-interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+There are no atomics: every sum has a fixed order. A row's offset is int64, because m·v can exceed 2³¹. Logits are fp32,
+and `slab_bytes` of them exist at once; exp(z - max) is kept, in the compute dtype. The programs also run under Triton's
+interpreter (TRITON_INTERPRET=1); tests use it if there is no GPU.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,17 +16,17 @@ from torch import Tensor
 from .base import accurate_dtype, aligned, aligned_empty
 
 SLAB_BYTES = 256 * 2**20  # of accurate logits; hundreds of tokens, enough for the matmul to fill the device
-TILE = 128  # tokens: what a matmul works on at once
+TILE = 128  # tokens that a matmul works on at once
 COLUMNS = 4096  # of a row in registers at once
 WARPS = 8
-FLOOR = tl.constexpr(-3.0e38)  # below every logit, finite: merging never subtracts infinities
+FLOOR = tl.constexpr(-3.0e38)  # below every logit, but finite: merging never subtracts infinities
 
 
 @triton.jit
 def _logits(logits, row, target, columns, v, wide, SOFTCAP: tl.constexpr):
-    """z and, with a softcap, dz/du of some columns of a row, its target's exact; z = -inf where no column is.
+    """Loads z and, with a softcap, dz/du of some columns of a row; the target's z is exact, and z = -inf beyond v.
 
-    Rows are padded to `wide` columns, a whole number of vectors; what the padding holds is not looked at.
+    Rows are padded to `wide` columns, a whole number of vectors; the content of the padding is ignored.
     """
     z = tl.load(logits + columns, mask=columns < wide, other=0)
     z = tl.where(columns == row, target, tl.where(columns < v, z, 0))
@@ -42,7 +42,7 @@ def _exponentials(
     logits, logits_stride, factors, factors_stride, statistics, rows, targets, m, v, wide,
     SOFTCAP: tl.constexpr, METRICS: tl.constexpr, WRITE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token: its statistics [5, m] (max, sum, logit_sum, weighted, best), and its factors."""
+    """Computes one token's statistics [5, m] (max, sum, logit_sum, weighted, best) and its factors."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * logits_stride
     factors += token * factors_stride
@@ -86,7 +86,7 @@ def _dlogits(
     logits, logits_stride, factors, factors_stride, rows, lse, z_loss_gain, v, wide,
     SHARE: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token: (gain · exp(z - lse) - share) · dz/du, and 0 for the target."""
+    """Computes one token's (gain · exp(z - lse) - share) · dz/du, and 0 for the target."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * logits_stride
     factors += token * factors_stride
@@ -104,7 +104,7 @@ def _dlogits(
 
 @triton.jit
 def _target_logits(hidden, hidden_stride, weight, weight_stride, rows, out, D, COLUMNS: tl.constexpr):
-    """One token: hidden · weight[row], 0 where the row is not mine."""
+    """Computes one token's hidden · weight[row], 0 if another shard owns the row."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token)
     lanes = tl.arange(0, COLUMNS)
@@ -123,7 +123,7 @@ def _scale(
     product, scale, target_factor, hidden, hidden_stride, weight, weight_stride, rows, scaled, D,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token: product = scale · product + target_factor · weight[row]; scaled = scale · hidden."""
+    """Scales one token: product = scale · product + target_factor · weight[row]; scaled = scale · hidden."""
     token = tl.program_id(0).to(tl.int64)
     row, factor, target = tl.load(rows + token), tl.load(scale + token), tl.load(target_factor + token)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -137,11 +137,11 @@ def _scale(
 
 @triton.jit
 def _add_rows(gradient, sorted_rows, order, target_factor, hidden, hidden_stride, m, D, COLUMNS: tl.constexpr):
-    """The first token of each run of equal rows adds the whole run, in the order of the tokens."""
+    """Adds target_factor · hidden to rows. The first token of a run of equal rows adds the whole run, in order."""
     position = tl.program_id(0)
     row = tl.load(sorted_rows + position)
     before = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1)
-    if row != before:  # also passes over the targets that are not mine: row -1 comes first
+    if row != before:  # also skips targets of other shards: row -1 comes first
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         mask = columns < D
         place = gradient + row * D + columns
@@ -157,7 +157,7 @@ def _add_rows(gradient, sorted_rows, order, target_factor, hidden, hidden_stride
 
 
 class TritonKernels:
-    """See `Kernels`."""
+    """Kernels in Triton, see `Kernels`."""
 
     memory_mib = 896
 
@@ -260,7 +260,7 @@ class TritonKernels:
         )
 
     def _slabs(self, hidden_mD: Tensor, weight_vD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yields accurate logits, a few tokens at a time, in memory that is used again."""
+        """Yields accurate logits, a few tokens at a time; all slabs share one buffer."""
         m, v = len(hidden_mD), len(weight_vD)
         accurate = accurate_dtype(hidden_mD.dtype)
         height = max(1, self.slab_bytes // (accurate.itemsize * max(1, v)))
@@ -272,12 +272,12 @@ class TritonKernels:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a · b, accumulated and returned in out's dtype, which may be wider."""
+    """Computes out = a · b, accumulated and returned in out's dtype, which may be wider."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a · b, by the matmul itself: no product of out's size, nor a second pass over it."""
+    """Computes out += a · b in the matmul itself: no product of out's size, and no second pass over it."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out)
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
