@@ -9,7 +9,14 @@ LARGEST_VOCABULARY = 2**24  # the loss sends ids as fp32, which holds them exact
 
 @dataclass
 class VocabConfig:
-    """The vocabulary and how its matrix is sharded, tied and used."""
+    """The vocabulary and how its matrix is sharded, tied and used.
+
+    >>> VocabConfig(size=1000, softcap=30.0).multiple
+    128
+    >>> VocabConfig(softcap=-1.0)
+    Traceback (most recent call last):
+    ValueError: vocab.softcap=-1.0 must be positive (or null: no cap)
+    """
 
     size: int | None = None  # tokens in the vocabulary; null: as many as the tokenizer has
     multiple: int = 128  # the matrix is padded to a multiple of this number of rows

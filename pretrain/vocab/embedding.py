@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class VocabParallelEmbedding(GuardedRows):
-    """The token-embedding matrix, of which every rank owns some rows: input lookup, output head and loss.
+    """The token-embedding matrix, whose rows are split over the ranks: input lookup, output head and loss.
 
     `weight` [v, D] holds this rank's rows; `head_weight` [v, D] holds those of the head if the matrix is untied, or was
     split. Both are main weights of `dtype`. No engine may shard or copy them: guard.py makes that an error.

@@ -56,7 +56,7 @@ def test_derivation_matches_autograd_and_the_library():
 
 def test_printed_tables_are_what_the_code_prints(capsys):
     text = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
-    pairs = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    pairs = re.findall(r"```python\n((?:(?!```).)*)```\n\n```text\n(.*?)```", text, re.DOTALL)
     assert len(pairs) == 2
     for code, output in pairs:
         exec(compile(code, "how-it-works.md", "exec"), {})
