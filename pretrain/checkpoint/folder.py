@@ -22,7 +22,7 @@ from ..config.checkpoint import CheckpointConfig
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # besides what the run adds: config, tokenizer
+MANIFEST_KEYS = ("step", "tokens", "samples", "rng", "tensors", "files")  # the run adds more: config, tokenizer
 SEAL = "sha256"  # key of the manifest's own hash
 UNFINISHED, DAMAGED = ".tmp-", "damaged-"  # prefixes of the folder name
 
@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint differs from what was written. An older one may be intact."""
+    """A checkpoint has changed since it was written. An older one may be intact."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -64,7 +64,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and verifies the manifest.
 
-    Raises DamagedCheckpoint if it differs from what was written, CheckpointError if it has another format version.
+    Raises DamagedCheckpoint if it has changed since it was written, CheckpointError if it has another format version.
     """
     path = folder / MANIFEST_FILE
     try:

@@ -1,8 +1,8 @@
 """Saves and restores a run on all ranks, atomically: a checkpoint is complete and verified, or does not exist.
 
 A checkpoint is written to a temporary folder, synced to the disk and renamed. The manifest is written last. A save runs
-on its own thread and its own process group, so that its collectives never mix with those of training. Forward and
-backward only read what is saved. Therefore it is copied during forward and backward of the next step, as in CheckFreq
+on its own thread and its own process group, so that its collectives never mix with training's. Forward and backward do
+not change the saved tensors. Therefore they are copied during forward and backward of the next step, as in CheckFreq
 (Mohan et al., FAST '21). No pickle is ever read.
 """
 
@@ -84,7 +84,7 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
 class CheckpointManager:
     """Saves and restores a run. All methods except `wait_for_copy` and `failed` are collective over the mesh.
 
-    With asynchronous saves, a host copy of what this rank writes stays in memory from the first save on.
+    With asynchronous saves, a host copy of this rank's slices stays in memory from the first save on.
     """
 
     def __init__(

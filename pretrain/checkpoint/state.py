@@ -36,7 +36,7 @@ HOOK_PREFIX = "monitor."  # of optional entries: the checkpoint or the resuming 
 
 
 class Stateful(Protocol):
-    """Object whose state is saved beside the model, see `pretrain.hooks.Hook`."""
+    """Object with a state that is saved beside the model, see `pretrain.hooks.Hook`."""
 
     def state_dict(self) -> HookState: ...
     def load_state_dict(self, state: HookState) -> None: ...
@@ -70,7 +70,7 @@ class HookStates:
 
 
 class ModelState:
-    """All tensors of a run as DTensors: fp32 parameters and optimizer states of body and matrix."""
+    """Tensors of a run as DTensors: fp32 parameters and optimizer states of body and matrix."""
 
     def __init__(
         self, engine: Engine, vocab: VocabParallelEmbedding, vocab_optimizer: VocabOptimizer, mesh: Mesh

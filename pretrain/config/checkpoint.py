@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass
 class CheckpointConfig:
-    """When a run saves and which checkpoints it keeps."""
+    """Times of saves and rules for old checkpoints."""
 
     every: int = 500  # steps between saves; 0: only after the last step
     asynchronous: bool = True  # write the files in the background while training continues
     keep: int = 3  # keep this many of the newest checkpoints; 0: all
-    keep_every: int = 0  # also keep each checkpoint whose step is a multiple of this; 0: none
+    keep_every: int = 0  # also keep checkpoints of steps that are multiples of this; 0: none
     keep_best: int = 0  # also keep this many checkpoints with the lowest validation loss; 0: none
-    reserve_seconds: float = 60.0  # seconds before a time limit at which the run saves and stops, at the latest
+    reserve_seconds: float = 60.0  # save and stop at least this many seconds before a time limit
 
     def __post_init__(self) -> None:
         for key in ("every", "keep", "keep_every", "keep_best", "reserve_seconds"):
@@ -21,7 +21,7 @@ class CheckpointConfig:
                 raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
 
     def kept(self, val_losses: Mapping[int, float | None]) -> set[int]:
-        """Steps whose checkpoints are kept. `val_losses`: validation loss of each step, None if not measured."""
+        """Steps of the checkpoints to keep. `val_losses`: validation loss of each step, None if not measured."""
         steps = sorted(val_losses)
         if not self.keep:
             return set(steps)

@@ -63,7 +63,7 @@ class FSDP2Config:
     #: and each group holds the whole body
     hsdp: bool = False
     offload: str = "none"  # cpu: keep and step main weights, gradients and optimizer states in host memory; none: off
-    #: what is kept for backward; none: all activations; block: only the input of each block; selective: also the
+    #: activations kept for backward; none: all of them; block: only the input of each block; selective: also the
     #: outputs of matmuls and attention
     activation_checkpointing: str = "none"
     compile: bool = False  # compile each block with torch.compile
@@ -112,7 +112,7 @@ class DeepSpeedConfig:
     zero_stage: int = 1  # shards 0: nothing, 1: optimizer states, 2: gradients as well, 3: weights as well
     #: cpu: keep and step main weights and optimizer states in host memory (stages 2 and 3); none: off
     offload: str = "none"
-    #: what is kept for backward; none: all activations; block: only the input of each block; selective: also the
+    #: activations kept for backward; none: all of them; block: only the input of each block; selective: also the
     #: outputs of matmuls and attention
     activation_checkpointing: str = "none"
     #: further keys of DeepSpeed's JSON, passed on unchanged; empty: none
@@ -146,7 +146,7 @@ class DeepSpeedConfig:
     def sharding_more(self) -> "list[tuple[str, DeepSpeedConfig | FSDP2Config]]":
         """Engines that shard more than this one, each with the setting that chooses it.
 
-        Leaves out FSDP2 if `extra` is set: FSDP2 has no such setting.
+        Leaves out FSDP2 if `extra` is set: FSDP2 does not have it.
         """
         found: list[tuple[str, DeepSpeedConfig | FSDP2Config]] = [
             (f"engine.zero_stage={stage}", replace(self, zero_stage=stage)) for stage in range(self.zero_stage + 1, 4)

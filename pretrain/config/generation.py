@@ -16,7 +16,7 @@ class GenerateConfig:
     tokens: int = 200  # largest number of tokens to generate
     temperature: float = 0.8  # divides the logits; 0: always take the most likely token
     top_k: int | None = None  # sample from this many of the most likely tokens; null: all
-    top_p: float = 0.95  # sample from the most likely tokens whose probabilities sum to this (nucleus); 1: all
+    top_p: float = 0.95  # sample from the most likely tokens with this total probability; 1: all
     seed: int = 0  # seed of the sampling; the same seed gives the same text
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Address of the model that a run starts from. Separate from job.py because readers of such models need only this."""
+"""Address of the model that a run starts from. Separate from job.py because some programs read only models."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""All settings of a run: the dataclasses of the groups in one, and the rules across groups."""
+"""Complete settings of a run: one dataclass of all groups, and the rules across groups."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class RunConfig:
 
 @dataclass
 class JobConfig:
-    """All settings of a run."""
+    """Complete settings of a run."""
 
     seed: int  # seed of the initial weights and of the order of the samples
     model: ModelConfig  # family and sizes of the body
@@ -42,7 +42,7 @@ class JobConfig:
     train: TrainingConfig  # length, batch and precision of the training
     eval: EvalConfig  # when and on how much text the validation loss is measured
     checkpoint: CheckpointConfig  # when the run saves and which checkpoints it keeps
-    log: LogConfig  # what is logged
+    log: LogConfig  # when and where metrics are logged
     monitor: MonitorConfig  # measurements of the weights during training
     run: RunConfig  # folder of the run
     init_from: str | None = None  # hf:DIR: start from the weights of a Hugging Face model; null: random weights by seed

@@ -52,5 +52,5 @@ class TrainingConfig:
 
     @property
     def last_step(self) -> int:
-        """The step at which this launch stops."""
+        """Step after which this start of the run stops."""
         return self.steps if self.stop_after is None else min(self.stop_after, self.steps)

@@ -1,9 +1,9 @@
 """Blending of corpora: which corpus sample i of a run comes from. Shares follow the weights to within a few samples.
 
-Each corpus owns an arc of a circle, as long as its share. Sample i comes from the corpus whose arc contains the point
-i·φ⁻¹. This is a Weyl sequence, which is more even than random draws (Kuipers & Niederreiter, "Uniform Distribution of
-Sequences", 1974). The count of a corpus among the first n samples is a sum of floors, computed in a few dozen
-divisions for any n.
+Each corpus owns an arc of a circle, as long as its share. The arc that contains the point i·φ⁻¹ gives the corpus of
+sample i. This is a Weyl sequence, which is more even than random draws (Kuipers & Niederreiter, "Uniform Distribution
+of Sequences", 1974). The count of a corpus among the first n samples is a sum of floors. It takes a few dozen divisions
+for any n.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ TURN = 0x4F1BBCDCBFA53E0B  # CIRCLE / φ, odd
 
 @dataclass(frozen=True)
 class Blend:
-    """Blend of corpora. weights: one per corpus, by the sample number from which they hold; the first number is 0."""
+    """Blend of corpora. weights: one per corpus, by their first sample number, beginning with 0."""
 
     weights: Mapping[int, Sequence[float]]
 

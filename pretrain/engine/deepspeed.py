@@ -155,7 +155,7 @@ def deepspeed_json(config: DeepSpeedConfig, low_precision: bool, numbers: int) -
 def check_extra(config: DeepSpeedConfig) -> None:
     """Raises ValueError if `extra` is invalid, or if DeepSpeed could wait for the lock of a killed build.
 
-    DeepSpeed compiles some operations at first use. Only keys in `extra` can need such an operation.
+    DeepSpeed compiles some operations at first use. Only keys in `extra` can require one.
     """
     if not config.extra:
         return

@@ -5,7 +5,7 @@ from ..placement import Transfer, Workload
 from .footprint import FP32, Shapes, agreements, numbers
 
 # DeepSpeed's defaults, which do not depend on the model, in numbers:
-LARGEST_BUCKET = 500_000_000  # largest bucket in which gradients are reduced
+LARGEST_BUCKET = 500_000_000  # largest bucket of the gradients' reduction
 PERSISTENT = 100_000  # ZeRO-3 does not shard parameters up to this size
 REUSED = 500_000_000  # ZeRO-3 keeps gathered weights from forward to backward if the body is at most this size
 

@@ -55,7 +55,7 @@ def numbers(part: Sequence[torch.Size]) -> int:
 
 
 class BodyFootprint(Protocol):
-    """Memory and traffic of one engine. `behind`: number of blocks whose backward is done."""
+    """Memory and traffic of one engine. `behind`: number of blocks with a finished backward."""
 
     shapes: Shapes
     formulas: tuple[str, str, str, str]  # of weights, optimizer states, gradients, gathered

@@ -24,7 +24,7 @@ class Activations:
 
 
 class ModelConfig(Protocol):
-    """Settings of a body: a dataclass whose fields are the keys of `model`. A family may add further fields."""
+    """Settings of a body: a dataclass with the keys of `model` as fields. A family may add further fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     family: str  # name in the registry

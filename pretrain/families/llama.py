@@ -39,7 +39,7 @@ class LlamaConfig:
     rope_factor: float = 1.0  # divisor of the low rotary frequencies (Llama 3.1 scaling); 1: off
     rope_low: float = 1.0  # frequencies with fewer periods in rope_original positions are divided
     rope_high: float = 4.0  # frequencies with more periods in rope_original positions are kept
-    rope_original: int = 8192  # positions in which the periods are counted
+    rope_original: int = 8192  # positions over which the periods are counted
     qk_norm: bool = False  # RMS norm of queries and keys, per head (Qwen3)
     bias: str = "none"  # none; qkv: of the qkv projection (Qwen2); attention: of qkv and of the output projection
 

@@ -133,7 +133,7 @@ class HFModel:
         return self._slice(name, "np")
 
     def _read(self, name: str) -> Any:
-        """Tensor whose slices are torch tensors."""
+        """Tensor with torch tensors as slices."""
         return self._slice(name, "pt")
 
     def _slice(self, name: str, framework: str) -> Any:

@@ -59,7 +59,7 @@ def tokens_with_rows(found: HFModel) -> SpecialTokens:
 class FoundTokenizer(NamedTuple):
     spec: TokenizerSpec | None
     special: SpecialTokens  # special tokens with a row in the matrix
-    remark: str  # why there is no spec, or what the spec lacks
+    remark: str  # reason for a missing spec, or a token that the spec lacks
 
 
 def tokenizer_of(found: HFModel) -> FoundTokenizer:

@@ -1,8 +1,8 @@
 """Converts byte-level BPE tokenizers from tiktoken's ranks and pattern to Hugging Face's tokenizer.json.
 
-tiktoken repeatedly merges the neighbouring pair whose token has the lowest rank. Hugging Face merges pairs in the order
-of a list. Therefore the list contains every pair that makes a token, ordered by the rank of that token. A word that is
-itself a token is not built from pairs in tiktoken; `ignore_merges` does the same.
+tiktoken repeatedly merges the neighbouring pair with the lowest rank of its token. Hugging Face merges pairs in the
+order of a list. Therefore the list contains every pair that makes a token, ordered by the rank of that token. tiktoken
+does not build a word from pairs if the word is a token; `ignore_merges` does the same.
 """
 
 from typing import Any

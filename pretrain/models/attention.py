@@ -18,9 +18,9 @@ Mask = Tensor | BlockMask
 
 
 def within_documents(starts_BT: Tensor) -> Mask:
-    """Mask by which each position attends to itself and to earlier positions of its document.
+    """Mask: each position attends to itself and to earlier positions of its document.
 
-    starts_BT: the position at which the document of each position begins.
+    starts_BT: for each position, the first position of its document.
     """
     if starts_BT.is_cuda:
         return block_mask(starts_BT)

@@ -17,7 +17,7 @@ from .initial import STD, initial_rows
 class Body(nn.Module):
     """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D].
 
-    starts_BT: the position at which the document of each position begins; attention and positions then stay within
+    starts_BT: for each position, the first position of its document; attention and positions then stay within
     documents. None: each sequence is one document.
     """
 

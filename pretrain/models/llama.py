@@ -37,7 +37,7 @@ class RotaryTables:
 class Body(nn.Module):
     """Blocks and final norm: hidden [B, T, D] -> hidden [B, T, D].
 
-    starts_BT: the position at which the document of each position begins; attention and positions then stay within
+    starts_BT: for each position, the first position of its document; attention and positions then stay within
     documents. None: each sequence is one document.
     """
 

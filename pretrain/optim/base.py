@@ -44,7 +44,7 @@ class Optimizer(ABC):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All stepped parameters, in the order of the groups."""
+        """Parameters that are stepped, in the order of the groups."""
         return [parameter for group in self.stepper.param_groups for parameter in group["params"]]
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -43,9 +43,9 @@ def rank_bytes_of_the_loss(rank, world, rows, width, tokens):
 def test_loss_traffic_matches_estimate(world):
     rows, width, tokens = 96, 2048, 64
     work = Workload(rows, width, matrices=1, tokens=tokens, micro_batches=1, itemsize=2, state=8)
-    told = sum(one.sent for one in transfers(world, work, world) if one.kind != "all-to-all")
+    estimate = sum(one.sent for one in transfers(world, work, world) if one.kind != "all-to-all")
     for sent in run_ranks(world, rank_bytes_of_the_loss, rows, width, tokens):
-        assert sent == told
+        assert sent == estimate
 
 
 def test_tokens_are_cheaper_than_weights_below_row_count():

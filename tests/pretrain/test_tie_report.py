@@ -56,9 +56,9 @@ def test_facts_match_runs(runs):
     assert found["parameters"] == [f"{one:,}", f"{other:,}", f"+{matrix:,} (+{matrix / one:.1%})"]
     assert found["of them in matrices"][:2] == [f"{matrix:,}", f"{2 * matrix:,}"]
     assert found["steps"] == [str(STEPS), str(STEPS), "+0"]
-    for kind, told in zip(("tied", "untied"), found["loss, last tenth of the log"], strict=False):
+    for kind, shown in zip(("tied", "untied"), found["loss, last tenth of the log"], strict=False):
         last = json.loads((runs[kind] / "metrics.jsonl").read_text().splitlines()[-1])
-        assert told == f"{last['loss']:.4f}"
+        assert shown == f"{last['loss']:.4f}"
 
 
 def test_curves_match_runs(runs):
@@ -89,8 +89,8 @@ def test_other_differences_warn(runs):
     assert "Input's share" in charts_of(*pair(runs, tied="plain")), "named in the other run's warning"
 
 
-@pytest.mark.parametrize("last,told", [(9, []), (6, [LATER]), (0, [])])
-def test_last_losses_at_different_steps_warn(runs, tmp_path, last, told):
+@pytest.mark.parametrize("last,expected", [(9, []), (6, [LATER]), (0, [])])
+def test_last_losses_at_different_steps_warn(runs, tmp_path, last, expected):
     """Evaluates the tied run at its end and the untied run at step `last` (0: never)."""
     evaluated = {kind: tmp_path / kind for kind in ("tied", "untied")}
     for (kind, folder), end in zip(evaluated.items(), (STEPS, last), strict=True):
@@ -101,7 +101,7 @@ def test_last_losses_at_different_steps_warn(runs, tmp_path, last, told):
             for line in lines
         )
         (folder / "metrics.jsonl").write_text(text)
-    assert list(warnings(*pair(evaluated))) == told
+    assert list(warnings(*pair(evaluated))) == expected
 
 
 def test_page_is_rendered(runs, tmp_path):

@@ -220,7 +220,7 @@ def edit_text(folder: Path, old: str, new: str) -> None:
 
 
 def test_run_with_only_damaged_checkpoints_does_not_start(copies):
-    """Every rank names the fault. Nothing is renamed, so the next start reports it again."""
+    """Names the fault on every rank. Nothing is renamed, so the next start reports it again."""
     folders = {name: copies(name) for name in SPOILS}
     for name, (spoil, _) in SPOILS.items():
         spoil(folders[name])
@@ -470,7 +470,7 @@ def test_training_continues_during_save_and_second_save_waits(tmp_path):
         assert waited > 0.2 and seen == ["step-00000003"]
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     shutil.rmtree(checkpoints(tmp_path)[-1])
-    assert all(right for right, _ in run_ranks(2, load, tmp_path)), "saved values must be those at the save"
+    assert all(right for right, _ in run_ranks(2, load, tmp_path)), "saved values must equal the values at the save"
 
 
 def train_with_late_copies(rank, world, config):

@@ -1,4 +1,4 @@
-"""Every setting of a run has a text beside it."""
+"""Settings of a run have a text beside each field."""
 
 from dataclasses import MISSING, dataclass, field
 
@@ -32,7 +32,7 @@ MODELS = [family.config for family in FAMILIES.values()]
 
 @dataclass
 class Example:
-    """A class, with # a comment that is no field's."""
+    """A class, with # a comment that belongs to no field."""
 
     required: int  # must be given
     #: seconds to wait,

@@ -64,12 +64,14 @@ def test_every_position_is_served_once(files):
             if begin == place:
                 pieces[tokens[place] // 100] += 1
         assert (starts[used:] == used).all()
-    told = Counter()
+    pairs_read = Counter()
     for file in files:
         for document in range(file.documents):
             begin, end = file.document_start(document), file.document_start(document + 1)
-            told.update(zip(file.tokens[begin : end - 1].tolist(), file.tokens[begin + 1 : end].tolist(), strict=True))
-    assert pairs == told and set(pairs.values()) == {1}
+            pairs_read.update(
+                zip(file.tokens[begin : end - 1].tolist(), file.tokens[begin + 1 : end].tolist(), strict=True)
+            )
+    assert pairs == pairs_read and set(pairs.values()) == {1}
     lengths = np.concatenate([file.document_lengths() for file in files])
     assert pieces == {i + 1: -(-(n - 1) // T) for i, n in enumerate(lengths.tolist()) if n > 1}
     assert windows.documents_cut == sum(n - 1 > T for n in lengths)

@@ -1,4 +1,4 @@
-"""Both engines, at every stage and on any number of ranks, match one dense process."""
+"""Engines match one dense process, at every stage and on any number of ranks."""
 
 import json
 import weakref

@@ -126,16 +126,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, utils
 utils.logging.disable_progress_bar()
 warnings.simplefilter("error")
 for out in {outs}:
-    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert not any(told.values()), (out, told)
+    assert not any(loading.values()), (out, loading)
     model.generate(**tokenizer("the loss", return_tensors="pt"), max_new_tokens=2, do_sample=False)
     assert model.config.vocab_size == {VOCAB} == len(tokenizer)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.strip() and "torchvision" not in line]
-    assert not told, told
+    messages = [line for line in done.stderr.splitlines() if line.strip() and "torchvision" not in line]
+    assert not messages, messages
 
 
 @pytest.mark.parametrize("kind", ["gpt2 tied", "llama untied, biases", "qwen3 untied"])

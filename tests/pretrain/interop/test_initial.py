@@ -152,9 +152,9 @@ def test_all_different_settings_are_named(folder):
     model.layers, model.qk_norm, model.head_size = 3, False, None
     with pytest.raises(ValueError) as error:
         check_initial(source, model, VocabConfig(embed_scale=2.0, softcap=30.0), 300, None)
-    told = "model.layers=2 model.head_size=10 model.qk_norm=true vocab.size=260 vocab.tie=untied vocab.embed_scale=1.0"
-    told += " vocab.softcap=null"
-    assert str(error.value) == f"init_from={source} has other settings than this run: give {told}"
+    expected = "model.layers=2 model.head_size=10 model.qk_norm=true vocab.size=260 vocab.tie=untied"
+    expected += " vocab.embed_scale=1.0 vocab.softcap=null"
+    assert str(error.value) == f"init_from={source} has other settings than this run: give {expected}"
     with pytest.raises(ValueError, match=r"model.family=gpt2 must be llama"):
         check_initial(source, HFModel(folder / "gpt2 tied").model, vocab, VOCAB, None)
 

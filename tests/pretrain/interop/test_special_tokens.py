@@ -151,16 +151,16 @@ def test_run_keeps_special_tokens_of_its_source(llama3, tmp_path):
 
 
 def test_incomparable_tokenizer_warns(llama3, tmp_path):
-    folder, told = copied(llama3, tmp_path / "sentencepiece"), []
+    folder, lines = copied(llama3, tmp_path / "sentencepiece"), []
     rewrite(folder / "tokenizer.json", pre_tokenizer={"type": "Metaspace"})
     write_tokens(tmp_path / "tokens", 262)
     config = config_of(folder, tmp_path / "run", tmp_path / "tokens")
-    check_job(config, 1, "cpu", warn=told.append)
-    assert len(told) == 1 and f"init_from=hf:{folder}: its tokenizer cannot be compared with the data's" in told[0]
+    check_job(config, 1, "cpu", warn=lines.append)
+    assert len(lines) == 1 and f"init_from=hf:{folder}: its tokenizer cannot be compared with the data's" in lines[0]
     list(import_model([f"hf={folder}", f"run={tmp_path / 'imported'}", "vocab.multiple=8"]))
-    config.run.dir, config.init_from, told[:] = str(tmp_path / "imported"), None, []
-    check_job(config, 1, "cpu", warn=told.append)
-    assert len(told) == 1 and "was imported without a tokenizer" in told[0]
+    config.run.dir, config.init_from, lines[:] = str(tmp_path / "imported"), None, []
+    check_job(config, 1, "cpu", warn=lines.append)
+    assert len(lines) == 1 and "was imported without a tokenizer" in lines[0]
 
 
 def test_one_unused_token_without_row_is_left_out(llama3, tmp_path):

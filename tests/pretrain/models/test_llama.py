@@ -242,6 +242,6 @@ def test_step_traffic_and_memory_match_plan(kind):
     config = configured("model=llama_1b", "model.layers=2", *sizes, checkpointing)
     step, seen = step_of(config, 50_257, 8, 16, GPU), simulate(config, 50_257, 8, 16, GPU)
     assert told(step, seen.lookup) == (seen.calls, seen.given)
-    blocks = {"none": config.model.layers, "block": 1, "selective": 0}[kind]  # blocks whose norms are held at the peak
+    blocks = {"none": config.model.layers, "block": 1, "selective": 0}[kind]  # blocks with norms in memory at the peak
     normed = blocks * 2 * config.model.width * step.work.tokens * 4
     assert max(map(total, step.phases().values())) + normed == pytest.approx(seen.held, rel=0.05)
