@@ -1,6 +1,6 @@
 """Reads the comments beside the fields of a dataclass, for help texts and settings pages.
 
-Separate from the dataclasses because it serves all of them, and the dataclasses of commands.
+Separate from the dataclasses because it is used for all of them, also for the commands' settings.
 """
 
 import inspect

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class LogConfig:
     """Scalars in RUN/metrics.jsonl, in TensorBoard and on the terminal."""
 
-    every: int = 10  # log every this many steps
+    every: int = 10  # steps between log entries
     tensorboard: bool = True  # also write the scalars to RUN/tensorboard
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ class VocabConfig:
             raise ValueError(f"vocab.parallel={self.parallel} must divide the number of ranks, {world}")
 
     def check_steps(self, steps: int) -> None:
-        """Raises ValueError if `untie_at` is not before the last of `steps` steps."""
+        """Raises ValueError if `untie_at` is not below `steps`, the length of the training."""
         if self.untie_at is not None and self.untie_at >= steps:
             raise ValueError(f"vocab.untie_at={self.untie_at} must be below train.steps={steps}")
 
@@ -89,7 +89,7 @@ class VocabConfig:
 
     def untied_at(self, step: int | None) -> int | None:
         """Step after which the matrices of a checkpoint of `step` became two: 0 if untied from the start, None if
-        still tied. step=None: after the last possible step.
+        still tied. step=None: at the end of the training.
         """
         if self.tie == "untied":
             return 0

@@ -18,7 +18,7 @@ TURN = 0x4F1BBCDCBFA53E0B  # CIRCLE / φ, odd
 
 @dataclass(frozen=True)
 class Blend:
-    """Blend of corpora. weights: one per corpus, by their first sample number, beginning with 0."""
+    """Blend of corpora. weights: one per corpus, by first sample number, from 0 on; only the ratios matter."""
 
     weights: Mapping[int, Sequence[float]]
 

@@ -4,7 +4,7 @@ Modeling", arXiv:2404.10830).
 A document of n tokens has n - 1 positions with a target: once per epoch, all tokens except the last (the
 end-of-document id) are inputs, and all except the first are targets. A document with more than T positions fills
 windows of T positions each. Its rest, and every shorter document, goes whole into the window with the least free
-space. The plan is a pure function of the documents' lengths.
+space that still fits it. The plan is a pure function of the documents' lengths.
 """
 
 from bisect import bisect_left, bisect_right, insort

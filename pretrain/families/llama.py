@@ -126,9 +126,8 @@ def _head_size(config: dict[str, Any], width: int, heads: int) -> int | None:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Reads rope_theta and rope_scaling of transformers 4, and rope_parameters of transformers 5."""
-    rope = (
-        config.get("rope_scaling") or config.get("rope_parameters") or {}
-    )  # one of them as a whole, as in transformers 5
+    # Takes one of them completely, as transformers 5 does.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if config.get("original_max_position_embeddings") is not None:
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"]}
     given: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)}
