@@ -79,7 +79,7 @@ def test_any_key_changes_order():
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_empty_permutation_raises(n):
-    with pytest.raises(ValueError, match=f"permutation of {n} things"):
+    with pytest.raises(ValueError, match=f"permutation of {n} items"):
         Permutation(n)
 
 
