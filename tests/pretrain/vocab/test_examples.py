@@ -1,4 +1,4 @@
-"""The examples in the docstrings of `pretrain.vocab`, and the derivation in docs/how-it-works.md, run as they stand."""
+"""Examples in the docstrings of `pretrain.vocab`, in docs/library.md and docs/how-it-works.md, run as they stand."""
 
 import doctest
 import importlib
@@ -54,10 +54,11 @@ def test_derivation_matches_autograd_and_the_library():
             exec(compile(block, "how-it-works.md", "exec"), {})
 
 
-def test_printed_tables_are_what_the_code_prints(capsys):
-    text = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page,outputs", [("how-it-works.md", 2), ("library.md", 1)])
+def test_documented_output_is_what_the_code_prints(page, outputs, capsys):
+    text = (DOCS / page).read_text(encoding="utf-8")
     pairs = re.findall(r"```python\n((?:(?!```).)*)```\n\n```text\n(.*?)```", text, re.DOTALL)
-    assert len(pairs) == 2
+    assert len(pairs) == outputs
     for code, output in pairs:
-        exec(compile(code, "how-it-works.md", "exec"), {})
+        exec(compile(code, page, "exec"), {})
         assert capsys.readouterr().out == output
