@@ -1,4 +1,4 @@
-"""The dense float64 truth of the loss, and its comparison with what the ranks compute."""
+"""Dense float64 truth of the loss, and its comparison with the results of the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,34 +65,32 @@ def problem(counts: Sequence[int], vocab_size: int, ignored: str, dtype: torch.d
 
 @dataclass(frozen=True)
 class Case:
-    """One call on every rank. counts: tokens of each rank; factor: what multiplies the losses upstream; size: that
-    of the hidden states.
-    """
+    """One call on every rank."""
 
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # tokens of each rank
     vocab_size: int = 37
     multiple: int = 4
     ignored: str = "some"
     tokens: str = "distinct"
     reduction: str = "sum"
-    factor: str = "one"
+    factor: str = "one"  # what multiplies the losses: one, a number per rank, or a number per token
     main_grad: bool = False
     chunk_tokens: int = 5
     ignore_index: int = -100
-    size: float = 1.0
+    size: float = 1.0  # factor of the hidden states
     options: dict = field(default_factory=dict)
 
     def problem(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden, weight, targets; -100 wherever a target does not count."""
+        """Returns hidden, weight and targets; -100 for every ignored target."""
         hidden, weight, targets = problem(self.counts, self.vocab_size, self.ignored)
         return self.size * hidden, weight, targets.where(targets != self.ignore_index, -100)
 
     def factors(self) -> Tensor:
-        """The upstream gradient of each token's loss."""
+        """Returns the upstream gradient of each token's loss."""
         total = sum(self.counts)
         if self.factor == "one":
             return torch.ones(total, dtype=torch.float64)
-        if self.factor == "rank":  # every rank divides by a number of its own
+        if self.factor == "rank":  # every rank divides by its own number
             return torch.cat([torch.full((n,), 1.0 / (2 + i), dtype=torch.float64) for i, n in enumerate(self.counts)])
         return torch.linspace(0.1, 2.0, total, dtype=torch.float64)
 
@@ -150,7 +148,7 @@ def rank_loss(rank, world, case):
 
 
 def check(world: int, *cases: Case) -> None:
-    """Every case on that many ranks against the dense truth."""
+    """Compares every case on `world` ranks with the dense truth."""
     results = run_ranks(world, rank_losses, cases)
     near = {"rtol": 1e-10, "atol": 1e-10}
     for i, case in enumerate(cases):

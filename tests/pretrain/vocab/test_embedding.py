@@ -1,4 +1,4 @@
-"""One owner of the matrix: the tied gradient is the sum of the two uses' gradients."""
+"""The owner of the matrix: its tied gradient is the sum of the gradients of both uses."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ OPTIONS = {"z_loss": 0.1, "softcap": 5.0}
 
 
 def problem(world: int):
-    """weight [V, D], mixer [D, D] (a body), tokens and targets [world, B, T]."""
+    """Returns weight [V, D], mixer [D, D] (a body), tokens and targets [world, B, T]."""
     generator = torch.Generator().manual_seed(world)
     weight, mixer = (torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) for rows in (VOCAB, WIDTH))
     tokens, targets = torch.randint(VOCAB, (2, world, 2, 5), generator=generator)
@@ -46,7 +46,7 @@ def rank_gradients(rank, world, tie):
 
 
 def dense_gradients(world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and the gradients of the matrix's use as input and as output, by autograd."""
+    """Computes the loss, and the gradients of the matrix as input and as output, by autograd."""
     weight, mixer, tokens, targets = problem(world)
     enter, leave = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = OPTIONS["softcap"] * torch.tanh(body(F.embedding(tokens, enter), mixer) @ leave.T / OPTIONS["softcap"])
@@ -57,7 +57,7 @@ def dense_gradients(world: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_gradients_of_both_uses(world):
+def test_tied_gradient_is_the_sum_of_both_uses(world):
     loss, enter, leave = dense_gradients(world)
     uses = {"untied": {"embedding.weight": enter, "head.weight": leave}, "tied": {"embedding.weight": enter + leave}}
     for tie, truth in uses.items():
@@ -70,8 +70,8 @@ def test_gradients_of_both_uses(world):
 
 
 @pytest.mark.parametrize("embed_scale,input_grad_scale", [(2.0, 1.0), (1.0, 0.0), (3.0, 0.25)])
-def test_the_scales_of_the_input_side(embed_scale, input_grad_scale):
-    """embed_scale is part of the function; input_grad_scale of the gradient alone."""
+def test_input_scales_match_autograd(embed_scale, input_grad_scale):
+    """embed_scale is part of the function; input_grad_scale belongs to the gradient only."""
     weight, mixer, tokens, targets = problem(1)
     mixer.requires_grad_()
     config = VocabConfig(multiple=1, embed_scale=embed_scale, input_grad_scale=input_grad_scale)
@@ -90,8 +90,8 @@ def test_the_scales_of_the_input_side(embed_scale, input_grad_scale):
 
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
-def test_a_scaled_loss_is_final_and_adds_up_with_the_lookups_gradient(tie):
-    """Two micro-batches, as in training, against the loss divided by hand."""
+def test_scaled_loss_adds_to_the_lookups_gradient(tie):
+    """Compares two micro-batches, as in training, with a loss that is divided by hand."""
     _, mixer, tokens, targets = problem(2)
     shard = VocabShard.of(0, 1, VOCAB, MULTIPLE)
     gradients = []
@@ -118,15 +118,15 @@ def test_a_scaled_loss_is_final_and_adds_up_with_the_lookups_gradient(tie):
         torch.testing.assert_close(gradients[0][name], gradients[1][name], **NEAR)
 
 
-def test_no_gradient_where_none_is_asked():
+def test_no_gradient_without_grad_mode():
     vocab = VocabParallelEmbedding(VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
     with torch.no_grad():
         out = vocab.loss(torch.randn(2, 3, WIDTH), torch.ones(2, 3, dtype=torch.long), scale=0.5, metrics=True)
     assert vocab.weight.grad is None and out.correct.shape == (6,)
 
 
-def test_the_loss_follows_the_rows_in_bf16():
-    """No copy outlives its rows: a fused AdamW changes them without telling autograd's version counter."""
+def test_loss_uses_the_current_rows_in_bf16():
+    """No copy of the rows is kept: a fused AdamW changes them without raising autograd's version counter."""
     vocab = VocabParallelEmbedding(
         VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
     )
@@ -142,7 +142,7 @@ def test_the_loss_follows_the_rows_in_bf16():
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
 
 
-def test_untied_matrices_start_apart_and_are_two_parameters():
+def test_untied_matrices_are_two_different_parameters():
     def build(tie: str) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(VocabConfig(tie=tie), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
 
@@ -153,7 +153,7 @@ def test_untied_matrices_start_apart_and_are_two_parameters():
     assert torch.equal(tied.weight, untied.weight) and not torch.equal(untied.weight, untied.head_weight)
 
 
-def test_compute_dtype_is_what_the_lookup_hands_out():
+def test_lookup_returns_compute_dtype():
     vocab = VocabParallelEmbedding(
         VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
     )
@@ -180,6 +180,6 @@ def test_compute_dtype_is_what_the_lookup_hands_out():
         ({"softcap": 0.0}, "vocab.softcap=0.0 must be positive"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_error_names_a_wrong_setting(setting, message):
     with pytest.raises(ValueError, match=message):
         VocabConfig(**setting)

@@ -26,7 +26,7 @@ NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: Triton's compile
 
 
 def build(name: str) -> Kernels:
-    """Small slabs and blocks, so that there are several of each."""
+    """Kernels with small slabs and blocks, so that there are several of each."""
     if name == "torch":
         return TorchKernels(slab_bytes=3 * 37 * 8)
     from pretrain.vocab.kernels.triton import TritonKernels
@@ -40,7 +40,7 @@ def kernels(request) -> Kernels:
 
 
 def problem(v: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [m, D], weight [v, D], and the targets' rows: duplicates, some not mine."""
+    """Returns hidden [m, D], weight [v, D] and the targets' rows, with duplicates and rows of other shards."""
     generator = torch.Generator().manual_seed(v)
     hidden = torch.randn(11, WIDTH, generator=generator, dtype=torch.float64)
     weight = torch.randn(v, WIDTH, generator=generator, dtype=torch.float64)
@@ -51,7 +51,7 @@ def problem(v: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor,
 
 
 def logits_of(hidden: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """z and dz/du, dense."""
+    """Returns z and dz/du, dense."""
     logits = hidden @ weight.T
     if softcap is None:
         return logits, torch.ones_like(logits)
@@ -73,7 +73,7 @@ def near(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.5])
 @pytest.mark.parametrize("v", [37, 64, 1])
-def test_exponentials(kernels, v, softcap, dtype):
+def test_exponentials_match_definition(kernels, v, softcap, dtype):
     hidden, weight, rows = problem(v, dtype)
     target = kernels.target_logits(hidden, weight, rows)
     z, slope = logits_of(hidden, weight, softcap)
@@ -95,7 +95,7 @@ def test_exponentials(kernels, v, softcap, dtype):
     assert silent.keys() == {"max", "sum"} and all(torch.equal(silent[name], statistics[name]) for name in silent)
 
 
-def test_the_exact_logit_of_the_target_stands_among_the_others(kernels):
+def test_exact_target_logit_enters_the_statistics(kernels):
     hidden, weight, rows = problem(37)
     target = torch.where(rows >= 0, 100.0, 0.0).double()
     factors = kernels.empty_factors(hidden, len(hidden), 37)
@@ -112,7 +112,7 @@ def test_ties_go_to_the_lowest_row(kernels):
     assert (kernels.exponentials(hidden, weight, rows, target, None, factors, ("best",), False)["best"] == 0).all()
 
 
-def test_a_shard_without_rows(kernels):
+def test_shard_without_rows_has_a_finite_floor(kernels):
     hidden, weight, rows = problem(0)
     target = kernels.target_logits(hidden, weight, rows)
     assert (target == 0).all()
@@ -123,7 +123,7 @@ def test_a_shard_without_rows(kernels):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.5])
-def test_dlogits(kernels, softcap):
+def test_dlogits_match_definition(kernels, softcap):
     hidden, weight, rows = problem(37)
     z, slope = logits_of(hidden, weight, softcap)
     lse, z_loss_gain = z.logsumexp(1), torch.linspace(0.5, 2.0, len(z), dtype=z.dtype, device=DEVICE)
@@ -133,7 +133,7 @@ def test_dlogits(kernels, softcap):
     torch.testing.assert_close(factors, without_targets(expected, rows), **near(torch.float64))
 
 
-def test_the_matmuls_and_their_rows(kernels):
+def test_matmuls_match_definition(kernels):
     hidden, weight, rows = problem(37)
     factors = kernels.empty_factors(hidden, len(hidden), 37).copy_(torch.rand(11, 37))
     scale, target = torch.rand(2, 11, dtype=torch.float64, device=DEVICE)
@@ -153,7 +153,7 @@ def test_the_matmuls_and_their_rows(kernels):
 
 
 def gradients(name: str, dtype: torch.dtype, **options):
-    """The whole loss on these kernels: loss, dX, dW."""
+    """Returns loss, dX and dW of the whole loss on these kernels."""
     hidden, weight, targets = problem(37, dtype)
     targets = targets.where(targets >= 0, -100)
     hidden.requires_grad_()
@@ -175,7 +175,7 @@ def gradients(name: str, dtype: torch.dtype, **options):
 @NEEDS_TRITON
 @pytest.mark.parametrize("softcap", [None, 2.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_on_both(smoothing, softcap):
+def test_triton_loss_matches_torch(smoothing, softcap):
     options = {"label_smoothing": smoothing, "softcap": softcap, "z_loss": 0.1}
     both = (gradients(name, torch.float64, **options) for name in ("torch", "triton"))
     for one, other in zip(*both, strict=True):
@@ -183,9 +183,9 @@ def test_the_loss_on_both(smoothing, softcap):
 
 
 @NEEDS_TRITON
-def test_the_loss_on_both_in_bf16(monkeypatch):
-    """Triton's keep the logits in fp32, torch's round them: both are near the truth in float64."""
-    if DEVICE == "cpu":  # whose matmuls cannot return fp32
+def test_both_losses_in_bf16_are_near_float64(monkeypatch):
+    """Triton keeps the logits in fp32, torch rounds them: both are near the truth in float64."""
+    if DEVICE == "cpu":  # its matmuls cannot return fp32
         from pretrain.vocab.kernels import triton
 
         monkeypatch.setattr(triton, "_multiply", lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out))
@@ -197,7 +197,7 @@ def test_the_loss_on_both_in_bf16(monkeypatch):
                 assert (value.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def test_the_same_bits_again_and_aligned_rows(kernels):
+def test_repeated_calls_return_the_same_bits(kernels):
     hidden = problem(37)[0]
     assert kernels.empty_factors(hidden, 11, 37).stride() == (64, 1)
     name = "torch" if isinstance(kernels, TorchKernels) else "triton"
@@ -206,7 +206,7 @@ def test_the_same_bits_again_and_aligned_rows(kernels):
 
 
 def large(vocab_size: int, tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A problem in bf16 for a GPU; a third of the targets is one frequent row."""
+    """Returns a problem in bf16 for a GPU; a third of the targets is one frequent row."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator, device=DEVICE).bfloat16()
     weight = (torch.randn(vocab_size, width, generator=generator, device=DEVICE) / width**0.5).bfloat16()
@@ -217,8 +217,8 @@ def large(vocab_size: int, tokens: int, width: int) -> tuple[Tensor, Tensor, Ten
 
 @NEEDS_GPU
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_on_a_gpu_every_option_is_near_float64(options):
-    """50,257 rows: no multiple of any vector."""
+def test_gpu_options_are_near_float64(options):
+    """50,257 rows are not a multiple of any vector."""
     hidden, weight, targets = large(50_257, 1000, 256)
     truth = dense(hidden.double(), weight.double(), targets, torch.ones(1000, device=DEVICE).double(), options)
     x, main_grad = hidden.clone().requires_grad_(), torch.zeros_like(weight, dtype=torch.float32)
@@ -236,7 +236,7 @@ def test_on_a_gpu_every_option_is_near_float64(options):
 
 
 @NEEDS_GPU
-def test_on_a_gpu_offsets_pass_2_to_31():
+def test_gpu_offsets_may_exceed_2_to_31():
     tokens, vocab_size = 17_000, 131_072
     hidden, weight, targets = large(vocab_size, tokens, 64)
     shard = VocabShard.of(0, 1, vocab_size, 1)
@@ -253,7 +253,7 @@ def test_on_a_gpu_offsets_pass_2_to_31():
 
 
 @NEEDS_GPU
-def test_on_a_gpu_the_host_never_waits():
+def test_gpu_never_makes_the_host_wait():
     hidden, weight, targets = large(50_257, 1000, 256)
     x, main_grad = hidden.clone().requires_grad_(), torch.zeros_like(weight, dtype=torch.float32)
     torch.cuda.set_sync_debug_mode("error")
@@ -267,9 +267,9 @@ def test_on_a_gpu_the_host_never_waits():
 
 
 @NEEDS_GPU
-def test_on_a_gpu_triton_is_chosen():
+def test_gpu_uses_triton():
     assert type(choose_kernels(torch.device("cuda"))).__name__ == "TritonKernels"
 
 
-def test_on_a_cpu_torch_is_chosen():
+def test_cpu_uses_torch():
     assert isinstance(choose_kernels(torch.device("cpu")), TorchKernels)

@@ -1,4 +1,4 @@
-"""What a program of its own gets from `pretrain.vocab`: the dense result on any ranks, or an error."""
+"""`pretrain.vocab` in a user's own program: the dense result on any number of ranks, or an error."""
 
 import io
 import re
@@ -18,7 +18,7 @@ NEAR = {"rtol": 1e-10, "atol": 1e-10}
 F64 = {"dtype": torch.float64, "std": 1.0}
 
 
-def test_a_library_user_meets_seven_names():
+def test_package_exports_seven_names():
     assert len(pretrain.vocab.__all__) == 7
     public = {name for name, value in vars(pretrain.vocab).items() if callable(value) and not name.startswith("_")}
     assert public == set(pretrain.vocab.__all__)
@@ -37,7 +37,7 @@ def in_float64(**settings) -> Model:
 
 
 def batch(world: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tokens and targets of each rank [B, T], B = rank + 1; rank 1's are none."""
+    """Returns tokens and targets of each rank [B, T], B = rank + 1; rank 1 has none."""
     generator = torch.Generator().manual_seed(world)
     sizes = [(0 if rank == 1 else rank + 1, 5) for rank in range(world)]
     tokens, targets = ([torch.randint(VOCAB, size, generator=generator) for size in sizes] for _ in range(2))
@@ -46,7 +46,7 @@ def batch(world: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def dense_step(world: int, tie: str, max_norm: float) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss, norm and clipped gradients of all ranks' tokens in one process, by torch's own functions."""
+    """Computes loss, norm and clipped gradients of all ranks' tokens in one process, by torch's own functions."""
     model = in_float64(tie=tie)
     matrices = {name: matrix.requires_grad_() for name, matrix in model.vocab.full_state_dict().items()}
     matrix, head = matrices["embedding.weight"], matrices.get("head.weight", matrices["embedding.weight"])
@@ -61,7 +61,7 @@ def dense_step(world: int, tie: str, max_norm: float) -> tuple[torch.Tensor, tor
 
 
 def rank_step(rank, world, tie, wrapper, scaled, max_norm):
-    """The same on ranks. The hidden states of the lookup have a use besides the body."""
+    """Computes the same on one of the ranks. The hidden states of the lookup have a use besides the body."""
     model = Model(tie=tie, **F64)
     if wrapper == "ddp":
         run = nn.parallel.DistributedDataParallel(model.body)
@@ -77,7 +77,7 @@ def rank_step(rank, world, tie, wrapper, scaled, max_norm):
     else:
         loss = model.vocab.loss(hidden, targets).loss / 64
     loss.backward()
-    norm = clip_grad_norm_(model.vocab, model.parameters(), max_norm)  # the rows are among them, and count once
+    norm = clip_grad_norm_(model.vocab, model.parameters(), max_norm)  # includes the rows, which count once
     rows = {name: rows.grad for name, rows in model.vocab.named_rows().items()}
     body = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.body.named_parameters()}
     return loss.detach(), norm, rows, body
@@ -94,7 +94,7 @@ def rank_step(rank, world, tie, wrapper, scaled, max_norm):
         (4, "tied", "ddp", True),
     ],
 )
-def test_a_step_on_batches_that_differ_between_ranks_is_the_dense_step(world, tie, wrapper, scaled):
+def test_step_matches_dense_with_different_batches_per_rank(world, tie, wrapper, scaled):
     loss, norm, gradients = dense_step(world, tie, 0.01)
     assert norm > 0.01, "the clip does nothing"
     results = run_ranks(world, rank_step, tie, wrapper, scaled, 0.01)
@@ -110,7 +110,7 @@ def test_a_step_on_batches_that_differ_between_ranks_is_the_dense_step(world, ti
             torch.testing.assert_close(gradient, gradients[name], **NEAR)
 
 
-def test_too_small_a_number_of_tokens_is_an_error():
+def test_too_small_max_tokens_is_an_error():
     vocab = VocabParallelEmbedding.create(VOCAB, WIDTH)
     with pytest.raises(ValueError, match="max_tokens_per_rank=1 must be at least the 2 ids of this rank"):
         vocab.lookup(torch.tensor([1, 2]), max_tokens_per_rank=1)
@@ -127,12 +127,12 @@ def rank_clip(rank, world):
     return bool((vocab.weight.grad == 1e-4).all())
 
 
-def test_a_small_gradient_is_not_clipped_and_an_infinite_one_may_raise():
+def test_small_gradient_is_not_clipped_and_infinite_one_may_raise():
     assert run_ranks(2, rank_clip) == [True, True]
 
 
 def rank_states(rank, world, tie):
-    """Out, changed, and in again; and through torch.distributed.checkpoint's own kind."""
+    """Saves the state, changes the rows and loads it again, also as torch.distributed.checkpoint does."""
     vocab = VocabParallelEmbedding.create(VOCAB, WIDTH, seed=3, tie=tie)
     state = vocab.full_state_dict()
     views = {name: view.full_tensor()[:VOCAB] for name, view in vocab.dtensor_state_dict().items()}
@@ -149,14 +149,14 @@ def rank_states(rank, world, tie):
 
 
 @pytest.mark.parametrize("world,tie", [(1, "tied"), (2, "untied"), (3, "tied"), (4, "tied")])
-def test_the_whole_state_is_the_same_on_every_rank_and_for_every_split(world, tie):
+def test_full_state_is_equal_on_every_rank_and_split(world, tie):
     expected = VocabParallelEmbedding.create(VOCAB, WIDTH, seed=3, tie=tie).full_state_dict()
     for state in run_ranks(world, rank_states, tie):
         assert list(state) == list(expected)
         assert all(torch.equal(state[name], expected[name]) and len(state[name]) == VOCAB for name in expected)
 
 
-def test_a_state_that_does_not_fit_is_an_error():
+def test_mismatched_state_is_an_error():
     vocab = VocabParallelEmbedding.create(VOCAB, WIDTH)
     with pytest.raises(ValueError, match="the state has weight, but this vocabulary needs"):
         vocab.load_full_state_dict({"weight": torch.zeros(VOCAB, WIDTH)})
@@ -168,7 +168,7 @@ def test_a_state_that_does_not_fit_is_an_error():
 
 
 def refused(act) -> str:
-    """The one line that `act` raises."""
+    """Returns the one line of the error that `act` raises."""
     try:
         act()
     except (RuntimeError, ValueError) as error:
@@ -178,7 +178,7 @@ def refused(act) -> str:
 
 
 def rank_wrappers(rank, world):
-    """What each wrapper says, and whether it left the rows alone."""
+    """Returns what each wrapper says, and True if it left the rows unchanged."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -207,7 +207,7 @@ def rank_wrappers(rank, world):
     return answers
 
 
-def test_a_wrapper_that_would_damage_rows_is_an_error_and_one_that_is_told_leaves_them_alone():
+def test_wrapper_that_would_damage_rows_is_an_error():
     for answers in run_ranks(2, rank_wrappers):
         overwrite = "DistributedDataParallel would overwrite each rank's rows of {} with those of rank 0"
         for key, names in {
@@ -231,8 +231,8 @@ def rank_overwritten(rank, world, multiple):
 
 
 @pytest.mark.parametrize("multiple", [2, 128])
-def test_rows_that_something_else_has_overwritten_are_an_error_at_the_first_call(multiple):
-    """With padding on rank 1, or without."""
+def test_overwritten_rows_are_an_error_at_the_first_call(multiple):
+    """Rank 1 has padding, or none."""
     for untouched, overwritten in run_ranks(2, rank_overwritten, multiple):
         assert untouched == ""
         assert overwritten.startswith("ranks 0 and 1 own different rows of the vocabulary, but hold the same values")
@@ -243,13 +243,13 @@ def rank_created_too_early(rank, world, vocab_of):
     return refused(lambda: vocab(torch.tensor([1])))
 
 
-def test_a_matrix_that_was_created_before_the_process_group_is_an_error():
+def test_matrix_created_before_the_group_is_an_error():
     alone = VocabParallelEmbedding.create(VOCAB, WIDTH)
     for answer in run_ranks(2, rank_created_too_early, (alone.config, alone.shard)):
         assert answer.startswith("this VocabParallelEmbedding was created before the process group")
 
 
-def test_one_process_is_like_any_module():
+def test_one_process_behaves_like_any_module():
     model = in_float64()
     torch.save(model.state_dict(), saved := io.BytesIO())
     saved.seek(0)
@@ -258,8 +258,8 @@ def test_one_process_is_like_any_module():
     assert torch.equal(other.vocab(torch.tensor([[1, 2]])), model.vocab(torch.tensor([[1, 2]])))
 
 
-def test_gradients_that_were_zeroed_between_loss_and_backward_are_an_error():
-    """As Lightning does; the rows' gradient of a loss with `scale` is there before backward."""
+def test_gradients_zeroed_before_backward_are_an_error():
+    """Lightning does this; the rows' gradient of a loss with `scale` is there before backward."""
     model = in_float64()
     loss = model.vocab.loss(model.body(model.vocab(torch.tensor([[1, 2]]))), torch.tensor([[2, 3]]), scale=0.5).loss
     model.zero_grad()
@@ -268,7 +268,7 @@ def test_gradients_that_were_zeroed_between_loss_and_backward_are_an_error():
 
 
 @pytest.mark.parametrize("key", ["size", "parallel", "untie_at"])
-def test_a_setting_of_the_trainer_is_refused(key):
+def test_trainer_settings_are_refused(key):
     with pytest.raises(ValueError, match=f"vocab.{key} is a setting of the trainer"):
         VocabParallelEmbedding.create(VOCAB, WIDTH, **{key: 2})
 

@@ -18,7 +18,7 @@ def problem(world: int, vocab_size: int):
     """ids [world, N] with many duplicates, weight [V, D] and upstream gradients [world, N, D], float64."""
     generator = torch.Generator().manual_seed(world + vocab_size)
     ids = torch.randint(vocab_size, (world, TOKENS), generator=generator)
-    ids[:, :3] = ids[0, 0]  # one row asked for by everybody, again and again
+    ids[:, :3] = ids[0, 0]  # all ranks need this row, several times
     weight = torch.randn(vocab_size, WIDTH, generator=generator, dtype=torch.float64)
     return ids, weight, torch.randn(world, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -36,7 +36,7 @@ def rank_lookup(rank, world, vocab_size, multiple, planned):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("vocab_size,multiple", [(37, 4), (5, 8)], ids=["uneven", "empty shards"])
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "asked"])
-def test_rows_and_their_gradient(world, vocab_size, multiple, planned):
+def test_rows_and_gradient_match_dense(world, vocab_size, multiple, planned):
     ids, weight, upstream = problem(world, vocab_size)
     weight.requires_grad_()
     truth = F.embedding(ids, weight)
@@ -57,7 +57,7 @@ def rank_bf16(rank, world):
     return hidden.detach(), rows.grad
 
 
-def test_bf16_out_of_fp32_main_weights():
+def test_bf16_lookup_sums_gradients_in_fp32():
     ids, weight, upstream = problem(3, 37)
     main = weight.float().requires_grad_()
     F.embedding(ids, main).backward(upstream.bfloat16().float())
@@ -74,14 +74,14 @@ def test_one_process_needs_no_group():
 
 
 @pytest.mark.parametrize("bad", [-1, 37, 39])
-def test_an_id_that_is_no_row_is_named(bad):
+def test_error_names_an_id_outside_the_vocabulary(bad):
     shard = VocabShard.of(0, 1, 37, 8)
     with pytest.raises(ValueError, match=rf"{bad}.*outside \[0, vocab_size=37\)"):
         vocab_parallel_lookup(torch.tensor([3, bad]), torch.zeros(shard.rows, WIDTH), shard=shard)
 
 
 def rank_with_any_number_of_ids(rank, world):
-    """A plan knows all ranks' ids, so they need not bring as many."""
+    """Looks up with a plan, which knows all ranks' ids, so their numbers may differ."""
     ids, weight, _ = problem(world, 37)
     ragged = [ids[other][: 3 * other] for other in range(world)]
     shard = VocabShard.of(rank, world, 37, 4)
@@ -93,7 +93,7 @@ def rank_with_any_number_of_ids(rank, world):
     return rows.grad
 
 
-def test_with_a_plan_ranks_may_bring_different_numbers_of_ids():
+def test_planned_ranks_may_have_different_numbers_of_ids():
     ids, weight, _ = problem(3, 37)
     weight.requires_grad_()
     F.embedding(torch.cat([ids[1][:3], ids[2][:6]]), weight).sum().backward()
@@ -107,8 +107,8 @@ def text_like_ids(world: int, vocab_size: int, tokens: int) -> list[torch.Tensor
     return [torch.multinomial(frequency, tokens, replacement=True, generator=generator) for _ in range(world)]
 
 
-def test_only_distinct_rows_cross_and_fewer_than_half_the_bytes():
-    """Against reduce-scatter forward and all-gather backward, both of [N, D] in bf16, on 2 ranks; ids as in text."""
+def test_distinct_rows_move_less_than_half_the_bytes():
+    """Compares with reduce-scatter and all-gather of [N, D] in bf16, on 2 ranks; ids as in text."""
     ids_pN = text_like_ids(2, 8192, 4096)
     for rank in range(2):
         plan = plan_lookup(ids_pN, VocabShard.of(rank, 2, 8192), torch.bfloat16)
@@ -122,7 +122,7 @@ def test_only_distinct_rows_cross_and_fewer_than_half_the_bytes():
 
 
 def counted(collective, counts):
-    """The collective, with the bytes that leave this rank for others added up in `counts`."""
+    """Wraps the collective and adds the bytes that this rank sends to others to `counts`."""
 
     def count(out, parts, receive, send, group):
         mine = dist.get_rank(group)
@@ -147,17 +147,17 @@ def rank_bytes(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_logged_traffic_is_what_crossed(world):
+def test_logged_traffic_is_what_crossed(world):
     results = run_ranks(world, rank_bytes)
     traffic = results[0][1]
-    assert all(its == traffic for _, its in results)  # all ranks log, and choose by, the same numbers
+    assert all(its == traffic for _, its in results)  # all ranks log and use the same numbers
     assert sum(sent for sent, _ in results) == traffic.moved * WIDTH
     assert traffic.gathered == 2 * 2 * (world - 1) * world * 300
     assert 1 <= traffic.balance <= world
 
 
-def test_balance_of_owners():
-    """All ids on rank 0's rows: nobody asks rank 1."""
+def test_balance_is_the_busiest_owner_over_the_mean():
+    """All ids are rows of rank 0, so rank 1 sends nothing."""
     ids_pN = [torch.arange(4), torch.arange(4)]
     assert plan_lookup(ids_pN, VocabShard.of(0, 2, 8, 1), torch.float32).traffic.balance == 2
     even = [torch.tensor([0, 4]), torch.tensor([0, 4])]
@@ -165,7 +165,7 @@ def test_balance_of_owners():
 
 
 def lopsided(world: int, vocab_size: int):
-    """Every id once, and all of them on the first rank's rows: the worst for an all-to-all."""
+    """Returns ids that occur once, all of them rows of the first rank: the worst case of an all-to-all."""
     first = VocabShard.of(0, world, vocab_size, 1).rows
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(first, generator=generator)[:TOKENS] for _ in range(world)])
@@ -187,8 +187,8 @@ def rank_gathers(rank, world, vocab_size):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_gathers_where_that_moves_less(world):
-    """Few tokens that hardly repeat, with one owner: fp32 gradients of its rows would be more than bf16 of all."""
+def test_gathers_if_that_moves_less(world):
+    """Few ids that hardly repeat, with one owner: fp32 gradients of its rows would be more than bf16 of all."""
     ids, weight, upstream = lopsided(world, 80)
     results = run_ranks(world, rank_gathers, 80)
     assert torch.equal(torch.stack([hidden for hidden, _ in results]), weight[ids].bfloat16())
@@ -197,14 +197,14 @@ def test_gathers_where_that_moves_less(world):
     torch.testing.assert_close(torch.cat([gradient for _, gradient in results]), weight.grad)
 
 
-def test_in_fp32_and_where_ids_repeat_it_does_not_gather():
+def test_does_not_gather_in_fp32_or_if_ids_repeat():
     ids, _, _ = lopsided(2, 80)
     shard = VocabShard.of(0, 2, 80, 1)
     assert isinstance(plan_lookup(list(ids), shard, torch.float32), DistinctRows)
     assert isinstance(plan_lookup([ids[0] // 8, ids[1] // 8], shard, torch.bfloat16), DistinctRows)
 
 
-def test_the_main_gradient_is_added_to_in_place():
+def test_main_gradient_is_added_to_in_place():
     ids, weight, upstream = problem(1, 37)
     rows, main_grad = weight.clone().requires_grad_(), torch.ones_like(weight)
     shard = VocabShard.of(0, 1, 37, 1)
@@ -216,7 +216,7 @@ def test_the_main_gradient_is_added_to_in_place():
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that ran; none adds to a row twice."""
+    """Records the names of the operations that run, and checks that none adds to a row twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ RACY = {"embedding_dense_backward", "scatter_add", "scatter_add_", "index_put", 
 
 
 def planned_gradient(ids_N: torch.Tensor, upstream_ND: torch.Tensor, kind: type[LookupPlan]) -> torch.Tensor:
-    """The gradient of 50 rows in one process, by a plan of that kind; checks what it runs."""
+    """Returns the gradient of 50 rows in one process, by a plan of that kind; checks the operations that it runs."""
     plan = plan_lookup([ids_N], VocabShard.of(0, 1, 50, 1), upstream_ND.dtype)
     if kind is GatheredTokens:
         rows_U, places_N = ids_N.unique(return_inverse=True)
@@ -251,7 +251,7 @@ def planned_gradient(ids_N: torch.Tensor, upstream_ND: torch.Tensor, kind: type[
 @pytest.mark.parametrize("kind", [DistinctRows, GatheredTokens])
 @pytest.mark.parametrize("tokens", [64, 1025, 3072, 5000])
 def test_gradients_of_a_row_add_up_in_the_order_of_its_tokens(kind, tokens):
-    """To the last bit, in fp32, by nothing that has another order or a race on a GPU."""
+    """The sum is exact to the last bit in fp32, and uses no operation with another order or a race on a GPU."""
     generator = torch.Generator().manual_seed(tokens)
     ids_N = torch.cat([torch.arange(50), torch.randint(50, (tokens - 50,), generator=generator)])
     upstream_ND = torch.randn(tokens, WIDTH, generator=generator).bfloat16()

@@ -37,7 +37,7 @@ def alone(hidden, weight, targets, **options):
     softcap=st.sampled_from([None, 20.0]),
     seed=st.integers(0, 2**31),
 )
-def test_any_problem_on_one_process(tokens, vocab_size, chunk, scale, z_loss, smoothing, softcap, seed):
+def test_random_problems_match_dense_on_one_process(tokens, vocab_size, chunk, scale, z_loss, smoothing, softcap, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = scale * torch.randn(tokens, 3, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab_size, 3, generator=generator, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_any_problem_on_one_process(tokens, vocab_size, chunk, scale, z_loss, sm
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_logits(size):
+def test_extreme_logits_match_dense(size):
     weight = torch.tensor([[size], [0.0], [-size]])
     out, dhidden, dweight = alone(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
     truth = dense(torch.ones(3, 1).double(), weight.double(), torch.tensor([0, 1, 2]), torch.ones(3).double(), {})
@@ -63,7 +63,7 @@ def test_extreme_logits(size):
 
 
 def confident() -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight and targets in bf16, p_y about 0.996."""
+    """Returns hidden, weight and targets in bf16, with p_y of about 0.996."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(512, (256,), generator=generator)
@@ -82,15 +82,15 @@ def rank_confident(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_confident_targets_in_bf16(world):
-    """The target's entry stays out of the bf16 matmuls: dW is better than 1e-3 where p_y is about 0.996."""
+def test_confident_targets_in_bf16_have_accurate_gradients(world):
+    """The target's entry stays out of the bf16 matmuls: the error of dW is below 1e-3 if p_y is about 0.996."""
     hidden, weight, targets = confident()
     truth = dense(hidden.double(), weight.double(), targets, torch.ones(256).double(), {})
     assert 0.9 < truth["losses"].neg().exp().mean() < 0.9999
     dweight = torch.cat(run_ranks(world, rank_confident))
     assert dweight.dtype == torch.float32
     error = (dweight.double() - truth["dweight"]).norm() / truth["dweight"].norm()
-    logits = hidden @ weight.T  # the textbook: probabilities minus one, rounded to bf16
+    logits = hidden @ weight.T  # the textbook way: probabilities minus one, rounded to bf16
     probabilities = logits.float().softmax(-1)
     probabilities[torch.arange(256), targets] -= 1
     textbook = (probabilities.bfloat16().T @ hidden).double() - truth["dweight"]
@@ -98,7 +98,7 @@ def test_confident_targets_in_bf16(world):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_no_loss_in_bf16_is_below_zero(size):
+def test_bf16_loss_is_never_negative(size):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(50, 8, generator=generator).bfloat16()
     targets = torch.arange(50)
@@ -107,7 +107,7 @@ def test_no_loss_in_bf16_is_below_zero(size):
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts them."""
+    """Counts the matmuls."""
 
     count = 0
 
@@ -117,12 +117,12 @@ class Matmuls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_three_matmuls_and_one_without_gradients(options):
+def test_loss_takes_three_matmuls_or_one_without_gradients(options):
     hidden, weight, targets = problem([9], 37, "some")
     needs_lse_first = {
         "label_smoothing",
         "softcap",
-    } <= options.keys()  # for the normaliser: these logits are made twice
+    } <= options.keys()  # these options need the normaliser first, so the logits are computed twice
     with Matmuls() as matmuls:
         out, _, _ = alone(hidden, weight, targets, **options)
     assert matmuls.count == 3 + needs_lse_first
@@ -137,7 +137,7 @@ def test_three_matmuls_and_one_without_gradients(options):
     assert matmuls.count == 4
 
 
-def test_metrics_are_left_out_when_nobody_asks():
+def test_metrics_are_none_unless_asked_for():
     hidden, weight, targets = problem([9], 37, "some")
     out, dhidden, dweight = alone(hidden, weight, targets)
     lean, lean_dhidden, lean_dweight = alone(hidden, weight, targets, metrics=False)
@@ -147,8 +147,8 @@ def test_metrics_are_left_out_when_nobody_asks():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_backward_twice(reduction):
-    """The second time the gradients are made anew."""
+def test_second_backward_recomputes_gradients(reduction):
+    """The second backward computes the gradients again."""
     hidden, weight, targets = problem([9], 37, "some")
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     shard = VocabShard.of(0, 1, 37, 1)
@@ -164,7 +164,7 @@ def with_main_grad(hidden, weight, targets, main_grad, **options):
     return vocab_parallel_linear_cross_entropy(x, weight, targets, shard=shard, main_grad_vD=main_grad, **options), x
 
 
-def test_the_main_gradient_adds_up_over_micro_batches():
+def test_main_gradient_adds_up_over_micro_batches():
     hidden, weight, targets = problem([20], 37, "some")
     truth = dense(hidden, weight, targets, torch.full((20,), 0.05, dtype=torch.float64), {})
     main_grad = torch.zeros_like(weight)
@@ -178,7 +178,7 @@ def test_the_main_gradient_adds_up_over_micro_batches():
     assert_close(main_grad, truth["dweight"], rtol=1e-10, atol=1e-10)
 
 
-def test_the_main_gradient_is_for_one_backward_on_the_loss_as_it_is():
+def test_main_gradient_allows_one_backward_without_a_factor():
     hidden, weight, targets = problem([9], 37, "some")
     out, _ = with_main_grad(hidden, weight, targets, torch.zeros_like(weight))
     with pytest.raises(ValueError, match=r"not for 0\.5 times it: use scale"):
@@ -193,8 +193,8 @@ def test_the_main_gradient_is_for_one_backward_on_the_loss_as_it_is():
         with_main_grad(hidden, weight, targets, torch.zeros_like(weight).float())
 
 
-def test_a_chunk_keeps_to_its_budget():
-    """The factors, alone most of what is held, of as many tokens as fit; one token where none does."""
+def test_chunk_keeps_to_its_budget():
+    """A chunk has as many tokens as fit, or one if none fits. Its factors need most of the memory."""
     shard = VocabShard.of(0, 4, 131_072)
     kernels = TorchKernels()
     tokens = chunk_budget(shard, 1024, torch.bfloat16, 64, kernels)
@@ -203,15 +203,15 @@ def test_a_chunk_keeps_to_its_budget():
     large_slabs = TorchKernels(slab_bytes=2**40)
     assert chunk_budget(shard, 1024, torch.bfloat16, 64, large_slabs) >= tokens / 2 - 128  # never more than half of it
     assert chunk_budget(VocabShard.of(0, 1, 2**24), 1024, torch.float32, 1, kernels) == 1
-    assert chunk_budget(shard, 1024, torch.bfloat16, None, kernels) == tokens  # 64 suits a CPU, and its rows are few
-    whole = VocabShard.of(0, 1, 524_288)  # a quarter of their gradient is 512 MiB
+    assert chunk_budget(shard, 1024, torch.bfloat16, None, kernels) == tokens  # a CPU's default is 64
+    whole = VocabShard.of(0, 1, 524_288)  # a quarter of the rows' gradient is 512 MiB
     assert chunk_budget(whole, 1024, torch.bfloat16, None, kernels) == chunk_budget(
         whole, 1024, torch.bfloat16, 512, kernels
     )
 
 
 class NewTensors(TorchDispatchMode):
-    """The largest tensor that anything makes, views of the known ones left out."""
+    """Returns the largest tensor that any operation makes, without views of known ones."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class NewTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_nothing_as_large_as_the_rows_or_the_logits_is_made(options):
+def test_makes_no_tensor_as_large_as_rows_or_logits(options):
     tokens, vocab_size, width = 64, 1000, 48
     hidden, weight = torch.randn(tokens, width), torch.randn(vocab_size, width)
     targets, main_grad = torch.randint(vocab_size, (tokens,)), torch.zeros(vocab_size, width)
@@ -237,8 +237,8 @@ def test_nothing_as_large_as_the_rows_or_the_logits_is_made(options):
     assert 8 * vocab_size <= new.largest < min(vocab_size * width, tokens * vocab_size) / 2
 
 
-def test_rows_in_another_order_of_strides():
-    """A transposed weight and hidden states; the main gradient's own layout is asked for."""
+def test_transposed_inputs_match_contiguous_ones():
+    """Weight and hidden states may be transposed; the main gradient must be contiguous."""
     hidden, weight, targets = problem([9], 37, "some")
     out, dhidden, dweight = alone(hidden, weight, targets)
     other = alone(hidden.T.contiguous().T, weight.T.contiguous().T, targets)
@@ -248,7 +248,7 @@ def test_rows_in_another_order_of_strides():
 
 
 def recorded(events: list[str], *names: str):
-    """A decorator of classes: these methods write their name down before they run."""
+    """Returns a class decorator: these methods record their name before they run."""
 
     def wrap(name, method):
         def record(self, *args, **kwargs):
@@ -265,8 +265,8 @@ def recorded(events: list[str], *names: str):
     return decorate
 
 
-def test_what_crosses_the_ranks_does_so_behind_matmuls():
-    """The next chunk's hidden states under way from the start; statistics behind factors · rows; dX behind dW."""
+def test_collectives_run_behind_matmuls():
+    """The next chunk's hidden states travel from the start; statistics behind factors · rows; dX behind dW."""
     events: list[str] = []
 
     class Noted(Pending):
@@ -309,14 +309,14 @@ def test_what_crosses_the_ranks_does_so_behind_matmuls():
 
 
 @pytest.mark.parametrize("bad", [37, -1, 1000])
-def test_a_target_outside_the_vocabulary_is_named(bad):
+def test_error_names_a_target_outside_the_vocabulary(bad):
     hidden, weight, targets = problem([9], 37, "none")
     targets[4] = bad
     with pytest.raises(ValueError, match=rf"target {bad} at position 4 .*vocab_size=37"):
         alone(hidden, weight, targets)
 
 
-def test_a_weight_of_another_shard_is_named():
+def test_error_names_a_weight_of_another_shard():
     hidden, weight, targets = problem([9], 37, "none")
     with pytest.raises(ValueError, match=r"weight has shape \(37, 6\).*\(40, 6\)"):
         vocab_parallel_linear_cross_entropy(hidden, weight, targets, shard=VocabShard.of(0, 1, 37, 8))
@@ -324,11 +324,11 @@ def test_a_weight_of_another_shard_is_named():
 
 @pytest.mark.parametrize("rows", [50, 312])
 def test_uninitialised_memory_does_not_reach_bf16_gradients(rows):
-    """On a CPU with AMX, a matmul reads what lies between the rows of the factors."""
+    """A CPU with AMX reads the gaps between the rows of the factors in a matmul."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 21, generator=generator).bfloat16() for n in (64, rows))
     targets = torch.randint(rows, (64,), generator=generator)
-    torch.use_deterministic_algorithms(True)  # fills with NaN what torch leaves uninitialised
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         out, dhidden, dweight = alone(hidden, weight, targets, reduction="none")
     finally:

@@ -11,13 +11,13 @@ REDUCTIONS = [("sum", "one"), ("sum", "rank"), ("none", "token")]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_distinct_tokens(world):
-    counts = (7, 12, 0, 5)[:world]  # unequal, one rank without any
+def test_distinct_tokens_match_dense(world):
+    counts = (7, 12, 0, 5)[:world]  # unequal; one rank has none
     check(world, *(Case(counts, reduction=r, factor=f, options=o) for r, f in REDUCTIONS for o in OPTIONS.values()))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_replicated_tokens(world):
+def test_replicated_tokens_match_dense(world):
     kinds = [("sum", "one"), ("none", "token")]
     cases = (
         Case((13,), tokens="replicated", reduction=r, factor=f, options=o) for r, f in kinds for o in OPTIONS.values()
@@ -27,14 +27,14 @@ def test_replicated_tokens(world):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("tokens", ["distinct", "replicated"])
-def test_the_main_gradient_is_complete_after_forward(world, tokens):
+def test_main_gradient_is_complete_after_forward(world, tokens):
     counts = (7, 12, 0, 5)[:world] if tokens == "distinct" else (13,)
     check(world, *(Case(counts, tokens=tokens, main_grad=True, options=o) for o in OPTIONS.values()))
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("options", ["plain", "all"])
-def test_ignored_targets_and_ranks_without_tokens(world, options):
+def test_ignored_targets_and_empty_ranks_match_dense(world, options):
     cases = [
         Case(counts[:world], ignored=kind, reduction=reduction, options=OPTIONS[options])
         for counts in ((6, 9, 4, 3), (0, 9, 4, 3))
@@ -45,19 +45,19 @@ def test_ignored_targets_and_ranks_without_tokens(world, options):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_row_may_be_the_one_to_ignore(world):
+def test_ignore_index_may_be_a_row(world):
     counts = (7, 12, 5)[:world]
     check(world, *(Case(counts, ignore_index=3, vocab_size=6, options=o) for o in OPTIONS.values()))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_logits_of_ten_thousands(world):
-    """One shard's largest logit may be 1e4 below another's: nothing overflows, nothing is lost."""
+def test_logits_of_ten_thousands_match_dense(world):
+    """One shard's largest logit may be 1e4 below another's: nothing overflows and nothing is lost."""
     counts = (7, 12, 0, 5)[:world]
     check(world, *(Case(counts, size=size, options=o) for size in (1e4, -1e4) for o in OPTIONS.values()))
 
 
-def test_a_group_without_any_token():
+def test_group_without_tokens_has_zero_loss():
     cases = [Case((0, 0)), Case((0, 0), reduction="none"), Case((0, 0), main_grad=True)]
     for results in run_ranks(2, rank_losses, cases):
         for result in results:
@@ -65,7 +65,7 @@ def test_a_group_without_any_token():
             assert len(result["dhidden"]) == 0 and (result["dweight"] == 0).all()
 
 
-def test_short_and_empty_shards():
+def test_short_and_empty_shards_match_dense():
     sizes = [(5, 1), (3, 1), (3, 8), (130, 128)]
     cases = [
         Case((3, 2, 4, 1), vocab_size=v, multiple=m, ignored="none", tokens=t, reduction=r, options=o)
@@ -77,8 +77,8 @@ def test_short_and_empty_shards():
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_problem_on_several_ranks(world):
-    """Cases drawn at random, the same on all ranks."""
+def test_random_problems_match_dense_on_several_ranks(world):
+    """Random cases, the same on all ranks."""
     draw = random.Random(world)
 
     def kind() -> dict:

@@ -1,4 +1,4 @@
-"""What is read on the shards is what a dense float64 computation gives."""
+"""Measures read on the shards, against a dense float64 computation."""
 
 import math
 
@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 WIDTH, SETS, REFERENCES, K = 6, 3, 2, 4
 NEAR = {"rtol": 1e-10, "atol": 1e-10}
-# vocabulary, multiple, softcap, ties: uneven; one empty shard on four ranks; all of equal logits' ranks
+# vocabulary, multiple, softcap, ties: uneven shards; one empty shard on four ranks; ties
 CASES = [(37, 4, None, False), (37, 4, 1.5, False), (5, 1, None, False), (37, 4, None, True), (9, 8, None, True)]
 
 
@@ -37,7 +37,7 @@ def problem(vocab_size: int, ties: bool, dtype: torch.dtype = torch.float64):
 
 
 def dense(hidden: Tensor, references: Tensor, weight: Tensor, ids: Tensor, marks: Tensor, softcap, k: int) -> dict:
-    """`Reading`'s fields from materialised logits."""
+    """Computes the fields of `Reading` from materialised logits."""
 
     def logits_of(states: Tensor) -> Tensor:
         logits = states.double() @ weight.double().T
@@ -68,7 +68,7 @@ def dense(hidden: Tensor, references: Tensor, weight: Tensor, ids: Tensor, marks
 
 
 def slice_of(rank: int, world: int, tokens: str) -> slice:
-    """Ranks with tokens of their own have different numbers of them, the last of four none."""
+    """Reads on one rank. With distinct tokens ranks have different numbers of them, and the last of four has none."""
     if tokens == "replicated":
         return slice(None)
     edges = [0, 14, 20, 23, 23] if world == 4 else [0, *([14, 20] if world == 3 else [14])[: world - 1], 23]
@@ -96,7 +96,7 @@ def rank_readings(rank, world, tokens):
 
 @pytest.mark.parametrize("tokens", ["replicated", "distinct"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_everything_is_the_dense_truth(world, tokens):
+def test_all_measures_match_dense(world, tokens):
     results = run_ranks(world, rank_readings, tokens)
     for i, (vocab_size, _, softcap, ties) in enumerate(CASES):
         truth = dense(*problem(vocab_size, ties), softcap, K)
@@ -117,7 +117,7 @@ def alone(weight: Tensor, **settings) -> Readout:
     k=st.integers(0, 30),
     data=st.data(),
 )
-def test_any_logits_with_ties(logits, k, data):
+def test_top_k_and_rank_agree_on_ties(logits, k, data):
     """Top-k and rank are two views of one order."""
     k, id = min(k, len(logits)), data.draw(st.integers(0, len(logits) - 1))
     readout, one = alone(torch.tensor([[x] for x in logits], dtype=torch.float64)), torch.ones(1, 1).double()
@@ -126,7 +126,7 @@ def test_any_logits_with_ties(logits, k, data):
     assert readout.rank(one, torch.tensor([id])).tolist() == [order.index(id) + 1]
 
 
-def test_each_of_them_by_its_name():
+def test_single_measures_match_dense():
     hidden, references, weight, ids, marks = problem(37, False)
     truth = dense(hidden, references, weight, ids, marks, None, K)
     readout, states = alone(weight), hidden[1]
@@ -147,7 +147,7 @@ def test_each_of_them_by_its_name():
 
 @pytest.mark.parametrize("states,rows", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
 def test_low_precision_is_read_accurately(states, rows):
-    """Nothing is rounded but what came rounded."""
+    """Results are as exact as the rounded inputs allow."""
     hidden, references, weight, ids, marks = problem(37, False)
     hidden, references = hidden.to(getattr(torch, states)), references.to(getattr(torch, states))
     weight = weight.to(getattr(torch, rows))
@@ -159,8 +159,8 @@ def test_low_precision_is_read_accurately(states, rows):
             assert_close(read[name].double(), value, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_extreme_logits():
-    """Far beyond what exp can hold, and equal distributions."""
+def test_extreme_logits_match_dense():
+    """Logits far beyond the range of exp, and equal distributions."""
     readout = alone(torch.tensor([[1e4], [0.0], [-1e4]]))
     one = torch.ones(2, 1)
     assert readout.entropy(one).tolist() == [0, 0] and readout.log_sum_exp(one).tolist() == [1e4, 1e4]
@@ -169,7 +169,7 @@ def test_extreme_logits():
     assert there.tolist() == back.tolist() == [2e4, 2e4]
 
 
-def test_a_diverged_model_is_read_without_an_error():
+def test_diverged_model_is_read_without_an_error():
     read = alone(torch.randn(7, 2)).read(torch.full((1, 3, 2), math.nan), k=2, ids_NJ=torch.zeros(3, 1).long())
     assert read.top_ids.tolist() == [[[0, 1]] * 3] and read.lse.isnan().all()
 
@@ -182,18 +182,18 @@ def top_of_a_broken_matrix(rank: int, world: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_each_id_comes_once_whatever_the_split(world):
-    """Where a rank has fewer rows than are asked for, and logits are as low as the filling."""
+def test_each_id_comes_once_for_every_split(world):
+    """A rank has fewer rows than k, and logits are as low as the filling."""
     assert run_ranks(world, top_of_a_broken_matrix) == [[[1, 4, 0, 3, 5, 2, 6]] * 2] * world
 
 
-def test_no_tokens():
+def test_no_tokens_give_empty_results():
     read = alone(torch.randn(7, 2)).read(torch.randn(2, 0, 2), k=2)
     assert read.top_ids.shape == (2, 0, 2) and read.lse.shape == (2, 0)
 
 
 def gathered(rank: int, world: int) -> list[int]:
-    """Bytes of hidden states in each chunk, of a matrix that is narrow beside them."""
+    """Returns the bytes of hidden states in each chunk, for a matrix with few rows."""
     shard = VocabShard.of(rank, world, 64, 1)
     settings = {"group": dist.group.WORLD, "tokens": "distinct", "memory_mib": 1}
     readout = Readout(torch.randn(shard.rows, 512), shard=shard, **settings)
@@ -209,13 +209,13 @@ def gathered(rank: int, world: int) -> list[int]:
     return seen
 
 
-def test_hidden_states_that_are_gathered_are_in_the_budget():
+def test_gathered_hidden_states_count_in_the_budget():
     for seen in run_ranks(2, gathered):
         assert sum(seen) >= 2 * 5 * 100 * 512 * 4 and 2 * max(seen) <= 2**20
 
 
 def test_memory_stays_within_the_budget():
-    """512 tokens by 40,000 rows would be 82 MB a slab of logits; the budget holds what is made of them, too."""
+    """512 tokens by 40,000 rows would be 82 MB per slab of logits; the budget includes what is computed from them."""
     peak = 0
 
     class Peak(torch.utils._python_dispatch.TorchDispatchMode):
@@ -245,13 +245,13 @@ def test_memory_stays_within_the_budget():
         (lambda: alone(torch.ones(3, 2)).masked_mass(torch.ones(1, 2), torch.ones(2).bool()), "mask has .* 3 rows"),
     ],
 )
-def test_what_does_not_fit_is_named(call, message):
+def test_error_names_mismatched_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2**13, 512_000])
-def test_entropy_of_many_rows_adds_up_as_in_float64(rows):
+def test_entropy_of_many_rows_matches_float64(rows):
     logits_mv = 5 * torch.randn(3, rows, generator=torch.Generator().manual_seed(rows))
     own = ShardSoftmax.of(logits_mv)
     truth_m = (own.exp_mv.double() * own.shifted_mv.double()).sum(1)

@@ -1,4 +1,4 @@
-"""Sampling on the shards: the same ids for any split, and the distribution that was asked for."""
+"""Sampling on the shards: the same ids for every split, and the distribution that was asked for."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def rank_samples(rank, world, score_bytes=sampling.SCORE_BYTES):
     return results
 
 
-def test_the_same_ids_for_any_split():
+def test_ids_are_equal_for_every_split():
     (whole,) = run_ranks(1, rank_samples)
     for ids, (vocab_size, _) in zip(whole, VOCABULARIES, strict=True):
         assert (ids >= 0).all() and (ids < vocab_size).all()
@@ -53,7 +53,7 @@ def test_the_same_ids_for_any_split():
             assert all(map(torch.equal, ids, whole))
 
 
-def test_the_same_ids_for_any_number_of_positions_at_once():
+def test_ids_are_equal_for_any_number_of_positions_at_once():
     (whole,) = run_ranks(1, rank_samples)
     for world, score_bytes in ((1, 1), (2, 8 * 20 * 7)):  # one position; seven, or more of the small vocabulary
         for ids in run_ranks(world, rank_samples, score_bytes):
@@ -61,7 +61,7 @@ def test_the_same_ids_for_any_number_of_positions_at_once():
 
 
 def peak_of_a_long_text() -> float:
-    """MiB. Of 128 positions dense scores would be 100 MiB, and each number that is made of them as much again."""
+    """Returns the peak in MiB. Dense scores of 128 positions would be 100 MiB, and each result of them as much."""
     free_at_once()
     weight, hidden = torch.randn(100_000, 64).bfloat16(), torch.randn(128, 64)
     shard = VocabShard.of(0, 1, len(weight), 1)
@@ -73,14 +73,14 @@ def test_memory_stays_bounded():
 
 
 def alone(logits: list[float], N: int = 1, **settings) -> Tensor:
-    """N draws of ids with these logits."""
+    """Draws N ids with these logits."""
     weight = torch.tensor([[logit] for logit in logits])
     settings = {"seed": 0, "draw": 0} | settings
     return sample(torch.ones(N, 1), weight, shard=VocabShard.of(0, 1, len(logits), 1), **settings)
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"top_k": 1}], ids=["temperature 0", "top_k 1"])
-def test_the_largest_logit_and_the_lowest_id_on_ties(setting):
+def test_greedy_takes_the_largest_logit_and_lowest_id(setting):
     assert alone([1, 3, 2, 3, 3], 50, **setting).tolist() == [1] * 50
 
 
@@ -124,8 +124,8 @@ def test_top_p_keeps_the_smallest_set_that_is_enough(scores, top_p):
     assert probabilities[probabilities > edge].sum() < top_p + 1e-12  # without the edge it is not enough
 
 
-def test_top_p_counts_what_top_k_has_left():
-    # of e^3, e^2, e^1, e^0: the first two are 73% and 27% of what top_k=2 leaves, 64% and 24% of everything
+def test_top_p_applies_after_top_k():
+    # e^3, e^2, e^1, e^0: the first two are 73% and 27% of what top_k=2 keeps, 64% and 24% of everything
     assert alone([3, 2, 1, 0], 500, top_k=2, top_p=0.7).unique().tolist() == [0]
     assert alone([3, 2, 1, 0], 500, top_p=0.7).unique().tolist() == [0, 1]
 
@@ -147,7 +147,7 @@ def assert_frequencies(ids: Tensor, logits: list[float], kept: int) -> None:
     [({}, 10), ({"temperature": 0.5}, 10), ({"temperature": 2.0, "top_k": 5}, 5), ({"top_p": 0.55}, 4)],
     ids=["plain", "temperature", "top_k", "top_p"],
 )
-def test_frequencies_are_the_softmax(setting, kept):
+def test_frequencies_match_the_softmax(setting, kept):
     logits = [0.2 * i for i in range(10)]
     scaled = [logit / setting.get("temperature", 1.0) for logit in logits]
     assert_frequencies(alone(logits, 20_000, **setting), scaled, kept)
@@ -159,7 +159,7 @@ def test_neighbouring_seeds_and_draws_are_independent(many):
     assert_frequencies(torch.cat([alone(logits, **{many: i}) for i in range(2000)]), logits, 10)
 
 
-def test_seed_and_draw_change_the_ids_and_nothing_else_does():
+def test_only_seed_and_draw_change_the_ids():
     logits = [0.0] * 1000
     first = alone(logits, 8)
     assert torch.equal(first, alone(logits, 8)) and torch.equal(first[:3], alone(logits, 3))
@@ -167,7 +167,7 @@ def test_seed_and_draw_change_the_ids_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("logits", [[1e4, 0.0, -1e4], [-1e4, -1e4 - 1, -2e4]])
-def test_extreme_logits(logits):
+def test_extreme_logits_are_sampled_without_nan(logits):
     assert alone(logits, 20, top_p=0.5).tolist() == [0] * 20
 
 
@@ -183,6 +183,6 @@ def test_extreme_logits(logits):
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_error_names_a_wrong_setting(setting, message):
     with pytest.raises(ValueError, match=message):
         check_sampling(**({"temperature": 1.0, "top_k": None, "top_p": 1.0} | setting))

@@ -1,4 +1,4 @@
-"""Who owns which row, and the same initial rows for any split."""
+"""Ownership of rows; initial rows are the same for every split."""
 
 import pytest
 import torch
@@ -30,15 +30,15 @@ def test_every_row_has_one_owner(vocab_size, multiple, world):
     assert sum(shard.valid_rows for shard in shards) == vocab_size
     ids = torch.arange(-3, padded + 3)
     owners = torch.stack([shard.holds(ids) for shard in shards]).sum(0)
-    assert torch.equal(owners, ((ids >= 0) & (ids < vocab_size)).long())  # padding and negative ids: nobody
+    assert torch.equal(owners, ((ids >= 0) & (ids < vocab_size)).long())  # padding and negative ids have no owner
 
 
 @settings(deadline=None)
 @given(**SPLITS)
-def test_the_cut_is_torchs(vocab_size, multiple, world):
+def test_shards_match_torch_chunk(vocab_size, multiple, world):
     shards = all_shards(world, vocab_size, multiple)
     padded = shards[0].padded_size
-    chunks = torch.arange(padded).chunk(world)  # leaves the empty ones out
+    chunks = torch.arange(padded).chunk(world)  # leaves out empty chunks
     assert [shard.rows for shard in shards if shard.rows] == [len(chunk) for chunk in chunks]
     for shard in shards:
         assert (shard.rows, shard.start) == Shard.local_shard_size_and_offset(padded, world, shard.rank)
@@ -80,7 +80,7 @@ def test_initial_rows_are_normal_and_differ_by_seed_name_and_block():
 
 
 def test_seeds_are_part_of_the_format():
-    assert stable_seed(0, "embedding.weight", 0) == 2213533309183970491  # a change makes every run another one
+    assert stable_seed(0, "embedding.weight", 0) == 2213533309183970491  # a change would change every new run
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,6 @@ def test_seeds_are_part_of_the_format():
         ((0, 1, 10, 0), "multiple=0 must be at least 1"),
     ],
 )
-def test_what_is_out_of_range_is_named(arguments, message):
+def test_error_names_what_is_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         VocabShard.of(*arguments)
