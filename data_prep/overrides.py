@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 
 from data_prep.renamed import RENAMED
 
+WITHOUT_DEFAULT = ("cluster", "recipe")  # groups that Hydra wants with a plus
 TEXT, TEXTS, NAMED_TEXTS, OTHER = "text", "texts", "named texts", "other"
 UNTYPED = {"init_from": TEXT, "resume": TEXT, "plot": TEXT}  # texts of conf/*.yaml that no dataclass has
 PATHS = {"path", "paths", "dir", "out", "verify", "stats", "plot", "exclude", "resume", "init_from", "corpora"}
@@ -79,8 +80,8 @@ def _readable(argument: str, known: dict[str, str], sweeps: bool) -> str:
     parsed = _parsed(argument)
     if key.startswith("hydra") or (parsed is not None and sweeps and parsed.is_sweep_override()):
         return argument
-    if signed == "cluster":  # it has no default, so that Hydra wants a plus
-        signed = "+cluster"
+    if signed in WITHOUT_DEFAULT:
+        signed = f"+{signed}"
     kind = TEXT if known.get(key.rpartition(".")[0]) == NAMED_TEXTS else known.get(key, OTHER)
     if kind == TEXTS:
         return f"{signed}={_list(value)}"

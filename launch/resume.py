@@ -15,6 +15,7 @@ from pretrain.config.job import CONFIG_FILE
 from pretrain.config.optim import OptimConfig
 
 FAMILY = "family/"  # begins the name of the option that has a family's keys alone
+RECIPE = "recipe"  # group of conf/recipe: values of many groups, frozen with the others
 NAMED = ("engine", "optim")  # groups whose options differ in their keys, each named as its option
 
 
@@ -44,6 +45,11 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
     if run is None:
         return
     frozen = _frozen(run)
+    if recipe := next((override for override in overrides if _key(override) == RECIPE), None):
+        raise ValueError(
+            f"{recipe.lstrip('+')} must be left out with resume={run}: the run has its own settings;"
+            " name the keys to change"
+        )
     for override in overrides:
         key, value = _key(override), _value(override)
         part = key.partition(".")[0]
