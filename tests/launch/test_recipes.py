@@ -32,7 +32,7 @@ def lines_of(recipe: str) -> list[str]:
 
 
 def values_of(recipe: str) -> dict[str, Any]:
-    """What the file sets, by full keys."""
+    """Reads what the file sets, by full keys."""
     found: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
