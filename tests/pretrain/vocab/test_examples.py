@@ -13,7 +13,12 @@ import torch
 import pretrain.vocab
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-MODULES = [found.name for found in pkgutil.walk_packages(pretrain.vocab.__path__, "pretrain.vocab.")]
+#: without triton.py: it has no examples, and test_kernels.py must be the first to import it
+MODULES = [
+    found.name
+    for found in pkgutil.walk_packages(pretrain.vocab.__path__, "pretrain.vocab.")
+    if not found.name.endswith(".triton")
+]
 #: public methods without an example of their own: torch calls them, or the example of the class shows them
 SHOWN_ELSEWHERE = {"VocabParallelEmbedding.forward", "VocabParallelEmbedding.match"}
 
