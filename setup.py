@@ -6,7 +6,7 @@ setup(
     packages=[*find_packages(include=["pretrain*", "data_prep*", "launch*"]), "data_prep.conf"],
     package_dir={"data_prep.conf": "conf"},
     package_data={
-        "": ["py.typed", "*.html"],
+        "": ["py.typed", "*.html", "*.css", "*.js"],
         "data_prep.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
 )

@@ -1,7 +1,8 @@
 """Statistics of a folder of token files: a page of numbers, and the same drawn. Reads every token, one thread per core.
 
-FOLDER/statistics.txt   documents, tokens, bytes a token; lengths; the rows that are used most, and never
-FOLDER/statistics.png   lengths, and how often each row is used; needs matplotlib
+FOLDER/statistics.txt    documents, tokens, bytes a token; lengths; the rows that are used most, and never
+FOLDER/statistics.html   the same as a page with charts, which needs no network
+FOLDER/statistics.png    lengths, and how often each row is used; needs matplotlib
 """
 
 import os
@@ -20,7 +21,7 @@ from data_prep.faults import check
 from data_prep.token_file import PIECE, SPLITS, TOKENIZER_FOLDER, TokenFile, TokenFileEntry
 from data_prep.tokenizer import Tokenizer
 
-TEXT_FILE, PICTURE_FILE = "statistics.txt", "statistics.png"
+TEXT_FILE, PAGE_FILE, PICTURE_FILE = "statistics.txt", "statistics.html", "statistics.png"
 BINS = 31  # of document lengths: [2^k, 2^(k + 1)) tokens
 ROWS_SHOWN = 20
 NO_TOKEN = "no token has this id"
@@ -56,18 +57,23 @@ class Counts:
 
 
 def write_statistics(folder: Path) -> str:
-    """Writes both files; the text, and a line on what was written. Raises DataError if the folder is not whole."""
+    """Writes the files; returns the text, and a line on what was written. Raises DataError if the folder is damaged."""
+    from data_prep.stats_page import statistics_page  # it imports this module
+
     by_split, tokenizer = count(folder), Tokenizer.load(folder / TOKENIZER_FOLDER)
     text = "\n".join(page(folder, by_split, tokenizer)) + "\n"
     with durable(folder / TEXT_FILE) as file:
         file.write(text.encode())
+    with durable(folder / PAGE_FILE) as file:
+        file.write(statistics_page(folder, by_split, tokenizer).encode())
     try:
         picture = draw(by_split)
     except ImportError:
-        return f"{text}\nwrote {folder / TEXT_FILE}; {PICTURE_FILE} needs matplotlib: pip install matplotlib"
+        written = f"{folder / TEXT_FILE} and {PAGE_FILE}"
+        return f"{text}\nwrote {written}; {PICTURE_FILE} needs matplotlib: pip install matplotlib"
     with durable(folder / PICTURE_FILE) as file:
         file.write(picture)
-    return f"{text}\nwrote {folder / TEXT_FILE} and {PICTURE_FILE}"
+    return f"{text}\nwrote {folder / TEXT_FILE}, {PAGE_FILE} and {PICTURE_FILE}"
 
 
 def count(folder: Path) -> dict[str, Counts]:
@@ -122,10 +128,19 @@ def whole(by_split: dict[str, Counts]) -> Counts:
 def page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokenizer) -> Iterator[str]:
     """Lines."""
     total = whole(by_split)
-    columns = by_split if len(by_split) == 1 else {**by_split, "all": total}
     yield f"{folder}: {len(total.uses_V):,} rows, tokenizer {tokenizer.spec.name} {tokenizer.fingerprint[:12]}"
     yield ""
-    facts = [
+    yield from aligned(fact_rows(by_split))
+    yield ""
+    yield from aligned([["tokens a document", "documents", "of all", "tokens in them"], *length_rows(total)])
+    yield ""
+    yield from used_rows(total, tokenizer)
+
+
+def fact_rows(by_split: dict[str, Counts]) -> list[list[str]]:
+    """A table of each split, and of all; the first row is its head."""
+    columns = by_split if len(by_split) == 1 else {**by_split, "all": whole(by_split)}
+    return [
         ["", *columns],
         ["documents", *(f"{counts.documents:,}" for counts in columns.values())],
         ["tokens", *(f"{counts.tokens:,}" for counts in columns.values())],
@@ -135,11 +150,6 @@ def page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokenizer) -> Ite
         ["shortest", *(f"{counts.shortest:,}" for counts in columns.values())],
         ["longest", *(f"{counts.longest:,}" for counts in columns.values())],
     ]
-    yield from aligned(facts)
-    yield ""
-    yield from aligned([["tokens a document", "documents", "of all", "tokens in them"], *length_rows(total)])
-    yield ""
-    yield from used_rows(total, tokenizer)
 
 
 def length_rows(total: Counts) -> Iterator[list[str]]:
@@ -152,26 +162,41 @@ def length_rows(total: Counts) -> Iterator[list[str]]:
 
 
 def used_rows(total: Counts, tokenizer: Tokenizer) -> Iterator[str]:
-    order = np.argsort(-total.uses_V, kind="stable")
-    uses = total.uses_V[order]
+    yield from usage_lines(total)
+    yield ""
+    most = most_used_rows(total, tokenizer)
+    yield from aligned([["most frequent row", "uses", "of all", "text"], *most], left=(3,))
+    never, some = int((total.uses_V == 0).sum()), never_used_rows(total, tokenizer)
+    if never:
+        yield ""
+        yield from aligned([["row never used", "text"], *some], left=(1,))
+        if never > ROWS_SHOWN:
+            yield f"and {never - ROWS_SHOWN:,} more"
+
+
+def usage_lines(total: Counts) -> Iterator[str]:
+    """How many rows are used, and how evenly."""
+    uses = np.sort(total.uses_V)[::-1]
     reached = np.cumsum(uses) / total.tokens
-    never, rare = np.flatnonzero(total.uses_V == 0), int(((uses > 0) & (uses < RARE)).sum())
+    rare, never = int(((uses > 0) & (uses < RARE)).sum()), int((uses == 0).sum())
     shares = ", ".join(f"{share:.1%} in {int(np.searchsorted(reached, share)) + 1:,}" for share in SHARES)
     yield f"rows that are used: {int((uses > 0).sum()):,}; of all tokens {shares}"
-    yield f"rows that are used less than {RARE} times: {rare:,}; never: {len(never):,}"
-    yield ""
-    most = order[: min(ROWS_SHOWN, int((uses > 0).sum()))].tolist()
-    rows = (
+    yield f"rows that are used less than {RARE} times: {rare:,}; never: {never:,}"
+
+
+def most_used_rows(total: Counts, tokenizer: Tokenizer) -> list[list[str]]:
+    """Id, uses, share of all tokens, and text of the most frequent rows."""
+    order = np.argsort(-total.uses_V, kind="stable")[: min(ROWS_SHOWN, int((total.uses_V > 0).sum()))]
+    return [
         [str(id), f"{total.uses_V[id]:,}", f"{total.uses_V[id] / total.tokens:.2%}", shown(id, tokenizer)]
-        for id in most
-    )
-    yield from aligned([["most frequent row", "uses", "of all", "text"], *rows], left=(3,))
-    if len(never):
-        yield ""
-        some = ([str(id), shown(id, tokenizer)] for id in never[:ROWS_SHOWN].tolist())
-        yield from aligned([["row never used", "text"], *some], left=(1,))
-        if len(never) > ROWS_SHOWN:
-            yield f"and {len(never) - ROWS_SHOWN:,} more"
+        for id in order.tolist()
+    ]
+
+
+def never_used_rows(total: Counts, tokenizer: Tokenizer) -> list[list[str]]:
+    """Id and text of the first rows that no token uses."""
+    never = np.flatnonzero(total.uses_V == 0)[:ROWS_SHOWN].tolist()
+    return [[str(id), shown(id, tokenizer)] for id in never]
 
 
 def shown(id: int, tokenizer: Tokenizer) -> str:
@@ -198,14 +223,14 @@ def draw(by_split: dict[str, Counts]) -> bytes:
         lengths.bar(k + offset, values[k] / values.sum(), width=0.4, label=name)
     lengths.set_xticks(k, [f"{2**i:,}" for i in k.tolist()], rotation=45, ha="right")
     lengths.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    lengths.set(title="length of documents", xlabel="tokens, from … to the double")
+    lengths.set(title="Length of the documents", xlabel="tokens per document, at least")
     for split, counts in by_split.items():
         uses = np.sort(counts.uses_V)[::-1]
         used = int((uses > 0).sum())
         # A line of as many points as the eye can tell apart: 500,000 rows would make a picture of megabytes.
         places = np.unique(np.geomspace(1, used, 500).astype(np.int64))
         rows.plot(places, uses[places - 1], label=f"{split}: {len(uses) - used:,} of {len(uses):,} rows never")
-    rows.set(title="use of rows", xlabel="row, by frequency", ylabel="uses", xscale="log", yscale="log")
+    rows.set(title="Use of the rows", xlabel="rank of the row by frequency", ylabel="uses", xscale="log", yscale="log")
     rows.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (lengths, rows):
         axes.grid(alpha=0.3)

@@ -1,24 +1,25 @@
-"""Reports what the tie costs: `python -m pretrain.tie_report --help`."""
+"""Compares a tied and an untied run: `python -m pretrain.tie_report --help`."""
 
 from pathlib import Path
 
 from data_prep.arguments import key_values
+from data_prep.columns import aligned
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import durable
 
 from ..checkpoint import CheckpointError
 
-HELP = """What does the tie cost? Compares a tied and an untied run in one page that needs nothing from outside.
+HELP = """What does the tie cost? Compares a tied and an untied run on one page, which needs no network.
 
   python -m pretrain.tie_report tied=runs/tied untied=runs/untied out=tie.html
 
-`untied` may be a run that was split on the way (vocab.untie_at). With monitor.embedding_every=N in both runs the
+`untied` may be a run that began tied and was split (vocab.untie_at). If both runs had monitor.embedding_every=N, the
 page also has the gradients of the two uses and the health of the rows. Default: out=tie_report.html
 """
 
 
 def main() -> None:
-    """Exits 0, or 2 with one line on a wrong command."""
+    """Runs the command. Exits with 0, or with 2 and one line if the command is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
         given = key_values(arguments, ("tied", "untied", "out"), "tied=, untied= or out=")
@@ -30,7 +31,7 @@ def main() -> None:
             raise ValueError(f"out={out} is a folder: name a file, such as out={out / 'tie.html'}")
         if not out.parent.is_dir():
             raise ValueError(f"out={out} must be in a folder that exists: {out.parent} does not")
-        from ..tie_report.page import page  # they need torch
+        from ..tie_report.page import page  # these need torch
         from ..tie_report.report import facts, warnings
         from ..tie_report.run import ReportRun
 
@@ -39,8 +40,8 @@ def main() -> None:
             file.write(page(tied, untied).encode())
         for line in warnings(tied, untied):
             print(line)
-        for name, *values in facts(tied, untied):
-            print(f"{name:<28} {values[0]:>15} {values[1]:>15} {values[2]:>22}")
+        for line in aligned([["", "tied", "untied", "untied − tied"], *facts(tied, untied)]):
+            print(line)
         print(f"page: {out}")
 
 

@@ -1,7 +1,6 @@
-"""The pictures: a PNG of each view, and one HTML page of all of them that needs nothing from outside."""
+"""The pictures: a PNG of each view, and one HTML page of all of them."""
 
-import json
-import math
+import textwrap
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -11,134 +10,143 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import StrMethodFormatter
 
 from data_prep.durable import durable
 
-from .views import Heatmap, LensTable
+from .page import page
+from .views import COLOURS, Heatmap, LensTable
 
-TEMPLATE = Path(__file__).with_name("page.html")
-PLACE = "/*SHEET*/null"
-CODES = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
-CELL, HEIGHT, LETTERS = 0.82, 0.27, 11  # inches; letters of a guess that fit a cell
-BAND = 24  # the most columns side by side; more go below
-MOST_COLUMNS = 256  # eleven bands
+WIDTH, DPI = 9.2, 180  # inches; a document shows the picture at about half of its pixels
+BAND = 12  # the most columns side by side with their texts; more go below
+CELL, LINE = 0.3, 0.2  # inches: height of a cell, of a line of text
+LETTERS = 9  # of a token that fit a cell
+MOST_WRITTEN = 96  # positions; a longer picture has colours alone
+MOST_COLUMNS = 4096  # positions of a page
+INK, SOFT = "#1d2126", "#565d66"
+FONT = "DejaVu Sans Mono"
+TOKEN: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "family": FONT, "parse_math": False}
 
 
-def write_pictures(sheet: LensTable, folder: Path) -> list[Path]:
-    """One PNG a view in `folder`, named by its key; the page; in this order, each whole or not at all.
+def write_pictures(shown: LensTable, folder: Path) -> list[Path]:
+    """Writes one PNG per view into `folder`, named by its key, and the page; returns their paths in this order.
 
-    Raises OSError if they cannot be written: all of one look are drawn before the first.
+    Everything is drawn before the first file is written, and each file is written whole or not at all. Raises OSError
+    if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for view in sheet.views:
+    for view in shown.views:
         picture = BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in the picture; the page has the text
-            draw(sheet, view).savefig(picture, dpi=110)
+            draw(shown, view).savefig(picture, dpi=DPI)
         files[folder / f"{view.key}.png"] = picture.getvalue()
-    files[folder / "lens.html"] = page(sheet).encode()
+    files[folder / "lens.html"] = page(shown).encode()
     for path, content in files.items():
         with durable(path) as file:
             file.write(content)
     return list(files)
 
 
-def draw(sheet: LensTable, view: Heatmap) -> Figure:
-    """The input below, the model's output on top. The views of the guesses have them written into their cells."""
+def draw(shown: LensTable, view: Heatmap) -> Figure:
+    """Draws the input layer below and the output on top; a long text goes on in bands below each other."""
     R, N = view.values.shape
-    bands = -(-N // BAND)
+    written = N <= MOST_WRITTEN
+    bands = -(-N // BAND) if written else 1
     width = -(-N // bands)
-    figure = Figure(figsize=(max(6.0, 2.4 + CELL * width), 0.4 + (1.7 + HEIGHT * R) * bands), layout="constrained")
+    texts = 3 * LINE if written else 2 * LINE
+    head, band, legend = 0.75, texts + (CELL * R if written else max(2.0, 0.16 * R)), 0.7
+    height = head + legend + band * bands + 0.12 * (bands - 1)
+    figure = Figure(figsize=(WIDTH, height), facecolor="white")
     FigureCanvasAgg(figure)
+    left, right = (
+        (0.15 + 0.085 * max(map(len, (*shown.layers, "next token")))) / WIDTH,
+        1 - (0.15 if written else 0.3) / WIDTH,
+    )
     norm = LogNorm(view.low, view.high) if view.log else Normalize(view.low, view.high)
-    colours = ScalarMappable(norm, _colours(view))
-    all_axes = figure.subplots(bands, 1, squeeze=False)[:, 0]
-    for axes, start in zip(all_axes, range(0, N, width), strict=False):
+    colours = ScalarMappable(norm, _map(view))
+    for k, start in enumerate(range(0, N, width)):
         columns = range(start, min(start + width, N))
+        top = height - head - k * (band + 0.12) - (LINE if written else 0)
+        box = (left, (top - band + texts) / height, (right - left) * len(columns) / width, (band - texts) / height)
+        axes = figure.add_axes(box)
         values = np.clip(view.values[:, columns.start : columns.stop], view.low, view.high)
-        axes.imshow(values, norm=norm, cmap=colours.cmap, aspect="auto", origin="lower", interpolation="nearest")
-        axes.set_xlim(-0.5, width - 0.5)
-        _label(axes, sheet, columns)
-        if view.key in ("probability", "logit"):
-            _write_guesses(axes, sheet, columns, colours.to_rgba(values))
-    figure.colorbar(colours, ax=all_axes, fraction=0.02, pad=0.01, aspect=30 * bands).ax.tick_params(labelsize=7)
-    figure.suptitle(f"{view.title}   {sheet.title}", fontsize=9, parse_math=False)
+        axes.imshow(
+            values, norm=colours.norm, cmap=colours.cmap, aspect="auto", origin="lower", interpolation="nearest"
+        )
+        _label(axes, shown, columns, written)
+        if written:
+            _write_guesses(axes, shown, columns, colours.to_rgba(values))
+    _head(figure, shown, view)
+    bar = figure.add_axes((left, 0.42 / height, 3.4 / WIDTH, 0.11 / height))
+    figure.colorbar(colours, cax=bar, orientation="horizontal").outline.set_visible(False)
+    bar.tick_params(labelsize=8, length=2, colors=SOFT)
+    bar.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if view.log else "{x:,.3g}"))
+    figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(view.scale, 84), fontsize=8, color=SOFT, va="center")
     return figure
 
 
-def _colours(view: Heatmap) -> str:
-    return "viridis" if view.key in ("probability", "logit") else "viridis_r" if view.log else "magma_r"
+def _map(view: Heatmap) -> Colormap:
+    return LinearSegmentedColormap.from_list(view.key, COLOURS[view.colours]["light"])
 
 
-def _label(axes: Axes, sheet: LensTable, columns: range) -> None:
-    """Input tokens below at 45°; true next tokens above, with (*) where the final guess is right."""
-    places = range(len(columns))
-    axes.set_yticks(range(len(sheet.rows)), sheet.rows, fontsize=7)
-    tokens = [sheet.tokens[n] for n in columns]
-    axes.set_xticks(places, tokens, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
-    above = axes.secondary_xaxis("top")
-    nexts = [_short(sheet.nexts[n]) + (" (*)" if sheet.right[n] else "") for n in columns]
-    above.set_xticks(places, nexts, rotation=45, ha="left", rotation_mode="anchor", fontsize=7)
-    for label in (*axes.get_xticklabels(), *above.get_xticklabels()):
-        label.set_parse_math(False)
+def _head(figure: Figure, shown: LensTable, view: Heatmap) -> None:
+    """Writes the view's name and the summary: model, step, method."""
+    height = figure.get_figheight()
+    unit = ", nats" if view.unit == "nats" else ""
+    at = 0.15 / WIDTH
+    figure.text(at, 1 - 0.2 / height, f"{view.title}{unit}", fontsize=12, fontweight="bold", color=INK, va="center")
+    figure.text(at, 1 - 0.45 / height, shown.title, fontsize=8.5, color=SOFT, va="center", parse_math=False)
 
 
-def _write_guesses(axes: Axes, sheet: LensTable, columns: range, colours: np.ndarray) -> None:
-    """The guess in each cell, in black on light colours; a frame where it is the final one."""
-    for r, row in enumerate(sheet.guesses):
+def _label(axes: Axes, shown: LensTable, columns: range, written: bool) -> None:
+    """Writes the layers at the left, the tokens below, the next ones above; only positions if the text is long."""
+    step = max(1, -(-len(shown.layers) // 24))
+    axes.set_yticks(range(0, len(shown.layers), step), shown.layers[::step], fontsize=8.5, color=INK)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if not written:
+        ticks = np.linspace(0, len(columns) - 1, 9).astype(int)
+        axes.set_xticks(ticks, [f"{shown.positions[columns[x]]:,}" for x in ticks], fontsize=8.5, color=INK)
+        axes.set_xlabel("position", fontsize=8.5, color=SOFT)
+        return
+    axes.set_xticks(np.arange(-0.5, len(columns)), [], minor=True)
+    axes.set_yticks(np.arange(-0.5, len(shown.layers)), [], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xticks([])
+    below, above = -0.5 - 0.36 * LINE / CELL * 1.6, len(shown.layers) - 0.5 + 0.36 * LINE / CELL * 1.6
+    for x, n in enumerate(columns):
+        right = bool(shown.right[n])
+        text, colour, weight = (f"✓{shown.nexts[n]}", "#1d7a46", "bold") if right else (shown.nexts[n], SOFT, "normal")
+        axes.text(x, above, _short(text), color=colour, weight=weight, **TOKEN)
+        axes.text(x, below, _short(shown.tokens[n]), color=INK, **TOKEN)
+    for y, name in ((above, "next token"), (below, "token")):
+        axes.text(-0.62, y, name, ha="right", va="center", fontsize=7.5, color=SOFT)
+
+
+def _write_guesses(axes: Axes, shown: LensTable, columns: range, colours: np.ndarray) -> None:
+    """Writes the guess into each cell; draws a frame if it is the output's."""
+    for r, row in enumerate(shown.guesses):
         for x, n in enumerate(columns):
-            light = float(colours[r, x, :3] @ (0.299, 0.587, 0.114)) > 0.55
-            ink = "black" if light else "white"
-            axes.text(x, r, _short(row[n][0]), ha="center", va="center", fontsize=6.5, color=ink, parse_math=False)
-            if sheet.agrees[r, n]:
-                axes.add_patch(Rectangle((x - 0.47, r - 0.44), 0.94, 0.88, fill=False, edgecolor="red", linewidth=1.1))
+            ink = "black" if _luminance(colours[r, x, :3]) > 0.179 else "white"
+            axes.text(x, r, _short(row[n][0]), color=ink, **TOKEN)
+            if shown.agrees[r, n]:
+                axes.add_patch(
+                    Rectangle((x - 0.455, r - 0.4), 0.91, 0.8, fill=False, edgecolor=ink, linewidth=0.7, alpha=0.8)
+                )
+
+
+def _luminance(rgb: np.ndarray) -> float:
+    """Relative luminance of WCAG 2. Above 0.179 black has the better contrast, else white: at least 4.58 : 1."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def _short(text: str) -> str:
     return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
-
-
-def page(sheet: LensTable) -> str:
-    """The whole page."""
-    data: dict[str, Any] = {
-        "title": sheet.title,
-        "rows": sheet.rows,
-        "positions": sheet.positions,
-        "tokens": sheet.tokens,
-        "nexts": sheet.nexts,
-        "right": sheet.right.tolist(),
-        "guesses": sheet.guesses,
-        "logits": _rounded(sheet.logits),
-        "probabilities": _rounded(sheet.probabilities),
-        "agrees": sheet.agrees.tolist(),
-        "losses": _rounded(sheet.losses),
-        "views": [
-            {
-                "key": view.key,
-                "title": view.title,
-                "values": _rounded(view.values),
-                "low": view.low,
-                "high": view.high,
-                "log": view.log,
-            }
-            for view in sheet.views
-        ],
-    }
-    # No text in the data can end the script that holds them.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(CODES)
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
-
-
-def _rounded(values: np.ndarray) -> Any:
-    """Nested lists of numbers of five digits; null where there is none."""
-
-    def number(value: Any) -> Any:
-        if isinstance(value, list):
-            return [number(item) for item in value]
-        return (value if isinstance(value, int) else float(f"{value:.5g}")) if math.isfinite(value) else None
-
-    return number(values.tolist())

@@ -1,4 +1,4 @@
-"""Contents of the page on two runs: facts, warnings, curves and rows that stand out."""
+"""The contents of the page on two runs: summary, facts, warnings, curves and rows that stand out."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -18,11 +18,11 @@ NOT_COMPARED = (  # settings that cannot change a loss
 TOPS = (1, 2, 5, 10, 20, 50)  # percent of the spectrum, as it is logged
 FREQUENCIES = tuple(name.replace("ppm", "") for name in BINS)
 NOTES = [
-    "One pair of runs: what it shows holds for this model, these data and this length. Another seed moves the"
-    " curves, too; run several before you call a small difference one.",
-    "Tokens a second are the machine's as it was: compare them only if nothing else ran on it.",
+    "This is one pair of runs: the result holds for this model, this data and this length. Another seed moves the"
+    " curves, too. Repeat with several seeds before you trust a small difference.",
+    "Tokens per second depend on the load of the machine: compare them only if nothing else ran on it.",
 ]
-TIED, UNTIED, HEAD, BLACK = "#0b62a4", "#c2410c", "#15803d", "#222222"  # colours
+TIED, UNTIED, HEAD, DIFFERENCE = "blue", "orange", "green", "grey"  # names of colours in data_prep/page/page.css
 COLOURS = {"tied": TIED, "untied": UNTIED}
 
 
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves over the tokens seen, over the bins of frequency, or over a part of the directions."""
+    """Curves over `x`: the tokens seen, the bins of frequency, or a part of the directions."""
 
     title: str
     note: str
@@ -46,7 +46,7 @@ class Chart(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading, a note, charts, and rows of a table."""
+    """A heading, a note, charts, and the rows of a table."""
 
     title: str
     note: str
@@ -54,25 +54,45 @@ class Section(NamedTuple):
     rows: list[list[str]]
 
 
+def summary(*runs: ReportRun) -> list[tuple[str, str]]:
+    """Names and texts for the head of the page: folders, newest checkpoints, settings of the tied run."""
+    config = runs[0].manifest["config"]
+    model, train = config.get("model", {}), config.get("train", {})
+    shape = ", ".join(f"{key} {model[key]:,}" for key in ("layers", "width", "heads", "context") if key in model)
+    batch = f"{train['global_batch']:,} × {train['seq_len']:,} tokens" if "seq_len" in train else ""
+    found = [(f"{run.kind} run", f"{run.folder}, step {run.manifest['step']:,}") for run in runs]
+    found += [("model", f"{model.get('family', '')}, {shape}"), ("vocabulary", f"{runs[0].manifest['vocab_size']:,}")]
+    found += [("batch", batch), ("saved", runs[1].manifest.get("date", ""))]
+    return [(name, text) for name, text in found if text]
+
+
 def facts(tied: ReportRun, untied: ReportRun) -> list[list[str]]:
-    """Rows of the table: what it is, in the tied run, in the untied one, the difference."""
+    """Rows of the table: a name, the value of the tied run, of the untied one, the difference."""
     both = (tied, untied)
     return [
         _fact("parameters", [run.parameters for run in both], "{:,}"),
-        _fact("of them in matrices", [run.in_matrices for run in both], "{:,}"),
+        _fact("parameters in matrices", [run.in_matrices for run in both], "{:,}"),
         _fact("matrices", [run.matrices for run in both], "{}", relative=False),
         _fact("steps", [run.lines[-1]["step"] for run in both], "{:,}", relative=False),
         _fact("tokens", [run.last("tokens") for run in both], "{:,}", relative=False),
-        _fact("loss, last tenth of the log", [run.recent("loss") for run in both], "{:.4f}"),
+        _fact("training loss, last tenth of the log", [run.recent("loss") for run in both], "{:.4f}"),
         _fact("validation loss, last", [run.last("val_loss") for run in both], "{:.4f}"),
-        _fact("bits per byte, last", [run.last("val_bits_per_byte") for run in both], "{:.4f}"),
-        _fact("bits per byte, lowest", [min(run.values("val_bits_per_byte"), default=None) for run in both], "{:.4f}"),
-        _fact("tokens a second, median", [_median(run.values("tokens_per_s")) for run in both], "{:,.0f}"),
+        _fact("validation bits per byte, last", [run.last("val_bits_per_byte") for run in both], "{:.4f}"),
+        _fact(
+            "validation bits per byte, lowest",
+            [min(run.values("val_bits_per_byte"), default=None) for run in both],
+            "{:.4f}",
+        ),
+        _fact("tokens per second, median", [_median(run.values("tokens_per_s")) for run in both], "{:,.0f}"),
     ]
 
 
 def _median(values: list[float]) -> float | None:
     return median(values) if values else None
+
+
+def _lowest(values: list[float]) -> float | None:
+    return min(values, default=None)
 
 
 def _fact(name: str, values: list[float | None], form: str, relative: bool = True) -> list[str]:
@@ -88,30 +108,30 @@ def _fact(name: str, values: list[float | None], form: str, relative: bool = Tru
 
 
 def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
-    """Why the two may differ otherwise than by the tie from the first step on."""
+    """Yields each reason, besides the tie, why the two runs may differ."""
     split = untied.manifest["config"]["vocab"].get("untie_at")
     if split is not None:
-        yield f"The untied run was tied up to step {split:,}: its curves begin as one matrix."
+        yield f"The untied run was tied up to step {split:,}: until then its curves are of one matrix."
     tied_config, untied_config = _flat(tied.manifest["config"]), _flat(untied.manifest["config"])
-    for key in sorted(tied_config.keys() & untied_config.keys()):  # a key that one lacks came later
+    for key in sorted(tied_config.keys() & untied_config.keys()):  # a newer version may have added a key
         if not key.startswith(EXPECTED_TO_DIFFER + NOT_COMPARED) and tied_config.get(key) != untied_config.get(key):
-            values = f"{tied_config.get(key)} when tied, and {untied_config.get(key)} when not"
+            values = f"{tied_config.get(key)} in the tied run, {untied_config.get(key)} in the untied run"
             yield f"Another setting differs: {key} is {values}."
     for key in ("vocab_size", "tokenizer_fingerprint"):
         if tied.manifest.get(key) != untied.manifest.get(key):
             yield f"The runs differ in {key.replace('_', ' ')}."
     if tied.last("tokens") != untied.last("tokens"):
-        yield "The runs have not seen as many tokens: compare the curves, not the last values."
+        yield "The runs have seen different numbers of tokens: compare the curves, not the last values."
     ends = [line for run in (tied, untied) for line in run.measured("val_loss")[-1:]]
     if len({line["tokens"] for line in ends}) == 2:
         tied_at, untied_at = (f"step {line['step']:,}" for line in ends)
         yield (
-            f"The last validation losses are of {tied_at} when tied, and of {untied_at} when not: compare the curves,"
-            " not these values."
+            f"The last validation losses are of different steps ({tied_at} of the tied run, {untied_at} of the untied"
+            " run): compare the curves, not these values."
         )
     for run in (tied, untied):
         if not run.looked:
-            yield f"The {run.kind} run was not watched (monitor.embedding_every=0): no gradients, no health of rows."
+            yield f"The {run.kind} run has no measures of gradients and rows: monitor.embedding_every was 0."
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,7 +143,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sections(tied: ReportRun, untied: ReportRun) -> list[Section]:
-    """Sections to draw: charts without a point, and sections without anything, are left out."""
+    """The sections to draw. Leaves out charts without a point and empty sections."""
     found = [_training(tied, untied), _gradients(tied, untied), _rows(tied, untied)]
     drawn = [section._replace(charts=list(filter(None, map(_with_points, section.charts)))) for section in found]
     return [section for section in drawn if section.charts or section.rows]
@@ -148,10 +168,10 @@ def _training(tied: ReportRun, untied: ReportRun) -> Section:
     runs, at = [tied, untied], dict(tied.points("val_bits_per_byte"))
     apart = [(x, y - at[x]) for x, y in untied.points("val_bits_per_byte") if x in at]
     charts = [
-        Chart("Training loss", "nats a token", _over_time(runs, "loss")),
-        Chart("Bits per byte", "of the validation text", _over_time(runs, "val_bits_per_byte")),
-        Chart("Bits per byte, untied − tied", "below 0: untied is better", [Line("untied − tied", BLACK, apart)]),
-        Chart("Norm of the gradient", "body and matrix, before the clip", _over_time(runs, "grad_norm")),
+        Chart("Training loss", "nats per token", _over_time(runs, "loss")),
+        Chart("Bits per byte", "on the validation text", _over_time(runs, "val_bits_per_byte")),
+        Chart("Bits per byte, untied − tied", "below 0: untied is better", [Line("untied − tied", DIFFERENCE, apart)]),
+        Chart("Norm of the gradient", "body and matrix, before clipping", _over_time(runs, "grad_norm")),
     ]
     return Section("Training", "", charts, [])
 
@@ -161,22 +181,23 @@ def _gradients(*runs: ReportRun) -> Section:
     norms = _over_time(watched, "grad_input", ", input") + _over_time(watched, "grad_output", ", output", dashed=True)
     norms = [line._replace(points=[point for point in line.points if point[1] > 0]) for line in norms]
     charts = [
-        Chart("Norms", "all rows, before the clip", norms, log=True),
-        Chart("Input's share", "of the sum of both norms", _over_time(watched, "grad_input_share")),
-        Chart("Cosine", "between the two, all rows as one vector", _over_time(watched, "grad_cosine")),
+        Chart("Norms", "all rows, before clipping", norms, log=True),
+        Chart("Input's share", "input norm / (input norm + output norm)", _over_time(watched, "grad_input_share")),
+        Chart("Cosine", "between the two gradients, all rows as one vector", _over_time(watched, "grad_cosine")),
     ]
     for title, scalar in (("Input's share", "grad_input_share"), ("Cosine", "grad_cosine")):
         lines = [Line(run.kind, COLOURS[run.kind], _by_bin(run, scalar)) for run in watched]
-        charts.append(Chart(f"{title} by frequency", "at the last look", lines, x="bins"))
+        charts.append(Chart(f"{title} by frequency", "at the last measurement", lines, x="bins"))
     note = (
-        "A tied row gets the sum of two gradients: as input, from the tokens it stands for, and as output, from every"
-        " softmax. Where the cosine is below 0 they pull apart. In the untied run each has a matrix of its own."
+        "A tied row gets the sum of two gradients: as input, from each use of its token, and as output, from every"
+        " softmax. If the cosine is below 0, they pull in opposite directions. In the untied run each of the two has"
+        " its own matrix."
     )
     return Section("Gradients of the two uses", note, charts, [])
 
 
 def _rows(tied: ReportRun, untied: ReportRun) -> Section:
-    matrices = [  # run, what its scalars begin with, name, colour
+    matrices = [  # run, prefix of its scalars, name, colour
         (tied, "embedding", "tied", TIED),
         (untied, "embedding", "untied, input", UNTIED),
         (untied, "head", "untied, output", HEAD),
@@ -194,23 +215,24 @@ def _rows(tied: ReportRun, untied: ReportRun) -> Section:
         for row in _odd(run, key, name, kind)
     ]
     for run in runs:
-        never = [f"{run.looked[f'rows_never_{use}']:,.0f} never {use}" for use in ("input", "target")]
-        rows.append([f"{run.kind}: rows not used so far", "", ", ".join(never)])
+        never = [f"{run.looked[f'rows_never_{use}']:,.0f} never as {use}" for use in ("input", "target")]
+        rows.append([f"{run.kind}: not used so far", "", ", ".join(never)])
     charts = [
         Chart("Mean norm of a row", "all rows", each("norm")),
-        Chart("Norm by frequency", "mean norm of a row, at the last look", norms, x="bins"),
-        Chart("Norm and log count", "their correlation, of rows seen", each("norm_by_count")),
-        Chart("Effective rank", "e to the entropy of the spectrum", each("effective_rank")),
-        Chart("Isotropy", "1: all directions alike", each("isotropy")),
+        Chart("Norm by frequency", "mean norm of a row, at the last measurement", norms, x="bins"),
+        Chart("Norm and log count", "correlation over the rows seen so far", each("norm_by_count")),
+        Chart("Effective rank", "exp(entropy of the spectrum); at most the width", each("effective_rank")),
+        Chart("Isotropy", "1: all directions are alike", each("isotropy")),
         Chart("Mean cosine of two rows", "over all pairs", each("mean_cosine")),
-        Chart("Spectrum", "variance in the largest directions, at the last look", spectra, x="% of directions"),
+        Chart("Spectrum", "share of the variance in the largest directions", spectra, x="% of directions"),
         Chart("Drift since the split", "‖head − embedding‖ / ‖embedding‖", _over_time(runs, "tie_distance")),
         Chart("Cosine of the halves since the split", "mean over rows", _over_time(runs, "tie_cosine")),
     ]
     note = (
-        "Damaged: a number that is not finite, or all zero. Small: below a tenth of the mean norm, near the padding"
-        " rows, which are zero. Like unseen: seen, yet as near the centre of the rows never seen as these are"
-        " themselves: glitch candidates."
+        "Damaged: has a number that is not finite, or is all zero. Small: the norm is below a tenth of the mean."
+        " Like unseen: the token was seen, but its row is as close to the centre of the never-seen rows as they are;"
+        " a candidate for a glitch token. Ignore it for the first few hundred steps: at initialisation, seen and"
+        " unseen rows look the same."
     )
     return Section("The rows", note, charts, rows)
 
@@ -221,7 +243,7 @@ def _spectrum(run: ReportRun, key: str) -> list[Point]:
 
 
 def _odd(run: ReportRun, key: str, name: str, kind: str) -> Iterator[list[str]]:
-    """A row of the table, if the run has looked for such rows: how many, and the first twenty with their text."""
+    """Yields a row of the table if the run has measured this kind: the count, and the first twenty with their text."""
     count = run.looked.get(f"{key}_{kind}")
     if count is not None:
         ids = run.looked.get("rows", {}).get(f"{key}_{kind}", [])

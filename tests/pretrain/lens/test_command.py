@@ -15,7 +15,8 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.commands import hf
 from pretrain.commands import lens as program
 from pretrain.commands.lens_show import see
-from pretrain.compose import freeze
+from pretrain.compose import freeze, load_config
+from pretrain.config.job import CONFIG_FILE
 from pretrain.data import open_data
 from pretrain.lens.examples import EXAMPLES
 from tests.in_process import in_process
@@ -65,15 +66,21 @@ def test_alone_and_on_two_ranks(run, tmp_path):
         out = tmp_path / str(ranks)
         done = lens(*settings, f"out={out}", ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("written:") == 1 and "KL(final‖row)" in done.stdout
+        assert done.stdout.count("written:") == 1 and "KL(output‖layer)" in done.stdout
         assert len(list(out.glob("*.png"))) == 9
         sheets.append(sheet_of(out))
     assert near(*sheets)
     shown = sheets[0]
-    assert shown["rows"] == ["positions", "block 0 attention", "block 0", "block 1 attention", "output"]
+    assert shown["layers"] == ["input", "block 0 attention", "block 0", "block 1 attention", "output"]
     assert shown["tokens"][0] == "<|endoftext|>" and shown["tokens"][1:] == shown["nexts"][:-1]
     assert "".join(shown["tokens"][1:]).replace("·", " ") == TEXT and shown["nexts"][-1] == ""
     assert "norm plain, through the last mlp" in shown["title"]
+    facts = dict(shown["facts"])
+    assert facts["prompt"] == TEXT and facts["step"] == "3" and facts["checkpoint"].endswith("step-00000003")
+    count = sum(parameter.numel() for parameter in load_config(run / CONFIG_FILE).model.body().parameters())
+    rows = Tokenizer.load(run / TOKENIZER_FOLDER).vocab_size
+    count += rows * load_config(run / CONFIG_FILE).model.width
+    assert facts["model"] == f"a, {count / 1e6:.1f}M parameters, vocabulary of {rows:,}"
 
 
 def test_a_window_and_one_token_of_an_example(run, tmp_path):
@@ -91,7 +98,11 @@ def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
     settings = {"text": TEXT, "norm": "none"}
     ours, _ = see(program.LensConfig(run=str(run), **settings), torch.device("cpu"))
     theirs, _ = see(program.LensConfig(hf=str(tmp_path / "model"), **settings), torch.device("cpu"))
-    assert theirs.title == "model, norm none" and theirs.guesses == ours.guesses and theirs.tokens == ours.tokens
+    assert (
+        theirs.title == ours.title.replace("a, ", "model, ").replace("step 3, ", "")
+        and theirs.guesses == ours.guesses
+        and theirs.tokens == ours.tokens
+    )
     for a, b in zip(theirs.views, ours.views, strict=True):
         assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
 

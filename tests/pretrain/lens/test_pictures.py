@@ -1,9 +1,10 @@
-"""The pictures and the page, looked at in a real browser."""
+"""The lens's pictures and page, in a real browser."""
 
 import json
 import math
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -14,12 +15,13 @@ from matplotlib.image import imread
 
 from pretrain.lens.lens import LensResult, run_lens
 from pretrain.lens.method import Method
-from pretrain.lens.plot import draw, page, write_pictures
-from pretrain.lens.views import Heatmap, LensTable, sheet, visible
-from tests.browser import dumped, screenshot
+from pretrain.lens.page import page
+from pretrain.lens.plot import draw, write_pictures
+from pretrain.lens.views import Heatmap, LensTable, lens_table, visible
+from tests.browser import CONTRAST, DARK, NARROW, SIDEWAYS, dumped, evaluated, screenshot
 from tests.pretrain.lens.test_lens import VOCAB, owner, problem
 
-NASTY = "</script><b>&amp;$x_2$"  # what a token may be: a tag, an entity, a formula
+NASTY = "</script><b>&amp;$x_2$"  # a token may look like a tag, an entity or a formula
 KEYS = ["probability", "logit", "rank_final", "kl_final", "kl_input"]
 KEYS += ["rank_input", "kl_final_reverse", "kl_input_reverse", "entropy"]
 
@@ -35,7 +37,8 @@ def seen() -> tuple[LensResult, LensTable]:
     tokens[0, 3] = 7
     found = run_lens(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
     columns = [n for n in range(tokens.shape[1]) if n != 5]
-    return found, sheet(found, f"a model {NASTY}", columns, 0, named, VOCAB)
+    facts = [("prompt", NASTY), ("model", "tiny, 1.0M parameters"), ("step", "450")]
+    return found, lens_table(found, f"a model {NASTY}", facts, columns, 0, named, VOCAB)
 
 
 def views_of(shown: LensTable) -> dict[str, Heatmap]:
@@ -43,7 +46,7 @@ def views_of(shown: LensTable) -> dict[str, Heatmap]:
 
 
 class Cells(HTMLParser):
-    """The table of a page: of each cell its row, column, classes, style and text."""
+    """The cells of a page's grid: row, column, classes, style and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -67,72 +70,138 @@ class Cells(HTMLParser):
             self._open.text += data
 
 
-def tip_of(dom: str) -> str:
-    """The text of the box beside a cell, or "" where it is hidden."""
-    opened = dom[dom.index('<div id="tip"') : dom.index('<p id="note"')]
-    return re.sub(r"<[^>]+>", "\n", opened) if "display: block" in opened.split(">")[0] else ""
+def numbers_of(text: str, shown: LensTable, r: int, n: int) -> None:
+    """Asserts that a text of the page has all numbers of the cell."""
+    for view in shown.views:
+        number = re.search(re.escape(view.title) + r"(?:, nats)?\s*([\d.,e-]+)", text)
+        assert number, (view.title, text)
+        assert math.isclose(float(number[1].replace(",", "")), float(view.values[r, n]), rel_tol=6e-3, abs_tol=1e-9)
 
 
-def test_the_page_shows_every_cell(browser, seen, tmp_path):
+def test_page_shows_every_cell(browser, seen, tmp_path):
     _, shown = seen
     (tmp_path / "lens.html").write_text(page(shown))
     dom = dumped(browser, (tmp_path / "lens.html").as_uri(), tmp_path).stdout
     table = Cells(dom).cells
-    assert len(table) == len(shown.rows) * len(shown.tokens)
+    assert len(table) == len(shown.layers) * len(shown.tokens)
     for (r, n), cell in table.items():
         assert cell.text == shown.guesses[r][n][0]
         assert ("agrees" in cell.classes) == bool(shown.agrees[r, n])
-    assert all("agrees" in table[len(shown.rows) - 1, n].classes for n in range(len(shown.tokens)))
-    colours = {cell.style for cell in table.values()}
-    assert len(colours) > 10, "every cell has the colour of its value"
-    assert dom.count("(*)</span>") == int(shown.right.sum())
-    assert tip_of(dom) == ""
+    assert all("agrees" in table[len(shown.layers) - 1, n].classes for n in range(len(shown.tokens)))
+    assert len({cell.style for cell in table.values()}) > 10, "every cell has the colour of its value"
+    assert dom.count('class="token right"') == int(shown.right.sum())
+    for name, text in shown.facts:
+        assert f"<dt>{name}</dt>" in dom and escape(text, quote=False) in dom
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_cell_of_a_view_can_be_linked_to(browser, seen, tmp_path, key):
-    """The box has the numbers of the cell, the heading is the view's."""
+def test_address_selects_view_and_cell(browser, seen, tmp_path):
     _, shown = seen
-    (tmp_path / "lens.html").write_text(page(shown))
-    r, n = 1, 3
-    dom = dumped(browser, (tmp_path / "lens.html").as_uri() + f"#view={key}&row={r}&column={n}", tmp_path).stdout
-    tip = tip_of(dom)
-    view = views_of(shown)[key]
-    assert f"{view.title} · logit lens" in re.search("<title>(.*?)</title>", dom)[1].replace("&amp;", "&")
-    assert re.search(rf'data-view="{key}" aria-pressed="true"', dom) and dom.count('aria-pressed="true"') == 1
-    assert f"{shown.rows[r]}, position {shown.positions[n]}" in tip and shown.guesses[r][n][2] in tip
-    for one in shown.views[2:]:
-        number = re.search(re.escape(one.title) + r": (\S+)", tip)
-        assert number and math.isclose(float(number[1]), float(one.values[r, n]), rel_tol=6e-3, abs_tol=1e-9), tip
+    code = """return sheet.views.map((one) => {
+      location.hash = `view=${one.key}&row=1&column=3`;
+      open();
+      const pressed = [...document.querySelectorAll("[aria-pressed=true][data-view]")].map((one) => one.dataset.view);
+      return [one.key, document.title, pressed, byId("inspector").innerText, byId("cap").textContent];
+    });"""
+    results = evaluated(browser, page(shown), code, tmp_path)
+    assert [key for key, *_ in results] == KEYS
+    for (key, title, pressed, text, cap), view in zip(results, shown.views, strict=True):
+        assert title == f"{view.title} · Logit lens" and pressed == [key] and cap == view.scale
+        assert f"{shown.layers[1]} · position {shown.positions[3]} · pinned" in text and shown.guesses[1][3][2] in text
+        numbers_of(text, shown, 1, 3)
 
 
-def test_pointing_at_a_cell_opens_its_box(browser, seen, tmp_path):
-    _, shown = seen
-    point = """<script>document.querySelector('#grid td[data-row="2"][data-column="4"]')
-      .dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));</script></body>"""
-    (tmp_path / "lens.html").write_text(page(shown).replace("</body>", point))
-    dom = dumped(browser, (tmp_path / "lens.html").as_uri(), tmp_path).stdout
-    assert f"{shown.rows[2]}, position {shown.positions[4]}" in tip_of(dom)
+@pytest.fixture(scope="module")
+def long(seen) -> LensTable:
+    return lens_table(seen[0], "long", [], [n % 11 for n in range(1000)], 0, named, VOCAB)
 
 
-def test_the_page_needs_nothing_from_outside(seen):
+def test_thousand_tokens_never_scroll_sideways(browser, long, tmp_path):
+    """Keys, search, strip and pointer move a window of the positions; the page stays as wide as the screen."""
+    code = f"""const seen = {{ before: {SIDEWAYS}, count, strip: !byId("strip").hidden }};
+    const press = (key, target = document.body) =>
+      target.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }}));
+    const cell = () => [state.row, state.column, state.first <= state.column && state.column < state.first + count,
+                        document.querySelectorAll("#grid td.on").length];
+    for (const key of ["ArrowRight", "ArrowRight", "ArrowDown"]) press(key);
+    seen.moved = cell();
+    press("Enter");
+    seen.hash = location.hash;
+    press("End");
+    seen.end = cell();
+    press("PageUp");
+    seen.back = state.first;
+    press("Home");
+    press("/");
+    seen.focus = document.activeElement.id;
+    byId("search").value = "t3";
+    byId("search").dispatchEvent(new Event("input"));
+    press("Enter", byId("search"));
+    seen.found = [sheet.tokens[state.column], hits.length, byId("found").textContent];
+    byId("search").blur();
+    press("?");
+    seen.help = byId("help").open;
+    byId("help").close();
+    const bar = byId("strip").getBoundingClientRect();
+    const at = (type, x) =>
+      byId("strip").dispatchEvent(new PointerEvent(type, {{ clientX: bar.left + x * bar.width, bubbles: true }}));
+    byId("strip").setPointerCapture = () => {{}};
+    at("pointerdown", 0.5);
+    seen.clicked = state.first + count / 2;
+    at("pointermove", 0.75);
+    seen.dragged = state.first + count / 2;
+    at("pointerup", 0.75);
+    byId(`cell-2-${{state.first}}`).dispatchEvent(new PointerEvent("pointerover", {{ bubbles: true }}));
+    seen.tip = [getComputedStyle(byId("tip")).display, byId("tip").innerText.includes(`position ${{state.first}}`)];
+    seen.table = [matrix().length, matrix()[0].length, everything().length];
+    seen.after = {SIDEWAYS};
+    return seen;"""
+    found = evaluated(browser, page(long), code, tmp_path, "--window-size=1400,900")
+    top = len(long.layers) - 1
+    assert found["before"] == found["after"] == 0 and found["strip"] and 5 < found["count"] < 30
+    assert found["moved"] == [top - 1, 1, True, 1], "the first key selects the first cell"
+    assert found["hash"] == f"#view=probability&row={top - 1}&column=1"
+    assert found["end"] == [top - 1, 999, True, 1] and found["back"] == 1000 - 2 * found["count"]
+    hits = [n for n, token in enumerate(long.tokens) if "t3" in token]
+    assert found["focus"] == "search" and found["found"] == ["t3", len(hits), f"2 of {len(hits)}"]
+    assert found["help"] is True and found["tip"] == ["block", True]
+    assert abs(found["clicked"] - 500) <= 1 and abs(found["dragged"] - 750) <= 1
+    assert found["table"] == [3 + len(long.layers), 1001, 1 + 1000 * len(long.layers)]
+
+
+@pytest.mark.parametrize("flags", [(), (DARK, NARROW)], ids=["light", "dark and narrow"])
+def test_printed_text_is_legible(browser, long, tmp_path, flags):
+    """Contrast is at least 4.5 on the colours of all cells and views; the theme is the system's, then the other."""
+    code = f"""const contrast = {CONTRAST};
+    const cells = () => sheet.views.map((one) => {{ setView(one.key); return contrast("#grid td"); }});
+    choose(1, 3);
+    const texts = "p, dt, dd, h1, h2, h3, th, button, summary, .context, #ticks span, #range";
+    const seen = [dark(), Math.min(...cells()), contrast(texts)];
+    byId("theme").click();
+    return [[...seen], [dark(), Math.min(...cells()), contrast(texts)], {SIDEWAYS}];"""
+    first, second, beyond = evaluated(browser, page(long), code, tmp_path, *flags)
+    assert [first[0], second[0]] == ([True, False] if flags else [False, True])
+    assert min(*first[1:], *second[1:]) >= 4.5 and beyond == 0
+
+
+def test_page_needs_no_network(seen):
     text = page(seen[1])
-    assert not re.search(r"(src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest|https?:", text)
+    loads = r"(src|href)\s*=\s*[\"']|@import|url\(|fetch\(|XMLHttpRequest|https?:(?!//www\.w3\.org/2000/svg)"
+    assert not re.search(loads, text)
     assert "default-src 'none'" in text
     assert text.count("</script>") == 1, "a token must not end the script"
     data = json.loads(re.search(r"const sheet = (.*);\n", text)[1])
     assert data["tokens"][3] == NASTY and data["nexts"] == seen[1].nexts
 
 
-def test_a_page_of_a_diverged_model_opens(browser, tmp_path):
+def test_page_of_diverged_model_opens(browser, tmp_path):
     body, weight, tokens, targets = problem("gpt2")
     found = run_lens(owner(0, 1, weight * math.nan), body, body, tokens[:1], targets[:1], Method(), k=2)
-    write_pictures(sheet(found, "nan", list(range(4)), 0, named, VOCAB), tmp_path)
+    write_pictures(lens_table(found, "nan", [], list(range(4)), 0, named, VOCAB), tmp_path)
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + "#view=entropy&row=0&column=0", tmp_path).stdout
-    assert "Entropy, nats: –" in tip_of(dom)
+    assert "<dt>Entropy, nats</dt><dd>–</dd>" in dom and "No value is finite." in dom
 
 
-def test_a_look_that_fails_leaves_the_one_before_it_whole(seen, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_files_before_it(seen, tmp_path, monkeypatch):
     paths = write_pictures(seen[1], tmp_path)
     before = [path.read_bytes() for path in paths]
     monkeypatch.setattr("pretrain.lens.plot.page", lambda shown: 1 / 0)
@@ -141,7 +210,7 @@ def test_a_look_that_fails_leaves_the_one_before_it_whole(seen, tmp_path, monkey
     assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_the_pictures_are_seen(browser, seen, tmp_path):
+def test_pictures_are_visible(browser, seen, tmp_path):
     """Each PNG is one that the browser can show, and the page's screenshot has its colours."""
     _, shown = seen
     paths = write_pictures(shown, tmp_path / "out")
@@ -160,12 +229,25 @@ def test_the_pictures_are_seen(browser, seen, tmp_path):
     assert coloured.mean() > 0.005, "the cells have colours"
 
 
-def test_a_long_window_goes_on_below(seen):
-    """Bands of even width."""
-    found, _ = seen
-    wide = sheet(found, "", [n % 11 for n in range(49)], 0, named, VOCAB)
+def test_long_text_goes_on_in_bands(seen, long):
+    """Bands of even width, with texts; a text that is much longer is one band of colours."""
+    wide = lens_table(seen[0], "", [], [n % 11 for n in range(25)], 0, named, VOCAB)
     figure = draw(wide, views_of(wide)["kl_final"])
-    assert [len(axes.get_xticks()) for axes in figure.axes[:3]] == [17, 17, 15]
+    assert [axes.get_xlim()[1] - axes.get_xlim()[0] for axes in figure.axes[:3]] == [9, 9, 7]
+    figure = draw(long, views_of(long)["kl_final"])
+    assert figure.axes[0].get_xlim() == (-0.5, 999.5) and len(figure.axes) == 2, "and the bar of the colours"
+
+
+def test_colours_fit_the_layers_above_the_input(long):
+    """The scale names its end: what is beyond it has the last colour."""
+    for view in long.views:
+        above = view.values[1:]
+        end = max(10, math.ceil(np.percentile(above, 99))) if view.log else np.percentile(above, 99)
+        assert view.high == pytest.approx(end) and view.low <= view.high
+        assert re.search(r"end at (the 99th percentile above the input: )?[\d.,]+\. The largest", view.scale), (
+            view.scale
+        )
+        assert (above <= view.high).mean() >= 0.98
 
 
 @pytest.mark.parametrize(
@@ -182,12 +264,12 @@ def test_a_long_window_goes_on_below(seen):
         (b"\x00", "\\x00"),
     ],
 )
-def test_a_token_can_be_read(data, text):
+def test_token_text_is_visible(data, text):
     assert visible(data) == text
 
 
-def test_every_view_of_a_look(seen):
-    """The views take the numbers that they are called by; the columns are the chosen ones."""
+def test_views_show_the_numbers_of_their_names(seen):
+    """Of the chosen columns."""
     found, shown = seen
     columns = [n for n in range(11) if n != 5]
     reading = found.reading
@@ -206,8 +288,4 @@ def test_every_view_of_a_look(seen):
     assert list(views) == list(truth) and shown.positions == columns
     for key, values in truth.items():
         assert torch.equal(torch.from_numpy(views[key].values), values[:, columns])
-    assert [(views[key].high, views[key].log) for key in ("rank_final", "rank_input", "kl_final")] == [
-        (100, True),
-        (1000, True),
-        (30.0, False),
-    ]
+    assert [key for key in views if views[key].log] == ["rank_final", "rank_input"]
