@@ -36,11 +36,9 @@ def statistics_page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokeni
         html.section("Documents", html.beside(html.charts("lengths"), html.table(lengths))),
         html.section(
             "Rows",
-            html.beside(html.charts("uses"), "".join(map(html.note, usage_lines(total)))),
-            html.beside(
-                html.table(most, "The most frequent rows", long=3),
-                html.table(never, "The first of the rows never used", long=1) if len(never) > 1 else "",
-            ),
+            *map(html.note, usage_lines(total)),
+            html.beside(html.charts("uses"), html.table(most, "The most frequent rows", long=3)),
+            html.table(never, "The first of the rows never used", long=1) if len(never) > 1 else "",
         ),
     ]
     data = {"charts": {"lengths": [_lengths(total)], "uses": [_uses(by_split)]}}

@@ -53,7 +53,7 @@ def evaluated(browser: str, page: str, code: str, folder: Path, *flags: str) -> 
 
 NARROW = "--window-size=400,900"
 DARK = "--blink-settings=preferredColorScheme=0"
-SIDEWAYS = "document.documentElement.scrollWidth - document.documentElement.clientWidth"  # pixels beyond the screen
+SIDEWAYS = "Math.max(0, document.documentElement.scrollWidth - innerWidth)"  # pixels beyond the right edge
 # A function of a selector: the least contrast (WCAG 2) of a visible text in the page with what it is printed on.
 CONTRAST = """(selector) => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);

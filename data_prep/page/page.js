@@ -130,13 +130,16 @@ function chart(parent, spec) {
       draw("text", { x: left - 7, y: Y(tick) + 4, "text-anchor": "end" }, svg, label(tick));
     }
     let ticks = spec.x.ticks ?? ticksOf(xLow, xHigh, spec.x.log, Math.max(2, Math.floor(width / 90))).map((tick) => [tick, brief(tick)]);
-    const widest = 7.4 * Math.max(...ticks.map((tick) => tick[1].length)) + 8;
-    const every = Math.max(1, Math.ceil(ticks.length * widest / (width - left - right)));
-    ticks = ticks.filter((_, i) => (ticks.length - 1 - i) % every === 0);
-    for (const [tick, text] of ticks) {
+    let edge = width + 8;  // of the label at the right; those that would touch it are left out
+    ticks = ticks.filter(([tick]) => tick >= xLow && tick <= xHigh).reverse().flatMap(([tick, text]) => {
+      const wide = 7.2 * text.length, end = Math.min(X(tick) + wide / 2, width);
+      if (end > edge - 8) return [];
+      edge = end - wide;
+      return [[tick, text, end - wide / 2]];
+    });
+    for (const [tick, text, middle] of ticks) {
       draw("line", { x1: X(tick), x2: X(tick), y1: height - bottom, y2: height - bottom + 4, class: "zero" }, svg);
-      const edge = X(tick) + 3.7 * text.length > width ? "end" : "middle";
-      draw("text", { x: edge === "end" ? width : X(tick), y: height - bottom + 17, "text-anchor": edge }, svg, text);
+      draw("text", { x: middle, y: height - bottom + 17, "text-anchor": "middle" }, svg, text);
     }
     draw("text", { x: (left + width - right) / 2, y: height - 5, "text-anchor": "middle" }, svg, spec.x.label);
     spec.lines.forEach((line, i) => {

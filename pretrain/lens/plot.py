@@ -20,7 +20,7 @@ from data_prep.durable import durable
 from .page import page
 from .views import COLOURS, Heatmap, LensTable
 
-WIDTH, DPI = 9.2, 180  # inches; a document shows the picture at about half of its pixels
+WIDTH, DPI = 9.2, 150  # inches; 1,380 pixels, which documents show at about 60 %
 BAND = 12  # the most columns side by side with their texts; more go below
 CELL, LINE = 0.3, 0.2  # inches: height of a cell, of a line of text
 LETTERS = 9  # of a token that fit a cell
@@ -63,10 +63,8 @@ def draw(shown: LensTable, view: Heatmap) -> Figure:
     height = head + legend + band * bands + 0.12 * (bands - 1)
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = (
-        (0.15 + 0.085 * max(map(len, (*shown.layers, "next token")))) / WIDTH,
-        1 - (0.15 if written else 0.3) / WIDTH,
-    )
+    left = (0.15 + 0.085 * max(map(len, (*shown.layers, "next token")))) / WIDTH
+    right = 1 - (0.15 if written else 0.3) / WIDTH
     norm = LogNorm(view.low, view.high) if view.log else Normalize(view.low, view.high)
     colours = ScalarMappable(norm, _map(view))
     for k, start in enumerate(range(0, N, width)):
@@ -75,9 +73,7 @@ def draw(shown: LensTable, view: Heatmap) -> Figure:
         box = (left, (top - band + texts) / height, (right - left) * len(columns) / width, (band - texts) / height)
         axes = figure.add_axes(box)
         values = np.clip(view.values[:, columns.start : columns.stop], view.low, view.high)
-        axes.imshow(
-            values, norm=colours.norm, cmap=colours.cmap, aspect="auto", origin="lower", interpolation="nearest"
-        )
+        axes.imshow(values, _map(view), norm, aspect="auto", origin="lower", interpolation="nearest")
         _label(axes, shown, columns, written)
         if written:
             _write_guesses(axes, shown, columns, colours.to_rgba(values))
@@ -86,7 +82,8 @@ def draw(shown: LensTable, view: Heatmap) -> Figure:
     figure.colorbar(colours, cax=bar, orientation="horizontal").outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2, colors=SOFT)
     bar.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if view.log else "{x:,.3g}"))
-    figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(view.scale, 84), fontsize=8, color=SOFT, va="center")
+    key = f"{view.scale} Frame: the output's guess. ✓: the guess is right." if written else view.scale
+    figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(key, 84), fontsize=8, color=SOFT, va="center")
     return figure
 
 
@@ -137,9 +134,8 @@ def _write_guesses(axes: Axes, shown: LensTable, columns: range, colours: np.nda
             ink = "black" if _luminance(colours[r, x, :3]) > 0.179 else "white"
             axes.text(x, r, _short(row[n][0]), color=ink, **TOKEN)
             if shown.agrees[r, n]:
-                axes.add_patch(
-                    Rectangle((x - 0.455, r - 0.4), 0.91, 0.8, fill=False, edgecolor=ink, linewidth=0.7, alpha=0.8)
-                )
+                frame = Rectangle((x - 0.455, r - 0.4), 0.91, 0.8, fill=False, edgecolor=ink, linewidth=0.7)
+                axes.add_patch(frame)
 
 
 def _luminance(rgb: np.ndarray) -> float:

@@ -21,7 +21,7 @@ SCRIPT = "charts();\nthemed();\n"
 def page(tied: ReportRun, untied: ReportRun) -> str:
     """The whole page."""
     title = f"Tied and untied: {tied.folder.name} and {untied.folder.name}"
-    parts = [html.header(title), "<main>", html.facts(summary(tied, untied))]
+    parts = [html.header("A tied and an untied run"), "<main>", html.facts(summary(tied, untied))]
     parts += [html.note(line, "warning") for line in warnings(tied, untied)]
     rows = [["", "tied", "untied", "untied − tied"], *facts(tied, untied)]
     parts += [html.section("Result", html.beside(html.table(rows), "".join(map(html.note, NOTES))))]

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import browser
 from tests.data_prep.commands import small_spec, texts
+
+__all__ = ["browser"]
 
 
 @pytest.fixture(scope="session")

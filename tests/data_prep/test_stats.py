@@ -8,7 +8,10 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.stats import count, count_file, whole, write_statistics
-from data_prep.token_file import HEADER, MAGIC, VERSION, TokenFile
+from data_prep.stats_page import statistics_page
+from data_prep.token_file import HEADER, MAGIC, TOKENIZER_FOLDER, VERSION, TokenFile
+from data_prep.tokenizer import Tokenizer
+from tests.browser import CONTRAST, DARK, NARROW, SIDEWAYS, evaluated
 from tests.data_prep.commands import assert_one_error, tokenize, tokenize_here
 from tests.data_prep.folders import make_folder
 
@@ -41,7 +44,24 @@ def test_the_page(tmp_path: Path) -> None:
         assert " ".join(line.split()) in " ".join(text.split())
     assert text.startswith((tmp_path / "statistics.txt").read_text())
     assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "statistics.html").read_text().startswith("<!doctype html>")
     assert write_statistics(tmp_path) == text  # its own files are no obstacle
+
+
+def test_page_draws_the_counts(browser: str, tmp_path: Path) -> None:
+    """Bars and curves; on a narrow screen, in the dark: no scrolling sideways, legible text."""
+    make_folder(tmp_path)
+    by_split, tokenizer = count(tmp_path), Tokenizer.load(tmp_path / TOKENIZER_FOLDER)
+    code = f"""const contrast = {CONTRAST};
+    return {{ bars: document.querySelectorAll(".chart rect").length, beyond: {SIDEWAYS},
+             lines: [...document.querySelectorAll(".chart path")].map((one) => one.dataset.name),
+             contrast: contrast("p, dt, dd, th, td, h1, h2, h3, button, .legend span, caption"),
+             text: document.body.innerText }};"""
+    page = statistics_page(tmp_path, by_split, tokenizer)
+    found = evaluated(browser, page, code, tmp_path, NARROW, DARK)
+    assert found["bars"] == 2 and found["lines"] == ["Use of the rows: train", "Use of the rows: val"]
+    assert found["beyond"] == 0 and found["contrast"] >= 4.5
+    assert "'<|endoftext|>'" in found["text"] and "0.600" in found["text"]
 
 
 @pytest.mark.parametrize("id", [-1, 70_000, 2**31 - 1])

@@ -1,11 +1,10 @@
-"""The page of a tied and an untied run matches the runs and is drawn completely."""
+"""The page of a tied and an untied run shows the numbers of the runs, and draws all of them."""
 
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,19 +13,21 @@ from pretrain.families.gpt2 import GPT2Config
 from pretrain.tie_report.page import page
 from pretrain.tie_report.report import Chart, facts, sections, warnings
 from pretrain.tie_report.run import ReportRun
+from tests.browser import CONTRAST, DARK, NARROW, SIDEWAYS, evaluated
 from tests.pretrain.tiny import VOCAB, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
 STEPS, LOOKS = 9, 3
 LATER = (
-    "The last validation losses are of step 9 when tied, and of step 6 when not: compare the curves, not these values."
+    "The last validation losses are of different steps (step 9 of the tied run, step 6 of the untied run): compare the"
+    " curves, not these values."
 )
 BODY = sum(p.numel() for p in GPT2Config(layers=2, width=24, heads=3, context=16).body().parameters())
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Runs: tied, untied, untied in the middle, and tied with another seed and without monitor."""
+    """Runs: tied, untied, split after some steps, and a tied one with another seed and without the monitor."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_tokens(folder / "tokens")
     kinds = {
@@ -49,19 +50,19 @@ def charts_of(tied: ReportRun, untied: ReportRun) -> dict[str, Chart]:
     return {chart.title: chart for section in sections(tied, untied) for chart in section.charts}
 
 
-def test_facts_match_runs(runs):
+def test_facts_match_the_runs(runs):
     found = {name: cells for name, *cells in facts(*pair(runs))}
     matrix = VOCAB * 24
     one, other = BODY + matrix, BODY + 2 * matrix
     assert found["parameters"] == [f"{one:,}", f"{other:,}", f"+{matrix:,} (+{matrix / one:.1%})"]
-    assert found["of them in matrices"][:2] == [f"{matrix:,}", f"{2 * matrix:,}"]
+    assert found["parameters in matrices"][:2] == [f"{matrix:,}", f"{2 * matrix:,}"]
     assert found["steps"] == [str(STEPS), str(STEPS), "+0"]
-    for kind, shown in zip(("tied", "untied"), found["loss, last tenth of the log"], strict=False):
+    for kind, value in zip(("tied", "untied"), found["training loss, last tenth of the log"], strict=False):
         last = json.loads((runs[kind] / "metrics.jsonl").read_text().splitlines()[-1])
-        assert shown == f"{last['loss']:.4f}"
+        assert value == f"{last['loss']:.4f}"
 
 
-def test_curves_match_runs(runs):
+def test_curves_match_the_runs(runs):
     charts = charts_of(*pair(runs))
     lines = [json.loads(line) for line in (runs["untied"] / "metrics.jsonl").read_text().splitlines()]
     by_name = {line.name: line.points for line in charts["Training loss"].lines}
@@ -73,25 +74,25 @@ def test_curves_match_runs(runs):
         assert all(np.isfinite([y for _, y in line.points]).all() for line in chart.lines), chart.title
 
 
-def test_untied_run_shows_drift(runs):
+def test_split_run_shows_its_drift(runs):
     split = pair(runs, untied="split")
     (drift,) = charts_of(*split)["Drift since the split"].lines
     assert drift.name == "untied" and len(drift.points) == STEPS - 4
-    assert "The untied run was tied up to step 4: its curves begin as one matrix." in warnings(*split)
+    assert "The untied run was tied up to step 4: until then its curves are of one matrix." in warnings(*split)
 
 
-def test_other_differences_warn(runs):
-    """Warns about settings that can change a loss, so not about `monitor` or `train.hang_timeout`."""
+def test_other_differences_are_warnings(runs):
+    """Only settings that could change a loss: not `monitor`, nor how long a rank may hang."""
     assert list(warnings(*pair(runs, tied="plain"))) == [
-        "Another setting differs: seed is 8 when tied, and 7 when not.",
-        "The tied run was not watched (monitor.embedding_every=0): no gradients, no health of rows.",
+        "Another setting differs: seed is 8 in the tied run, 7 in the untied run.",
+        "The tied run has no measures of gradients and rows: monitor.embedding_every was 0.",
     ]
-    assert "Input's share" in charts_of(*pair(runs, tied="plain")), "named in the other run's warning"
+    assert "Input's share" in charts_of(*pair(runs, tied="plain")), "the untied run has them"
 
 
 @pytest.mark.parametrize("last,expected", [(9, []), (6, [LATER]), (0, [])])
-def test_last_losses_at_different_steps_warn(runs, tmp_path, last, expected):
-    """Evaluates the tied run at its end and the untied run at step `last` (0: never)."""
+def test_last_losses_of_different_steps_are_warned_of(runs, tmp_path, last, expected):
+    """The tied run is evaluated at its end, the untied one at step `last`; 0: never."""
     evaluated = {kind: tmp_path / kind for kind in ("tied", "untied")}
     for (kind, folder), end in zip(evaluated.items(), (STEPS, last), strict=True):
         shutil.copytree(runs[kind], folder)
@@ -104,26 +105,32 @@ def test_last_losses_at_different_steps_warn(runs, tmp_path, last, expected):
     assert list(warnings(*pair(evaluated))) == expected
 
 
-def test_page_is_rendered(runs, tmp_path):
+def test_page_draws_every_curve(browser, runs, tmp_path):
+    """On a narrow screen, in the dark: no scrolling sideways, legible text, and keys read the values."""
     out = tmp_path / "tie.html"
     command = [sys.executable, "-m", "pretrain.tie_report", f"tied={runs['tied']}", f"untied={runs['split']}"]
     done = subprocess.run([*command, f"out={out}"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and f"page: {out}" in done.stdout, done.stderr
+    code = f"""const contrast = {CONTRAST}, svg = document.querySelector(".chart svg");
+    const lines = [...document.querySelectorAll(".chart path")].map((one) => [one.dataset.name, one.getAttribute("d")]);
+    svg.dispatchEvent(new KeyboardEvent("keydown", {{ key: "ArrowRight" }}));
+    return {{ lines, beyond: {SIDEWAYS}, contrast: contrast("p, dt, dd, th, td, h1, h2, h3, button, .legend span"),
+             read: document.querySelector(".chart .legend").textContent, text: document.body.innerText }};"""
     text = out.read_text()
-    pictures = [ElementTree.fromstring(f"<svg{rest.partition('</svg>')[0]}</svg>") for rest in text.split("<svg")[1:]]
-    drawn = {element.get("id"): element for picture in pictures for element in picture.iter()}
+    found = evaluated(browser, text, code, tmp_path, NARROW, DARK)
     charts = charts_of(*pair(runs, untied="split"))
-    assert len(pictures) == 3 and len(charts) > 12
-    for chart in charts.values():
-        for line in chart.lines:
-            curve = next(drawn[f"{chart.title}: {line.name}"].iter("{http://www.w3.org/2000/svg}path"))
-            assert curve.get("d", "").count("L") == len(line.points) - 1, chart.title
-    assert "NaN" not in text and f"{BODY + VOCAB * 24:,}" in text and "<script" not in text
+    drawn = {name: d.count("L") + d.count("M") for name, d in found["lines"]}
+    assert drawn == {f"{c.title}: {line.name}": len(line.points) for c in charts.values() for line in c.lines}
+    assert len(charts) > 12 and "NaN" not in "".join(d for _, d in found["lines"])
+    assert found["beyond"] == 0 and found["contrast"] >= 4.5
+    first = charts["Training loss"].lines[0].points[0]
+    assert f"tied {float(f'{first[1]:.3g}')}" in found["read"] and f"at {first[0]}" in found["read"]
+    assert f"{BODY + VOCAB * 24:,}" in found["text"] and f"{runs['split']}, step {STEPS}" in found["text"]
 
 
-def test_token_text_is_escaped(runs, monkeypatch):
+def test_token_is_not_markup(runs, monkeypatch):
     monkeypatch.setattr(ReportRun, "text", lambda self, row: "</table><script>")
-    assert "<script" not in page(*pair(runs))
+    assert page(*pair(runs)).count("<script") == 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ def test_token_text_is_escaped(runs, monkeypatch):
         (["both={tied}"], "must be tied=, untied= or out=; see --help"),
     ],
 )
-def test_invalid_command_prints_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_command_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
     from pretrain.commands import tie_report as command
 
     quiet, empty = tmp_path / "quiet", tmp_path / "empty"

@@ -223,7 +223,7 @@ def test_pictures_are_visible(browser, seen, tmp_path):
     widths = [int(width) for width in re.search('data-widths="([^"]+)"', dom)[1].split()]
     assert len(widths) == len(KEYS) and min(widths) > 600
     for path in paths[:-1]:
-        assert len(np.unique(imread(path).reshape(-1, 4), axis=0)) > 20, f"{path.name} is blank"
+        assert len(np.unique(imread(path)[::5, ::5].reshape(-1, 4), axis=0)) > 20, f"{path.name} is blank"
     seen_by_visitor = imread(screenshot(browser, paths[-1].as_uri(), tmp_path))[..., :3]
     coloured = (seen_by_visitor.max(-1) - seen_by_visitor.min(-1)) > 0.2
     assert coloured.mean() > 0.005, "the cells have colours"
