@@ -91,9 +91,9 @@ COMMANDS = {
         (["export", "run={run}", "out={run}", "dtype=fp8"], "dtype=fp8 must be one of fp32, bf16, fp16"),
         (["import", "hf={run}", "run={held}"], "run.dir={held} is in use by another process"),
         *((["import", f"hf={{{name}}}", "run={run}"], said) for name, said in NO_MODELS.items()),
-        (["import", "hf={hf}", "run={run}", "model.layers=1"], "model.layers is told by hf= and run="),
+        (["import", "hf={hf}", "run={run}", "model.layers=1"], "model.layers must not be given"),
         (["import", "hf={hf}", "run={run}", "train.steps=0"], "train.steps=0 must be at least 1"),
-        (["import", "hf={hf}", "run={queued}"], "run={queued} has config.yaml: choose another folder"),
+        (["import", "hf={hf}", "run={queued}"], "run={queued} must be new, but has config.yaml"),
     ],
     "pretrain.commands.data": [
         (["show", "run={run}"], "{run}/config.yaml is missing"),

@@ -75,7 +75,7 @@ def charts(key: str) -> str:
 
 
 def note(text: str, kind: str = "soft") -> str:
-    """A paragraph, or nothing if there is no text."""
+    """A paragraph; an empty text gives nothing."""
     return f'<p class="{kind}">{escape(text)}</p>' if text else ""
 
 

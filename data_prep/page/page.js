@@ -189,8 +189,11 @@ function chart(parent, spec) {
   let seen = box.clientWidth;
   new ResizeObserver(() => { if (box.clientWidth !== seen) { seen = box.clientWidth; layout(); } }).observe(box);
 }
-// The charts of an element with data-charts=KEY, and under them all their numbers.
+// The charts of an element with data-charts=KEY, and under them all their numbers. #only=HEADING shows one section.
 function charts() {
+  const only = new URLSearchParams(location.hash.slice(1)).get("only");
+  const other = (part) => part.querySelector("h2")?.textContent !== only;
+  if (only) document.querySelectorAll("header, main > *").forEach((part) => { part.hidden = other(part); });
   document.querySelectorAll("[data-charts]").forEach((place) => {
     const specs = sheet.charts[place.dataset.charts], box = make("div", null, place, "charts");
     specs.forEach((spec) => chart(box, spec));

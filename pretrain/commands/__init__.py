@@ -1,1 +1,1 @@
-"""The commands `python -m pretrain.…`: above all that they import, so that no import points up."""
+"""The commands `python -m pretrain.…`. A package of their own, so that no module below imports upwards."""

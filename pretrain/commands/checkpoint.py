@@ -1,4 +1,4 @@
-"""Look after the checkpoints of a run: `python -m pretrain.checkpoint --help`. Starts no process group."""
+"""Lists, verifies and prunes the checkpoints of a run: `python -m pretrain.checkpoint --help`."""
 
 import sys
 from collections.abc import Callable
@@ -26,22 +26,22 @@ from ..checkpoint.folder import (
 from ..config.checkpoint import CheckpointConfig
 from ..locks import RANKS_LOCK
 
-HELP = """Look after the checkpoints of a run.
+HELP = """Lists, verifies and prunes the checkpoints of a run.
 
   python -m pretrain.checkpoint list   run=runs/a             step, date, size, samples, validation loss, ranks, engine
-  python -m pretrain.checkpoint verify run=runs/a             every file against its sha256; exits 1, naming each fault
-  python -m pretrain.checkpoint verify run=runs/a step=500    of that checkpoint alone
-  python -m pretrain.checkpoint prune  run=runs/a             removes what the run's own settings do not keep
-  python -m pretrain.checkpoint prune  run=runs/a keep=2      the newest two; keep_every=1000 and keep_best=1 likewise
+  python -m pretrain.checkpoint verify run=runs/a             checks each file's sha256; exits with 1 if one is damaged
+  python -m pretrain.checkpoint verify run=runs/a step=500    only that checkpoint
+  python -m pretrain.checkpoint prune  run=runs/a             removes what the run's settings do not keep
+  python -m pretrain.checkpoint prune  run=runs/a keep=2      keeps the newest two; likewise keep_every, keep_best
 
-prune is refused while the run is training. It leaves damaged checkpoints, and what was set aside as damaged-….
+prune is refused while the run is training. It keeps damaged checkpoints and folders named damaged-….
 """
 RULES = ("keep", "keep_every", "keep_best")
 
 
 @dataclass
 class Settings:
-    """run: its folder. step: of the checkpoint, null for all. The rules replace those of the run."""
+    """Arguments of the command. step: of the checkpoint, None for all. rules: replace the run's own."""
 
     run: Path
     step: int | None
@@ -49,7 +49,7 @@ class Settings:
 
 
 def main() -> None:
-    """Exits 0, 1 where a checkpoint is damaged, 2 with one line on a wrong command."""
+    """Runs the command. Exits with 0, with 1 if a checkpoint is damaged, or with 2 and one line if it is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
         if arguments[0] not in COMMANDS:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def show(settings: Settings) -> int:
-    """A line for each checkpoint, oldest first."""
+    """Prints a line per checkpoint, oldest first."""
     terminal.product()
     rows = [["step", "date", "MiB", "samples", "val loss", "ranks", "engine"]]
     for folder in _chosen(settings):
@@ -89,7 +89,7 @@ def _row(step: int, manifest: dict[str, Any]) -> list[str]:
 
 
 def verify(settings: Settings) -> int:
-    """A line for each checkpoint, and one for each fault on stderr."""
+    """Prints a line per checkpoint, and one per fault to stderr."""
     terminal.product()
     damaged = 0
     for folder in _chosen(settings):
@@ -106,11 +106,13 @@ def verify(settings: Settings) -> int:
 
 
 def prune(settings: Settings) -> int:
-    """Removes what the rules do not keep, and what killed processes have left."""
+    """Removes what the rules do not keep, and files left by killed processes."""
     if settings.step is not None:
-        raise ValueError("prune goes by rules, and takes no step")
+        raise ValueError("step must not be given to prune; give keep=, keep_every= or keep_best=")
     folders = _chosen(settings)
-    with exclusive(settings.run / RANKS_LOCK, f"run={settings.run} is in use by another process: it prunes by itself"):
+    with exclusive(
+        settings.run / RANKS_LOCK, f"run={settings.run} is in use by another process; a training prunes by itself"
+    ):
         saved = (newest_manifest(settings.run) or {}).get("config", {}).get("checkpoint", {})
         rules = CheckpointConfig(**{key: saved[key] for key in RULES if key in saved} | settings.rules)
         remove_unfinished(settings.run)
@@ -118,7 +120,7 @@ def prune(settings: Settings) -> int:
         for folder in doomed:
             remove(folder)
             print(f"removed {folder}")
-    print(f"{len(folders) - len(doomed)} checkpoints stay")
+    print(f"{len(folders) - len(doomed)} checkpoints kept")
     return 0
 
 
@@ -128,13 +130,13 @@ COMMANDS: dict[str, Callable[[Settings], int]] = {"list": show, "verify": verify
 def _settings(arguments: list[str]) -> Settings:
     given = key_values(arguments, ("run", "step", *RULES), f"run=, step=, {'=, '.join(RULES)}=")
     if not given.get("run"):
-        raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+        raise ValueError("run is missing; give the folder of a run, such as run=runs/a")
     numbers = {key: count_of(key, given[key]) for key in ("step", *RULES) if key in given}
     return Settings(Path(given["run"]), numbers.pop("step", None), numbers)
 
 
 def _chosen(settings: Settings) -> list[Path]:
-    """Raises ValueError if there is none."""
+    """Returns the folders of the chosen checkpoints. Raises ValueError if there are none."""
     found = checkpoints(settings.run)
     if not found:
         raise ValueError(f"run={settings.run} has no checkpoint")

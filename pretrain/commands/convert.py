@@ -1,4 +1,4 @@
-"""Makes runs of Hugging Face models and models of runs. Apart from hf.py, the command, because it needs torch."""
+"""Imports and exports Hugging Face models. Separate from the command hf.py because it needs torch."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from ..vocab import VocabConfig, VocabShard
 
 
 def import_folder(found: HFModel, tokenizer: FoundTokenizer, config: JobConfig) -> Iterator[str]:
-    """Makes the run of `config` of a folder; yields what to print. The caller holds the run, which is empty."""
+    """Imports a folder into the empty run of `config`; yields what to print. The caller holds the run's lock."""
     run, (spec, special, remark) = config.run_dir, tokenizer
     about = {
         "config": asdict(config),
@@ -37,7 +37,7 @@ def import_folder(found: HFModel, tokenizer: FoundTokenizer, config: JobConfig) 
         folder = save_weights(run, tensors, about, partial(write_config, config, spec, special))
     except BaseException:
         (run / KEPT_AS).unlink(missing_ok=True)
-        config.path.unlink(missing_ok=True)  # there was none before
+        config.path.unlink(missing_ok=True)  # the run had none before
         raise
     padding = sum(tensor.shape[0] - found.vocab_size for tensor in tensors if tensor.name in (EMBEDDING, OUTPUT))
     count = sum(tensor.bytes for tensor in tensors) // torch.float32.itemsize - padding * found.model.width
@@ -49,7 +49,7 @@ def import_folder(found: HFModel, tokenizer: FoundTokenizer, config: JobConfig) 
 
 
 def streams(found: HFModel, multiple: int) -> list[Streamed]:
-    """Our tensors, in fp32; the matrix with its rows of padding."""
+    """Returns our tensors in fp32, the matrix with its padding rows."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in found.model.body().named_parameters()}
     padded = VocabShard.of(0, 1, found.vocab_size, multiple).padded_size
@@ -66,7 +66,7 @@ def streams(found: HFModel, multiple: int) -> list[Streamed]:
 
 
 def export_run(folder: Path, config: JobConfig, run: Path, out: Path, dtype: str, head: bool) -> Iterator[str]:
-    """Makes `out` of a run's checkpoint, in `folder`; yields what to print. dtype: a key of DTYPES."""
+    """Exports the checkpoint in `folder` of a run to `out`; yields what to print. dtype: a key of DTYPES."""
     checkpoint = CheckpointRows(folder)
     check_files(checkpoint.folder, checkpoint.manifest)
     theirs = VocabConfig(**FAMILIES[config.model.family].vocab)

@@ -1,4 +1,4 @@
-"""Shows what the model saw: `python -m pretrain.data --help`. Reads the index and a batch's tokens; starts no rank."""
+"""Shows the batch of a step: `python -m pretrain.data --help`. Reads the index and the batch's tokens, no model."""
 
 import sys
 from collections.abc import Iterator
@@ -21,23 +21,23 @@ from ..data.dataset import Windows
 from ..data.samples import Samples
 
 NUMBERS = ("step", "rank", "world")
-MOST_STEPS = 2**40  # times a batch, it still is a number of samples
-HELP = """What did the model see?
+MOST_STEPS = 2**40  # times a batch, it is still a valid number of samples
+HELP = """Shows what the model saw at a step.
 
   python -m pretrain.data show run=runs/a step=1234                  the batch of that step: its documents and tokens
   python -m pretrain.data show run=runs/a step=1234 rank=3 world=8   what rank 3 of 8 saw of it
   python -m pretrain.data show data.path=data/mine step=1234 train.global_batch=64 seed=1
-                                                                     of a run that has those settings
+                                                                     of a run with these settings
 
-Steps are numbered as in metrics.jsonl. From the newest checkpoint before it on, the run's present settings are taken to
-hold. On a terminal each token has a shade of its own, each document a colour; a line tells where it lies in its file.
+Steps are numbered as in metrics.jsonl. After the newest checkpoint before the step, the run's current settings apply.
+On a terminal each document has a colour, and neighbouring tokens differ in shade. A line names the document's place.
 """
-COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of a document: two shades for its tokens, of 256
+COLOURS = ((24, 31), (58, 64), (90, 97), (94, 130))  # of the 256 of a terminal; two shades per document
 
 
 @dataclass(frozen=True)
 class Request:
-    """step: 1 is the first. rank of world: whose part; null: the whole batch."""
+    """Arguments of the command. step: 1 is the first. rank: of `world` ranks; None for the whole batch."""
 
     config: JobConfig
     run: Path | None
@@ -47,7 +47,7 @@ class Request:
 
 
 def main() -> None:
-    """Exits 0, or 2 with one line on a wrong command."""
+    """Runs the command. Exits with 0, or with 2 and one line if the command is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
         if arguments[0] != "show":
@@ -71,7 +71,7 @@ def _request(arguments: list[str]) -> Request:
         raise ValueError(f"rank={rank} must be below world={world}")
     if "run" in given:
         if settings:
-            raise ValueError(f"{settings[0]} is not for run={given['run']}, which has settings of its own")
+            raise ValueError(f"{settings[0]} must not be given with run={given['run']}, which has its own settings")
         config = load_config(Path(given["run"]) / CONFIG_FILE)
     else:
         register_groups()
@@ -82,7 +82,7 @@ def _request(arguments: list[str]) -> Request:
 
 
 def show(request: Request, coloured: bool) -> Iterator[str]:
-    """The lines to print."""
+    """Yields the lines to print."""
     config, train = request.config, request.config.train
     data = open_data(config.data)
     drawn = samples(config, data)
@@ -100,7 +100,7 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
 
 
 def _consumed(request: Request, samples: Samples) -> dict[str, int]:
-    """Samples that the run had consumed before that step, counted on from its newest checkpoint before it."""
+    """Samples consumed before the step, counted from the newest checkpoint before it."""
     steps, consumed = request.step - 1, {}
     for folder in reversed(checkpoints(request.run) if request.run else []):
         if step_of(folder) < request.step:
@@ -119,13 +119,13 @@ def _documents(windows: Windows, index: int, tokenizer: Tokenizer | None, colour
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer | None, shades: tuple[int, int] | None) -> str:
-    """The tokens' text, or their ids where there is no tokenizer."""
+    """Text of the tokens, or their ids without a tokenizer."""
     if shades is None:
         return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
     pieces = []
     for i, id in enumerate(ids.tolist()):
         text = f" {id}" if tokenizer is None else tokenizer.decode([id])
-        lines = text.split("\n")  # a shade must not run on to the end of a line
+        lines = text.split("\n")  # a shade must end before the end of the line
         on, off = f"\033[48;5;{shades[i % 2]}m", "\033[0m"
         pieces.append(f"{off}\n{on}".join([on + lines[0], *lines[1:]]) + off)
     return "".join(pieces)

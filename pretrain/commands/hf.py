@@ -1,4 +1,7 @@
-"""Hugging Face in and out: `python -m pretrain.interop.hf --help`. One process, which never holds the whole matrix."""
+"""Imports and exports Hugging Face models: `python -m pretrain.interop.hf --help`.
+
+Runs in one process, which never holds the whole matrix.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,22 +22,22 @@ from ..interop.initial import tokenizer_of
 from ..locks import LAUNCH_LOCK, check_free, lock_run
 
 NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
-HELP = f"""Models of Hugging Face, in and out: {NAMES}; safetensors, never a pickle.
+HELP = f"""Imports and exports Hugging Face models: {NAMES}; safetensors only, never a pickle.
 
-  python -m pretrain.interop.hf import hf=DIR run=RUN               a run with the model of DIR as its step 0
-  python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of a training, as in launch/local.py
-  python -m pretrain.interop.hf export run=RUN out=DIR              its newest checkpoint, for transformers
+  python -m pretrain.interop.hf import hf=DIR run=RUN               makes a run with this model as step 0
+  python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of the training
+  python -m pretrain.interop.hf export run=RUN out=DIR              writes the newest checkpoint for transformers
   python -m pretrain.interop.hf export run=RUN out=DIR step=500 dtype=bf16 materialize_head=true
 
-dtype: fp32, the main weights as they are, bf16 or fp16. materialize_head: a tied model, too, gets a head in its files,
-for readers that look for one. To go on training a model, init_from=hf:DIR in launch/local.py is all that is needed.
+dtype: fp32 (the main weights unchanged), bf16 or fp16. materialize_head: writes the output matrix of a tied model, too,
+for readers that expect one. To continue training a model, init_from=hf:DIR in launch/local.py is enough.
 """
 DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
 SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
 
 def main() -> None:
-    """Exits 0, or 2 with one line on a wrong command, folder or model."""
+    """Runs the command. Exits with 0, or with 2 and one line if the command, folder or model is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
         if arguments[0] not in COMMANDS:
@@ -44,7 +47,7 @@ def main() -> None:
 
 
 def import_model(arguments: list[str]) -> Iterator[str]:
-    """Makes RUN of a folder; yields what to print."""
+    """Imports a folder as a run; yields what to print."""
     keys = ("hf", "run")
     given = key_values(arguments, form="hf=, run=")
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
@@ -60,11 +63,11 @@ def import_model(arguments: list[str]) -> Iterator[str]:
 
 
 def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
-    """The settings of a training of that model. Raises ValueError if a setting says what the model tells."""
+    """Settings for training this model. Raises ValueError for a setting that the model determines."""
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")
-        if any(key == told or key.startswith(f"{told}.") for told in SET_BY_MODEL):
-            raise ValueError(f"{key} is told by hf= and run=, and not to be given")
+        if any(key == known or key.startswith(f"{known}.") for known in SET_BY_MODEL):
+            raise ValueError(f"{key} must not be given: hf= and run= determine it")
     register_groups()
     composed = compose_settings("train", settings)
     OmegaConf.set_struct(composed, False)
@@ -77,14 +80,14 @@ def training(found: HFModel, run: Path, settings: list[str]) -> JobConfig:
 
 
 def refuse_run(run: Path, config: Path) -> None:
-    """Raises ValueError if it is a run already, be it one that waits in a queue and holds no lock."""
+    """Raises ValueError if `run` is already a run, even one that waits in a queue and holds no lock."""
     for there in (*checkpoints(run)[-1:], config):
         if there.exists():
-            raise ValueError(f"run={run} has {there.name}: choose another folder")
+            raise ValueError(f"run={run} must be new, but has {there.name}; choose another folder")
 
 
 def export_model(arguments: list[str]) -> Iterator[str]:
-    """Makes OUT of a run's checkpoint; yields what to print."""
+    """Exports a checkpoint of a run; yields what to print."""
     keys = ("run", "out", "step", "dtype", "materialize_head")
     given = key_values(arguments, keys, f"{'=, '.join(keys)}=")
     run, out = Path(_needed(given, "run")), Path(_needed(given, "out"))

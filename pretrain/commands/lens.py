@@ -1,6 +1,6 @@
 """Shows what each layer would guess: `python -m pretrain.lens --help`.
 
-Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks, and read on the shards.
+One process holds the whole matrix. Under torchrun the matrix is split over the ranks, and read on the shards.
 """
 
 from pathlib import Path
@@ -16,24 +16,24 @@ from ..lens.command import LensConfig
 from ..lens.examples import EXAMPLES
 from ..lens.method import DECODERS, INPUTS, NORMS, POINTS
 
-HELP = """What would each layer of a model guess, were it the last?
+HELP = """Shows what each layer of a model would guess if it were the last one (the logit lens).
 
   python -m pretrain.lens run=runs/a text='def main(' out=lens
   python -m pretrain.lens run=runs/a example=rare_word norm=plain
-  python -m pretrain.lens hf=DIR text='Once upon a time'                                a model of Hugging Face
+  python -m pretrain.lens hf=DIR text='Once upon a time'                                a Hugging Face model
   torchrun --nproc-per-node 2 -m pretrain.lens run=runs/a file=a.txt window=100:150     the matrix split over two ranks
 
-Writes a PNG of each view and lens.html, a page with all of them and all numbers, which needs nothing from outside.
+Writes one PNG per view, and lens.html: a page with all views and numbers, which needs no network.
 Examples: {examples}
 
-points: {points}, several with commas; input: {inputs}; norm: {norms}; decoder: {decoders}; only: the text of a token.
+points: {points}, or several with commas; input: {inputs}; norm: {norms}; decoder: {decoders}; only: a token's text.
 
-Settings, and their defaults:
+Settings and their defaults:
 """
 
 
 def main() -> None:
-    """Exits 0, or 2 with one line on a wrong setting."""
+    """Runs the command. Exits with 0, or with 2 and one line if a setting is wrong."""
     examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
     choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
     listed = {name: " | ".join(known) for name, known in choices.items()}
@@ -41,7 +41,7 @@ def main() -> None:
         arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
         settings = settings_of(LensConfig, arguments)
         check_folder(f"out={settings.out}", Path(settings.out))
-        if settings.run:  # a wrong folder is named without waiting for torch
+        if settings.run:  # reports a wrong folder before the imports of torch
             checkpoint_of(Path(settings.run), settings.step)
         else:
             HFModel(Path(settings.hf))

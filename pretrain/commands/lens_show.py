@@ -73,12 +73,12 @@ def see(settings: LensConfig, device: torch.device) -> tuple[LensTable, LensResu
     if window.stop > source.context:
         raise ValueError(
             f"the text has {window.stop:,} tokens up to the end of the window, but model.context={source.context}:"
-            f" give a shorter one, or window=START:STOP with a STOP of at most {source.context}"
+            f" give a shorter text, or window=START:STOP with STOP of at most {source.context}"
         )
     only = settings.only or (example.only if example else "")
     columns = [n for n, id in enumerate(ids[window]) if not only or source.text_of(id).strip("·") == only]
     if not columns:
-        raise ValueError(f"only={only} must be the text of a token in the window: none is")
+        raise ValueError(f"only={only} must be the text of a token in the window; no token has it")
     if len(columns) > MOST_COLUMNS:
         raise ValueError(
             f"window={window.start}:{window.stop} must show at most {MOST_COLUMNS:,} positions, not {len(columns):,};"
@@ -161,7 +161,7 @@ def _source(
 
 
 def _text(settings: LensConfig) -> str:
-    """Reads the text. Raises ValueError if it is not UTF-8."""
+    """Returns the prompt. Raises ValueError if it is not UTF-8."""
     try:
         settings.text.encode()
         return settings.text or Path(settings.file).read_text(encoding="utf-8")
@@ -175,7 +175,7 @@ def _window(given: str | None, length: int) -> slice:
         return slice(0, length)
     start, colon, stop = given.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= length):
-        raise ValueError(f"window={given} must be START:STOP, of the text's {length} positions")
+        raise ValueError(f"window={given} must be START:STOP within the text's {length} positions")
     return slice(int(start), int(stop))
 
 

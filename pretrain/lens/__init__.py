@@ -1,1 +1,1 @@
-"""The logit lens: what each layer would guess. The names are in the modules: most of them need torch."""
+"""The logit lens: what each layer would guess. Import from the modules: most of them need torch."""

@@ -1,4 +1,4 @@
-"""Settings of the lens command. Apart from the command because what needs torch reads them, too."""
+"""Settings of the lens command. Separate from the command because modules that need torch read them, too."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .examples import EXAMPLES
 from .method import Method
 
-MOST_GUESSES = 100  # a page has them all
+MOST_GUESSES = 100  # the page holds all of them
 
 
 @dataclass
@@ -14,21 +14,21 @@ class LensConfig:
     """Settings of `python -m pretrain.lens`."""
 
     run: str = ""  # folder of the run
-    step: int | None = None  # step of the checkpoint; null: the newest
-    hf: str = ""  # instead of run: folder of a Hugging Face model
-    text: str = ""  # what to read, after <|endoftext|>, or bos of a Hugging Face model
-    file: str = ""  # instead of text: a file with it
-    example: str = ""  # instead of text: one of ours
-    out: str = "lens"  # folder of the pictures and the page
+    step: int | None = None  # step of the checkpoint; null: the newest one
+    hf: str = ""  # folder of a Hugging Face model, instead of run
+    text: str = ""  # the prompt; read after <|endoftext|>, or after bos of a Hugging Face model
+    file: str = ""  # a file with the prompt, instead of text
+    example: str = ""  # a built-in prompt, instead of text
+    out: str = "lens"  # folder for the pictures and the page
     window: str | None = None  # positions to show, START:STOP; null: all
-    only: str = ""  # show only the tokens with this text; empty: all
+    only: str = ""  # show only positions whose token has this text; empty: all
     points: list[str] = field(default_factory=lambda: ["block"])  # see Method
     input: str = "positions"  # see Method
     norm: str = "full"  # see Method
     decoder: str = "none"  # see Method
     stride: int = 1  # see Method
-    guesses: int = 5  # likeliest tokens kept for each cell
-    memory_mib: int = 256  # MiB of logits at a time
+    guesses: int = 5  # most likely tokens kept per cell
+    memory_mib: int = 256  # memory for logits per rank, MiB
 
     def __post_init__(self) -> None:
         if bool(self.run) == bool(self.hf):
@@ -36,13 +36,13 @@ class LensConfig:
         if self.hf and self.step is not None:
             raise ValueError(f"step={self.step} must be null with hf={self.hf}, which has no steps")
         if sum(map(bool, (self.text, self.file, self.example))) != 1:
-            raise ValueError("give one of text=, file= and example=: what to read")
+            raise ValueError("give one of text=, file= and example=: the prompt")
         if self.example and self.example not in EXAMPLES:
             raise ValueError(f"example={self.example} must be one of {', '.join(EXAMPLES)}")
         if not 1 <= self.guesses <= MOST_GUESSES:
             raise ValueError(f"guesses={self.guesses} must be in [1, {MOST_GUESSES}]")
         if not self.out or (Path(self.out).exists() and not Path(self.out).is_dir()):
-            raise ValueError(f"out={self.out} must be a folder, there or to be made")
+            raise ValueError(f"out={self.out} must be a folder; it may be new")
         if self.memory_mib < 1:
             raise ValueError(f"memory_mib={self.memory_mib} must be at least 1")
         self.method()

@@ -1,7 +1,7 @@
-"""Reads what each layer would guess, were it the last: the logit lens, on a split matrix.
+"""The logit lens on a split matrix: what each layer would guess if it were the last.
 
 nostalgebraist, "interpreting GPT: the logit lens", 2020; decoders that also run the last block or MLP are from the
-same author's transformer-utils. B sequences, T positions, N of them looked at, R rows of the picture, D width.
+same author's transformer-utils. B sequences, T positions, N of them shown, R rows (input, layers, output), D width.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,16 @@ from ..vocab import VocabParallelEmbedding
 from ..vocab.readout import Reading, Readout
 from .method import OUTPUT, Method, name_of
 
-FINAL, TOKEN, NEXT = range(3)  # the ids whose logits and ranks are read: the model's guess, the token, the next one
-FROM_OUTPUT, FROM_INPUT = range(2)  # the references of the divergences
+FINAL, TOKEN, NEXT = range(3)  # ids whose logits and ranks are read: the output's guess, the token, the next token
+FROM_OUTPUT, FROM_INPUT = range(2)  # references of the divergences
 
 
 class Recorder:
-    """While the context lasts, a call of the body leaves its states in `rows`: by name [B, N, D], ready for the matrix.
+    """Records the hidden states of one call of the body in `rows`: name to [B, N, D], ready for the matrix.
 
-    By hooks on `body`, its `blocks`, their `attention` and `mlp`, and its final `norm`, before which all is decoded: an
-    engine has that norm's weights at hand there. `window`: the positions that are kept.
+    A context manager. It sets hooks on `body`, its `blocks`, their `attention` and `mlp`, and its final `norm`. States
+    are decoded just before that norm runs, because then an engine has gathered the norm's weights. `window`: the
+    positions to keep.
     """
 
     def __init__(self, body: nn.Module, method: Method, window: slice) -> None:
@@ -54,7 +55,7 @@ class Recorder:
             handle.remove()
 
     def taken(self) -> Tensor:
-        """All rows, [R, B · N, D]; they are kept no longer."""
+        """Returns all rows, [R, B · N, D], and forgets them."""
         rows, self.rows = self.rows, {}
         return torch.stack([rows[name] for name in self.names]).flatten(1, 2)
 
@@ -81,7 +82,7 @@ class Recorder:
     def _decode(self, norm: nn.Module, args: tuple[Tensor]) -> None:
         if not self._recording:
             return
-        self._recording = False  # what decoders run is none of the model's own states
+        self._recording = False  # what decoders run is not part of the model's own pass
         for name in self.names[:-1]:
             self.rows[name] = self._normed(norm, self._decoded(self._streams.pop(name))[:, self.window])
         self.rows[OUTPUT] = norm.forward(args[0][:, self.window])
@@ -112,9 +113,10 @@ class Recorder:
 
 @dataclass(frozen=True)
 class LensResult:
-    """Measurements at N positions, of all sequences. R rows by their names: the input first, last the model's own
-    output. `reading`: of them, [R, N, ...]; ids, in this order: the output's top guess, the token, and the one after
-    it, -100 where there is none; references: the output, and the input.
+    """Measurements at N positions, over all sequences.
+
+    `rows`: R names, the input first, the model's output last. `reading`: [R, N, ...]. Its ids are, in this order, the
+    output's top guess, the token, and the next token (-100 if there is none); its references are output and input.
     """
 
     rows: list[str]
@@ -129,7 +131,7 @@ class LensResult:
 
     @property
     def right(self) -> Tensor:
-        """True where the model's guess is the next token, [N]."""
+        """True if the model's guess is the next token, [N]."""
         return self.guesses[-1] == self.targets
 
     @property
@@ -139,12 +141,12 @@ class LensResult:
 
     @property
     def losses(self) -> Tensor:
-        """Cross-entropy of each row with the next token in nats, [R, N]; NaN where there is none."""
+        """Cross-entropy of each row with the next token in nats, [R, N]; NaN if there is none."""
         return self.reading.lse - self.reading.logits[..., NEXT]
 
     @property
     def commitment(self) -> Tensor:
-        """The first row from which on all have the final top guess on top, [N]: 0 is the input, R - 1 the output."""
+        """The first row from which on every top guess is the output's, [N]: 0 is the input, R - 1 the output."""
         settled_RN = (self.reading.ranks[..., FINAL] == 1).long()
         return len(self.rows) - settled_RN.flip(0).cumprod(0).sum(0)
 
@@ -164,12 +166,12 @@ def run_lens(
     tokens: str = "replicated",
     memory_mib: float = 256,
 ) -> LensResult:
-    """Looks at every position in `window` of these sequences.
+    """Measures every position in `window` of these sequences.
 
-    `run`: what an engine made of the `body`, or the body itself; called once. `tokens`: "replicated", every rank brings
-    the same, or "distinct". Hidden states of R rows are held, [R, B, T, D], and while they are put together, those of
-    the window twice; of logits, and of states on their way to other ranks, no more than `memory_mib`.
-    Collectives: of the lookup, the engine and `Readout.read`.
+    `run`: the engine's wrapper of the `body`, or the body itself; called once. `tokens`: "replicated" if every rank
+    passes the same tokens, or "distinct". Memory: the hidden states of R rows, [R, B, T, D], for a moment twice those
+    of the window; and at most `memory_mib` for logits and for states sent to other ranks.
+    Collectives: those of the lookup, the engine and `Readout.read`.
     """
     with Recorder(body, method, window) as recorder:
         run(vocab.lookup(tokens_BT, max_tokens_per_rank=tokens_BT.numel()), starts_BT)
@@ -190,5 +192,5 @@ def run_lens(
         ids_NJ=torch.cat([final_N1, tokens_N[:, None], targets_N[:, None]], 1),
         reference_RND=hidden_RND[[-1, 0]],
     )
-    reading.ranks[-1, :, FINAL] = 1  # by definition: read in another pass, logits an ulp apart may change places
+    reading.ranks[-1, :, FINAL] = 1  # by definition: two passes may differ by an ulp, which can swap two guesses
     return LensResult(recorder.names, tokens_N, targets_N, reading)

@@ -1,4 +1,4 @@
-"""Which states a lens takes, and how it decodes them. Apart from lens.py because commands check it without torch."""
+"""The states that a lens takes, and how it decodes them. Separate from lens.py: commands check it without torch."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,18 @@ OUTPUT = "output"
 class Method:
     """The points at which hidden states are taken, and how they become guesses.
 
-    points: of each block: the residual stream after `attention`, after `mlp`, and the `block`'s output, which is the
-    same as after its MLP where nothing follows that. input: the first row, and the reference of the divergences from
-    the input: `positions`, what enters the first block, or `embedding`, the tokens' rows alone; the same where no
-    positions are added. norm: `full`, the model's final norm; `plain`, without its learned scale and bias; `none`.
-    decoder: a state first passes the last `block`, or its `mlp` alone, where it has not yet. stride: of the blocks;
-    the last row, the model's own output, is always there.
+    points: in each block: the residual stream after `attention`, after `mlp`, and the output of the `block`; the last
+    two are equal if nothing follows the MLP. input: `positions`, the state that enters the first block, or
+    `embedding`, the tokens' rows alone; equal if the model adds no positions. norm: `full`, the model's final norm;
+    `plain`, without its learned scale and bias; `none`. decoder: a state first passes the last `block`, or only its
+    `mlp`, unless it comes from after that.
     """
 
     points: tuple[str, ...] = ("block",)
-    input: str = "positions"
+    input: str = "positions"  # the first row, and the reference of the divergences from the input
     norm: str = "full"
     decoder: str = "none"
-    stride: int = 1
+    stride: int = 1  # take every n-th block; the output is always taken
 
     def __post_init__(self) -> None:
         for key, given, known in (
@@ -40,7 +39,7 @@ class Method:
             raise ValueError(f"stride={self.stride} must be at least 1")
 
     def rows(self, blocks: int) -> list[str]:
-        """The rows' names, the input first, the model's output last; what must equal the output is left out."""
+        """Names of the rows, from the input to the model's output. Leaves out a row that must equal the output."""
         names = [self.input]
         for i in range(0, blocks, self.stride):
             names += [name_of(i, point) for point in POINTS if point in self.points]

@@ -1,4 +1,4 @@
-"""Reads what a run has left on the disk: its newest checkpoint's manifest, its metrics, its tokenizer."""
+"""Reads a run from the disk: the newest checkpoint's manifest, the metrics, the tokenizer."""
 
 import json
 import math
@@ -20,8 +20,8 @@ Point = tuple[float, float]
 
 @dataclass
 class ReportRun:
-    """A run's folder as it is on the disk. Raises ValueError if it is none, has no checkpoint, or is not what `kind`
-    says: its newest checkpoint has one matrix where it is tied, and two where not.
+    """A run's folder on the disk. Raises ValueError if it is not a run, has no checkpoint, or is not of this `kind`:
+    the newest checkpoint of a tied run has one matrix, that of an untied run two.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class ReportRun:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, without a line that a kill has cut short. Raises ValueError if another one is damaged."""
+        """Lines of metrics.jsonl, without a last one cut short by a kill. Raises ValueError if another is damaged."""
         path = self.folder / "metrics.jsonl"
         try:
             text = path.read_text()
@@ -53,7 +53,7 @@ class ReportRun:
                 try:
                     found.append(json.loads(line))
                 except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is damaged: {error}; take it out") from error
+                    raise ValueError(f"{path}, line {number} is damaged: {error}; delete the line") from error
         return found
 
     @property
@@ -62,7 +62,7 @@ class ReportRun:
 
     @property
     def in_matrices(self) -> int:
-        """Numbers in them, padding not counted."""
+        """Parameters in the matrices, without padding rows."""
         return self.matrices * int(self.manifest["vocab_size"]) * int(self.manifest["tensors"]["embedding.weight"][1])
 
     @property
@@ -74,7 +74,7 @@ class ReportRun:
         )
 
     def measured(self, key: str) -> list[dict[str, Any]]:
-        """The lines where it was, and is a finite number."""
+        """The lines that have this key as a finite number."""
         return [
             line
             for line in self.lines
@@ -82,7 +82,7 @@ class ReportRun:
         ]
 
     def points(self, key: str) -> list[Point]:
-        """Tokens seen, and the value, wherever it was measured."""
+        """Pairs of tokens seen and value, for each line that has the value."""
         return [(line["tokens"], line[key]) for line in self.measured(key)]
 
     def values(self, key: str) -> list[float]:
@@ -93,13 +93,13 @@ class ReportRun:
         return values[-1] if values else None
 
     def recent(self, key: str) -> float | None:
-        """Mean over the last tenth of what was logged: one batch says little."""
+        """Mean over the last tenth of the log: one batch says little."""
         values = self.values(key)
         return mean(values[-max(1, len(values) // 10) :]) if values else None
 
     @cached_property
     def looked(self) -> dict[str, Any]:
-        """The last line with health measures; empty for none."""
+        """The last line with measures of the rows; empty if there is none."""
         return next((line for line in reversed(self.lines) if "grad_output" in line), {})
 
     @cached_property
@@ -110,6 +110,6 @@ class ReportRun:
             return None
 
     def text(self, row: int) -> str:
-        """The row's number, and its token if the run has a tokenizer."""
+        """Id of the row, and its token if the run has a tokenizer."""
         token = NO_TOKEN if self.tokenizer is None else shown(row, self.tokenizer)
         return f"{row}" if token == NO_TOKEN else f"{row} {token}"

@@ -49,7 +49,7 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_page_draws_the_counts(browser: str, tmp_path: Path) -> None:
-    """Bars and curves; on a narrow screen, in the dark: no scrolling sideways, legible text."""
+    """A narrow dark screen: bars and curves are drawn, nothing scrolls sideways, text is legible."""
     make_folder(tmp_path)
     by_split, tokenizer = count(tmp_path), Tokenizer.load(tmp_path / TOKENIZER_FOLDER)
     code = f"""const contrast = {CONTRAST};

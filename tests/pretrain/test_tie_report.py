@@ -106,7 +106,7 @@ def test_last_losses_of_different_steps_are_warned_of(runs, tmp_path, last, expe
 
 
 def test_page_draws_every_curve(browser, runs, tmp_path):
-    """On a narrow screen, in the dark: no scrolling sideways, legible text, and keys read the values."""
+    """A narrow dark screen: nothing scrolls sideways, text is legible, keys read the values."""
     out = tmp_path / "tie.html"
     command = [sys.executable, "-m", "pretrain.tie_report", f"tied={runs['tied']}", f"untied={runs['split']}"]
     done = subprocess.run([*command, f"out={out}"], capture_output=True, text=True, timeout=100)

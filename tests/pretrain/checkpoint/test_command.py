@@ -109,7 +109,7 @@ def test_prune_follows_rules(run, rules, left):
     assert done.returncode == 0, done.stderr
     assert steps(run) == left
     assert len(list((run / "checkpoints").iterdir())) == len(left)
-    assert f"{len(left)} checkpoints stay" in done.stdout
+    assert f"{len(left)} checkpoints kept" in done.stdout
 
 
 def test_prune_keeps_damaged_checkpoints_and_running_runs(run):
@@ -131,7 +131,7 @@ def test_prune_keeps_damaged_checkpoints_and_running_runs(run):
         (["verify", "run=RUN", "step=3"], "step=3 has no checkpoint; there are 2, 4, 6, 8, 10, 12"),
         (["verify", "run=RUN", "step=x"], "step=x must be a number"),
         (["prune", "run=RUN", "kep=3"], "'kep=3' must be run=, step=, keep=, keep_every=, keep_best="),
-        (["prune", "run=RUN", "step=4"], "prune goes by rules, and takes no step"),
+        (["prune", "run=RUN", "step=4"], "step must not be given to prune"),
     ],
 )
 def test_invalid_command_prints_one_line(six, arguments, expected):

@@ -145,7 +145,7 @@ def test_colours_only_on_terminal(tmp_path):
         (["rank=2", "world=2", "data.path=x"], "rank=2 must be below world=2"),
         (["data.path=x", "trian.steps=3"], "trian"),
         (["data.path=nowhere"], "data.path=nowhere is neither a folder of token files"),
-        (["run=a", "seed=3"], "seed=3 is not for run=a"),
+        (["run=a", "seed=3"], "seed=3 must not be given with run=a"),
     ],
 )
 def test_invalid_command_prints_one_line(arguments, expected):

@@ -331,7 +331,7 @@ def test_import_does_not_touch_running_run(hf, tmp_path, lock):
     if lock == "queued":
         (run / "config.yaml").write_text("of that run")
     with nullcontext() if lock == "queued" else lock_run(run, lock):
-        message = "has config.yaml: choose another folder" if lock == "queued" else "is in use by another process"
+        message = "must be new, but has config.yaml" if lock == "queued" else "is in use by another process"
         with pytest.raises(ValueError, match=message):
             run_of(hf("gpt2 tied"), run)
     assert not (run / "tokenizer").exists() and not checkpoints(run)
@@ -369,7 +369,7 @@ def test_commands_report_errors_in_one_line(hf, tmp_path):
     assert done.returncode == 0 and (out / "tokenizer.json").is_file(), done.stderr
     assert_one_error(command("import", f"hf={source}", f"run={run}"), "has step-00000000")
     assert_one_error(command("import", f"hf={tmp_path}", f"run={run}2"), "config.json is missing")
-    assert_one_error(command("import", f"hf={source}", f"run={run}2", "model.width=9"), "model.width is told by hf=")
+    assert_one_error(command("import", f"hf={source}", f"run={run}2", "model.width=9"), "model.width must not be given")
     assert_one_error(command("import", f"hf={source}", f"run={run}2", "sed=9"), "sed")
     assert_one_error(command("export", f"run={run}", f"out={out}"), f"out={out} exists")
     with exclusive(tmp_path / "other.unfinished.lock", "busy"):

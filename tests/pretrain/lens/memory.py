@@ -1,4 +1,4 @@
-"""How much memory the lens takes at a large vocabulary, beyond model and hidden states: prints MiB, the process's peak.
+"""Measures the memory of the lens at a large vocabulary, beyond the model: prints the growth of the peak in MiB.
 
 `python -m tests.pretrain.lens.memory [LAYERS POSITIONS]`; 48 layers × 1,024 positions would be 25 GB of logits.
 """
@@ -34,7 +34,7 @@ def measure(layers: int, positions: int) -> float:
         parts = tokens[:, :n], tokens[:, 1 : n + 1]
         run_lens(vocab, body, body, *parts, Method(), k=5, memory_mib=memory_mib)
 
-    take(1, 1)  # what torch itself takes when it first computes
+    take(1, 1)  # memory that torch takes at its first computation
     before = peak_mib()
     take(positions, BUDGET_MIB)
     return peak_mib() - before

@@ -1,4 +1,4 @@
-"""`python -m pretrain.lens`, as it is typed."""
+"""The command `python -m pretrain.lens`, as users type it."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def lens(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Alone in this process; several ranks in processes of their own."""
+    """Runs the command: one rank in this process, several ranks in their own."""
     if ranks == 1:
         return in_process(program.main, *arguments)
     return torchrun(ranks, "-m", "pretrain.lens", *arguments, cwd=ROOT)
@@ -59,7 +59,7 @@ def near(a, b) -> bool:
     return a == pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(a, float) else a == b
 
 
-def test_alone_and_on_two_ranks(run, tmp_path):
+def test_two_ranks_match_one(run, tmp_path):
     settings = [f"run={run}", f"text={TEXT}", "norm=plain", "decoder=mlp", "points=attention,block", "guesses=3"]
     sheets = []
     for ranks in (1, 2):
@@ -83,7 +83,7 @@ def test_alone_and_on_two_ranks(run, tmp_path):
     assert facts["model"] == f"a, {count / 1e6:.1f}M parameters, vocabulary of {rows:,}"
 
 
-def test_a_window_and_one_token_of_an_example(run, tmp_path):
+def test_window_and_only_choose_positions(run, tmp_path):
     done = lens(f"run={run}", "example=commas", f"out={tmp_path}", "window=20:200", "step=3")
     assert done.returncode == 0, done.stderr
     shown = sheet_of(tmp_path)
@@ -93,7 +93,7 @@ def test_a_window_and_one_token_of_an_example(run, tmp_path):
     assert set(shown["tokens"]) == {","}
 
 
-def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
+def test_exported_model_gives_the_same_views(run, tmp_path):
     list(hf.export_model([f"run={run}", f"out={tmp_path / 'model'}"]))
     settings = {"text": TEXT, "norm": "none"}
     ours, _ = see(program.LensConfig(run=str(run), **settings), torch.device("cpu"))
@@ -107,13 +107,13 @@ def test_a_model_that_left_as_one_of_hugging_face_is_seen_alike(run, tmp_path):
         assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
 
 
-def test_help_names_the_examples_and_the_choices():
+def test_help_lists_examples_and_choices():
     done = lens("--help")
     assert done.returncode == 0 and all(name in done.stdout for name in (*EXAMPLES, "full | plain | none"))
 
 
-def test_of_a_long_text_what_comes_before_the_window_ends(run):
-    text = "".join(f"{i:03}" for i in range(100))  # 300 tokens and the document's beginning, where 256 fit
+def test_text_after_the_window_does_not_matter(run):
+    text = "".join(f"{i:03}" for i in range(100))  # 300 tokens and <|endoftext|>; the context has 256
 
     def seen(text: str):
         settings = program.LensConfig(run=str(run), text=text, window="20:30")
@@ -130,9 +130,9 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
     [
         ([], "give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model"),
         (["run={run}", "hf=x", "text=a"], "give one of run="),
-        (["run={run}", "text=a", "out="], "out= must be a folder, there or to be made"),
-        (["run={run}", "text=a", f"out={sys.executable}"], "must be a folder, there or to be made"),
-        (["run={run}"], "give one of text=, file= and example=: what to read"),
+        (["run={run}", "text=a", "out="], "out= must be a folder; it may be new"),
+        (["run={run}", "text=a", f"out={sys.executable}"], "must be a folder; it may be new"),
+        (["run={run}"], "give one of text=, file= and example=: the prompt"),
         (["run={run}", "text=a", "file=b"], "give one of text="),
         (["run={run}", f"file={sys.executable}"], "must be UTF-8 text: invalid"),
         (["run={run}", "text=a\udcff"], "text must be UTF-8 text: surrogates not allowed"),
@@ -142,7 +142,7 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
         (["run={run}", "text=a", "step=7"], "step=7 has no checkpoint"),
         (["run=nowhere", "text=a"], "run=nowhere has no checkpoint"),
         (["run={run}", "file=nowhere.txt"], "nowhere.txt"),
-        (["run={run}", "text=a", "window=0:9"], "window=0:9 must be START:STOP, of the text's 2 positions"),
+        (["run={run}", "text=a", "window=0:9"], "window=0:9 must be START:STOP within the text's 2 positions"),
         (["run={run}", "text=a", "only=b"], "only=b must be the text of a token in the window"),
         (["run={run}", "text=" + "a" * 256], "the text has 257 tokens up to the end of the window, but model"),
         (["run={run}", "text=a", "colour=red"], "unknown key colour; there are run, step, hf"),
@@ -153,6 +153,6 @@ def test_of_a_long_text_what_comes_before_the_window_ends(run):
         (["hf=x", "step=3", "text=a"], "step=3 must be null with hf=x"),
     ],
 )
-def test_a_wrong_setting_is_one_line(run, settings, message):
+def test_wrong_setting_is_one_line(run, settings, message):
     done = lens(*(setting.format(run=run) for setting in settings or ["out=x"]))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""What the lens measures is what a dense float64 computation gives, without hooks, shards or chunks."""
+"""The lens gives what a dense float64 computation gives, without hooks, shards or chunks."""
 
 import gc
 import math
@@ -40,7 +40,7 @@ NEAR = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def problem(family: str):
-    """A body and a matrix of random float64 weights, none of them at 0 or 1; tokens and targets [B, T]."""
+    """A body and a matrix with random float64 weights, none at its initial 0 or 1; tokens and targets [B, T]."""
     torch.manual_seed(5)
     body = BODIES[family].body().double()
     for parameter in body.parameters():
@@ -53,7 +53,7 @@ def problem(family: str):
 
 
 def states(family: str, body, hidden: Tensor) -> dict[str, Tensor]:
-    """The residual stream at every point, by the family's own formulas, and what the last block needs besides."""
+    """The residual stream at every point, by the family's own formulas."""
     found, extra = {"embedding": hidden}, None
     if family == "gpt2":
         hidden = hidden + body.positions[:LENGTH]
@@ -84,7 +84,7 @@ def decode(family: str, body, hidden: Tensor, method: Method) -> Tensor:
 
 
 def dense(family: str, method: Method, softcap: float | None, embed_scale: float) -> dict[str, Tensor]:
-    """Every view [R, N], from all logits [R, N, V]; and the names of the rows."""
+    """All views [R, N], from all logits [R, N, V], and the names of the rows."""
     body, weight, tokens, targets = problem(family)
     found = states(family, body, embed_scale * F.embedding(tokens, weight))
     last = LAYERS - 1
@@ -175,8 +175,8 @@ def rank_looks(rank, world, softcap, embed_scale):
 
 
 @pytest.mark.parametrize("world,softcap,embed_scale", [(1, None, 1.0), (2, 2.5, 1.7), (4, None, 1.0)])
-def test_every_view_is_the_dense_truth(world, softcap, embed_scale):
-    """For every family, input, norm and decoder, at every point."""
+def test_views_match_the_dense_truth(world, softcap, embed_scale):
+    """Compares every family, input, norm and decoder, at every point."""
     results = run_ranks(world, rank_looks, softcap, embed_scale, timeout=120)
     for family, method in results[0]:
         truth = dense(family, method, softcap, embed_scale)
@@ -190,7 +190,7 @@ def test_every_view_is_the_dense_truth(world, softcap, embed_scale):
                     assert_close(found, value, **NEAR, equal_nan=True, **note)
 
 
-def test_the_last_part_as_decoder_makes_the_models_own_output():
+def test_decoding_with_the_last_part_gives_the_output():
     body, weight, tokens, targets = problem("gpt2")
     for method, row in (
         (Method(decoder="block"), f"block {LAYERS - 2}"),
@@ -200,13 +200,13 @@ def test_the_last_part_as_decoder_makes_the_models_own_output():
         assert found.reading.kl_from[found.rows.index(row), :, 0].max() < 1e-12
 
 
-def test_the_hooks_are_gone_afterwards():
+def test_hooks_are_removed():
     body, weight, tokens, targets = problem("gpt2")
     run_lens(owner(0, 1, weight), body, body, tokens, targets, Method(ALL_POINTS, decoder="mlp"))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
 
 
-def test_the_states_are_held_once_while_they_are_read(monkeypatch):
+def test_states_are_held_once_during_the_read(monkeypatch):
     body, weight, tokens, targets = problem("gpt2")
     held, read = [], Readout.read
 
@@ -223,13 +223,13 @@ def test_the_states_are_held_once_while_they_are_read(monkeypatch):
     assert len(held) == 2 and states <= held[-1] < 1.6 * states
 
 
-def test_a_stride_keeps_the_output():
+def test_stride_keeps_the_output():
     assert Method(stride=2).rows(5) == ["positions", "block 0", "block 2", "output"]
     assert Method(stride=2, norm="none").rows(5) == ["positions", "block 0", "block 2", "block 4", "output"]
 
 
-def test_the_output_agrees_with_itself_where_logits_are_an_ulp_apart():
-    """The guess is found in one pass, and ranked in another: which of two comes out on top hangs on the chunks."""
+def test_output_agrees_with_itself_if_logits_differ_by_an_ulp():
+    """One pass finds the guess and another ranks it: which of two near logits is larger depends on the chunks."""
     torch.manual_seed(0)
     body, shard = GPT2Config(layers=3, width=256, heads=4, context=512).body(), VocabShard.of(0, 1, 4096)
     for parameter in body.parameters():
@@ -252,15 +252,15 @@ def test_the_output_agrees_with_itself_where_logits_are_an_ulp_apart():
         ({"stride": 0}, "stride=0 must be at least 1"),
     ],
 )
-def test_a_wrong_setting_is_named(settings, message):
+def test_wrong_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Method(**settings)
 
 
 def test_memory_is_bounded_at_a_large_vocabulary():
-    """128 positions × 4 rows × 128,000 ids would be 262 MB of logits, and several times that of what is made of them.
+    """128 positions × 4 rows × 128,000 ids would be 262 MB of logits, and several times that with temporaries.
 
-    By the command of docs/lens.md.
+    Runs the command of docs/lens.md.
     """
     command = [sys.executable, "-m", "tests.pretrain.lens.memory"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -211,7 +211,7 @@ def test_failed_write_keeps_the_files_before_it(seen, tmp_path, monkeypatch):
 
 
 def test_pictures_are_visible(browser, seen, tmp_path):
-    """Each PNG is one that the browser can show, and the page's screenshot has its colours."""
+    """The browser can show each PNG, and the screenshot of the page has its colours."""
     _, shown = seen
     paths = write_pictures(shown, tmp_path / "out")
     assert [path.name for path in paths] == [*(f"{key}.png" for key in KEYS), "lens.html"]
@@ -269,7 +269,7 @@ def test_token_text_is_visible(data, text):
 
 
 def test_views_show_the_numbers_of_their_names(seen):
-    """Of the chosen columns."""
+    """Each view has the numbers of its measure, at the chosen columns."""
     found, shown = seen
     columns = [n for n in range(11) if n != 5]
     reading = found.reading

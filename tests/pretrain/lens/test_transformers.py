@@ -1,4 +1,4 @@
-"""The lens on an imported model is what `transformers`' own hidden states give, in float64."""
+"""The lens on an imported model matches the hidden states of `transformers`, in float64."""
 
 from functools import partial
 from itertools import product
@@ -25,7 +25,7 @@ NEAR = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def saved(folder: Path, family: str, tied: bool) -> nn.Module:
-    """A model of random weights, none of them at 0 or 1."""
+    """A model with random weights, none at its initial 0 or 1."""
     import transformers
 
     torch.manual_seed(3)
@@ -55,7 +55,7 @@ def saved(folder: Path, family: str, tied: bool) -> nn.Module:
 
 
 def accurate_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """Theirs rounds to fp32 whatever comes."""
+    """RMSNorm in the input's dtype: the one of transformers rounds to fp32."""
     return x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt() * module.weight
 
 
@@ -73,7 +73,7 @@ def dense(model: nn.Module, family: str, method: Method) -> dict[str, Tensor]:
     handle = norm.register_forward_pre_hook(lambda module, args: last.append(args[0][0]))
     out = model(ids[None], output_hidden_states=True)
     handle.remove()
-    states = [state[0] for state in out.hidden_states[:-1]] + last  # theirs is normed at the end
+    states = [state[0] for state in out.hidden_states[:-1]] + last  # the last state of transformers is normed
     if method.input == "embedding":
         states[0] = model.get_input_embeddings()(ids)
     if method.norm == "full":
@@ -123,8 +123,8 @@ def rank_looks(rank, world, folders):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_view_and_norm(world, tmp_path):
-    """GPT-2 and Llama, tied and untied."""
+def test_views_match_for_every_norm(world, tmp_path):
+    """Compares GPT-2 and Llama, tied and untied."""
     names = list(product(FAMILIES, (True, False)))
     models = {(family, tied): saved(tmp_path / f"{family}-{tied}", family, tied) for family, tied in names}
     results = run_ranks(world, rank_looks, {(f, t): tmp_path / f"{f}-{t}" for f, t in names}, timeout=120)
