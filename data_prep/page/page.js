@@ -119,7 +119,7 @@ function chart(parent, spec) {
     if (low === high) [low, high] = spec.y.log ? [low / 2, high * 2] : [low - 1, high + 1];
     const margin = spec.y.log || spec.bars ? 0 : (high - low) * 0.05, half = spec.bars ? 0.5 : 0;
     [low, high] = spec.y.log ? [low / 1.15, high * 1.15] : [low - margin, high + (spec.bars ? high * 0.06 : margin)];
-    const yTicks = ticksOf(low, high, spec.y.log, 5), label = (value) => spec.y.percent ? `${brief(100 * value)}%` : brief(value);
+    const yTicks = ticksOf(low, high, spec.y.log, 7), label = (value) => spec.y.percent ? `${brief(100 * value)}%` : brief(value);
     const left = 12 + 7.2 * Math.max(...yTicks.map((tick) => label(tick).length)), right = 12, top = 8, bottom = 42;
     const along = (low, high, log) => log ? (value) => Math.log(value / low) / Math.log(high / low) : (value) => (value - low) / (high - low || 1);
     const xLow = xs[0] - half, xHigh = xs[xs.length - 1] + half;
