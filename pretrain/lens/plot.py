@@ -83,7 +83,7 @@ def draw(shown: LensTable, view: Heatmap) -> Figure:
     bar.tick_params(labelsize=8, length=2, colors=SOFT)
     bar.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if view.log else "{x:,.3g}"))
     key = f"{view.scale} Frame: the output's guess. ✓: the guess is right." if written else view.scale
-    figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(key, 84), fontsize=8, color=SOFT, va="center")
+    figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(key, 66), fontsize=8, color=SOFT, va="center")
     return figure
 
 
