@@ -365,7 +365,7 @@ def test_no_pickle_is_read(copies, tmp_path):
     assert marker.exists(), "unpickling must create the folder"
 
 
-def save_on_a_full_disk(rank, world, run, leaving):
+def save_on_full_disk(rank, world, run, leaving):
     """Saves on a full disk, then with enough space. Returns the error, and True if both checkpoints load."""
     manager = build(run, world, checkpoint__asynchronous=True)
     fill(manager)
@@ -407,7 +407,7 @@ def test_full_disk_keeps_last_checkpoint(tmp_path):
     try:
         run_ranks(2, save, run)
         size = sum(path.stat().st_size for path in checkpoints(run)[-1].glob("*.safetensors"))
-        for messages in run_ranks(2, save_on_a_full_disk, run, [0, 4096, size // 2, size]):
+        for messages in run_ranks(2, save_on_full_disk, run, [0, 4096, size // 2, size]):
             for message in messages:
                 assert "No space left on device" in message and f"cannot save {run}" in message
                 assert message.endswith(f"the last good checkpoint is {checkpoints(run)[0]}")
@@ -437,7 +437,7 @@ def after(seconds, work):
     return late
 
 
-def save_while_training_goes_on(rank, world, run):
+def save_during_training(rank, world, run):
     """Delays the writer in its copy, then in its write while the tensors change; then saves again."""
     manager = build(run, world)
     fill(manager)
@@ -466,7 +466,7 @@ def save_while_training_goes_on(rank, world, run):
 
 
 def test_training_continues_during_save_and_second_save_waits(tmp_path):
-    for waited, seen in run_ranks(2, save_while_training_goes_on, tmp_path):
+    for waited, seen in run_ranks(2, save_during_training, tmp_path):
         assert waited > 0.2 and seen == ["step-00000003"]
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     shutil.rmtree(checkpoints(tmp_path)[-1])

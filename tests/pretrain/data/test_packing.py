@@ -13,11 +13,11 @@ from pretrain.data.packing import best_fit
 T = 16
 
 
-def one_by_one(sizes, capacity):
+def plain_best_fit(sizes, capacity):
     """Plain best-fit decreasing. Returns the room left in each bin."""
     rooms = []
     for size in sorted(sizes, reverse=True):
-        fitting = [empty_batch for empty_batch in rooms if empty_batch >= size]
+        fitting = [room for room in rooms if room >= size]
         if fitting:
             rooms.remove(min(fitting))
         rooms.append((min(fitting) if fitting else capacity) - size)
@@ -32,7 +32,7 @@ def test_packing_matches_best_fit_decreasing(capacity, n):
             sizes = np.maximum(1, sizes // 4)
         bins = best_fit(sizes, capacity)
         filled = np.bincount(bins, weights=sizes).astype(int)
-        assert Counter((capacity - filled).tolist()) == one_by_one(sizes.tolist(), capacity)
+        assert Counter((capacity - filled).tolist()) == plain_best_fit(sizes.tolist(), capacity)
         assert sorted(set(bins.tolist())) == list(range(len(filled)))
 
 

@@ -45,11 +45,11 @@ def hf(tmp_path_factory):
     """Returns a folder of each kind, made at first use."""
     base = tmp_path_factory.mktemp("hf")
 
-    def of(kind: str) -> Path:
+    def folder_of(kind: str) -> Path:
         path = base / kind.replace(" ", "-").replace(",", "")
         return path if path.exists() else models.save(path, kind)
 
-    return of
+    return folder_of
 
 
 def run_of(source: Path, run: Path, *settings: str) -> Path:
@@ -57,7 +57,7 @@ def run_of(source: Path, run: Path, *settings: str) -> Path:
     return run
 
 
-def asked(rank: int, world: int, source: Path) -> list[tuple]:
+def outputs(rank: int, world: int, source: Path) -> list[tuple]:
     """Runs each rank's tokens in both precisions. Returns hidden states, rows and the sum of the losses."""
     answers = []
     for dtype in DTYPES:
@@ -73,7 +73,7 @@ def asked(rank: int, world: int, source: Path) -> list[tuple]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_loss_match_transformers(hf, kind, world):
-    answers = run_ranks(world, asked, hf(kind)) if world > 1 else [asked(0, 1, hf(kind))]
+    answers = run_ranks(world, outputs, hf(kind)) if world > 1 else [outputs(0, 1, hf(kind))]
     for i, (dtype, tolerance) in enumerate(DTYPES.items()):
         rows = [answer[i][1] for answer in answers]
         assert max(map(len, rows)) <= -(-384 // world)
