@@ -307,7 +307,7 @@ WRONG = {
     "no width": ("llama tied", {"hidden_size": None}, "hidden_size is missing"),
     "a number of heads": ("llama tied", {"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 must be a whole number"),
     "another vocabulary": ("gpt2 tied", {"vocab_size": 999}, "has 260 rows, but config.json says vocab_size=999"),
-    "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json means (41, 24)"),
+    "another shape": ("llama tied", {"intermediate_size": 41}, "has shape (40, 24), but config.json implies (41, 24)"),
     "a layer too many": ("gpt2 tied", {"n_layer": 1}, "which our body does not have"),
     "no head": ("gpt2 tied", {"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
     "two matrices, tied": ("gpt2 untied, exact gelu", {"tie_word_embeddings": True}, "that differs from its embedding"),
