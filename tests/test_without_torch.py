@@ -38,7 +38,7 @@ NO_MODELS = {  # folders that no run can begin with, and what is said of them
     "bloom": "{bloom}/config.json: model_type=bloom must be one of",
     "rows": "{rows}: its embedding has 307 rows, but config.json says vocab_size=308",
     "lacks": "{lacks} has no tensor ln_f.weight",
-    "shape": "h.0.mlp.c_fc.weight has shape (23, 96), but config.json means (24, 96)",
+    "shape": "h.0.mlp.c_fc.weight has shape (23, 96), but config.json implies (24, 96)",
     "broken": "{broken}/model.safetensors cannot be read",
 }
 MODEL = GPT2Config(layers=1, width=24, heads=3, context=16)  # of the folder {hf}
