@@ -384,7 +384,13 @@ function listen() {
     button.addEventListener("click", () => setView(one.key));
   });
   let width = byId("frame").clientWidth;
-  new ResizeObserver(() => { if (byId("frame").clientWidth !== width) { width = byId("frame").clientWidth; hide(); render(); } }).observe(byId("frame"));
+  new ResizeObserver(() => {
+    if (byId("frame").clientWidth === width) return;
+    width = byId("frame").clientWidth;
+    hide();
+    render();
+    if (state.chosen && (state.column < state.first || state.column >= state.first + count)) pan(state.column - Math.floor(count / 2));
+  }).observe(byId("frame"));
   addEventListener("scroll", hide, { passive: true });
   addEventListener("hashchange", open);
   themeListeners.push(render);
