@@ -1,8 +1,9 @@
-"""Draws the pictures of README.md and docs/concepts.md: `python docs/pictures.py`.
+"""Draws the pictures of README.md, docs/concepts.md and docs/how-it-works.md: `python docs/pictures.py`.
 
 A unit of the canvas is a pixel if the picture is shown 850 pixels wide, as GitHub does; text is at least 12 high.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -246,12 +247,93 @@ def one_step() -> Canvas:
     return canvas
 
 
+def softmax_of_two_shards() -> Canvas:
+    """How it works: one token's logits on two ranks, what they exchange, and the softmax that it gives."""
+    logits, target = ((1.0, 3.0, 0.5, 2.0), (-1.0, 0.0, 4.0, 1.5)), 1
+    largest = [max(z) for z in logits]
+    exp = [[math.exp(x - a) for x in z] for z, a in zip(logits, largest, strict=True)]
+    sums = [sum(e) for e in exp]
+    top = max(largest)
+    lse = top + math.log(sum(s * math.exp(a - top) for s, a in zip(sums, largest, strict=True)))
+    alpha = [math.exp(a - lse) for a in largest]
+
+    canvas = Canvas(452)
+    columns = (30, 312, 594)
+    for x, title, formula in zip(
+        columns,
+        ("step 2: logits", "step 2: exponentials", "step 4: softmax"),
+        ("z", "E_r", r"\alpha_r E_r"),
+        strict=True,
+    ):
+        canvas.text(x, 26, title, LARGE, ha="left", weight="bold")
+        canvas.text(x + 226, 26, f"${formula}$", LARGE, SOFT, ha="right")
+
+    base, scale, step, w = 190, 26, 27, 20
+    for r in range(2):
+        for i in range(4):
+            hollow = r == 0 and i == target
+            for column, value, unit in (
+                (0, logits[r][i], scale),
+                (1, exp[r][i], 4 * scale),
+                (2, alpha[r] * exp[r][i], 4 * scale),
+            ):
+                x = columns[column] + r * (4 * step + 14) + i * step
+                style = {"linestyle": (0, (3, 2))} if hollow and column else {}
+                fill = "#ffffff" if hollow and column else TINTS[r]
+                canvas.band(x, base - unit * value, w, unit * value, fill, RANKS[r], **style)
+                canvas.text(x + w / 2, base + 42, str(4 * r + i), SMALL, SOFT)
+                if hollow and column == 0:
+                    canvas.text(x + w / 2, base + 62, "y", TEXT, INK, weight="bold")
+        start = columns[0] + r * (4 * step + 14)
+        height = base - scale * largest[r]
+        canvas.axes.plot([start - 4, start + 4 * step - 3], [height, height], color=RANKS[r], lw=1, ls=(0, (4, 3)))
+        canvas.text(start + 2 * step - 4, height - 12, f"$a_{r}$ = {largest[r]:.2f}", SMALL, RANKS[r])
+        for column, words in (
+            (0, f"rank {r}"),
+            (1, f"$s_{r}$ = {sums[r]:.2f}"),
+            (2, f"$\\alpha_{r}$ = {alpha[r]:.2f}"),
+        ):
+            x = columns[column] + r * (4 * step + 14) + 2 * step - 4
+            canvas.text(x, base + (82 if column == 0 else 64), words, SMALL, RANKS[r], weight="bold")
+    for x in columns:
+        canvas.axes.plot([x - 4, x + 230], [base, base], color=SOFT, lw=1)
+
+    y = 306
+    for r in range(2):
+        t = f"{logits[0][target]:.2f}" if r == 0 else "0"
+        words = f"$a_{r}$ = {largest[r]:.2f},  $s_{r}$ = {sums[r]:.2f},  $t_{r}$ = {t}"
+        canvas.box(columns[0], y + r * 44, 240, 34, TINTS[r], RANKS[r])
+        canvas.text(columns[0] + 120, y + r * 44 + 17, words, TEXT)
+        canvas.arrow((columns[0] + 242, y + r * 44 + 17), (columns[1] + 14, y + 39 + (r - 0.5) * 16), NETWORK)
+    canvas.box(columns[1] + 16, y + 4, 188, 70, NETWORK_TINT, NETWORK)
+    canvas.text(columns[1] + 110, y + 28, "step 3: exchanged", SMALL, NETWORK, weight="bold")
+    canvas.text(columns[1] + 110, y + 50, "3 numbers per token, rank", SMALL)
+    canvas.arrow((columns[1] + 206, y + 39), (columns[2] - 18, y + 39), NETWORK)
+    canvas.box(columns[2] - 16, y, 246, 78, TINTS[0], RANKS[0])
+    canvas.text(columns[2] + 107, y + 24, f"step 4: lse = {lse:.2f}", TEXT)
+    canvas.text(columns[2] + 107, y + 54, f"loss = lse − $t_0$ = {lse - logits[0][target]:.2f}", TEXT, weight="bold")
+    canvas.text(
+        30,
+        426,
+        "8 token ids on 2 ranks; the target y is id 1. Its place (dashed) stays 0 in $E_r$, and is added in fp32.",
+        SMALL,
+        SOFT,
+        ha="left",
+    )
+    return canvas
+
+
 def _formula(plain: str) -> str:
     """Mathematics for matplotlib, from the plain text beside it."""
     return "$" + plain.replace("ᵀ", r"^{\top}").replace("·", r"\,").replace("α", r"\alpha ") + "$"
 
 
-PICTURES = {"rowshard": at_a_glance, "matrix-on-ranks": on_ranks, "step-traffic": one_step}
+PICTURES = {
+    "rowshard": at_a_glance,
+    "matrix-on-ranks": on_ranks,
+    "step-traffic": one_step,
+    "two-shards": softmax_of_two_shards,
+}
 
 
 def draw(folder: Path, suffix: str = ".svg") -> list[Path]:
