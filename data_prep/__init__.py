@@ -1,4 +1,4 @@
-"""From raw text to memory-mapped token files. Stands alone: numpy, tiktoken, datasets; no torch."""
+"""Turns raw text into memory-mapped token files. Needs numpy, tiktoken and datasets, but no torch."""
 
 from data_prep.terminal import begin_if_command
 

@@ -1,4 +1,4 @@
-"""The application behind `data_prep/tokenize.py`: settings, then tokenise or verify, then a report."""
+"""The application behind `data_prep/tokenize.py`: reads the settings, tokenises or verifies, and reports."""
 
 import io
 import json
@@ -52,22 +52,22 @@ PREPARE = "prepare"
 
 @dataclass
 class TokenizeConfig:
-    """Settings that `conf/tokenize.yaml` composes."""
+    """The settings that `conf/tokenize.yaml` composes."""
 
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
-    out: str | None = None  # the folder to write
-    verify: str | None = None  # instead: the folder to check
-    stats: str | None = None  # instead: the folder to count
-    val_fraction: float = 0.02  # of the documents, by the hash of their text
-    unit_mib: float = 16.0  # text in one work unit, hence in one token file
+    out: str | None = None  # folder to write
+    verify: str | None = None  # folder to check, instead of out
+    stats: str | None = None  # folder to count, instead of out
+    val_fraction: float = 0.02  # share of the documents for validation, chosen by the hash of their text
+    unit_mib: float = 16.0  # MiB of text per work unit, and so per token file
     clean: CleanConfig = field(default_factory=CleanConfig)
-    max_document_mib: float = LARGEST_DOCUMENT / 2**20  # a larger document is put aside
-    document_seconds: float = 600.0  # one that takes longer, too
-    max_quarantined: int = 1000  # documents put aside; one more ends the run
-    gigatoken: bool = True  # where it is installed, and encodes as tiktoken does
-    workers: int = 0  # processes; 0: one a core
-    part: str | None = None  # K/N: units K, K + N, ... alone, without manifest; prepare: what comes before all parts
+    max_document_mib: float = LARGEST_DOCUMENT / 2**20  # MiB; larger documents are quarantined
+    document_seconds: float = 600.0  # seconds of tokenising; documents that take longer are quarantined
+    max_quarantined: int = 1000  # quarantined documents; one more stops the run
+    gigatoken: bool = True  # use gigatoken if it is installed and encodes as tiktoken does
+    workers: int = 0  # processes; 0: one per core
+    part: str | None = None  # K/N: only the units K, K + N, ..., no manifest; prepare: the work before all parts
 
     def __post_init__(self) -> None:
         if [self.out, self.verify, self.stats].count(None) != 2:
@@ -82,7 +82,7 @@ class TokenizeConfig:
         if self.max_quarantined < 0:
             raise DataError(f"max_quarantined={self.max_quarantined} must not be negative")
         if self.workers < 0:
-            raise DataError(f"workers={self.workers} must be positive, or 0 for one a core")
+            raise DataError(f"workers={self.workers} must be positive, or 0 for one per core")
         if self.part not in (None, PREPARE):
             UnitStride.parse(self.part)
 
@@ -100,11 +100,11 @@ class TokenizeConfig:
 
     @property
     def largest(self) -> int:
-        """Bytes of a document."""
+        """Bytes that a document may have."""
         return max(1, int(self.max_document_mib * 2**20))
 
     def settings(self) -> dict[str, Any]:
-        """Settings that determine the output, as JSON. Workers and parts are not among them."""
+        """The settings that determine the output, as JSON: neither `workers` nor `part` does."""
         config = {
             "tokenizer": self.tokenizer.describe(),
             "val_fraction": self.val_fraction,
@@ -116,7 +116,7 @@ class TokenizeConfig:
 
 
 def tokenize(config: TokenizeConfig, out: Path) -> None:
-    """Tokenise the corpus, or one part of it, into `out`; prints what it does. Raises DataError or OSError."""
+    """Tokenises the corpus, or one part of it, into `out`; prints what it does. Raises DataError or OSError."""
     check_folder(f"out={out}", out)
     output = output_of(config, out)
     if manifest := output.finished():
@@ -135,7 +135,7 @@ def output_of(config: TokenizeConfig, out: Path) -> Output:
 
 
 def tokenize_all(config: TokenizeConfig, output: Output) -> None:
-    """Every unit that is not there yet, what is doubled taken out, and the manifest."""
+    """Encodes every unit that is still missing, drops duplicates, and writes the manifest."""
     with prepared(config, output) as tokenizer:
         start = time.perf_counter()
         tally = encode(config, output.folder, tokenizer)
@@ -147,20 +147,20 @@ def tokenize_all(config: TokenizeConfig, output: Output) -> None:
 
 
 def tokenize_part(config: TokenizeConfig, output: Output) -> None:
-    """The part's units alone. Parts run beside each other, on any machines that share the folder."""
+    """Encodes the units of one part. Parts may run at the same time, on any machines that share the folder."""
     with output.joined():
         start = time.perf_counter()
         tally = encode(config, output.folder, Tokenizer.load(output.folder / TOKENIZER_FOLDER))
     done = sum(not record.kept for record in tally.records.values())
     print(
         f"part {config.part} of {output.folder}: {done} units done,"
-        f" {len(tally.records) - done} were there{tally.rate(time.perf_counter() - start)}"
+        f" {len(tally.records) - done} done before{tally.rate(time.perf_counter() - start)}"
     )
 
 
 @contextmanager
 def prepared(config: TokenizeConfig, output: Output) -> Iterator[Tokenizer]:
-    """Hold the folder for this run alone, with its settings and its tokenizer in it."""
+    """Locks the folder for this run alone, with the settings and the tokenizer saved in it."""
     config.corpus.ensure_documents()
     for remark in config.corpus.remarks():
         print(remark)
@@ -172,7 +172,7 @@ def prepared(config: TokenizeConfig, output: Output) -> Iterator[Tokenizer]:
 
 
 def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
-    """The tokenizer of the run that was cut off here, or a new one."""
+    """The tokenizer that an interrupted run left in the folder, or a new one."""
     if output.has_tokenizer:
         return Tokenizer.load(output.folder / TOKENIZER_FOLDER)
     start = time.perf_counter()
@@ -182,12 +182,12 @@ def tokenizer_for(config: TokenizeConfig, output: Output) -> Tokenizer:
         seconds, wanted = time.perf_counter() - start, config.tokenizer.vocab_size
         print(f"trained a BPE of {tokenizer.vocab_size:,} rows in {seconds:.0f} s")
         if tokenizer.vocab_size < wanted:
-            print(f"note: the corpus has no pairs for the {wanted:,} rows of tokenizer.vocab_size")
+            print(f"note: the corpus has too few pairs of tokens for tokenizer.vocab_size={wanted:,}")
     return tokenizer
 
 
 def training_texts(config: TokenizeConfig) -> Iterator[str]:
-    """The documents that are not for validation, or pieces of them: the tokenizer must not have seen the others."""
+    """Yields the training documents, large ones in pieces: the tokenizer must not see the validation documents."""
     for document in config.corpus.documents():
         if isinstance(document, Document):
             if split_of(digest_of(document.data), config.val_fraction) == "train":
@@ -197,14 +197,14 @@ def training_texts(config: TokenizeConfig) -> Iterator[str]:
             split = split_of(digest_and_size(document.pieces(), config.largest)[0], config.val_fraction)
         except DataError:
             raise
-        except ValueError:  # it will be put aside
+        except ValueError:  # `encode` quarantines it
             continue
         if split == "train":
             yield from document.pieces()
 
 
 def encode(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Tally:
-    """The units of this run or part; without copies, where the run is not a part and the settings say so."""
+    """Encodes the units of this run or part. A whole run also drops duplicates if the settings ask for it."""
     tally, job = Tally(config.max_quarantined), encode_job(config, out, tokenizer)
     units = config.corpus.units(config.unit_bytes)
     mine = (unit for unit in units if config.units.has(unit.index))
@@ -239,12 +239,12 @@ def encode_job(config: TokenizeConfig, out: Path, tokenizer: Tokenizer) -> Encod
 
 
 def total_of(units: Iterable[WorkUnit], part: UnitStride) -> int | None:
-    """Bytes of text to do, about; None for units that are still to come."""
+    """Estimates the bytes of text to encode; None if the units are not known in advance (a stream)."""
     return sum(unit.size for unit in units if part.has(unit.index)) if isinstance(units, list) else None
 
 
 def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> None:
-    """Write again, without them, the units that hold documents which an earlier unit or another folder has."""
+    """Rewrites the units that hold duplicates of documents in earlier units or other folders, without them."""
     indices = sorted(tally.records)
     found = find_duplicates(
         [digests_path(out, index) for index in indices], list(map(digests_of, config.clean.exclude)), out / DIGESTS_FILE
@@ -254,7 +254,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
     bounds = np.searchsorted(numbers[order], np.arange(len(indices) + 1))
     by_index = {index: places[order[bounds[i] : bounds[i + 1]]] for i, index in enumerate(indices)}
     changed = {index for index in indices if digest_of_places(by_index[index]) != tally.records[index].dropped}
-    again = {index for index in changed if tally.records[index].dropped}  # others were, before the corpus was mended
+    again = {index for index in changed if tally.records[index].dropped}  # the corpus was mended: start from all
 
     def units(chosen: set[int]) -> Iterator[WorkUnit]:
         return (unit for unit in config.corpus.units(config.unit_bytes) if unit.index in chosen) if chosen else iter(())
@@ -267,7 +267,7 @@ def drop_copies(config: TokenizeConfig, out: Path, tally: Tally, pool: Pool) -> 
 
 
 def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
-    """Says what was left out. Raises DataError if there is nothing to train on."""
+    """Prints what was left out. Raises DataError if there is nothing to train on."""
     if tally.quarantined:
         print(f"quarantined {len(tally.quarantined)} documents, see {QUARANTINE_FILE}: {shown(tally.quarantined)}")
     left_out = [f"{manifest.corpus[key]:,} {key.replace('_', ' ')}" for key in ("too_short", "too_long", "duplicates")]
@@ -275,14 +275,14 @@ def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
         print(f"left out: {', '.join(left_out)}")
     if not manifest.split("train"):
         raise DataError(
-            f"no document for training: val_fraction={config.val_fraction} and clean.* left none of so small a corpus"
+            f"the training split is empty: the corpus is too small for val_fraction={config.val_fraction} and clean.*"
         )
     if config.val_fraction > 0 and not manifest.split("val"):
-        print(f"warning: no document for validation: val_fraction={config.val_fraction} of so small a corpus is none")
+        print(f"warning: the validation split is empty: the corpus is too small for val_fraction={config.val_fraction}")
 
 
 def verify_folder(folder: Path) -> int:
-    """Print every fault on stderr, or one line that all is well; the exit code."""
+    """Prints every fault on stderr, or one line that all is well; returns the exit code."""
     faults = verify(folder)
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
@@ -294,7 +294,7 @@ def verify_folder(folder: Path) -> int:
 
 
 def register() -> None:
-    """Hand the dataclasses to Hydra: the schema and the options of each group."""
+    """Registers the dataclasses with Hydra: the schema and the options of each group."""
     store = ConfigStore.instance()
     store.store(name="tokenize_schema", node=TokenizeConfig)
     for corpus in (StdlibCorpus, FilesCorpus, HubCorpus):
@@ -304,7 +304,7 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> int:
-    """The exit code of the whole program."""
+    """Runs the program; returns its exit code."""
     try:
         return execute(config_of(composed))
     except (DataError, OmegaConfBaseException) as error:
@@ -312,7 +312,7 @@ def run(composed: DictConfig) -> int:
 
 
 def config_of(composed: DictConfig) -> TokenizeConfig:
-    """Raises DataError or OmegaConf's own error if it is not right."""
+    """Checks what Hydra composed. Raises DataError or OmegaConf's own error if a setting is wrong."""
     if missing := OmegaConf.missing_keys(composed):
         raise DataError(f"{', '.join(sorted(missing))} must be given")
     config = OmegaConf.to_object(composed)
@@ -322,11 +322,11 @@ def config_of(composed: DictConfig) -> TokenizeConfig:
 
 
 def execute(config: TokenizeConfig) -> int:
-    """Do what the settings say; the exit code."""
+    """Does what the settings ask for; returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold any bytes
     if config.verify is not None or config.stats is not None:
-        terminal.product()  # else the token files are
+        terminal.product()  # what is printed is the result; otherwise the token files are
     try:
         if config.verify is not None:
             return verify_folder(Path(config.verify))
@@ -338,7 +338,7 @@ def execute(config: TokenizeConfig) -> int:
         return 0
     except DataError as error:
         return fail(headline(error))
-    except BrokenPipeError:  # of the terminal's product
+    except BrokenPipeError:  # the reader of the result has closed the pipe
         return EXIT_BROKEN_PIPE
     except OSError as error:
         return fail(f"{error}{what_is_kept(config)}")
@@ -348,13 +348,13 @@ def execute(config: TokenizeConfig) -> int:
 
 
 def what_is_kept(config: TokenizeConfig) -> str:
-    """A remark for a run that has begun its folder: of one without a finished unit nothing is left there."""
+    """A remark for an error message, if the folder is left with finished units."""
     begun = config.out is not None and os.path.isdir(Path(config.out) / UNFINISHED_FOLDER)
-    return "; finished units are kept, and the same command does the rest" if begun else ""
+    return "; finished units are kept, the same command continues" if begun else ""
 
 
 def refuse_unknown_keys(config: TokenizeConfig) -> None:
-    """DataError for keys that Hydra's +key=value has put beside the dataclasses' own."""
+    """Raises DataError if Hydra's +key=value has added a key that the dataclasses do not have."""
     for prefix, part in (
         ("", config),
         ("corpus.", config.corpus),
@@ -373,6 +373,6 @@ def _composed(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Parse the command line and run; exits 0, 1 (verify found faults), or 2 (an error, in one line)."""
+    """Parses the command line and runs; exits 0, 1 (verify found faults), or 2 (an error, in one line)."""
     register()
     run_hydra(_composed, "tokenize")

@@ -1,6 +1,6 @@
-"""The `key=value` arguments of commands that compose nothing with Hydra.
+"""Reads the `key=value` arguments of commands that do not use Hydra.
 
-Apart from command.py, which runs a command, and from overrides.py, which speaks Hydra's grammar.
+command.py runs a command; overrides.py knows Hydra's grammar.
 """
 
 from collections.abc import Container, Iterable
@@ -11,9 +11,9 @@ Settings = TypeVar("Settings")
 
 
 def key_values(arguments: Iterable[str], keys: Container[str] | None = None, form: str = "key=value") -> dict[str, str]:
-    """The values by key; the last one if a key is given twice. keys: the known ones; None: any key.
+    """Maps keys to values; the last value counts if a key is given twice. keys: the known ones; None: any key.
 
-    Raises ValueError, saying that it must be `form`, if an argument is not key=value or its key is not known.
+    Raises ValueError if an argument is not key=value or its key is unknown; the message says that it must be `form`.
     """
     given = {}
     for argument in arguments:
@@ -25,16 +25,16 @@ def key_values(arguments: Iterable[str], keys: Container[str] | None = None, for
 
 
 def count_of(key: str, value: str) -> int:
-    """The number. Raises ValueError unless it is a whole one of at least 0."""
+    """Reads a whole number. Raises ValueError if it is not one, or is below 0."""
     if not value.isdecimal():
         raise ValueError(f"{key}={value} must be a number of at least 0")
     return int(value)
 
 
 def settings_of(kind: type[Settings], arguments: list[str]) -> Settings:
-    """The dataclass. A text is taken as it stands, whatever it holds; null only where the key may be None.
+    """Builds the dataclass. A text is taken as it stands; null means None only if the field may be None.
 
-    ValueError: key, value, rule.
+    Raises ValueError with key, value and rule.
     """
     types = get_type_hints(kind)
     given: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def _read(key: str, value: str, kind: Any) -> Any:
 
 
 def defaults(kind: type) -> str:
-    """A line each, for --help."""
+    """Lists the fields with their defaults, one line each, for --help."""
     lines = []
     for item in fields(kind):
         value = item.default if item.default_factory is MISSING else item.default_factory()

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE with Hugging Face's `tokenizers`, for use by tiktoken."""
+"""Trains a byte-level BPE with Hugging Face's `tokenizers`, for use by tiktoken."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -9,7 +9,7 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 SMALLEST_VOCAB = 257
 PIECE_CHARACTERS = 1 << 16  # the sample is made of pieces, so that one huge document is sampled too
 
-# What a text is split by before merging; written for both engines, tiktoken's and Oniguruma.
+# Patterns that split a text before merging, written for both engines: tiktoken's and Oniguruma.
 PATTERNS = {
     "cl100k": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -22,9 +22,9 @@ PATTERNS = {
 def train_bpe(
     texts: Iterable[str], vocab_size: int, pattern: str, sample_bytes: int, within_bytes: int
 ) -> TokenizerSpec:
-    """A BPE of at most `vocab_size` rows, <|endoftext|> the last; fewer where the sample has no more pairs.
+    """Trains a BPE of at most `vocab_size` rows, the last one <|endoftext|>; fewer if the sample has no more pairs.
 
-    The same texts always give the same tokenizer. Raises DataError if there are no texts, or if the pattern is invalid.
+    The same texts always give the same tokenizer. Raises DataError without any text, or if the pattern is invalid.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -49,10 +49,10 @@ def train_bpe(
 
 
 def even_sample(texts: Iterable[str], sample_bytes: int, within_bytes: int) -> list[str]:
-    """Pieces of the first `within_bytes` of text, `sample_bytes` at most, in order; always the same.
+    """Samples at most `sample_bytes` of the first `within_bytes` of text, in order; always the same pieces.
 
-    A piece stays while its hash is below a threshold, which halves whenever the sample has grown too large.
-    So one pass, in the memory of the sample, draws evenly from a corpus of any length.
+    A piece stays while its hash is below a threshold. The threshold halves whenever the sample has grown too large.
+    So one pass samples evenly from a corpus of any length, and holds only the sample.
     """
     threshold, kept_bytes, seen_bytes = 1 << 64, 0, 0
     kept: list[tuple[int, int, str]] = []
@@ -79,7 +79,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def characters() -> dict[int, str]:
-    """GPT-2's table: each byte as a printable character; the others take the code points from 256."""
+    """GPT-2's table of bytes as characters: printable bytes stay, the others take the code points from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,8 +1,8 @@
-"""Which documents are kept: settings, and the exact duplicates among the units of a run and of other folders.
+"""Decides which documents are kept: limits of size, and exact duplicates within a run and against other folders.
 
-A unit drops its own duplicates and leaves behind the digests of what it kept, sorted. When all units are done, equal
-digests are found range by range, and the units that hold a later copy are written again without it. Which copy stays
-follows from the order of the corpus alone: not from the workers, the parts, or the crashes.
+Each unit drops its own duplicates and saves the sorted digests of the documents that it keeps. When all units are
+done, equal digests are found range by range, and the units that hold a later copy are rewritten without it. The first
+copy in the order of the corpus stays, whatever the number of workers, parts or crashes.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from data_prep.errors import DataError
 from data_prep.token_file import MANIFEST_FILE, PIECE, SPLITS, Manifest
 
 DIGEST_BYTES = 16
-DIGESTS_FILE = "documents.digests"  # of a finished folder: 16 bytes a document, sorted
-DIGESTS_SHA256 = "digests_sha256"  # its hash, among `corpus` of the manifest; one made before that was kept lacks it
-# Of a unit: place = 2 · document + split. Aligned, else each search in a column would copy the column.
+DIGESTS_FILE = "documents.digests"  # in a finished folder: 16 bytes per document, sorted
+DIGESTS_SHA256 = "digests_sha256"  # key of its hash in the manifest's `corpus`; old manifests lack it
+# Digests of a unit: place = 2 · document + split. Aligned, because a search in an unaligned column copies it.
 KEPT = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")], align=True)
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
-RANGE_BYTES = 1 << 28  # digests that are compared at once
+RANGE_BYTES = 1 << 28  # bytes of digests that are compared at once
 NOWHERE = -1  # the place of a document that the tokenizer fails on
 
 
@@ -32,10 +32,10 @@ NOWHERE = -1  # the place of a document that the tokenizer fails on
 class CleanConfig:
     """The keys `clean.*`."""
 
-    min_bytes: int = 1  # of text; shorter documents are left out
-    max_bytes: int | None = None  # longer ones too
-    deduplicate: bool = False  # of documents with the same text, keep the first
-    exclude: list[str] = field(default_factory=list)  # finished folders: leave out the documents that they have
+    min_bytes: int = 1  # bytes of text; shorter documents are left out
+    max_bytes: int | None = None  # bytes of text; longer documents are left out; null: no limit
+    deduplicate: bool = False  # keep only the first of documents with the same text
+    exclude: list[str] = field(default_factory=list)  # finished folders whose documents are left out here
 
     def __post_init__(self) -> None:
         if self.min_bytes < 1:
@@ -46,23 +46,23 @@ class CleanConfig:
             raise DataError("clean.exclude= needs clean.deduplicate=true")
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest, which keeps this setting's old name: the other folders by what is in them."""
+        """The settings for the manifest. `exclude` has its old name there, and names folders by their content."""
         settings = asdict(self)
         return settings | {"unlike": [sha256_of(digests_of(name)) for name in settings.pop("exclude")]}
 
 
 def digests_of(folder: str) -> Path:
-    """DataError unless the folder is finished, and was made with deduplication."""
+    """The folder's file of digests. Raises DataError if the folder is unfinished or was made without deduplication."""
     path = Path(folder) / DIGESTS_FILE
     if not path.is_file() or not (Path(folder) / MANIFEST_FILE).is_file():
         raise DataError(f"clean.exclude: {folder} has no {DIGESTS_FILE}: make it with clean.deduplicate=true first")
     if path.stat().st_size % DIGEST.itemsize:
-        raise DataError(f"clean.exclude: {path}: {path.stat().st_size} bytes are not 16 a document: see verify=")
+        raise DataError(f"clean.exclude: {path}: {path.stat().st_size} bytes are not 16 per document: see verify=")
     return path
 
 
 def digest_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yields what is wrong with a folder's digests, if it should have any."""
+    """Yields the faults of a folder's digests, if the manifest says that it has any."""
     if not manifest.config.get("clean", {}).get("deduplicate"):
         return
     path, documents = folder / DIGESTS_FILE, manifest.totals()[0]
@@ -73,9 +73,9 @@ def digest_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     else:
         table = np.memmap(path, DIGEST, mode="r") if size else np.empty(0, DIGEST)
         if any(not rises(table[start : start + PIECE + 1]) for start in range(0, documents, PIECE)):
-            yield f"{path}: the digests do not rise"
+            yield f"{path}: the digests are not sorted"
         elif manifest.corpus.get(DIGESTS_SHA256, found := sha256_of(path)) != found:
-            yield f"{path}: its sha256 is not that of the manifest"
+            yield f"{path}: its sha256 does not match the manifest"
 
 
 def rises(table: np.ndarray) -> bool:
@@ -88,17 +88,17 @@ def digest_of(data: bytes) -> bytes:
 
 
 def split_of(digest: bytes, val_fraction: float) -> str:
-    """The split of a document, by its own text: it stays where it is when others come or go."""
+    """The split of a document. It follows from the document's text alone, so adding or removing others keeps it."""
     return "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
 
 
 def place_of(split: str, number: int) -> int:
-    """Place of a document in its unit, given its number in the split's file."""
+    """The place of a document in its unit, given its number in the split's file."""
     return 2 * number + SPLITS.index(split)
 
 
 def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
-    """Table of what a unit keeps, sorted by digest."""
+    """The table of the documents that a unit keeps, sorted by digest."""
     numbers = np.fromiter(places.values(), np.int64, len(places))
     kept = numbers != NOWHERE
     halves = np.frombuffer(b"".join(places), dtype=">u8").reshape(-1, 2)[kept]
@@ -109,10 +109,10 @@ def sorted_digests(places: dict[bytes, int]) -> np.ndarray:
 
 
 def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each range of digests: the units, by their place in the list, and the places in them, of later copies.
+    """Yields, for each range of digests, the later copies: the unit's index in the list, and the place in the unit.
 
-    Writes the digests that are left to `out`, sorted. Memory: a range, 256 MiB, and what the caller keeps of the
-    answer; on disk 24 bytes a document in the units' files, and 16 in `out`.
+    Writes the remaining digests to `out`, sorted. Memory: 256 MiB for a range, and what the caller keeps of the
+    results. Disk: 24 bytes per document in the units' files, and 16 in `out`.
     """
     total = sum(path.stat().st_size // KEPT.itemsize for path in units)
     total += sum(path.stat().st_size // DIGEST.itemsize for path in unlike)
@@ -122,7 +122,7 @@ def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterato
     try:
         for low, high in itertools.pairwise(bounds):
             digests, unit_numbers, places = gathered(units, unlike, low, high)
-            order = np.lexsort((unit_numbers, digests["low"], digests["high"]))  # the other folders' first: unit -1
+            order = np.lexsort((unit_numbers, digests["low"], digests["high"]))  # other folders first: unit -1
             digests, unit_numbers, places = digests[order], unit_numbers[order], places[order]
             later = np.zeros(len(digests), bool)
             later[1:] = digests[1:] == digests[:-1]
@@ -136,7 +136,7 @@ def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterato
 
 
 def gathered(units: list[Path], unlike: list[Path], low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The digests in [low, high), and of each its unit and its place there."""
+    """Reads the digests in [low, high), with the unit of each and its place in the unit."""
     digests, numbers, places = [np.empty(0, DIGEST)], [np.empty(0, np.int32)], [np.empty(0, np.uint32)]
     for number, path, dtype in [*((-1, path, DIGEST) for path in unlike), *((i, p, KEPT) for i, p in enumerate(units))]:
         if path.stat().st_size == 0:

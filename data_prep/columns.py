@@ -1,11 +1,11 @@
-"""Text tables. Apart from the commands that print them, for they are in three packages; imports nothing heavy."""
+"""Formats text tables, for commands in three packages. Imports nothing heavy."""
 
 from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """A line per row, with columns of equal width. Those in `left` begin at their left edge, the others, numbers, end
-    at their right one; -1 is the last column.
+    """Formats one line per row, in columns of equal width. Columns in `left` are aligned left, the others (numbers)
+    right; -1 is the last column.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1

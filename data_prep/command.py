@@ -1,4 +1,4 @@
-"""Handles a wrong command line in every command: one line on stderr, exit code 2."""
+"""Runs commands: a wrong command line is one line on stderr and exit code 2, in every command."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser  # its only list of the flags that it takes
+from hydra._internal.utils import get_args_parser  # the only list of Hydra's own flags
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -26,14 +26,15 @@ EXIT_ERROR = 2
 
 
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: bool = False) -> None:
-    """Calls the function with what Hydra composes from conf/CONFIG_NAME.yaml and the command line, `~` in full.
+    """Calls the function with the settings that Hydra composes from conf/CONFIG_NAME.yaml and the command line.
 
-    What is wrong with those is one line. sweeps: --multirun calls it once a job.
+    Expands `~`. A mistake in the settings ends the command with one line. sweeps: --multirun is allowed, and calls
+    the function once per job.
     """
     terminal.loaded()
-    # Hydra copies the store for each group that --help lists, a second in all. It also copies what it loads from it.
+    # Hydra copies the whole store for each group that --help lists (one second in all), besides each node it loads.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises its errors, and does not print them
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing them
     composing = True
 
     def composed(config: DictConfig) -> Any:
@@ -47,7 +48,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
     try:
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
-    except (HydraException, OmegaConfBaseException) as error:  # no more: the traceback of a fault of ours is to be seen
+    except (HydraException, OmegaConfBaseException) as error:  # only these: our own bugs keep their traceback
         sys.exit(fail(mistake(error)))
     except (yaml.YAMLError, ValueError) as error:
         if not composing:
@@ -59,12 +60,12 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
 
 
 def _checked(arguments: list[str], sweeps: bool) -> list[str]:
-    """Returns the command line such that Hydra reads it as it was meant. Raises ValueError if it is not one."""
+    """Rewrites the command line so that Hydra reads it as the user meant it. Raises ValueError if it is not valid."""
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own is the usage in eight lines
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own error prints eight lines of usage
     parsed = parser.parse_args(arguments)
     if parsed.multirun and not sweeps:
-        raise ValueError("--multirun is not for this program: a command makes one folder")
+        raise ValueError("--multirun is not possible here: this command writes one folder")
     for override in parsed.overrides:
         if not override.startswith("~") and "=" not in override[1:]:
             raise ValueError(f"{override!r} must be key=value; see --help")
@@ -73,7 +74,7 @@ def _checked(arguments: list[str], sweeps: bool) -> list[str]:
 
 
 def _with_new_names(overrides: list[str]) -> list[str]:
-    """The same settings by the names of today. Warns of each old name."""
+    """Replaces old names of settings by the current ones. Warns about each."""
     known = renamed(overrides)
     for old, new in known.items():
         warn(f"{old.partition('=')[0].lstrip('+~')} is now called {new.partition('=')[0].lstrip('+~')}")
@@ -85,7 +86,9 @@ def _refuse(message: str) -> NoReturn:
 
 
 def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
-    """Composes what `run_hydra` would, for a command that has settings of its own besides. Raises as Hydra does."""
+    """Composes the settings as `run_hydra` does, for a command that also has settings of its own. Raises Hydra's
+    errors.
+    """
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose(config_name, readable(_with_new_names(overrides), sweeps=False))
     expand_home(config)
@@ -93,7 +96,7 @@ def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def arguments_or(help_text: str) -> list[str]:
-    """The command line's. Where there are none, or --help is among them, prints the text and exits 0."""
+    """The arguments of the command line. If there are none, or one is --help, prints the text and exits 0."""
     arguments = [in_full(argument) for argument in sys.argv[1:]]
     if not arguments or {"-h", "--help"} & set(arguments):
         terminal.product()
@@ -104,9 +107,10 @@ def arguments_or(help_text: str) -> list[str]:
 
 @contextmanager
 def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
-    """Exits 2 with one line on what Hydra finds wrong, on a ValueError, an OSError, or one of the `mistakes`; 130 on
-    Ctrl-C, 141 in silence if a `terminal.product` has lost its reader. remark: what became of files, told of an OSError
-    and of Ctrl-C.
+    """Turns errors into exit codes. Hydra's errors, ValueError, OSError and the `mistakes` print one line and exit 2.
+
+    Ctrl-C exits 130. A `terminal.product` that has lost its reader exits 141, without a line. remark: what happened to
+    the files, added to the line of an OSError and of Ctrl-C.
     """
     terminal.loaded()
     try:

@@ -1,7 +1,7 @@
-"""Detects what a file holds by its first bytes: the form in which it is read, or why it is not read.
+"""Detects the content of a file by its first bytes: the form in which it is read, or why it cannot be read.
 
-Not part of source.py: that opens and reads what this has found. Its name alone decides between text, rows of JSON and
-brotli, which have no mark of their own.
+Text, rows of JSON and brotli have no magic bytes, so the file's name decides between them. source.py opens and reads
+the files.
 """
 
 import codecs
@@ -32,7 +32,7 @@ ARCHIVES = {
 }
 FORMATS = {
     b"ARROW1\0\0": "an Arrow (Feather) file",
-    b"\xff\xff\xff\xff": "an Arrow stream, as of datasets' save_to_disk",
+    b"\xff\xff\xff\xff": "an Arrow stream, as datasets' save_to_disk writes it",
     b"FEA1": "a Feather file",
     b"Obj\x01": "an Avro file",
     b"SQLite format 3\0": "an SQLite database",
@@ -42,7 +42,7 @@ FORMATS = {
     b"\x80\x03": "a pickle",
     b"\x80\x04": "a pickle",
     b"\x80\x05": "a pickle",
-    b"MMIDIDX\0": "the index of a token file, which is tokenised already",
+    b"MMIDIDX\0": "the index of a token file: it is tokenised already",
     b"GGUF": "a GGUF model",
     b"%PDF-": "a PDF",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an Office document",
@@ -61,7 +61,9 @@ CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b"))
 
 
 def look(file: FileInfo) -> Form | str:
-    """The file's form, or what is wrong with it and what to do. DataError if it cannot be opened or decompressed."""
+    """Returns the file's form, or a text that says what is wrong and what to do. Raises DataError if it cannot be
+    opened or decompressed.
+    """
     with reading(file.path):
         head = head_of(file.path, None)
         named = compression_of(file.path)
@@ -71,11 +73,11 @@ def look(file: FileInfo) -> Form | str:
         if compression:
             head = head_of(file.path, compression)
         if reason := refused(head):
-            return f"{compression}, and in it {reason}" if compression else reason
+            return f"{compression} around {reason}" if compression else reason
         if compression and compression_by_content(head):
             return f"compressed twice: {UNPACK}"
         if named and not compression and head:
-            return f"its name says {named}, and it is not: fetch it again, or rename it"
+            return f"its name says {named}, but its content is not {named}: fetch it again, or rename it"
         return form_of(file.path, head, compression)
 
 
@@ -104,7 +106,7 @@ def form_of(path: str, head: bytes, compression: str | None) -> Form | str:
 
 
 def refused(head: bytes) -> str | None:
-    """Says what the content is, and what to do, if it is neither text nor Parquet."""
+    """Says what the content is and what to do, if it is neither text nor Parquet; else None."""
     for known, advice in ((ARCHIVES, UNPACK), (FORMATS, CONVERT)):
         for magic, name in known.items():
             if head.startswith(magic):
@@ -122,7 +124,7 @@ def refused(head: bytes) -> str | None:
 
 
 def is_tar(head: bytes) -> bool:
-    """Checks the first member's checksum: the oldest format has no mark."""
+    """Checks the first member's checksum, because the oldest tar format has no magic bytes."""
     if b"\0" not in head[:512]:
         return False
     try:
@@ -133,11 +135,11 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """True for many zero bytes, as in UTF-16, and for control characters in what is not UTF-8."""
+    """True if there are many zero bytes, as in UTF-16, or if it is not UTF-8 and has control characters."""
     start = head[:64]
     if start.count(0) * 4 > len(start):
         return True
-    if head.removeprefix(BOM).lstrip(SPACE)[:1] in (b"{", b"["):  # of JSON a bad row is put aside
+    if head.removeprefix(BOM).lstrip(SPACE)[:1] in (b"{", b"["):  # JSON: bad rows are quarantined one by one
         return False
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)

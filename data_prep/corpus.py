@@ -1,7 +1,7 @@
-"""Documents out of three sources: the standard library, files near or far, a dataset of the Hugging Face hub.
+"""Reads documents from three sources: the standard library, local or remote files, a dataset on the Hugging Face hub.
 
-A corpus is the dataclass of its own settings. It is cut into units of work: a unit of files says which pieces it is,
-and whoever does it reads them; a unit of the hub has its documents with it. A unit is always the same.
+A corpus is a dataclass of its own settings. It is cut into work units, always the same ones. A unit of files lists
+pieces of files, and the worker reads them; a unit of the hub contains its documents.
 """
 
 import io
@@ -44,40 +44,40 @@ from data_prep.source import (
 from data_prep.unit import Item, WorkUnit, grouped
 
 ROWS_AT_ONCE = 256
-LOOKS_AT_ONCE = 16  # files whose rows are counted: footers of parquet, mostly waited for
-HELD_BYTES = 256  # that a row of the hub counts for beside its text: poison has none, and is held too
-LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes: no more tokens than the index can say, an int32
-LISTING_KEYS = ("files", "bytes", "listing_sha256")  # what the settings of a corpus of files say about the files
-FIRST_DOCUMENTS = 1000  # if all of these are poison, then the settings are wrong
+LOOKS_AT_ONCE = 16  # files inspected at once; threads, because most of the time is waiting
+HELD_BYTES = 256  # bytes that a row of the hub adds to its text: rejected rows have no text, but are held too
+LARGEST_DOCUMENT = (1 << 31) - (1 << 20)  # bytes; the index stores a document's number of tokens as int32
+LISTING_KEYS = ("files", "bytes", "listing_sha256")  # what `describe` says about the listed files
+FIRST_DOCUMENTS = 1000  # if all of these are rejected, the settings are wrong
 
 
-Heartbeat = Callable[[], None]  # called now and then within what takes long to read
+Heartbeat = Callable[[], None]  # called now and then during a long read
 
 
 def no_heartbeat() -> None:
-    """Nobody waits."""
+    """Does nothing, for a caller without a watchdog."""
 
 
 @dataclass
 class CorpusConfig(ABC):
-    """The group `corpus`: one subclass an option."""
+    """The group `corpus`: one subclass per option."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def units(self, unit_bytes: int) -> Iterable[WorkUnit]:
-        """The whole corpus, in order. Raises DataError if it cannot be read."""
+        """Cuts the whole corpus into units, in order. Raises DataError if it cannot be read."""
 
     @abstractmethod
     def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
-        """The documents of one piece that are not empty, in order; poison in place of those that cannot be used.
+        """Yields the documents of one piece in order, without empty ones; a Rejected for each that cannot be used.
 
-        `largest`: bytes of a row, or of a file that is one document; more is poison, and is not held in memory.
-        Raises DataError if the file cannot be read.
+        `largest`: bytes of a row, or of a file that is one document; larger ones are rejected, and are not held in
+        memory. Raises DataError if the file cannot be read.
         """
 
     def items(self, unit: WorkUnit, largest: int, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Item]:
-        """The documents of one unit."""
+        """Yields the documents of one unit."""
         for item in unit.documents:
             large = isinstance(item, Document) and len(item.data) > largest
             yield too_large(item.id, largest) if large else item
@@ -85,41 +85,41 @@ class CorpusConfig(ABC):
             yield from self.read(piece, largest, heartbeat)
 
     def documents(self) -> Iterator[Document | LongDocument]:
-        """Every document that can be used."""
+        """Yields every document that can be used."""
         for unit in self.units(LONG_BYTES):
             yield from (item for item in self.items(unit, LARGEST_DOCUMENT) if not isinstance(item, Rejected))
 
     def ensure_documents(self) -> None:
-        """Raises DataError if the corpus is empty, or if its first documents are all poison: a wrong text_key, say."""
+        """Raises DataError if the corpus is empty, or if its first documents are all rejected (a wrong text_key)."""
         units = self.units(LONG_BYTES)
         items = (item for unit in units for item in self.items(unit, LARGEST_DOCUMENT))
-        poison: Rejected | None = None
+        first: Rejected | None = None
         for item in islice(items, FIRST_DOCUMENTS):
             if not isinstance(item, Rejected):
                 return
-            poison = poison or item
-        if poison:
+            first = first or item
+        if first:
             raise DataError(
-                f"the corpus ({self.kind}) begins with no document that can be used: {poison.id}: {poison.reason}"
+                f"the first documents of the corpus ({self.kind}) are all unusable: {first.id}: {first.reason}"
             )
         raise DataError(f"the corpus ({self.kind}) is empty: it has no document with text")
 
     def remarks(self) -> list[str]:
-        """Lines on what is left out, and on what may not be meant."""
+        """Lines that say which files are left out, and which ones are perhaps not meant to be read."""
         return []
 
     def describe(self) -> dict[str, Any]:
-        """Settings that the documents depend on, for the manifest."""
+        """The settings that the documents depend on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings alone: a worker has no use for a list of a million files."""
+        """The settings alone: a worker does not need the list of a million files."""
         return asdict(self)
 
 
 @dataclass
 class StdlibCorpus(CorpusConfig):
-    """The running Python's own standard library, tests included: about 30 MB of source, and no network."""
+    """The standard library of the running Python, tests included: about 30 MB of source, no network."""
 
     kind: ClassVar[str] = "stdlib"
 
@@ -135,7 +135,7 @@ class StdlibCorpus(CorpusConfig):
         try:
             text = decode_source(data)
             data = text.encode()
-        except (SyntaxError, ValueError) as error:  # an unknown coding, or not in it: test data, on purpose
+        except (SyntaxError, ValueError) as error:  # an unknown or wrong encoding: deliberate, in test data
             yield Rejected(name, f"does not decode: {headline(error)}")
             return
         if text:
@@ -148,7 +148,7 @@ class StdlibCorpus(CorpusConfig):
 
     @staticmethod
     def _paths() -> list[Path]:
-        """All .py files, packages that pip put below the standard library left out."""
+        """All .py files of the standard library, without the packages that pip installed below it."""
         paths = []
         for folder, names, files in os.walk(stdlib_root()):
             names[:] = [name for name in names if name not in ("site-packages", "dist-packages")]
@@ -158,22 +158,18 @@ class StdlibCorpus(CorpusConfig):
 
 @dataclass
 class FilesCorpus(CorpusConfig):
-    """Files: a document a row of JSON and parquet, a document a file for all others; compression around them.
-
-    `paths`: files, globs, folders (all files below, hidden ones left out) and URLs. `text_key`: the column of the
-    text.
-    """
+    """Files: one document per row of JSON or parquet, one per file for all others. Files may be compressed."""
 
     kind: ClassVar[str] = "files"
-    paths: list[str]
-    text_key: str = "text"
+    paths: list[str]  # files, globs, folders (all files below, without hidden ones) and URLs
+    text_key: str = "text"  # the key or column of the text
 
     def units(self, unit_bytes: int) -> list[WorkUnit]:
         return grouped(self._pieces, unit_bytes)
 
     @cached_property
     def _files(self) -> list[FileInfo]:
-        """Listed once: a run is of the files as they are at its start, and far away each look takes its time."""
+        """Lists the files once: a run uses the files as they are at its start, and remote listings take time."""
         return expand(self.paths, self._chosen)
 
     def _chosen(self, name: str, files: list[FileInfo]) -> list[FileInfo]:
@@ -246,14 +242,14 @@ class FilesCorpus(CorpusConfig):
 
 @dataclass
 class HubCorpus(CorpusConfig):
-    """A dataset of the Hugging Face hub, streamed: `name` and `config` as its page says."""
+    """A dataset of the Hugging Face hub, streamed."""
 
     kind: ClassVar[str] = "hub"
-    name: str
-    config: str | None = None
+    name: str  # USER/DATASET
+    config: str | None = None  # the subset, as the dataset's page names it; null: the default one
     split: str = "train"
-    text_key: str = "text"
-    revision: str | None = None
+    text_key: str = "text"  # the column of the text
+    revision: str | None = None  # a branch, tag or commit; null: the newest
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         index, size, documents = 0, 0, list[Item]()
@@ -267,10 +263,10 @@ class HubCorpus(CorpusConfig):
             yield WorkUnit(index, size, documents=tuple(documents))
 
     def read(self, piece: Piece, largest: int, heartbeat: Heartbeat) -> Iterator[Item]:
-        raise AssertionError("a unit of the hub has its documents with it")
+        raise AssertionError("a unit of the hub contains its documents")
 
     def _items(self) -> Iterator[Item]:
-        """The column of texts. What fails inside `datasets` becomes one line that names the place."""
+        """Yields the documents of the text column. A failure inside `datasets` becomes one line that names the row."""
         where, number = f"{self.name} ({self.config or 'default'}, {self.split})", 0
         try:
             arguments = {"name": self.config, "split": self.split, "revision": self.revision}
@@ -286,7 +282,7 @@ class HubCorpus(CorpusConfig):
                         yield item
         except DataError:
             raise
-        except Exception as error:  # datasets raises what each of its readers raises
+        except Exception as error:  # each reader inside datasets raises its own errors
             place = f"{where}, after row {number}" if number else where
             raise DataError(f"{place}: {type(error).__name__}: {headline(error)}") from error
 
@@ -296,13 +292,13 @@ def stdlib_root() -> Path:
 
 
 def decode_source(data: bytes) -> str:
-    """Python source by its own declaration (PEP 263), line ends as they are. SyntaxError, ValueError."""
+    """Decodes Python source by its own declaration (PEP 263), with its line ends. Raises SyntaxError or ValueError."""
     coding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     return data.decode(coding)
 
 
 def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
-    """Number, bytes and a digest of names and sizes: enough to see that a corpus has changed."""
+    """Number and bytes of the files, and a digest of names and sizes: enough to detect a changed corpus."""
     count, total, digest = 0, 0, sha256()
     for name, size in files:
         count, total = count + 1, total + size
@@ -311,14 +307,14 @@ def listing(files: Iterable[tuple[str, int]]) -> dict[str, Any]:
 
 
 def row_of(name: str, line: bytes, text_key: str) -> Item | None:
-    """The document of one line of JSON; None where its text is empty."""
+    """The document of one line of JSON; None if its text is empty."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Rejected(name, not_utf8(error))
     except json.JSONDecodeError as error:
         return Rejected(name, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
-    except (RecursionError, ValueError) as error:  # a hundred thousand brackets; an integer of ten thousand digits
+    except (RecursionError, ValueError) as error:  # 100,000 nested brackets; an integer of 10,000 digits
         return Rejected(name, f"not JSON: {headline(error)}")
     if not isinstance(row, dict):
         return Rejected(name, f"a row must be an object, not {type(row).__name__}")
@@ -328,7 +324,7 @@ def row_of(name: str, line: bytes, text_key: str) -> Item | None:
 
 
 def text_of(name: str, text: Any, text_key: str) -> Item | None:
-    """The document; None where it is empty."""
+    """The document of a value; None if it is empty."""
     if not isinstance(text, str):
         return Rejected(name, f"{text_key!r} must be text, not {type(text).__name__}")
     try:
@@ -349,12 +345,12 @@ def too_large(name: str, largest: int) -> Rejected:
 
 
 def quiet_datasets() -> ModuleType:
-    """The package `datasets`, imported when first needed, without torch, log lines and bars."""
-    os.environ.setdefault("USE_TORCH", "0")  # else it imports torch, seconds and hundreds of MB, for nothing
+    """Imports the package `datasets` on first use, without torch, log lines and progress bars."""
+    os.environ.setdefault("USE_TORCH", "0")  # otherwise it imports torch: seconds and hundreds of MB for nothing
     import datasets
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are also raised
     datasets.disable_progress_bars()
     return datasets

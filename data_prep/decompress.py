@@ -1,6 +1,6 @@
-"""Compressed streams, read to their last byte: what is cut off, or not of the format, is an error and never an end.
+"""Reads compressed streams to their last byte: a truncated or malformed stream is always an error.
 
-The standard library's BZ2File and LZMAFile are not used: they take bytes that they do not know for the end.
+The standard library's BZ2File and LZMAFile are not used, because they stop silently at unknown bytes.
 """
 
 import bz2
@@ -14,12 +14,12 @@ BY_SUFFIX = {".gz": "gzip", ".gzip": "gzip", ".bgz": "gzip", ".zst": "zstd", ".z
 BY_SUFFIX |= {".xz": "xz", ".lzma": "xz", ".lz4": "lz4", ".br": "brotli"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x5d\0\0": "xz"}
 MAGIC |= {b"\x04\x22\x4d\x18": "lz4"}
-SKIPPABLE = b"\x2a\x4d\x18"  # the last three bytes of a skippable frame's magic, of zstd and lz4
+SKIPPABLE = b"\x2a\x4d\x18"  # last three bytes of the magic of a skippable frame, in zstd and lz4
 READ_BYTES = 1 << 18
 
 
 def compression_by_content(head: bytes) -> str | None:
-    """The compression that the first bytes show. Brotli has no mark of its own."""
+    """Detects the compression from the first bytes; never brotli, which has no magic bytes."""
     for magic, name in MAGIC.items():
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] in (b"1AY&SY", b"\x17rE8P\x90")):
             return name
@@ -27,7 +27,7 @@ def compression_by_content(head: bytes) -> str | None:
 
 
 def decompressed(raw: BinaryIO, compression: str) -> io.RawIOBase:
-    """The content of `raw` as a stream, which is not closed with it."""
+    """Decompresses `raw` as a stream. Closing the stream leaves `raw` open."""
     if compression in STREAMS:
         return Streams(raw, STREAMS[compression])
     import pyarrow
@@ -36,7 +36,7 @@ def decompressed(raw: BinaryIO, compression: str) -> io.RawIOBase:
 
 
 class Gzip:
-    """zlib's decompressor with the interface of bz2's and lzma's."""
+    """A zlib decompressor with the interface of bz2's and lzma's."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -65,13 +65,13 @@ STREAMS: dict[str, Callable[[], Any]] = {
 
 
 class Streams(io.RawIOBase):
-    """One or more compressed streams, one behind the other, zero bytes after each left out."""
+    """One or more concatenated compressed streams. Zero bytes after a stream are skipped."""
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
         self._raw, self._new = raw, new
         self._current: Any = None
         self._input = b""
-        self._ended = 0  # streams
+        self._ended = 0  # number of streams read to their end
 
     def readable(self) -> bool:
         return True
@@ -93,7 +93,7 @@ class Streams(io.RawIOBase):
         return 0
 
     def _begins(self) -> bool:
-        """Looks for one more stream."""
+        """True if one more stream begins."""
         while True:
             self._input = self._input or self._raw.read(READ_BYTES)
             if not self._input:

@@ -1,4 +1,4 @@
-"""A finished unit once more, without the documents that an earlier unit or another folder has too."""
+"""Rewrites a finished unit without the documents that an earlier unit or another folder also has."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,14 +15,16 @@ from data_prep.unit import WorkUnit
 
 @dataclass(frozen=True)
 class DropCopies:
-    """A task: a unit's files again, without the documents at `places` (as in `clean.KEPT`). None is out of them yet."""
+    """A task: rewrites a unit's files without the documents at `places` (as in `clean.KEPT`). The files must still
+    hold all of them.
+    """
 
     unit: WorkUnit
     record: UnitRecord
     places: np.ndarray
 
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
-        """The new record comes last: files that fit no record are made again from the corpus."""
+        """Writes the files, then the new record: files that match no record are encoded again from the corpus."""
         record, files = self.record, list[TokenFileEntry]()
         for entry in record.files:
             chosen = self.places[self.places % 2 == SPLITS.index(entry.split)] // 2
@@ -54,9 +56,9 @@ class DropCopies:
 
 
 def pieces_of(file: TokenFile) -> Iterator[tuple[int, np.ndarray, list[int]]]:
-    """Yields each document's number and its ids, PIECE at most; and where they end it, as for `TokenFileWriter.write`.
+    """Yields pieces of at most PIECE ids: the document's number, the ids, and the ends for `TokenFileWriter.write`.
 
-    Read from the file, not through its mapping, of which each page would stay in memory.
+    Reads the file, not its memory map, because each mapped page would stay in memory.
     """
     with open(with_suffix(file.prefix, ".bin"), "rb") as tokens:
         for number, length in enumerate(map(int, file.lengths)):

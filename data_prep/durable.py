@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all; and locks between processes, also of several machines."""
+"""Writes files that are on the disk whole or not at all; locks between processes, also on several machines."""
 
 import errno
 import fcntl
@@ -14,14 +14,14 @@ from pathlib import Path
 from data_prep.errors import DataError
 
 BUFFER_BYTES = 1 << 20
-TEMPORARY_MARK = ".tmp-"  # in every temporary name: what a killed process left behind can be told and removed
+TEMPORARY_MARK = ".tmp-"  # part of every temporary name, to recognise and remove what a killed process left behind
 
 
 class DurableFile:
-    """A file written under a temporary name beside `path`, and hashed on the way.
+    """A file that is written under a temporary name beside `path`, and hashed on the way.
 
-    `finish` puts the bytes on the disk, `publish` gives them the final name, `discard` removes every trace.
-    OSError (a full disk) comes out of any of the first three.
+    `finish` syncs the bytes to the disk, `publish` renames the file, `discard` removes every trace. `write`, `finish`
+    and `publish` raise OSError (a full disk).
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +33,7 @@ class DurableFile:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of everything written so far."""
+        """The SHA-256 of everything written so far."""
         return self._hash.hexdigest()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -58,7 +58,7 @@ class DurableFile:
 
 @contextmanager
 def durable(path: Path) -> Iterator[DurableFile]:
-    """A DurableFile that is published when the block ends well, and discarded when it does not."""
+    """A DurableFile that is published if the block succeeds, and discarded if it raises."""
     file = DurableFile(path)
     try:
         yield file
@@ -71,10 +71,10 @@ def durable(path: Path) -> Iterator[DurableFile]:
 
 @contextmanager
 def durable_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` when the block ends well, and is removed when it does not.
+    """A folder to write in. It is renamed to `out` if the block succeeds, and removed if it raises.
 
-    What a killed process has left of it is removed first. Raises DataError if there is something at `out`, or if
-    another process writes it.
+    Removes first what a killed process has left of it. Raises DataError if `out` exists and is not empty, or if another
+    process writes it.
     """
     check_new(out)
     place = out.resolve()
@@ -88,7 +88,7 @@ def durable_folder(out: Path) -> Iterator[Path]:
             yield unfinished
             for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
                 sync_folder(folder)
-            os.rename(unfinished, place)  # an empty folder may be there
+            os.rename(unfinished, place)  # `out` may exist as an empty folder
             sync_folder(place.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -96,28 +96,28 @@ def durable_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new(out: Path) -> None:
-    """Raises DataError if there is something at `out`, other than an empty folder."""
+    """Raises DataError if `out` exists, unless it is an empty folder."""
     place = out.resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise DataError(f"out={out} exists; choose another out=, nothing was overwritten")
 
 
 def check_folder(key: str, path: Path) -> None:
-    """DataError unless `path` is a folder to write in, or one can be made there. Leaves nothing behind."""
+    """Raises DataError unless `path` is a writable folder, or can be made one. Leaves nothing behind."""
     place = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not place.exists():
         raise DataError(f"{key}: {place} is a link to {os.readlink(place)}, which does not exist: remove or mend it")
     if not place.is_dir():
-        raise DataError(f"{key}: {place} must be a folder, and is a file")
+        raise DataError(f"{key}: {place} must be a folder, but is a file")
     try:
         tempfile.TemporaryFile(dir=place).close()  # permission bits alone mean nothing to root
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # room may come before it is needed
-            raise DataError(f"{key}: {place} cannot be written in: {error.strerror}") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk now may have room later
+            raise DataError(f"{key}: {place} is not writable: {error.strerror}") from error
 
 
 def check_file(key: str, path: Path) -> None:
-    """DataError unless `path` is a file to write, or one can be made in its folder, which is not looked at."""
+    """Raises DataError unless `path` is a writable file, or does not exist. Does not check its folder."""
     target = Path(os.path.realpath(path))
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise DataError(f"{key}: {path} must be a file that can be written")
@@ -126,7 +126,7 @@ def check_file(key: str, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Makes a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,18 +135,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def exclusive(path: Path, busy: str) -> AbstractContextManager[None]:
-    """Hold the lock file `path` for this process; it goes with the process. DataError(`busy`) if another one has it."""
+    """Holds the lock file `path`; it is released when the process ends. Raises DataError(`busy`) if another has it."""
     return _locked(path, fcntl.LOCK_EX, busy)
 
 
 def shared(path: Path, busy: str) -> AbstractContextManager[None]:
-    """Hold the lock file `path` beside others that share it. DataError(`busy`) if one has it exclusively."""
+    """Holds the lock file `path` together with others that share it. Raises DataError(`busy`) if one has it
+    exclusively.
+    """
     return _locked(path, fcntl.LOCK_SH, busy)
 
 
 @contextmanager
 def _locked(path: Path, kind: int, busy: str) -> Iterator[None]:
-    with open(path, "a+") as file:  # NFS grants a shared lock on what is open for reading, the other for writing
+    with open(path, "a+") as file:  # NFS wants read access for a shared lock, write access for an exclusive one
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,9 +1,9 @@
-"""One unit of work: its documents, read, chosen, encoded and written, in a process of its own.
+"""Encodes one work unit in a process: reads its documents, selects, tokenises and writes them.
 
-    the unit's pieces ── documents, poison put aside ── batches of a megabyte of text ── ids ── train-KKKKK, val-KKKKK
-        └ then the unit's record, last: a rerun does not do again what has one
+    pieces of files ── documents, bad ones quarantined ── batches of 1 MB of text ── ids ── train-KKKKK, val-KKKKK
+        └ last, the unit's record: a rerun skips units that have one
 
-What a unit holds follows from the corpus and the settings alone, so the files are the same bytes whoever does it.
+The content of a unit depends only on the corpus and the settings, so every worker writes the same bytes.
 """
 
 import json
@@ -27,25 +27,25 @@ from data_prep.source import Document, Rejected
 from data_prep.token_file import SPLITS, TokenFileEntry, TokenFileWriter, token_dtype, with_suffix
 from data_prep.unit import Item, WorkUnit
 
-UNFINISHED_FOLDER = "unfinished"  # inside the output folder while a run is under way: one record a unit
+UNFINISHED_FOLDER = "unfinished"  # in the output folder during a run: one record per unit
 BATCH_BYTES = 1 << 20
-READING = -1  # the place of a worker that waits for its next document, or writes: no document takes that time
+READING = -1  # a worker's position while it reads or writes: that time counts for no document
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """Record of a finished unit: what it was made of, the digest of its texts, its token files, what is not in them."""
+    """Record of a finished unit: its input, its token files, and what was left out."""
 
     index: int
-    key: str
-    digest: str
+    key: str  # changes if the unit's input changes
+    digest: str  # of the digests of its documents
     files: tuple[TokenFileEntry, ...]
     too_short: int = 0
     too_long: int = 0
     duplicates: int = 0
-    dropped: str = ""  # digest of the places of those that were taken out of the finished files
+    dropped: str = ""  # digest of the places of the duplicates that were dropped from the finished files
     quarantined: tuple[tuple[str, str], ...] = ()  # id and reason
     kept: bool = False  # from an earlier run
 
@@ -60,14 +60,14 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Settings that every worker must know."""
+    """The settings that every worker needs."""
 
     folder: Path
     corpus: CorpusConfig
     clean: CleanConfig
     val_fraction: float
-    largest: int  # bytes of a document
-    gigatoken: str | None  # the scheme, where it has been found to give the same ids
+    largest: int  # bytes that a document may have
+    gigatoken: str | None  # gigatoken's scheme, if it gives the same ids as tiktoken; else None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class UnitStride:
 
     @classmethod
     def parse(cls, text: str) -> "UnitStride":
-        """From "K/N". DataError unless 0 <= K < N."""
+        """Reads "K/N". Raises DataError unless 0 <= K < N."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise DataError(f"part={text} must be K/N, 0 <= K < N")
@@ -90,7 +90,7 @@ class UnitStride:
 
 
 class Watch(Protocol):
-    """Records how far a worker is, so that an observer sees progress, a stop, or the place of a crash."""
+    """Records a worker's position, so that an observer sees progress, a hang, or the document of a crash."""
 
     def at(self, document: int) -> None: ...
 
@@ -99,18 +99,18 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class EncodeUnit:
-    """A task: one unit. `one_at_a_time`: a document at a time, after a crash; `poison`: documents known to be it."""
+    """A task: encodes one unit."""
 
     unit: WorkUnit
-    one_at_a_time: bool = False
-    poison: dict[int, str] = field(default_factory=dict)
+    one_at_a_time: bool = False  # batches of one document, to find the one that crashed the worker
+    rejected: dict[int, str] = field(default_factory=dict)  # numbers of bad documents, with the reasons
 
     def run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
-        """Write the unit's token files, then its record."""
+        """Writes the unit's token files, then its record."""
         try:
             return self._run(job, encoder, watch)
-        except LongPoison as error:  # half of it is written: once more, without it
-            return replace(self, poison={**self.poison, error.number: error.reason}).run(job, encoder, watch)
+        except LongDocumentFailed as error:  # half of it is written: write the unit again without it
+            return replace(self, rejected={**self.rejected, error.number: error.reason}).run(job, encoder, watch)
 
     def _run(self, job: EncodeJob, encoder: Encoder, watch: Watch) -> UnitRecord:
         with ExitStack() as files:
@@ -119,7 +119,7 @@ class EncodeUnit:
             for first, batch in batches(items, 1 if self.one_at_a_time else BATCH_BYTES):
                 watch.at(first)
                 known = [
-                    Rejected(item.id, self.poison[number]) if number in self.poison else item
+                    Rejected(item.id, self.rejected[number]) if number in self.rejected else item
                     for number, item in enumerate(batch, start=first)
                 ]
                 if isinstance(known[0], LongDocument):
@@ -130,8 +130,8 @@ class EncodeUnit:
         return writing.record()
 
 
-class LongPoison(Exception):
-    """The tokenizer failed on a long document when part of it was written."""
+class LongDocumentFailed(Exception):
+    """The tokenizer failed on a long document after part of it was written."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(number, reason)
@@ -139,7 +139,7 @@ class LongPoison(Exception):
 
 
 def watched(items: Iterable[T], watch: Watch) -> Iterator[T]:
-    """The same, the time until each of them comes counted as reading."""
+    """Yields the same items, and counts the time until each of them comes as reading."""
     watch.at(READING)
     for item in items:
         yield item
@@ -147,7 +147,7 @@ def watched(items: Iterable[T], watch: Watch) -> Iterator[T]:
 
 
 def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Items in groups of about `size` bytes, a long document alone; each with the number of its first."""
+    """Yields groups of about `size` bytes, each with the number of its first item. A long document is a group alone."""
     batch: list[Item] = []
     number, held = 0, 0
     for item in items:
@@ -162,13 +162,13 @@ def batches(items: Iterator[Item], size: int) -> Iterator[tuple[int, list[Item]]
 
 
 class UnitFiles:
-    """The token files of one unit as they grow."""
+    """The growing token files of one unit."""
 
     def __init__(self, unit: WorkUnit, job: EncodeJob, encoder: Encoder, files: ExitStack) -> None:
         self._unit, self._job, self._encoder, self._files = unit, job, encoder, files
         self._writers: dict[str, TokenFileWriter] = {}
         self._bytes = dict.fromkeys(SPLITS, 0)
-        self._kept: dict[bytes, int] = {}  # with deduplication: where each digest is
+        self._kept: dict[bytes, int] = {}  # with deduplication: the place of each digest
         self._digest = blake2b(digest_size=DIGEST_BYTES)  # of the digests of all documents
         self._quarantined: list[tuple[str, str]] = []
         self._too_short = self._too_long = self._duplicates = 0
@@ -182,7 +182,7 @@ class UnitFiles:
         return sum(writer.tokens for writer in self._writers.values())
 
     def add(self, batch: list[Item]) -> None:
-        """All that is recorded is in the order of the documents: wherever a batch ends, it comes out the same."""
+        """Encodes and writes a batch. All records keep the documents' order, so the size of a batch changes nothing."""
         chosen = {
             number: item
             for number, item in enumerate(batch)
@@ -209,7 +209,7 @@ class UnitFiles:
                 self._writer(split).write(np.concatenate(parts), ends.tolist())
 
     def add_long(self, document: LongDocument, number: int, watch: Watch) -> None:
-        """LongPoison where the tokenizer fails on it."""
+        """Encodes and writes a long document. Raises LongDocumentFailed if the tokenizer fails on it."""
         try:
             digest, size = digest_and_size(watched(document.pieces(), watch), self._job.largest)
         except DataError:
@@ -226,7 +226,7 @@ class UnitFiles:
             watch.at(number)
             (ids,) = self._encoder.encode_all([Document(document.id, text, text.encode())])
             if isinstance(ids, Rejected):
-                raise LongPoison(number, ids.reason)
+                raise LongDocumentFailed(number, ids.reason)
             writer.write(ids, [])
             self._bytes[split] += len(text.encode())
             watch.done(self.text_bytes, self.tokens)
@@ -241,7 +241,7 @@ class UnitFiles:
         return not short and not long
 
     def _is_new(self, digest: bytes) -> bool:
-        """With deduplication. One on which the tokenizer then fails was there all the same: its copies are copies."""
+        """True if the unit has not had the digest yet. Also counts a document on which the tokenizer fails later."""
         if digest in self._kept:
             self._duplicates += 1
             return False
@@ -249,7 +249,7 @@ class UnitFiles:
         return True
 
     def _place(self, digest: bytes, split: str, ahead: int) -> None:
-        """The next document of the split but for those `ahead` of it, which are not written yet, is this one."""
+        """Records the document's place: after the written documents of its split and the `ahead` pending ones."""
         self._digest.update(digest)
         if self._job.clean.deduplicate:
             self._kept[digest] = place_of(split, self._documents(split) + ahead)
@@ -264,7 +264,7 @@ class UnitFiles:
         return self._writers[split]
 
     def record(self) -> UnitRecord:
-        """Once the token files are closed."""
+        """Saves and returns the unit's record. The token files must be closed."""
         if self._job.clean.deduplicate:
             with durable(digests_path(self._job.folder, self._unit.index)) as file:
                 file.write(sorted_digests(self._kept).view(np.uint8).data)
@@ -305,7 +305,7 @@ def save_record(path: Path, record: UnitRecord, vocab_size: int) -> None:
 
 
 def finished_unit(job: EncodeJob, unit: WorkUnit) -> UnitRecord | None:
-    """The unit's record from an earlier run, if it is of the same input and its files are there, whole."""
+    """The unit's record from an earlier run, if it has the same input and its files are complete."""
     if job.clean.deduplicate and not digests_path(job.folder, unit.index).is_file():
         return None
     for path in (dropped_path(job.folder, unit.index), record_path(job.folder, unit.index)):
@@ -316,7 +316,7 @@ def finished_unit(job: EncodeJob, unit: WorkUnit) -> UnitRecord | None:
 
 
 def record_at(path: Path, folder: Path) -> UnitRecord | None:
-    """None where it is not there, not readable, or not of the files that are."""
+    """Reads a record; None if it is missing or unreadable, or does not match the files."""
     try:
         content = json.loads(path.read_bytes())
         dtype = np.dtype(content.pop("dtype"))

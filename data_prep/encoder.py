@@ -1,7 +1,7 @@
-"""Documents to ids: by tiktoken, or by gigatoken where it has been found to give the same.
+"""Encodes documents to ids: with gigatoken if it gives the same ids as tiktoken, else with tiktoken.
 
-gigatoken knows a few split patterns by name, and caches the words it has seen: many times as fast. It is never
-trusted: the same text goes through both before a run, and one difference leaves it out.
+gigatoken knows a few split patterns by name and caches words, so it is many times faster. It is not trusted: before
+a run both encode the same text, and one difference excludes gigatoken.
 """
 
 import os
@@ -21,11 +21,11 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer, may_have_long_run
 from data_prep.tokenizer_spec import RANKS_FILE
 
-SAMPLE_BYTES = 1 << 21  # of text that both must encode alike
+SAMPLE_BYTES = 1 << 21  # bytes of text that both must encode to the same ids
 UNSUPPORTED = "gigatoken does not support these ranks: tiktoken is used"
-CACHE_BYTES = 1 << 28  # gigatoken forgets no word, 100 bytes each: made anew when the process has grown by so much
+CACHE_BYTES = 1 << 28  # gigatoken caches every word, 100 bytes each: it is rebuilt after the process grows by this
 
-# Split patterns, ours and tiktoken's, by gigatoken's names.
+# gigatoken's names of split patterns, ours and tiktoken's.
 SCHEMES = {
     PATTERNS["gpt2"]: "gpt2",
     PATTERNS["cl100k"]: "gpt4",
@@ -49,23 +49,23 @@ SCHEMES = {
 
 
 class Encoder:
-    """Encoder of a worker. `scheme`: of gigatoken, or None for tiktoken alone."""
+    """The encoder of a worker. scheme: gigatoken's; None: tiktoken alone."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, scheme: str | None) -> None:
         self._tokenizer, self._folder, self._scheme = tokenizer, folder, scheme
         self._fast: Any = None
-        self._limit = 0  # bytes of memory at which gigatoken is made anew
-        self.bytes_of_ids = tokenizer.spec.bytes_of_ids().astype(np.int32)  # 0 of special tokens
+        self._limit = 0  # bytes of memory at which gigatoken is rebuilt
+        self.bytes_of_ids = tokenizer.spec.bytes_of_ids().astype(np.int32)  # 0 for special tokens
         self.vocab_size = tokenizer.vocab_size
         self.end = np.array([tokenizer.end_of_document], dtype=np.uint32)
 
     @classmethod
     def load(cls, folder: Path, scheme: str | None) -> "Encoder":
-        """From an output folder with its tokenizer in it."""
+        """Loads the tokenizer of an output folder."""
         return cls(Tokenizer.load(folder / TOKENIZER_FOLDER), folder, scheme)
 
     def encode_all(self, documents: Sequence[Document]) -> list[np.ndarray | Rejected]:
-        """The ids of each document; poison where the tokenizer fails on it, or its ids have not all of its text."""
+        """The ids of each document; a Rejected if the tokenizer fails on it, or if its ids lack some of its text."""
         with muted():
             found = self._ids_of(documents)
         if self._size_of(found) == sum(len(document.data) for document in documents):
@@ -76,7 +76,7 @@ class Encoder:
         ]
 
     def _size_of(self, found: Sequence[np.ndarray | Rejected]) -> int:
-        """Bytes of text of all ids."""
+        """The bytes of text of all ids together."""
         ids = [ids for ids in found if not isinstance(ids, Rejected)]
         return int(self.bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
 
@@ -84,7 +84,7 @@ class Encoder:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):
             return [self._encode(document) for document in documents]
         if resident_bytes() > self._limit:
-            self._fast = None  # first, so that there are never two
+            self._fast = None  # freed first, so that there are never two
             self._fast = gigatoken_of(self._folder, self._scheme)
             self._limit = resident_bytes() + CACHE_BYTES
         try:
@@ -104,11 +104,11 @@ class Encoder:
 
 
 def lost(document: Document) -> Rejected:
-    return Rejected(document.id, "the tokenizer's pattern leaves some of its text out")
+    return Rejected(document.id, "the tokenizer's pattern drops some of its text")
 
 
 def is_panic(error: BaseException) -> bool:
-    """True if the document is to blame. A Rust panic is not an Exception; running out of memory is not its fault."""
+    """True if the document caused the error: a Rust panic (not an Exception), but not a lack of memory."""
     return type(error).__name__ == "PanicException" or (
         isinstance(error, Exception) and not isinstance(error, MemoryError)
     )
@@ -116,10 +116,10 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Sends standard error nowhere: a panic of Rust is written there before it can be caught."""
+    """Discards standard error, because Rust writes a panic there before it can be caught."""
     try:
         before = os.dup(2)
-    except OSError:  # it is closed
+    except OSError:  # standard error is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -133,7 +133,7 @@ def muted() -> Iterator[None]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """The resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -144,33 +144,32 @@ def gigatoken_of(folder: Path, scheme: str) -> Any:
 
 
 def encode_batch(fast: Any, texts: list[bytes]) -> list[np.ndarray]:
-    """One call for all texts; the arrays are views of one."""
+    """Encodes all texts in one call; the arrays are views of one array."""
     layout = fast.encode_batch(texts, parallel=False).layout
     ids, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
     return np.split(ids[: offsets[-1]], offsets[1:-1]) if len(texts) else []
 
 
 def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | LongDocument]) -> tuple[str | None, str]:
-    """gigatoken's scheme, if it is installed and encodes the sample as tiktoken does; and a line that says why not.
-
-    Not installed: no scheme and nothing to say.
+    """gigatoken's scheme, if gigatoken is installed and encodes the sample as tiktoken does, else a line that says
+    why not. If it is not installed: no scheme and an empty line.
     """
     if find_spec("gigatoken") is None:
         return None, ""
     scheme = SCHEMES.get(tokenizer.spec.pattern)
     if scheme is None:
-        return None, "gigatoken is not used: it has no name for this tokenizer's pattern"
+        return None, "gigatoken is not used: it does not support this tokenizer's pattern"
     try:
         documents = sample_of(sample)
         if not documents:
-            return None, "gigatoken is not used: there is no text to compare it on"
+            return None, "gigatoken is not used: there is no text to compare it with tiktoken"
         with muted():
             same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
             for document, ids in zip(documents, same, strict=True):
                 if not np.array_equal(ids, tokenizer.encode(document.text)):
-                    return None, f"gigatoken is not used: it encodes {document.id} otherwise than tiktoken"
+                    return None, f"gigatoken is not used: it encodes {document.id} differently from tiktoken"
     except BaseException as error:
-        if type(error).__name__ == "PanicException" or isinstance(error, RuntimeError):  # what it says of odd ranks
+        if type(error).__name__ == "PanicException" or isinstance(error, RuntimeError):  # raised for unusual ranks
             return None, UNSUPPORTED
         if not is_panic(error):
             raise
@@ -179,11 +178,11 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
 
 
 def sample_of(documents: Iterable[Document | LongDocument]) -> list[Document]:
-    """Documents of the first two megabytes, and the beginnings of long ones, that can be encoded whole."""
+    """Takes documents from the first two megabytes, and the beginnings of long ones, if they can be encoded whole."""
     sample, size = [], 0
     for document in documents:
         if isinstance(document, LongDocument):
-            with suppress(ValueError):  # no UTF-8: it will be put aside
+            with suppress(ValueError):  # not UTF-8: it will be quarantined
                 text = next(cut(document.pieces()), "")
                 document = Document(document.id, text, text.encode())
         if isinstance(document, Document):

@@ -1,4 +1,4 @@
-"""Is a folder of token files what its manifest says? What shows without reading a token; `verify` does the rest."""
+"""Checks a folder of token files against its manifest without reading tokens; `verify` does the rest."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,8 @@ from data_prep.tokenizer_spec import TokenizerSpec
 def check(folder: Path) -> Manifest:
     """The cheap half of `verify`, for the start of a training: reads no token.
 
-    Manifest against tokenizer, and that just its files are there, of the right size and type. Raises DataError on
-    the first fault.
+    Compares the manifest with the tokenizer, and the files' names, sizes and types with the manifest. Raises DataError
+    on the first fault.
     """
     manifest = Manifest.load(Path(folder))
     for fault in cheap_faults(Path(folder), manifest):
@@ -21,7 +21,7 @@ def check(folder: Path) -> Manifest:
 
 
 def cheap_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Faults that show without reading a token; an index's header is read."""
+    """Yields the faults that show without reading a token; reads the header of each index."""
     where = folder / TOKENIZER_FOLDER
     yield from or_unreadable(where, _tokenizer_faults(where, manifest))
     for entry in manifest.files:
@@ -30,11 +30,11 @@ def cheap_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     expected = {entry.name for entry in manifest.files}
     for path in sorted([*folder.glob("*.bin"), *folder.glob("*.idx")]):
         if path.stem not in expected:
-            yield f"{path} is not in the manifest: does it come from another folder, of another tokenizer?"
+            yield f"{path} is not in the manifest: does it come from another folder, with another tokenizer?"
 
 
 def or_unreadable(where: Path, faults: Iterator[str]) -> Iterator[str]:
-    """The faults; that a file cannot be read is one, and the last."""
+    """Yields the faults. A file that cannot be read is one more fault, the last."""
     try:
         yield from faults
     except OSError as error:
@@ -49,7 +49,7 @@ def _tokenizer_faults(where: Path, manifest: Manifest) -> Iterator[str]:
         return
     if spec.fingerprint != manifest.tokenizer_fingerprint:
         yield (
-            f"{where}: fingerprint {spec.fingerprint[:12]}, but the tokens were made by"
+            f"{where}: fingerprint {spec.fingerprint[:12]}, but the tokens were made with"
             f" {manifest.tokenizer_fingerprint[:12]}: it is another tokenizer"
         )
     if spec.vocab_size != manifest.vocab_size:
@@ -64,7 +64,7 @@ def _file_faults(prefix: Path, manifest: Manifest, entry: TokenFileEntry) -> Ite
         except DataError as error:
             yield str(error)
     if found not in (None, dtype):
-        yield f"{index}: ids of {found}, but a tokenizer of {manifest.vocab_size} rows needs {dtype}: it is another's"
+        yield f"{index}: ids of {found}, but a tokenizer of {manifest.vocab_size} rows needs {dtype}"
         return
     for suffix, expected in entry.sizes(dtype).items():
         path = with_suffix(prefix, suffix)

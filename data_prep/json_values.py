@@ -1,7 +1,7 @@
-"""JSON that is not a row a line: an array of objects, objects over several lines, objects behind each other.
+"""Reads JSON that is not one row per line: an array of objects, objects over several lines, several in one line.
 
-A scanner finds where each value ends and nothing else: what is held is one block of the file, and a value that is too
-large goes the way of a long row.
+A scanner finds only the end of each value, so memory holds one block of the file. A large value goes to a temporary
+file, like a long row of JSON lines.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple, cast
 BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
 GAP = re.compile(rb"[\s,]*+")
-PLAIN = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  # within brackets: all but brackets
+PLAIN = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  # in brackets: everything except brackets
 IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 WHOLE_STRINGS = re.compile(rb'[^"]*+(?:"(?:[^"\\]++|\\.)*+"[^"]*+)*+', re.DOTALL)
 WORD = re.compile(rb'[^\s,"{}\[\]]*+')
@@ -21,7 +21,7 @@ BEGINS = b'{["-0123456789tfnNI'
 
 
 class JsonPart(NamedTuple):
-    """Bytes of the value that begins at `start` of the file. `last`: it ends with them."""
+    """Some bytes of the value that begins at byte `start` of the file. `last`: the value ends here."""
 
     start: int
     data: bytes
@@ -29,9 +29,9 @@ class JsonPart(NamedTuple):
 
 
 def parts(blocks: Iterable[bytes]) -> Iterator[JsonPart]:
-    """The values, in parts: the elements of arrays at the top, and all that stands outside of arrays.
+    """Yields the values in parts: the elements of top-level arrays, and every value outside of arrays.
 
-    ValueError for what begins no value, and for an end within a value or an array.
+    Raises ValueError at text that does not begin a value, and if the file ends within a value or an array.
     """
     mode, in_array, depth, start, position, held = "gap", False, 0, 0, 0, b""
     for block in blocks:
@@ -76,20 +76,20 @@ def parts(blocks: Iterable[bytes]) -> Iterator[JsonPart]:
 
 def end_of(pattern: re.Pattern[bytes], text: bytes, at: int) -> int:
     match = pattern.match(text, at)
-    assert match is not None  # each of them matches nothing, too
+    assert match is not None  # each pattern also matches the empty string
     return match.end()
 
 
 def values_of(blocks: Iterable[bytes], limit: int, largest: int) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
-    """Each value: its offset in the text, its size, its bytes; in a temporary file if more than `limit`.
+    """Yields each value: its offset in the text, its size, its bytes (a temporary file if more than `limit` bytes).
 
-    One of more than `largest` bytes is not whole in that.
+    The temporary file holds a value of more than `largest` bytes only in part.
     """
     held, file, size = bytearray(), None, 0
     for part in parts(blocks):
         size += len(part.data)
         if file is None and size > limit:
-            file = TemporaryFile()  # noqa: SIM115 - gone with the last who reads it
+            file = TemporaryFile()  # noqa: SIM115 - deleted when its last reader closes it
             file.write(held)
         if file is None:
             held += part.data
@@ -101,9 +101,9 @@ def values_of(blocks: Iterable[bytes], limit: int, largest: int) -> Iterator[tup
 
 
 def is_values(head: bytes, whole: bool) -> bool:
-    """True for JSON that begins with rows in an array, a row over several lines, or several rows in a line.
+    """True if the JSON begins with an array of rows, a row over several lines, or several rows in a line.
 
-    `whole`: the head is all there is, so that a first value without an end is a row that is cut off.
+    `whole`: the head is the whole file, so a first value without an end is a truncated row.
     """
     text = head.removeprefix(BOM).lstrip(SPACE)
     if text[:1] == b"[":

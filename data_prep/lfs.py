@@ -1,6 +1,6 @@
-"""Git LFS pointers: small texts that a clone without `git lfs pull` has in place of files.
+"""Detects Git LFS pointers: the small texts that a clone has in place of files before `git lfs pull`.
 
-A module of its own: readers of every format ask it, and none of them owns it.
+A separate module, because the readers of all formats use it.
 """
 
 from pathlib import Path
@@ -8,11 +8,11 @@ from pathlib import Path
 from data_prep.errors import DataError
 
 MARK = b"version https://git-lfs.github.com/spec/"
-LONGEST = 1024  # bytes of a pointer, by its specification
+LONGEST = 1024  # bytes of a pointer, from its specification
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises DataError if the file is a pointer; a missing file is none. OSError if it cannot be read."""
+    """Raises DataError if the file is a pointer, OSError if it cannot be read. A missing file passes."""
     if not path.is_file() or path.stat().st_size > LONGEST:
         return
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
-"""Documents too large to hold: read in pieces, as often as needed, and cut where no tokenizer sees it.
+"""Reads documents too large for memory in pieces, cut at places where tokenisation is not affected.
 
-A large file is decoded block by block; of a large row of JSON there is a temporary file, in which a scanner that holds
-one block finds the text's string. Both are gone through twice: for the digest, which decides the split, and the ids.
+A large file is decoded block by block. A large row of JSON is copied to a temporary file, and a scanner that holds one
+block finds the text in it. Both are read twice: first for the digest, which decides the split, then for the ids.
 """
 
 import codecs
@@ -16,21 +16,22 @@ from typing import BinaryIO, NamedTuple
 from data_prep import source
 from data_prep.clean import DIGEST_BYTES
 
-LONG_BYTES = 8 << 20  # a document of more is not held
+LONG_BYTES = 8 << 20  # bytes; a larger document is not held in memory
 PIECE_CHARACTERS = 1 << 20
-WINDOW = 1 << 16  # characters at a piece's end in which a place to cut is looked for
+WINDOW = 1 << 16  # characters at a piece's end that are searched for a place to cut
 
-# After a line end between two characters that are no spaces, else before a single space: split patterns begin anew.
+# Good places to cut, because split patterns start a new match there: at a line end between a character that is not a
+# space and a letter, else before a single space between two letters.
 CUTS = (re.compile(r"(?<=\S)\n(?=[^\W\d_])"), re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])"))
-# Characters and whole escapes; not the first half of a surrogate pair where the second may come with the next block.
+# Characters and whole escapes, but not half a surrogate pair whose other half may be in the next block.
 HALF_OF_A_PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z"
 STRING = re.compile(rf'[^"\\]*+(?:\\(?!{HALF_OF_A_PAIR})(?:u[0-9a-fA-F]{{4}}|[^u])[^"\\]*+)*+', re.DOTALL)
 WORD = re.compile(r"true|false|null|NaN|-?Infinity|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-LONGEST_WORD = 4300  # Python's bound for the digits of an integer
+LONGEST_WORD = 4300  # Python's limit for the digits of an integer
 SURROGATE = re.compile("[\ud800-\udfff]")
-LONGEST_ESCAPE = 12  # a surrogate pair
+LONGEST_ESCAPE = 12  # characters of a surrogate pair
 
-# What is passed over in one go, as far as it is plain and whole in the block; the scanner goes on where that ends.
+# Text that the scanner skips in one match, if it is plain and complete in the block.
 ESCAPE = r"\\(?:[\"\\/bfnrt]|u[0-9a-fA-F]{4})"
 PLAIN_STRING = rf'"[^"\\\x00-\x1f]*+(?:{ESCAPE}[^"\\\x00-\x1f]*+)*+"'
 PLAIN_NUMBER = r"(?=[-0-9])-?(?:0|[1-9][0-9]{0,999}+)(?:\.[0-9]{1,999}+)?+(?:[eE][+-]?[0-9]{1,9}+)?+(?=[\s,\]}])"
@@ -43,14 +44,16 @@ OPENERS, CLOSERS = re.compile(r"(?:[\s,:]*+[\[{])*+"), re.compile(r"(?:[\s,:]*+[
 
 
 class LongDocument(NamedTuple):
-    """A name that finds it again, and a function that reads its text anew, in pieces."""
+    """A document's id, and a function that reads its text from the start, in pieces."""
 
     id: str
     pieces: Callable[[], Iterator[str]]
 
 
 def digest_and_size(pieces: Iterable[str], largest: int) -> tuple[bytes, int]:
-    """Digest and bytes of their UTF-8. Raises ValueError if it is not UTF-8, not JSON, or more than `largest` bytes."""
+    """The digest and the size of the UTF-8. Raises ValueError if the document is not UTF-8, not JSON, or larger than
+    `largest` bytes.
+    """
     digest, size = blake2b(digest_size=DIGEST_BYTES), 0
     for piece in pieces:
         data = piece.encode()
@@ -62,7 +65,7 @@ def digest_and_size(pieces: Iterable[str], largest: int) -> tuple[bytes, int]:
 
 
 def cut(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of about a million characters."""
+    """Cuts the text into pieces of about a million characters."""
     held = ""
     for piece in pieces:
         held += piece
@@ -75,7 +78,7 @@ def cut(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def cut_of(text: str) -> int:
-    """A place near the end: the last one that is a good one, else the end."""
+    """The last good place to cut near the end; the end if there is none."""
     start = max(0, len(text) - WINDOW)
     for pattern in CUTS:
         places = [match.end() for match in pattern.finditer(text, start)]
@@ -85,12 +88,12 @@ def cut_of(text: str) -> int:
 
 
 def text_pieces(path: str, compression: str | None) -> Iterator[str]:
-    """The file's text. ValueError if it is not UTF-8."""
+    """Yields the file's text. Raises ValueError if it is not UTF-8."""
     return decoded(source.blocks_of(path, compression), "utf-8")
 
 
 def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
-    """The text of the blocks. ValueError, in the words of a short document, if it is not UTF-8."""
+    """Decodes the blocks. Raises ValueError, with the message for a short document, if they are not UTF-8."""
     decoder, size = codecs.getincrementaldecoder(encoding)(), 0
     for block in chain(blocks, [b""]):
         held = len(decoder.getstate()[0])
@@ -103,7 +106,7 @@ def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
 
 
 def not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
-    """Says what is wrong; `before` bytes are ahead of those of the error."""
+    """The message for wrong UTF-8. before: bytes of the document ahead of the block with the error."""
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x} after {before + error.start} bytes)"
 
 
@@ -112,17 +115,17 @@ def half_of_a_pair(text_key: str) -> str:
 
 
 class LongRow:
-    """One large row of JSON lines. Of two keys of one name the last counts, as in a short row.
+    """One large row of JSON lines. If a key occurs twice, the last one counts, as in a short row.
 
-    So the row is gone through to its end once, and then again up to its text, as often as that is read. `heartbeat` is
-    called at each block: a long way to the text is no standstill.
+    The first pass therefore reads the whole row; each later pass reads up to the text. `heartbeat` is called at each
+    block, so that a long way to the text does not look like a hang.
     """
 
     def __init__(self, row: BinaryIO, text_key: str, heartbeat: Callable[[], None]) -> None:
         self._row, self._key, self._beat = row, text_key, heartbeat
 
     def pieces(self) -> Iterator[str]:
-        """Its text. ValueError if it has none, or is not JSON."""
+        """Yields its text. Raises ValueError if it has no text, or is not JSON."""
         last, scanner = self._last, self._scanner()
         for number, first in enumerate(members(scanner, self._key), start=1):
             if number < last:
@@ -139,7 +142,7 @@ class LongRow:
 
     @cached_property
     def _last(self) -> int:
-        """How many members have the key: the last of them counts."""
+        """The number of members with the key: the last of them counts."""
         scanner, count, first = self._scanner(), 0, ""
         for first in members(scanner, self._key):
             count += 1
@@ -152,7 +155,7 @@ class LongRow:
 
 
 def members(scanner: "Scanner", key: str) -> Iterator[str]:
-    """Goes to each member of that name and gives the first character of its value; the caller takes the rest."""
+    """Yields the first character of the value of each member with that name; the caller reads the rest."""
     others = other_members(key)
     if scanner.next() != "{":
         raise ValueError("a row must be an object")
@@ -178,7 +181,7 @@ def members(scanner: "Scanner", key: str) -> Iterator[str]:
 
 
 def other_members(text_key: str) -> re.Pattern[str]:
-    """Plain members, each with its comma, up to one whose key may be this one, however it is spelled."""
+    """A pattern for plain members and their commas, up to a key that may be this one in any spelling (escapes)."""
     key = "".join(rf"(?:{re.escape(char)}|(?:{ESCAPE}){{{1 + (ord(char) > 0xFFFF)}}})" for char in text_key)
     return re.compile(rf'(?:\s*+(?!"{key}"){PLAIN_STRING}\s*+:\s*+(?:{PLAIN_VALUE})\s*+,)*+')
 
@@ -198,7 +201,7 @@ def loaded(escaped: str) -> str:
 
 
 class Scanner:
-    """Goes through JSON forwards, holding one block."""
+    """Reads JSON forwards, holding one block."""
 
     def __init__(self, blocks: Iterator[str]) -> None:
         self._blocks, self._text, self._at = filter(None, blocks), "", 0
@@ -209,7 +212,7 @@ class Scanner:
         return block is not None
 
     def _take(self, run: re.Pattern[str]) -> str:
-        """Takes and returns what matches here; `run` matches anywhere, if only nothing."""
+        """Takes and returns the match at this place; `run` also matches the empty string."""
         match = run.match(self._text, self._at)
         assert match is not None
         self._at = match.end()
@@ -220,7 +223,7 @@ class Scanner:
         return self
 
     def next(self) -> str:
-        """The next character that is no space, taken; ValueError at the end."""
+        """Takes the next character that is not a space. Raises ValueError at the end."""
         while self._at < len(self._text) or self._more():
             character = self._text[self._at]
             if not character.isspace():
@@ -230,14 +233,14 @@ class Scanner:
         raise ValueError("not JSON: it ends too early")
 
     def end(self) -> None:
-        """ValueError unless nothing but space is left."""
+        """Raises ValueError if anything except spaces is left."""
         while self._at < len(self._text) or self._more():
             self._take(SPACES)
             if self._at < len(self._text):
                 raise ValueError("not JSON: something follows the object")
 
     def string(self) -> Iterator[str]:
-        """The rest of a string, its end taken."""
+        """Yields the rest of a string, and takes its closing quote."""
         while True:
             match = STRING.match(self._text, self._at)
             assert match is not None
@@ -254,7 +257,7 @@ class Scanner:
                 raise ValueError("not JSON: a string with no end, or a wrong escape")
 
     def skip(self, first: str) -> None:
-        """The rest of a value that begins with `first`."""
+        """Skips the rest of a value that begins with `first`."""
         depth = 0
         while True:
             if first == '"':
@@ -271,7 +274,7 @@ class Scanner:
             first = self.past(ITEMS).next()
 
     def _closers(self, most: int) -> int:
-        """Takes the brackets that close here, `most` at most; how many."""
+        """Takes the closing brackets at this place, at most `most`; returns their number."""
         start = self._at
         run = self._take(CLOSERS)
         ends = [place for place, character in enumerate(run, start + 1) if character in "]}"][:most]
@@ -286,4 +289,4 @@ class Scanner:
             word += character
             self._at += 1
         if len(word) > LONGEST_WORD or not WORD.fullmatch(word):
-            raise ValueError(f"not JSON: {word[:20]!r} is no value")
+            raise ValueError(f"not JSON: {word[:20]!r} is not a value")

@@ -1,6 +1,6 @@
-"""One-line messages for mistakes in a command line or a YAML file, from the several of Hydra, OmegaConf and YAML.
+"""Turns the errors of Hydra, OmegaConf and YAML into one-line messages about a command line or a YAML file.
 
-Apart from command.py, which decides what counts as a mistake of the user: here are only the words.
+command.py decides which errors are the user's mistakes; this module only words them.
 """
 
 import os
@@ -23,14 +23,14 @@ from data_prep.overrides import settings_known
 from data_prep.renamed import RENAMED
 
 HERE = Path(__file__).resolve().parent
-INSTALLED = (HERE / "conf").is_dir()  # from a wheel; else this is a checkout
+INSTALLED = (HERE / "conf").is_dir()  # True in an installed wheel, False in a checkout
 CONF = HERE / "conf" if INSTALLED else HERE.parent / "conf"
 UNCONVERTED = re.compile(r"Value '(.*)' of type '(.*)' could not be converted to (\w+)", re.DOTALL)
 COMPOSING = re.compile(r"In '([^']*)': (?:\w+ raised while composing config:|(.*))", re.DOTALL)
 
 
 def mistake(error: BaseException) -> str:
-    """The line: key, value, rule, and for a file its name."""
+    """The message: key, value and rule; for a mistake in a file also its name."""
     if isinstance(error, yaml.MarkedYAMLError):
         return _of_yaml(error)
     if isinstance(error, OverrideParseException):
@@ -68,7 +68,7 @@ def _options(group: str) -> list[str]:
 
 
 def _of_composing(message: str, cause: OmegaConfBaseException) -> str:
-    """A file, or the override that was being merged, and what is wrong in it."""
+    """The message for an error while composing: the file or the override, and the mistake."""
     found = COMPOSING.match(message)
     if found is None:
         return _of_override(message, cause)
@@ -102,7 +102,7 @@ def _of_override(message: str, error: BaseException) -> str:
 
 
 def said(key: str, error: OmegaConfBaseException) -> str:
-    """Key, value and rule of one of OmegaConf's errors."""
+    """The message for one of OmegaConf's errors: key, value and rule."""
     first_line = str(error.msg or headline(error)).strip().splitlines()[0]
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and "not " in first_line:
         names = _names(error)
@@ -112,11 +112,11 @@ def said(key: str, error: OmegaConfBaseException) -> str:
     if "is not Optional" in first_line or "Incompatible value 'None'" in first_line:
         return f"{key}=null must be a value: null is not allowed here"
     if "is not a ListConfig" in first_line:
-        return f"{key} must be a list, such as [a, b]"
+        return f"{key} must be a list, for example [a, b]"
     if "does not support deletion" in first_line:
         return f"{key} cannot be removed: give it a value"
     if first_line.startswith("Cannot assign"):
-        return f"{key} must be values by names, such as {{a: x, b: y}}"
+        return f"{key} must be values by names, for example {{a: x, b: y}}"
     return f"{key}: {first_line}" if key and key not in first_line else first_line
 
 
@@ -128,13 +128,13 @@ def _names(error: OmegaConfBaseException) -> list[str]:
 
 
 def unknown(key: str, names: Sequence[str]) -> str:
-    """The line for a key that is not there: the nearest, the command that has it, and what there is."""
+    """The message for an unknown key: the nearest name, the command that has it, and the keys that exist."""
     if key in RENAMED:
         return f"{key} is now called {RENAMED[key]}"
     *above, leaf = key.split(".")
     known = [name for name in settings_known() if not name.startswith("cluster.") or "cluster" in names]
     bases = _bases(above[0] if len(above) == 1 else "")
-    having = [name.split("@")[0] for name, base in bases.items() if leaf in set(base)]  # also one without a default
+    having = [name.split("@")[0] for name, base in bases.items() if leaf in set(base)]  # also fields without a default
     if having:
         return f"unknown key {key}: {' and '.join(f'{above[0]}={name}' for name in having)} has it{_there_are(names)}"
     same = [name for name in known if name.split(".")[-1] == leaf and name != key]
@@ -165,12 +165,12 @@ def _there_are(names: Iterable[str]) -> str:
 
 
 def _bases(group: str) -> dict[str, Any]:
-    """The schemas of a group of which a file must choose one, as its defaults name them."""
+    """The schemas of a group, by the names that a file's defaults use. A file must choose one of them."""
     options = ConfigStore.instance().repo.get(group, {})
     found: dict[str, Any] = {}
     for name, option in options.items() if isinstance(options, dict) else ():
         if isinstance(option, dict):
-            if name != "settings":  # a part of a family, which is chosen whole
+            if name != "settings":  # part of a family, never chosen alone
                 found |= {f"{name}/{below.removesuffix('.yaml')}@_here_": option[below].node for below in option}
         else:
             found[name.removesuffix(".yaml")] = option.node
@@ -178,13 +178,13 @@ def _bases(group: str) -> dict[str, Any]:
 
 
 def needs_base(group: str) -> str:
-    """Says what to write first into a file of that group."""
+    """Says what the first line of a file of that group must be."""
     first, *others = [f"defaults: [{name}, _self_]" for name in _bases(group)]
     return f"it must build on one of the schemas: write as its first line {' or '.join([first, *others])}"
 
 
 def check_bases(composed: DictConfig, choices: dict[str, str]) -> None:
-    """ValueError for a file of a group that does not build on a schema."""
+    """Raises ValueError if a file of a group does not build on a schema."""
     for group in composed:
         group, bases = str(group), _bases(str(group))
         if bases and OmegaConf.get_type(composed, group) not in map(OmegaConf.get_type, bases.values()):
@@ -192,7 +192,7 @@ def check_bases(composed: DictConfig, choices: dict[str, str]) -> None:
 
 
 def folders() -> list[Path]:
-    """The folders in which configurations are looked for: that of --config-dir, then ours."""
+    """The folders that are searched for configurations: the one of --config-dir, then conf/."""
     given = [
         argument.partition("=")[2] or following
         for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=False)
@@ -202,13 +202,13 @@ def folders() -> list[Path]:
 
 
 def file_of(config: str) -> Path:
-    """The file of a configuration such as model/nano."""
+    """The file of a configuration, for example of model/nano."""
     candidates = (folder / f"{config}.yaml" for folder in folders())
     return next((path for path in candidates if path.is_file()), CONF / f"{config}.yaml")
 
 
 def _with_files(message: str) -> str:
-    """With the file in place of Hydra's name of a configuration."""
+    """Replaces Hydra's name of a configuration by its file."""
     files = {name: file_of(name) for name in re.findall(r"[Ii]n '([^']+)'", message)}
     for name, path in files.items():
         message = message.replace(f"'{name}'", _shown(path), 1) if path.is_file() else message
@@ -216,6 +216,6 @@ def _with_files(message: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """Relative to the current folder if it is in there."""
+    """The path, relative to the current folder if it is inside."""
     full = Path(os.path.abspath(path))
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)

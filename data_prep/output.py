@@ -1,8 +1,8 @@
-"""The output folder of a run: absent, unfinished, or finished. Nothing that is in it is ever overwritten.
+"""The output folder of a run: absent, unfinished or finished. Existing files are never overwritten.
 
-While a run is under way, OUT/unfinished/ holds its settings, a lock and the units' records; when the manifest
-is written, it goes away. The lock keeps runs from getting in each other's way, parts of one run excepted. The
-files need it not: two that write the same unit write the same bytes, each under a temporary name of its own.
+During a run OUT/unfinished/ holds the settings, a lock and the units' records; it is removed once the manifest is
+written. The lock allows one run at a time, or several parts of one run. The token files are safe without it: two
+processes that write the same unit write the same bytes, under different temporary names.
 """
 
 import json
@@ -24,21 +24,21 @@ from data_prep.tokenizer_spec import SPEC_FILE
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = "lock"
-QUARANTINE_FILE = "quarantine.jsonl"  # id and reason of each document that was put aside
+QUARANTINE_FILE = "quarantine.jsonl"  # id and reason of each quarantined document
 
 
 @dataclass(frozen=True)
 class Output:
-    """`folder`, and the settings that its content follows from: `corpus` and `config`, as JSON."""
+    """The output folder of a run, with the settings that determine its content."""
 
     folder: Path
-    settings: dict[str, Any]
-    tokenizer_from_corpus: bool  # then a folder that was begun with another corpus has another tokenizer
+    settings: dict[str, Any]  # `corpus` and `config`, as JSON
+    tokenizer_from_corpus: bool  # True: a changed corpus means another tokenizer
 
     def finished(self) -> Manifest | None:
-        """The manifest if a run with these settings has finished; None if one may start or go on.
+        """The manifest, if a run with these settings has finished; None if one may start or continue.
 
-        Raises DataError if the folder has something else in it, or was finished and then damaged.
+        Raises DataError if the folder has other content, or was damaged after it was finished.
         """
         if (self.folder / MANIFEST_FILE).exists():
             manifest = check(self.folder)
@@ -55,20 +55,20 @@ class Output:
         return None
 
     def _tidy(self) -> None:
-        """Remove what a run leaves that is killed right after its manifest; not from under one that removes it now."""
+        """Removes the leftovers of a run that was killed right after its manifest, unless another run does so now."""
         if self._unfinished.exists():
             with suppress(DataError, FileNotFoundError), exclusive(self._unfinished / LOCK_FILE, self._busy):
                 shutil.rmtree(self._unfinished)
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Hold the folder for this run alone; what a killed run left half written is removed first.
+        """Locks the folder for this run alone; first removes the partial files of a killed run.
 
-        When the block fails before any unit is done, the folder is left as it was found.
+        If the block fails before any unit is done, the folder is left as it was found.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
         with exclusive(self._unfinished / LOCK_FILE, self._busy):
-            if (self.folder / MANIFEST_FILE).exists():  # it came while this run made its tokenizer
+            if (self.folder / MANIFEST_FILE).exists():  # another run wrote it while this one made its tokenizer
                 shutil.rmtree(self._unfinished)
                 raise DataError(self._just_finished)
             self._remove_half_written()
@@ -77,18 +77,18 @@ class Output:
                     file.write(json.dumps(self.settings, indent=2).encode())
                 yield
             except BaseException:
-                self._remove_half_written()  # of workers that have been ended
+                self._remove_half_written()  # files of the workers that were ended
                 self._forget_if_empty()
                 raise
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Holds the folder beside other parts of the same run. Raises DataError if it is not prepared for them.
+        """Locks the folder together with other parts of the same run. Raises DataError if it is not prepared.
 
-        Removes nothing: what is half written here may be another part's.
+        Removes nothing: a partial file may belong to another part.
         """
         if not self.prepared:
-            raise DataError(f"out={self.folder} is not prepared for parts: part=prepare comes first")
+            raise DataError(f"out={self.folder} is not prepared for parts: run part=prepare first")
         with shared(self._unfinished / LOCK_FILE, self._busy):
             if (self.folder / MANIFEST_FILE).exists():
                 raise DataError(self._just_finished)
@@ -96,7 +96,7 @@ class Output:
 
     @property
     def prepared(self) -> bool:
-        """True if all that parts need is there: the settings and the tokenizer."""
+        """True if the folder has what parts need: the settings and the tokenizer."""
         return self._settings_path.exists() and self.has_tokenizer
 
     @property
@@ -104,7 +104,7 @@ class Output:
         return (self.folder / TOKENIZER_FOLDER / SPEC_FILE).exists()  # written last
 
     def finish(self, manifest: Manifest) -> None:
-        """Remove token files that are not the manifest's (the corpus shrank after a crash), then write it."""
+        """Removes token files that are not in the manifest (the corpus shrank after a crash), then writes it."""
         names = {entry.name for entry in manifest.files}
         for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.idx")]:
             if path.stem not in names:
@@ -112,7 +112,7 @@ class Output:
         for entry in manifest.files:
             for suffix in entry.sha256:
                 assert with_suffix(self.folder / entry.name, suffix).exists()
-        self._remove_half_written()  # of workers that a document has crashed
+        self._remove_half_written()  # files of workers that a document crashed
         sync_folder(self.folder)
         manifest.save(self.folder)
         shutil.rmtree(self._unfinished)
@@ -130,10 +130,10 @@ class Output:
             self.folder.rmdir()
 
     def _settings_there(self) -> dict[str, Any]:
-        """The settings that an unfinished folder was begun with.
+        """The settings with which an unfinished folder was begun.
 
-        Its units are checked against their texts one by one, so a corpus that has changed since (a mended
-        file) is no obstacle, unless the tokenizer was made from it.
+        Each unit is compared with its input, so a corpus that has changed since (a repaired file) is accepted, unless
+        the tokenizer was trained on it.
         """
         try:
             saved = dict(json.loads(self._settings_path.read_bytes()))
@@ -150,7 +150,7 @@ class Output:
 
     @property
     def _just_finished(self) -> str:
-        return f"another run has just finished {self.folder}: give the same command again"
+        return f"another run has just finished {self.folder}: run the same command again"
 
     @property
     def _unfinished(self) -> Path:
@@ -163,7 +163,7 @@ class Output:
     def _compare(self, saved: dict[str, Any]) -> None:
         difference = first_difference(saved, self.settings)
         if difference:
-            for old, new in RENAMED.items():  # folders keep the names of their time
+            for old, new in RENAMED.items():  # a folder has the names of when it was made
                 difference = difference.replace(old, new)
             raise DataError(
                 f"out={self.folder} was made with other settings: {difference};"
@@ -172,7 +172,7 @@ class Output:
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:
-    """Say in which key two trees of JSON differ first, and how; None where they are equal."""
+    """Describes the first key in which two trees of JSON differ; None if they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)

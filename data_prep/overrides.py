@@ -1,6 +1,6 @@
-"""Hands Hydra what is typed as `key=value` as it was meant: its grammar reads `=`, `,`, `~`, `#` or `é` otherwise.
+"""Quotes `key=value` for Hydra, whose grammar gives `=`, `,`, `~`, `#` and `é` other meanings than the user's.
 
-Apart from command.py, which runs a command: here is only what the text of one setting means.
+command.py runs a command; this module only reads the text of settings.
 """
 
 import os
@@ -19,16 +19,16 @@ from data_prep.renamed import RENAMED
 
 WITHOUT_DEFAULT = ("cluster", "recipe")  # groups that Hydra wants with a plus
 TEXT, TEXTS, NAMED_TEXTS, OTHER = "text", "texts", "named texts", "other"
-UNTYPED = {"init_from": TEXT, "resume": TEXT, "plot": TEXT}  # texts of conf/*.yaml that no dataclass has
+UNTYPED = {"init_from": TEXT, "resume": TEXT, "plot": TEXT}  # texts in conf/*.yaml without a dataclass
 PATHS = {"path", "paths", "dir", "out", "verify", "stats", "plot", "exclude", "resume", "init_from", "corpora"}
 PATHS |= {"mounts", "container"}  # keys whose texts are paths
-FOLDERS = {"run", "hf", "in", "out", "tied", "untied", "tokenizer"}  # likewise, of commands without Hydra
+FOLDERS = {"run", "hf", "in", "out", "tied", "untied", "tokenizer"}  # the same, for commands without Hydra
 SETTING = re.compile(r"(\+{0,2}[^=~@+\s-][^=]*)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""'.*'|".*\"""", re.DOTALL)
 
 
 def settings_known() -> dict[str, str]:
-    """Each setting that a dataclass in Hydra's store has, in full, and what its value is: TEXT, TEXTS, … or OTHER."""
+    """Maps the full name of each setting in Hydra's store to the kind of its value: TEXT, TEXTS, … or OTHER."""
     found = dict(UNTYPED)
     for name, below in ConfigStore.instance().repo.items():
         if name == "hydra" or name.startswith("_"):
@@ -43,7 +43,7 @@ def settings_known() -> dict[str, str]:
 
 
 def schemas_below(options: dict[str, Any]) -> Iterator[Any]:
-    """The schemas of a group in the store, and of the groups in it."""
+    """Yields the schemas of a group in the store, and of the groups inside it."""
     for option in options.values():
         if isinstance(option, dict):
             yield from schemas_below(option)
@@ -66,7 +66,7 @@ def _kinds(prefix: str, node: DictConfig) -> dict[str, str]:
 
 
 def readable(arguments: Iterable[str], sweeps: bool) -> list[str]:
-    """The arguments such that Hydra reads each text as it stands. sweeps: commas separate the jobs of a sweep."""
+    """Quotes the arguments so that Hydra reads each text as it stands. sweeps: commas separate the jobs of a sweep."""
     known = settings_known()
     return [_readable(argument, known, sweeps) for argument in arguments]
 
@@ -92,7 +92,7 @@ def _readable(argument: str, known: dict[str, str], sweeps: bool) -> str:
 
 
 def with_new_names(settings: DictConfig) -> DictConfig:
-    """Settings from a file, in which a key may have its old name: a copy without. A key with both keeps the new one."""
+    """A copy of a file's settings with current names of keys. If a key has both names, the new one counts."""
     settings = deepcopy(settings)
     for old, new in RENAMED.items():
         group, key = old.split(".")
@@ -105,7 +105,7 @@ def with_new_names(settings: DictConfig) -> DictConfig:
 
 
 def _parsed(argument: str) -> Any:
-    """Returns what Hydra reads; None if it cannot."""
+    """Parses the argument as Hydra does; None if Hydra cannot."""
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
@@ -113,7 +113,7 @@ def _parsed(argument: str) -> Any:
 
 
 def _list(value: str) -> str:
-    """A list in Hydra's grammar of one in brackets, of texts with commas between them, or of one path."""
+    """A list in Hydra's grammar, from a list in brackets, texts separated by commas, or one path."""
     if value == "null" or (value.startswith("[") and "]" not in value):
         return value
     if os.path.exists(value):
@@ -122,7 +122,7 @@ def _list(value: str) -> str:
 
 
 def items_of(value: str) -> list[str]:
-    """The items of `[a,b]` or of `a,b`. A comma in quotes, or in the brackets of a pattern, separates nothing."""
+    """The items of `[a,b]` or `a,b`. A comma inside quotes or inside the brackets of a glob does not separate."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     items, depth, quote = [""], 0, ""
     for letter in inner:
@@ -139,14 +139,14 @@ def items_of(value: str) -> list[str]:
 
 
 def quoted(value: str) -> str:
-    """A text in Hydra's quotes: nothing in it has a meaning, but for ${…}."""
+    """Puts a text in Hydra's quotes, in which only ${…} has a meaning."""
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
     at_end = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - at_end :]}'"
 
 
 def expand_home(composed: DictConfig | ListConfig) -> None:
-    """Writes each `~` at the beginning of a path in full, also in lists. ValueError for a user that does not exist."""
+    """Expands each `~` at the start of a path, also in lists. Raises ValueError if the user does not exist."""
     _expand(composed, OmegaConf.to_container(composed, resolve=False), "")
 
 
@@ -160,7 +160,7 @@ def _expand(node: Any, raw: Any, path: str) -> None:
 
 
 def home(key: str, path: str) -> str:
-    """The path with `~` and `~user` in full, after hf:, too."""
+    """The path with `~` and `~user` expanded, also after hf:."""
     scheme = "hf:" if path.startswith("hf:~") else ""
     bare = path.removeprefix(scheme)
     full = os.path.expanduser(bare)
@@ -170,7 +170,7 @@ def home(key: str, path: str) -> str:
 
 
 def shown(*words: str) -> str:
-    """A command line that a shell reads back as these words."""
+    """Quotes words as a command line that a shell splits back into them."""
     settings = [SETTING.fullmatch(word) for word in words]
     return " ".join(
         f"{found[1]}={shlex.quote(found[2])}" if found else shlex.quote(word)
@@ -179,7 +179,7 @@ def shown(*words: str) -> str:
 
 
 def in_full(argument: str) -> str:
-    """`key=value` of a command that Hydra has no part in: with `~` in full if it is a path, or a list of paths."""
+    """Expands `~` in `key=value` if the value is a path or a list of paths, for commands without Hydra."""
     key, equals, value = argument.partition("=")
     if key not in FOLDERS or not equals:
         return argument

@@ -1,4 +1,4 @@
-"""Parquet: a piece for each row group, and the column of the texts, a few rows at a time."""
+"""Reads parquet: one piece per row group, and only the column of the text, a few rows at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +7,11 @@ from data_prep.errors import DataError
 from data_prep.source import BLOCK_BYTES, PARQUET, FileInfo, Form, Piece, open_raw, reading
 
 ROWS_AT_ONCE = 256
-BATCH_BYTES = 2 << 20  # of rows at once, where they are about the same size
+BATCH_BYTES = 2 << 20  # bytes of rows at once, for rows of about the same size
 
 
 def row_groups(file: FileInfo, column: str) -> list[Piece]:
-    """Returns one piece per row group, by its number. Raises DataError if the file has no such column of text."""
+    """One piece per row group, by its number. Raises DataError if the file has no text column of that name."""
     with reading(file.path), open_raw(file.path) as raw:
         from pyarrow import parquet
 
@@ -19,7 +19,7 @@ def row_groups(file: FileInfo, column: str) -> list[Piece]:
         names = opened_file.schema_arrow.names
         if names.count(column) > 1:
             raise DataError(
-                f"{file.path}: {names.count(column)} columns are called {column!r} (corpus.text_key); leave one of them"
+                f"{file.path}: {names.count(column)} columns are called {column!r} (corpus.text_key); keep one of them"
             )
         if column not in names:
             raise DataError(f"{file.path}: no column {column!r} (corpus.text_key); it has {', '.join(names)}")
@@ -35,7 +35,7 @@ def row_groups(file: FileInfo, column: str) -> list[Piece]:
 
 
 def is_text(kind: Any) -> bool:
-    """True if Arrow's type is one of text, or of nothing but nulls."""
+    """True if Arrow's type is a text type, or the type of a column of nulls."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -46,20 +46,20 @@ def is_text(kind: Any) -> bool:
 
 
 def bytes_of(values: Any) -> Any:
-    """Arrow's array of text as one of bytes, so that bad UTF-8 is one row's, not all's."""
+    """Arrow's array of text as an array of bytes, so that bad UTF-8 fails one row and not all."""
     import pyarrow
 
-    if pyarrow.types.is_dictionary(values.type):  # dictionary_decode knows no dictionary of views
+    if pyarrow.types.is_dictionary(values.type):  # dictionary_decode does not support dictionaries of views
         return bytes_of(values.dictionary).take(values.indices)
     return values.cast(pyarrow.large_binary())
 
 
 def rows_of(piece: Piece, column: str) -> Iterator[tuple[int, bytes | None]]:
-    """The column's values in the piece's row groups, and their rows in the file."""
+    """Yields the column's values in the piece's row groups, each with its row number in the file."""
     with reading(piece.path), open_raw(piece.path) as raw:
         from pyarrow import parquet
 
-        # Without both a column chunk is held whole, as it is in the file.
+        # Without both settings the whole column chunk is held in memory.
         file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK_BYTES)
         assert piece.stop is not None
         number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))

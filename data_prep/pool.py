@@ -1,11 +1,11 @@
-"""Tasks in processes: one a core, each told what to do and answering with what it has done; no text comes back.
+"""Runs tasks in processes, one per core. Tasks go to the workers, records come back; text does not.
 
-    parent   hands out tasks, looks at each worker's watch, yields records
-      └ worker   runs a task; its watch, in shared memory, says at which document it is
+    parent   hands out tasks, reads each worker's watch, yields records
+      └ worker   runs a task; its watch, in shared memory, shows the current document
 
-A document that ends the worker's process (a crash of native code), or on which it stands still, is found by doing
-the unit again a document at a time, and is put aside. A worker that is killed from outside ends the run in one line,
-and so does one that waits for the corpus too long: that is no document's fault.
+If a document crashes the worker (native code) or makes it hang, the unit runs again one document at a time, and the
+document is quarantined. If a worker is killed from outside, or waits too long for the corpus, the run stops with one
+line, because no document is at fault.
 """
 
 import multiprocessing
@@ -26,15 +26,15 @@ from data_prep.errors import DataError
 
 Task = EncodeUnit | DropCopies
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
-TICK = 0.5  # seconds between looks
-LONGEST_TICK = 5.0  # seconds: between two looks of a process that runs
-READING_SECONDS = 600.0  # in which something must come from the corpus
-END_SECONDS = 10.0  # for a killed worker to be gone: while a file system does not answer, it cannot
+TICK = 0.5  # seconds between two checks of the workers
+LONGEST_TICK = 5.0  # seconds that one tick may count: longer, and the parent itself was stopped
+READING_SECONDS = 600.0  # seconds within which the corpus must deliver something
+END_SECONDS = 10.0  # seconds to wait for a killed worker: it may hang in a file system that does not answer
 PLACE, BEATS, BYTES, TOKENS = range(4)
 
 
 class SharedWatch:
-    """The worker's side: four numbers in shared memory."""
+    """The worker's side of a watch: four numbers in shared memory."""
 
     def __init__(self, numbers: Any) -> None:
         self._numbers = numbers
@@ -48,7 +48,7 @@ class SharedWatch:
 
 
 class Clock:
-    """Seconds in which this process has looked at its workers. A longer pause (Ctrl-Z) counts as LONGEST_TICK."""
+    """Counts the seconds during which this process checked its workers. A long pause (Ctrl-Z) counts LONGEST_TICK."""
 
     def __init__(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
@@ -60,15 +60,17 @@ class Clock:
 
 
 class WorkerProcess:
-    """The parent's side of a worker, and its task."""
+    """The parent's side of a worker, with its task."""
 
     def __init__(self, context: Any, job: EncodeJob, clock: Clock) -> None:
         self._clock = clock
         self.numbers = context.RawArray("q", 4)
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.numbers, job), daemon=True)
-        resource_tracker.ensure_running()  # else started by the worker's start, which lets the signals through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the worker, too: for the parent alone
+        resource_tracker.ensure_running()  # otherwise the worker's start starts it, and unblocks the signals
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGINT]
+        )  # workers inherit it: only the parent gets Ctrl-C
         try:
             self.process.start()
         finally:
@@ -81,7 +83,7 @@ class WorkerProcess:
         self.task = task
         self.numbers[PLACE], self.numbers[BYTES], self.numbers[TOKENS] = READING, 0, 0
         self._since = self._clock.seconds
-        with suppress(BrokenPipeError):  # it has died: whoever waits for its answer sees that
+        with suppress(BrokenPipeError):  # it has died: the parent sees that when it waits for the answer
             self.link.send(task)
 
     @property
@@ -89,12 +91,12 @@ class WorkerProcess:
         return bool(self.numbers[PLACE] == READING)
 
     def stands_still(self, patience: float) -> str:
-        """Says that it has been at one document for over `patience` seconds, or reading for too long; "" if not."""
+        """The message for a worker that hangs: more than `patience` seconds at one document, or too long reading."""
         if self.numbers[BEATS] != self._beats:
             self._beats, self._since = self.numbers[BEATS], self._clock.seconds
         seconds = READING_SECONDS if self.reads else patience
         waited = self._clock.seconds - self._since
-        still = self.task is not None and self._beats > 0 and waited > seconds  # 0 beats: it starts
+        still = self.task is not None and self._beats > 0 and waited > seconds  # 0 beats: it is still starting
         return f"{'nothing came for' if self.reads else 'no end after'} {seconds:g} s" if still else ""
 
     def end(self) -> None:
@@ -104,7 +106,7 @@ class WorkerProcess:
 
 
 class Pool:
-    """`workers` processes at most, started when there is something to do; a context manager that ends them."""
+    """A pool of at most `workers` processes, started when there is work; a context manager, which ends them."""
 
     def __init__(self, workers: int, job: EncodeJob, patience: float) -> None:
         self._context = multiprocessing.get_context("spawn")  # threads of tokenizers and Arrow do not survive a fork
@@ -120,14 +122,14 @@ class Pool:
             worker.end()
 
     def running(self) -> tuple[int, int]:
-        """Bytes of text and tokens of the units that are not finished yet."""
+        """Bytes of text and tokens that the unfinished units have done."""
         return sum(w.numbers[BYTES] for w in self._workers), sum(w.numbers[TOKENS] for w in self._workers)
 
     def run(self, tasks: Iterable[Task], tick: Callable[[], None]) -> Iterator[UnitRecord]:
-        """The tasks' records, in the order in which they are done. Takes one task more than it has workers.
+        """Yields the tasks' records as they finish. Takes one task more than it has workers.
 
-        Raises DataError if a worker is killed or the corpus cannot be read, OSError if it cannot write: what is
-        finished stays, and the next run takes it over.
+        Raises DataError if a worker is killed or the corpus cannot be read, OSError if it cannot write. Finished units
+        stay, and the next run uses them.
         """
         waiting = iter(tasks)
         task = next(waiting, None)
@@ -156,7 +158,7 @@ class Pool:
         return None
 
     def _answer(self, worker: WorkerProcess) -> UnitRecord | None:
-        """The record of its task; None where it has crashed, and begins again."""
+        """The record of the worker's task; None if it crashed and starts again."""
         try:
             answer = worker.link.recv()
         except (EOFError, ConnectionResetError):
@@ -167,8 +169,8 @@ class Pool:
                 self._put_aside(worker, f"{who} ended its process ({signal.Signals(-code).name})")
                 return None
             raise DataError(
-                "a worker process died (killed, perhaps out of memory: fewer workers= or a smaller max_document_mib="
-                " need less); finished units are kept, and the same command does the rest"
+                "a worker process was killed (perhaps out of memory: lower workers= or max_document_mib=);"
+                " finished units are kept, the same command continues"
             ) from None
         worker.task = None
         worker.numbers[BYTES] = worker.numbers[TOKENS] = 0
@@ -178,19 +180,19 @@ class Pool:
         return answer
 
     def _put_aside(self, worker: WorkerProcess, reason: str) -> None:
-        """A new worker in its place: the same unit, a document at a time, or without the one that did this."""
+        """Starts a new worker on the same unit: one document at a time, or without the document at fault."""
         task, place = worker.task, worker.numbers[PLACE]
         worker.end()
         assert task is not None
-        if not isinstance(task, EncodeUnit) or place == READING or place in task.poison:
-            raise DataError(f"{task.unit}: {reason}; finished units are kept, and the same command does the rest")
+        if not isinstance(task, EncodeUnit) or place == READING or place in task.rejected:
+            raise DataError(f"{task.unit}: {reason}; finished units are kept, the same command continues")
         fresh = self._workers[self._workers.index(worker)] = WorkerProcess(self._context, self._job, self._clock)
-        poison = {**task.poison, place: reason} if task.one_at_a_time else task.poison
-        fresh.give(replace(task, one_at_a_time=True, poison=poison))
+        rejected = {**task.rejected, place: reason} if task.one_at_a_time else task.rejected
+        fresh.give(replace(task, one_at_a_time=True, rejected=rejected))
 
 
 def work(link: connection.Connection, numbers: Any, job: EncodeJob) -> None:
-    """A worker: loads the tokenizer, and dies with its parent."""
+    """Runs a worker process: loads the tokenizer, runs tasks, and ends with its parent."""
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
@@ -209,5 +211,5 @@ def work(link: connection.Connection, numbers: Any, job: EncodeJob) -> None:
 
 
 def _die_with(sentinel: int) -> None:
-    connection.wait([sentinel])  # else the workers of a killed parent would work on, or wait for work, for ever
+    connection.wait([sentinel])  # otherwise the workers of a killed parent would never end
     os._exit(1)

@@ -1,6 +1,6 @@
-"""Old names of settings, which are still read: on a command line, and in a run's files.
+"""Maps old names of settings to current ones. Old names are still read, on a command line and in a run's files.
 
-Apart from overrides.py because a job that ends reads it without Hydra.
+Not part of overrides.py, because the end of a job reads it without Hydra.
 """
 
 import re
@@ -20,13 +20,13 @@ FORMER = {new: old for old, new in RENAMED.items()}
 
 
 def former(argument: str) -> str:
-    """The same setting by its old name, if it had one."""
+    """The setting with its old name, if it had one."""
     signs, key, rest = _parts(argument)
     return f"{signs}{FORMER.get(key, key)}{rest}"
 
 
 def renamed(arguments: Iterable[str]) -> dict[str, str]:
-    """Finds the arguments that set a key by its old name, and what each is today."""
+    """Maps each argument with an old name to the same argument with the current name."""
     found = {}
     for argument in arguments:
         signs, key, rest = _parts(argument)
@@ -36,7 +36,7 @@ def renamed(arguments: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(argument: str) -> tuple[str, str, str]:
-    """Hydra's signs, the key, and the rest from the = on."""
+    """Splits an argument into Hydra's signs, the key, and the rest from the = on."""
     found = re.fullmatch(r"([+~]*)([^=]*)(.*)", argument, re.DOTALL)
     assert found is not None
     return found[1], found[2], found[3]

@@ -1,6 +1,6 @@
-"""Files beside the data of a folder: checksums, markers, and beside rows also cards and licences.
+"""Leaves out files beside the data of a folder: checksums, markers, and beside rows also cards and licences.
 
-Not part of source.py: that lists all that a name stands for, and this chooses by the names of the whole list.
+source.py lists all files of a path; this module chooses from the whole list, by name.
 """
 
 import os
@@ -21,9 +21,9 @@ SHOWN = 3
 
 
 def sifted(name: str, files: list[FileInfo]) -> tuple[list[FileInfo], str]:
-    """The data among what a name of corpus.paths stands for, and a line on the rest and on held-out splits.
+    """Chooses the data among the files of one item of corpus.paths; also a line about left-out and held-out files.
 
-    What is all that the name stands for is data, whatever it is called.
+    If no file looks like data, all files are data.
     """
     kinds = ["dot file" if is_remote(name) and hidden(file.path, name) else sidecar(file.path) for file in files]
     rows = [file for file, kind in zip(files, kinds, strict=True) if not kind and kind_of(file.path) in ROWS]
@@ -43,7 +43,7 @@ def sifted(name: str, files: list[FileInfo]) -> tuple[list[FileInfo], str]:
 
 
 def unlisted(folder: str) -> int:
-    """Number of dot files and dot folders in a folder here, which are not listed."""
+    """The number of dot files and dot folders in a local folder. They are not listed."""
     if is_remote(folder) or not os.path.isdir(folder):
         return 0
     return sum(entry.startswith(".") for below in folders(folder) for entry in os.listdir(below))
@@ -55,12 +55,12 @@ def counted(number: int, kind: str) -> str:
 
 
 def hidden(path: str, folder: str) -> bool:
-    """True if it, or a folder on the way to it, begins with a dot: far away they are listed, too."""
+    """True if the file or a folder above it begins with a dot. Remote listings include these files."""
     return "/." in "/" + path.removeprefix(folder).lstrip("/")
 
 
 def sidecar(path: str) -> str:
-    """Its kind, by its name; "" of data."""
+    """The kind of a file beside the data, by its name; "" for data."""
     name = name_of(path).name.lower()
     if CHECKSUMS.fullmatch(name):
         return "checksum"
@@ -72,7 +72,7 @@ def sidecar(path: str) -> str:
 
 
 def held_out_of(paths: list[str]) -> list[str]:
-    """Files that are called test or validation among others that are not, by their names below the folder of all."""
+    """The files whose names say test or validation, if other files' names do not; paths below their common folder."""
     names = below(paths)
     found = [name for name in names if HELD_OUT.search(name.lower())]
     return found if len(found) < len(names) else []

@@ -1,7 +1,7 @@
-"""Files to read, wherever they are: found by name, glob, folder or URL, read in pieces, decompressed on the way.
+"""Finds and reads local and remote files: by name, glob, folder or URL, in pieces, decompressed on the way.
 
-A piece is a range of a file: bytes of lines, row groups of parquet, or the whole file. What a piece holds follows
-from the file alone, and one process reads it without the others. Nothing is held but the row that is being read.
+A piece is a range of a file: bytes of lines, row groups of parquet, or the whole file. A piece depends on the file
+alone, and a process reads it without the others. Memory holds only the current row.
 """
 
 import fnmatch
@@ -23,15 +23,15 @@ from data_prep.errors import DataError, headline
 from data_prep.json_values import values_of
 
 TEXT, LINES, VALUES, PARQUET = "text", "lines", "values", "parquet"  # the forms of a file
-EXPANSION = 4  # of compressed text, about: for the size of the units and the time left
+EXPANSION = 4  # estimated ratio of text to compressed bytes, for the size of units and the time left
 BLOCK_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 8 << 20
-HTTP_SECONDS = 60.0  # in which a web server must send something
+HTTP_SECONDS = 60.0  # seconds within which a web server must send something
 WEB = ("http://", "https://")
 
 
 class Document(NamedTuple):
-    """One text, with a name that finds it again, and its UTF-8."""
+    """One document: an id that finds it again, its text, and the text's UTF-8."""
 
     id: str
     text: str
@@ -39,17 +39,17 @@ class Document(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A document that cannot be used, and why."""
+    """A document that cannot be used, and the reason."""
 
     id: str
     reason: str
 
 
 class Form(NamedTuple):
-    """How a file is read. `kind`: one document (TEXT), rows of JSON (LINES, VALUES: see json_values), or PARQUET."""
+    """How a file is read."""
 
-    kind: str = TEXT
-    compression: str | None = None
+    kind: str = TEXT  # TEXT: one document; LINES and VALUES: rows of JSON (see json_values.py); PARQUET
+    compression: str | None = None  # as in decompress.py; None: not compressed
 
 
 PLAIN = Form()
@@ -57,14 +57,14 @@ PLAIN = Form()
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a file. `stop`: None to the end; `size`: bytes of text, about; `stamp` changes with the file."""
+    """A range of a file."""
 
     path: str
-    stamp: str
-    size: int
+    stamp: str  # changes when the file does
+    size: int  # estimated bytes of text
     start: int = 0
-    stop: int | None = None
-    splittable: bool = False  # at any byte: its reader aligns to lines
+    stop: int | None = None  # None: to the end
+    splittable: bool = False  # may be cut at any byte, because its reader aligns to lines
     form: Form = PLAIN
 
     def cut(self, size: int) -> tuple["Piece", "Piece"]:
@@ -80,33 +80,33 @@ class Piece:
 
 
 class FileInfo(NamedTuple):
-    """`stamp`: changes when the file does. `ranged`: whether it can be read from anywhere."""
+    """A file that was found."""
 
     path: str
-    size: int
-    stamp: str
-    ranged: bool = True
+    size: int  # bytes; 0 if the server does not say
+    stamp: str  # changes when the file does
+    ranged: bool = True  # can be read from any byte
 
     def whole(self, form: Form = PLAIN) -> Piece:
         return Piece(self.path, self.stamp, self.size * (EXPANSION if form.compression else 1), form=form)
 
     def lines(self, form: Form) -> Piece:
-        """The whole file, to be cut anywhere if it can be read from anywhere."""
+        """The whole file as a piece, which may be cut if the file can be read from any byte."""
         return replace(self.whole(form), splittable=self.ranged and not form.compression)
 
 
 def name_of(path: str) -> PurePosixPath:
-    """The path, or that of a web address, which may go on: ?download=true"""
+    """The path of a file, or of a web address without its query (?download=true)."""
     return PurePosixPath(urlsplit(path).path if path.startswith(WEB) else path)
 
 
 def compression_of(path: str) -> str | None:
-    """Compression according to the suffix of its name; None if there is none."""
+    """The compression that the suffix names; None if it names none."""
     return BY_SUFFIX.get(name_of(path).suffix.lower())
 
 
 def kind_of(path: str) -> str:
-    """The suffix that says what is inside, compression left out."""
+    """The suffix that names the content, without the suffix of a compression."""
     name = name_of(path)
     return (PurePosixPath(name.stem) if compression_of(path) else name).suffix.lower()
 
@@ -119,10 +119,10 @@ def everything(name: str, files: list[FileInfo]) -> list[FileInfo]:
 
 
 def expand(paths: list[str], choose: Choose = everything) -> list[FileInfo]:
-    """The files that paths, globs, folders and URLs name, in the order given, sorted within one name.
+    """Lists the files of paths, globs, folders and URLs: in the given order, sorted within one item, each file once.
 
-    `choose` has the last word on those of one name. Each once: a local one by its real path. DataError for what they
-    name and cannot be opened.
+    `choose` selects among the files of one item. Local files count as the same if their real paths are. Raises
+    DataError if a file cannot be opened.
     """
     found: dict[str, FileInfo] = {}
     for name in paths:
@@ -146,7 +146,7 @@ def local_files(name: str) -> list[FileInfo]:
 
 
 def local_file(path: Path) -> FileInfo:
-    """Raises DataError or OSError if it cannot be opened: now, and not in the middle of a run."""
+    """Describes a local file. Raises DataError or OSError if it cannot be opened: now, not in the middle of a run."""
     status = path.stat()
     if not S_ISREG(status.st_mode):
         raise DataError(f"{path}: cannot be read: neither a file nor a folder")
@@ -156,7 +156,7 @@ def local_file(path: Path) -> FileInfo:
 
 
 def named(folder: str, parts: list[str]) -> Iterator[str]:
-    """Yields what a glob's parts name in `folder`, without folders. Raises OSError or DataError if it cannot look."""
+    """Yields the files in `folder` that match a glob's parts. Raises OSError or DataError if a folder is unreadable."""
     part, rest = parts[0], parts[1:]
     if part == "**":
         for below in folders(folder):
@@ -170,7 +170,7 @@ def named(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def folders(folder: str) -> Iterator[str]:
-    """The folder and all below, through links too, each once, for a link may lead back: without a link if it can be."""
+    """Yields the folder and all folders below, each once. Follows links, but prefers a path without a link."""
     waiting, links, seen = [folder], list[str](), set[str]()
     while waiting or links:
         folder = (waiting or links).pop()
@@ -182,7 +182,7 @@ def folders(folder: str) -> Iterator[str]:
 
 
 def entries(folder: str, part: str) -> list[str]:
-    """Those that one part of a glob names. Hidden ones only where it begins with a dot."""
+    """The entries that match one part of a glob; hidden ones only if the part begins with a dot."""
     if not glob.has_magic(part):
         return list(filter(is_there, [os.path.join(folder, part)]))
     names = sorted(fnmatch.filter(os.listdir(folder), part))
@@ -190,7 +190,7 @@ def entries(folder: str, part: str) -> list[str]:
 
 
 def is_there(path: str) -> bool:
-    """True if it exists, perhaps as a link that leads nowhere. Raises OSError if that cannot be known."""
+    """True if the path exists, even as a dangling link. Raises OSError if that cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -199,11 +199,11 @@ def is_there(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """DataError for a link that leads nowhere."""
+    """True if the path is a folder. Raises DataError if it is a dangling link."""
     try:
         return S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
-        raise DataError(f"{path}: cannot be read: it links to what is not there; mend it, or take it away") from None
+        raise DataError(f"{path}: cannot be read: it is a dangling link; repair or remove it") from None
 
 
 def is_remote(name: str) -> bool:
@@ -224,16 +224,16 @@ def remote_files(name: str) -> list[FileInfo]:
 
 
 def remote_file(system: Any, inner: str, info: dict[str, Any]) -> FileInfo:
-    if info.get("size") is None:  # as in a web server's list of a folder
+    if info.get("size") is None:  # as in a web server's listing of a folder
         info = system.info(inner)
     version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
-    path, size = system.unstrip_protocol(inner), info.get("size")  # None where a server does not say it
+    path, size = system.unstrip_protocol(inner), info.get("size")  # None if the server does not say
     return FileInfo(path, size or 0, f"{size}-{version}", takes_ranges(path))
 
 
 @cache
 def takes_ranges(path: str) -> bool:
-    """True if the file can be read from anywhere: tried, for a web server may send all or nothing, whatever it says."""
+    """True if the file can be read from any byte. Tests it, because a web server's headers may be wrong."""
     if not path.startswith(WEB):
         return True
     system, inner = filesystem(path)
@@ -241,12 +241,12 @@ def takes_ranges(path: str) -> bool:
         with system.open(inner, "rb", block_size=1, cache_type="none") as file:
             file.seek(1)
             return bool(file.read(1))
-    except ValueError:  # fsspec's, of the seek or of an answer that is the whole file
+    except ValueError:  # from fsspec: it cannot seek, or the answer is the whole file
         return False
 
 
 def filesystem(name: str) -> tuple[Any, str]:
-    """fsspec's file system, and the name in it. Raises DataError if a package is missing."""
+    """fsspec's file system, and the file's name in it. Raises DataError if a package is missing."""
     import fsspec
 
     try:
@@ -258,14 +258,14 @@ def filesystem(name: str) -> tuple[Any, str]:
 
 
 def web_client() -> dict[str, Any]:
-    """fsspec's options. Left alone, its client gives a whole file five minutes, however steadily it comes."""
+    """fsspec's options for the web: by default its client stops after five minutes per file, even while data comes."""
     from aiohttp import ClientTimeout
 
     return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)}}
 
 
 def open_raw(path: str, block: int | None = None) -> BinaryIO:
-    """`block`: bytes that are fetched at once from far away."""
+    """Opens a file. block: bytes fetched at once from a remote file."""
     if not is_remote(path):
         return open(path, "rb", buffering=0)
     system, inner = filesystem(path)
@@ -286,22 +286,23 @@ def opened(path: str, compression: str | None = None, block: int | None = None) 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Whatever goes wrong with the file is a DataError that names it."""
+    """Turns every error while reading the file into a DataError that names it."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # fsspec, Arrow and each protocol's client raise what they like
+    except Exception as error:  # fsspec, Arrow and each protocol's client raise their own errors
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {headline(error)}") from error
 
 
 def lines_of(
     piece: Piece, limit: int, largest: int, heartbeat: Callable[[], None]
 ) -> Iterator[tuple[int, int, bytes | BinaryIO]]:
-    """Each line that begins in the piece, or each value of VALUES: its offset in the text, its size, its bytes.
+    """Yields each line that begins in the piece, or each value of VALUES: its offset in the text, its size, its bytes.
 
-    A line of more than `limit` bytes is a temporary file, for a compressed one could only be found again from the
-    start; one of more than `largest` is not whole in it. `heartbeat` is called now and then within a long line.
+    A line of more than `limit` bytes becomes a temporary file, because a compressed file can only be read again from
+    its start. The temporary file holds a line of more than `largest` bytes only in part. `heartbeat` is called now and
+    then during a long line.
     """
     with reading(piece.path), opened(piece.path, piece.form.compression) as stream:
         if piece.form.kind == VALUES:
@@ -321,7 +322,7 @@ def lines_of(
             if size <= limit or line.endswith(b"\n"):
                 yield offset, size, line
             else:
-                file = TemporaryFile()  # noqa: SIM115 - gone with the last who reads it
+                file = TemporaryFile()  # noqa: SIM115 - deleted when its last reader closes it
                 file.write(line)
                 for block in rest_of_line(stream, None, heartbeat):
                     size += len(block)
@@ -332,7 +333,7 @@ def lines_of(
 
 
 def rest_of_line(stream: io.BufferedReader, most: int | None, heartbeat: Callable[[], None]) -> Iterator[bytes]:
-    """Yields what comes up to the end of the line, or `most` bytes of it."""
+    """Yields the rest of the line, or at most `most` bytes of it."""
     while most != 0:
         heartbeat()
         block = stream.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most))
@@ -349,7 +350,7 @@ def watched_blocks(stream: io.BufferedReader, heartbeat: Callable[[], None]) -> 
 
 
 def bytes_of(path: str, limit: int, compression: str | None = None) -> bytes | None:
-    """The whole file; None if more than `limit`, which is not read to its end."""
+    """The whole file; None if it has more than `limit` bytes. It is then not read to its end."""
     with reading(path), opened(path, compression) as stream:
         data = stream.read(limit + 1)
     return data if len(data) <= limit else None

@@ -1,6 +1,6 @@
-"""bos, eos and pad of a Hugging Face folder, and of a run that began with its weights.
+"""Reads bos, eos and pad from a Hugging Face folder, and from a run that began with its weights.
 
-A module of its own: these belong to a model, and a tokenizer's files and fingerprint do not change with them.
+A separate module: these tokens belong to a model, and do not change a tokenizer's files or fingerprint.
 """
 
 import json
@@ -17,16 +17,17 @@ from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-KEPT_AS = "special_tokens.json"  # in a run
+KEPT_AS = "special_tokens.json"  # the file in a run's folder
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NAMES = ("bos_token", "eos_token", "pad_token")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Special tokens, as each file says. They may differ: an instruct model's tokenizer ends a turn, its config a text.
+    """Special tokens as each file defines them. The files may differ: an instruct model's tokenizer may end a turn,
+    while config.json ends a text.
 
-    Without a source all is empty, and a text begins and ends with the end of a document.
+    Without a source all fields are empty, and a text begins and ends with the end-of-document token.
     """
 
     config: dict[str, Any] = field(default_factory=dict)  # IDS of config.json; eos may be a list
@@ -37,7 +38,9 @@ class SpecialTokens:
 
     @classmethod
     def read(cls, folder: Path, tokenizer: Path | None = None) -> "SpecialTokens":
-        """From the files that are there. tokenizer: its tokenizer.json, if named otherwise. DataError on a bad one."""
+        """Reads the files that exist. tokenizer: the path of tokenizer.json, if it has another name. Raises DataError
+        if a file is malformed.
+        """
         content = read_json(tokenizer or folder / TOKENIZER, missing_ok=True)
         said = read_json(folder / TOKENS_MAP, missing_ok=True) | read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
         by_name = {key: _content(said[key]) for key in NAMES if key in said}
@@ -51,7 +54,7 @@ class SpecialTokens:
 
     @classmethod
     def of_run(cls, run: Path) -> "SpecialTokens":
-        """The tokens of the model that the run began with; empty if it began with none."""
+        """The tokens of the model whose weights the run began with; empty if there is none."""
         content = read_json(run / KEPT_AS, missing_ok=True)
         try:
             return cls(**content)
@@ -64,13 +67,13 @@ class SpecialTokens:
 
     @property
     def ends(self) -> list[int]:
-        """Special tokens that end a text, of config.json first."""
+        """The special tokens that end a text; config.json's come first."""
         said = [*_ids(self.config.get(IDS[1])), *_ids(self.generation.get(IDS[1]))]
         return self._known([*said, self._named(NAMES[1])])
 
     @property
     def bos(self) -> int | None:
-        """Id that a text begins with. The tokenizer knows best: a config.json may have kept its class's default."""
+        """The id that begins a text. The tokenizer's files come first: config.json may hold its class's default."""
         said = [*_ids(self.generation.get(IDS[0])), *_ids(self.config.get(IDS[0]))]
         return next(iter(self._known([self._named(NAMES[0]), *said])), None)
 
@@ -80,7 +83,7 @@ class SpecialTokens:
         return self.names.get(END_OF_DOCUMENT, next(iter(self.ends), None))
 
     def begin(self, spec: TokenizerSpec) -> int:
-        """The id before a text: bos, or the end of a document, as in training."""
+        """The id before a text: bos, else the end-of-document id, as in training."""
         return spec.end_of_document if self.bos is None else self.bos
 
     def stops(self, spec: TokenizerSpec) -> set[int]:
@@ -88,7 +91,7 @@ class SpecialTokens:
         return {spec.end_of_document, *self.ends}
 
     def below(self, rows: int) -> "SpecialTokens":
-        """Without the tokens that have no row in a matrix."""
+        """A copy without the tokens whose ids are not below `rows`."""
         gone = {name for name, id in self.names.items() if id >= rows}
         config, generation = (
             {k: v for k, v in given.items() if max(_ids(v), default=0) < rows} for given in self._by_id
@@ -98,7 +101,7 @@ class SpecialTokens:
         return SpecialTokens(config, generation, tokenizer, names, self.adds_bos)
 
     def for_tokenizer(self) -> dict[str, str | None]:
-        """NAMES of a tokenizer_config.json: the source's, or from the ids of the other files if it has none."""
+        """The NAMES for a tokenizer_config.json: the source's own, else derived from the ids in the other files."""
         if self.tokenizer:
             return self.tokenizer
         of_id, said = {id: name for name, id in self.names.items()}, self.generation | self.config
@@ -113,7 +116,7 @@ class SpecialTokens:
         return self.names.get(self.tokenizer.get(key) or "")
 
     def _known(self, ids: Iterable[int | None]) -> list[int]:
-        """Those of special tokens. Others are defaults of a class that were never meant for this tokenizer."""
+        """The ids that are special tokens. Other ids are a class's defaults, not meant for this tokenizer."""
         special = set(self.names.values())
         return [id for id in dict.fromkeys(ids) if id is not None and id in special]
 
@@ -127,7 +130,7 @@ class SpecialTokens:
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """An object. DataError, naming the file, if it is not one, or is missing and must not be."""
+    """Reads a JSON object. Raises DataError with the file's name if it is not one. missing_ok: {} if it is missing."""
     try:
         refuse_pointer(path)
         content = json.loads(path.read_bytes())
@@ -149,12 +152,12 @@ def _some(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _ids(value: Any) -> list[int]:
-    """The ids in a number, a list or nothing."""
+    """The ids in a value: a number, a list or None."""
     return [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token that is a text, an object or nothing."""
+    """The text of a token: a text, an object with one, or None."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 

@@ -1,4 +1,4 @@
-"""The units of a run as they are done: what was put aside, and in the end the manifest."""
+"""Collects the finished units of a run: quarantined documents, and in the end the manifest."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ NAMES_SHOWN = 3
 
 @dataclass
 class Tally:
-    """The units as they are done."""
+    """The records of the units that are finished."""
 
     most_quarantined: int
     records: dict[int, UnitRecord] = field(default_factory=dict)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: UnitRecord) -> None:
-        """Adds a unit's record. Raises DataError if too many documents have been put aside."""
+        """Adds a unit's record. Raises DataError if too many documents are quarantined."""
         self.records[record.index] = record
         self.quarantined += record.quarantined
         if len(self.quarantined) > self.most_quarantined:
@@ -38,7 +38,7 @@ class Tally:
         return [self.records[index] for index in sorted(self.records)]
 
     def manifest(self, tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> Manifest:
-        """Manifest of the finished `folder`."""
+        """The manifest of the finished `folder`."""
         records = self.in_order
         entries = [entry for record in records for entry in record.files]
         counts = {
@@ -56,21 +56,21 @@ class Tally:
         return Manifest(FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, corpus, settings["config"], files)
 
     def rate(self, seconds: float) -> str:
-        """For the end of a report; nothing where all units were there already."""
+        """The MB/s for the end of a report; "" if all units were finished before."""
         megabytes = sum(record.text_bytes for record in self.records.values() if not record.kept) / 1e6
         return f", {megabytes / seconds:.1f} MB/s" if megabytes else ""
 
 
 def shown(quarantined: list[tuple[str, str]]) -> str:
-    """The first few, for a line."""
+    """The first few quarantined documents, for one line."""
     names = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:NAMES_SHOWN])
     return names + ("; ..." if len(quarantined) > NAMES_SHOWN else "")
 
 
 def save_quarantine(path: Path, tally: Tally) -> None:
-    """One object a line, in corpus order; no file where there is nothing to say."""
+    """Writes one object per line, in corpus order; no file if no document is quarantined."""
     if not tally.quarantined:
-        path.unlink(missing_ok=True)  # of a run that was killed, before the corpus was mended
+        path.unlink(missing_ok=True)  # from a killed run, before the corpus was repaired
         return
     with durable(path) as file:
         for record in tally.in_order:

@@ -1,5 +1,5 @@
-"""Standard output, standard error and Ctrl-C of every command: a text that cannot be written ends no work, and Ctrl-C
-while a command is loading is one line. A module of its own, since it must be imported before anything heavy.
+"""Makes standard output, standard error and Ctrl-C safe for every command: work continues if a text cannot be written,
+and Ctrl-C while a command loads prints one line. A separate module, because it must be imported before heavy ones.
 """
 
 import errno
@@ -14,15 +14,15 @@ from typing import Any, TextIO
 
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells count
 PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading: a pager, or a terminal after Ctrl-S
-PIECE = 4096  # bytes: a pipe that takes any takes as many without blocking
+PIECE = 4096  # bytes that a pipe takes without blocking, if it takes any
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)  # the reader has ended, or the terminal is closed
 OWN_PACKAGES = ("data_prep", "pretrain", "launch")
 
 
 class Output(io.RawIOBase):
-    """A file descriptor that a process can always write to: what cannot be written, or is not read, is dropped.
+    """A file descriptor to which writing never fails: text that cannot be written, or is not read, is dropped.
 
-    product: the text is what the command is for, so it waits for its reader, and the first failure is raised.
+    product: the text is the command's result, so writing waits for the reader and raises the first failure.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -41,7 +41,7 @@ class Output(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        """Takes all of it. BrokenPipeError or OSError only for a product, and once."""
+        """Accepts all bytes. Raises BrokenPipeError or OSError only for a product, and only once."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
@@ -56,7 +56,7 @@ class Output(io.RawIOBase):
         return size
 
     def _takes_more(self) -> bool:
-        """Waits for a reader that has stopped once: until it reads again, later text is dropped at once."""
+        """Waits once for a reader that has stopped. Until it reads again, later text is dropped without waiting."""
         ready = bool(self._poll.poll(None if self.product else 1000 * self._patience))
         self._patience = PATIENCE if ready else 0.0
         return ready
@@ -66,15 +66,15 @@ _outputs: dict[int, Output] = {}  # by descriptor, once `begin` was called
 
 
 def begin() -> None:
-    """Call it before the heavy imports of a command. Standard output and error then take any text, from Python and
-    C alike; until `loaded`, Ctrl-C ends the process with one line and exit code 130.
+    """Prepares the terminal; called before a command's heavy imports. Standard output and error then accept any text,
+    from Python and from C; until `loaded`, Ctrl-C ends the process with one line and exit code 130.
     """
     if _outputs:
         return
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by >&-: else the next file to be opened would get it, and what libraries print
+        except OSError:  # closed by >&-: otherwise the next opened file gets this descriptor, and libraries' prints
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         _outputs[descriptor] = Output(descriptor, f"<{name}>")
@@ -86,28 +86,28 @@ def begin() -> None:
 
 
 def begin_if_command() -> None:
-    """Calls `begin` if this process is loading `python -m` of one of our modules, whose package is imported first."""
+    """Calls `begin` if this process runs `python -m` with one of our modules: Python imports its package first."""
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m") if sys.argv[:1] == ["-m"] else ""
     if module.partition(".")[0] in OWN_PACKAGES:
         begin()
 
 
 def loaded() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt."""
+    """Makes Ctrl-C raise KeyboardInterrupt from now on."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def product() -> None:
-    """Declares what is printed from here on the command's product: if it cannot be written, the command ends."""
+    """Declares that later prints are the command's result: if they cannot be written, the command ends."""
     if _outputs:
         _outputs[1].product = True
         assert isinstance(sys.stdout, io.TextIOWrapper)
-        sys.stdout.reconfigure(line_buffering=True)  # a failure is raised by the print, not when Python ends
+        sys.stdout.reconfigure(line_buffering=True)  # the print raises a failure, not Python's exit
 
 
 def _text(before: TextIO | None, output: Output) -> io.TextIOWrapper:
-    """A text stream like the one before; None: there was none."""
+    """A text stream like the previous one; None if there was none."""
     if not isinstance(before, io.TextIOWrapper):
         return io.TextIOWrapper(io.BufferedWriter(output), "utf-8", "backslashreplace", line_buffering=True)
     with suppress(OSError):
@@ -120,7 +120,7 @@ def _text(before: TextIO | None, output: Output) -> io.TextIOWrapper:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    """There is nothing to undo yet, and an exception would come up in the middle of somebody else's import."""
+    """Ends the process on Ctrl-C. Nothing has to be undone yet, and an exception would appear inside an import."""
     with suppress(OSError):
         os.write(2, b"error: interrupted\n")
     os._exit(EXIT_INTERRUPTED)

@@ -1,13 +1,13 @@
-"""The format: token files as Megatron's `.bin` and `.idx`, and their manifest. numpy only.
+"""Reads and writes token files (Megatron's `.bin` and `.idx`) and their manifest. Needs only numpy.
 
-    OUT/train-00000.bin .idx    documents one after the other, each ended by the end-of-document id
-    OUT/val-00000.bin .idx      the same, of the validation documents
+    OUT/train-00000.bin .idx    training documents, one after the other, each followed by the end-of-document id
+    OUT/val-00000.bin .idx      validation documents, likewise
     OUT/tokenizer/              ranks.tiktoken, spec.json
-    OUT/manifest.json           written last: a folder that has it is whole
+    OUT/manifest.json           written last: a folder with a manifest is complete
 
 All numbers are little-endian. `.bin`: the ids, uint16 for a vocabulary below 65,500 rows, else int32. `.idx`:
-magic, version uint64, dtype code uint8, sequences uint64, documents + 1 uint64; then for each sequence its
-length (int32) and its byte offset (int64), and the first sequence of each document and the end (int64).
+magic, version uint64, dtype code uint8, sequences uint64, documents + 1 uint64; then the length of each sequence
+(int32), the byte offset of each sequence (int64), and the first sequence of each document plus the end (int64).
 """
 
 import json
@@ -35,10 +35,10 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPE_NAMES = ("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2")  # Megatron's codes 1 to 8
 DTYPES = {code: np.dtype(name) for code, name in enumerate(DTYPE_NAMES, start=1)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-UINT16_ROWS = 65_500  # Megatron's bound
-LONGEST_DOCUMENT = 2**31 - 1  # tokens: the index has their number as an int32
-MOST_MAPPED = 200  # token files, of two files each
-PIECE = 1 << 20  # numbers of an index that are looked at at once
+UINT16_ROWS = 65_500  # Megatron's limit
+LONGEST_DOCUMENT = 2**31 - 1  # tokens; the index stores their number as int32
+MOST_MAPPED = 200  # token files mapped at once, two files each
+PIECE = 1 << 20  # numbers that are read at once
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -51,15 +51,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def index_bytes(sequences: int, documents: int) -> int:
-    """Size of an `.idx` file."""
+    """The size of an `.idx` file in bytes."""
     return HEADER.size + 12 * sequences + 8 * (documents + 1)
 
 
 class TokenFileWriter:
-    """Writes PREFIX.bin and PREFIX.idx, a document or a piece at a time; a context manager.
+    """Writes PREFIX.bin and PREFIX.idx, one document or piece at a time; a context manager.
 
-    Both files appear when the block ends well, `.bin` first; on an error neither does. Raises DataError on an
-    id outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes a document, and 60 MB to write the index.
+    Both files appear if the block succeeds, `.bin` first; neither appears on an error. Raises DataError on an id
+    outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes per document, and 60 MB to write the index.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -70,18 +70,18 @@ class TokenFileWriter:
         self.largest_id = -1
         self.sha256: dict[str, str] = {}
         self._lengths = array("i")
-        self._open = 0  # tokens of the document whose end has not come yet
+        self._open = 0  # tokens of the unfinished document
 
     def __enter__(self) -> "TokenFileWriter":
         self._bin = DurableFile(with_suffix(self.prefix, ".bin"))
         return self
 
     def add(self, ids: np.ndarray) -> None:
-        """Append one document: a 1-D array of ids, its end-of-document id included."""
+        """Appends one document: a 1-D array of ids, with the end-of-document id."""
         self.write(ids, [len(ids)])
 
     def write(self, ids: np.ndarray, ends: Sequence[int]) -> None:
-        """Append a piece of the stream. `ends`: the places in it, rising, where a document ends, [1, len(ids)]."""
+        """Appends a piece of the stream. ends: the places in [1, len(ids)] after the documents' last ids, rising."""
         if len(ids):
             smallest, largest = int(ids.min()), int(ids.max())  # before narrowing: astype wraps silently
             if smallest < 0 or largest >= self.vocab_size:
@@ -123,7 +123,7 @@ class TokenFileWriter:
                 self.sha256 = {file.path.suffix: file.sha256 for file in files}
         finally:
             for file in files:
-                file.discard()  # after publish: nothing is left to discard
+                file.discard()  # does nothing after publish
 
     def _index(self) -> Iterator[bytes]:
         documents, end = len(self._lengths), 0
@@ -143,7 +143,7 @@ class TokenFileWriter:
 
 
 class _Maps:
-    """The two files in memory. Of the index also what bisect reads: a memoryview, whose numbers are Python's own."""
+    """The two files, memory-mapped. bisect uses memoryviews of the index, because they give Python's own numbers."""
 
     def __init__(self, prefix: Path, dtype: np.dtype, sequences: int, size: int) -> None:
         index = np.memmap(with_suffix(prefix, ".idx"), dtype=np.uint8, mode="r")[HEADER.size :]
@@ -152,18 +152,18 @@ class _Maps:
         self.pointers_view, self.documents_view = pointers.data.cast("q"), documents.data.cast("q")
         path = with_suffix(prefix, ".bin")
         tokens = np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
-        self.tokens = tokens.view(np.ndarray)  # a slice of a memmap costs ten times as much
+        self.tokens = tokens.view(np.ndarray)  # slicing a memmap takes ten times longer
 
 
 class TokenFile:
     """A pair PREFIX.bin and PREFIX.idx, ours or Megatron's, memory-mapped while it is in use.
 
     `tokens`: all of them, 1-D; `lengths`: int32 [sequences]; `pointers`: int64 [sequences], byte offsets;
-    `document_indices`: int64 [documents + 1]; `size`: number of tokens. Raises DataError, naming file and rule, where a
-    file is missing, is of another kind, or has a size that does not fit its header.
+    `document_indices`: int64 [documents + 1]; `size`: number of tokens. Raises DataError with file and rule if a file
+    is missing, has another format, or has a size that does not match its header.
 
-    A map holds its file open, of which a process has a thousand by default: of many token files the last ones are
-    mapped, and the others again when they are asked for.
+    A map keeps its file open, and a process may open about a thousand files. So only the last MOST_MAPPED token files
+    stay mapped; others are mapped again on use.
     """
 
     _mapped: ClassVar[deque["weakref.ref[TokenFile]"]] = deque()
@@ -178,11 +178,11 @@ class TokenFile:
             refuse_pointer(path)
         self.dtype, self.sequences, self.documents = read_header(idx_path)
         if self.dtype.kind == "f":
-            raise DataError(f"{idx_path}: numbers of {self.dtype} are no ids")
+            raise DataError(f"{idx_path}: ids must be integers, not {self.dtype}")
         size = bin_path.stat().st_size
         self.size = size // self.dtype.itemsize
         last = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.sequences else 0
-        if size != last:  # their sum is `index_faults`' to check: a start costs O(1)
+        if size != last:  # O(1); `index_faults` checks the sum of the lengths
             raise DataError(f"{bin_path}: {size} bytes, but its index says {last}")
 
     @cached_property
@@ -191,7 +191,7 @@ class TokenFile:
         if len(self._mapped) > MOST_MAPPED:
             first = self._mapped.popleft()()
             if first is not None:
-                vars(first).pop("_maps", None)  # whoever reads in it still holds it
+                vars(first).pop("_maps", None)  # its readers still hold it
         return _Maps(self.prefix, self.dtype, self.sequences, self.size)
 
     @property
@@ -211,34 +211,34 @@ class TokenFile:
         return self._maps.documents
 
     def document_starts(self, start: int, stop: int) -> list[int]:
-        """Places in [start, stop) of the tokens that begin a document, rising. Reads a few numbers of the index."""
+        """The places in [start, stop) at which a document begins, rising. Reads a few numbers of the index."""
         size = self.dtype.itemsize
         pointers, documents = self._maps.pointers_view, self._maps.documents_view
         sequences = (bisect_left(pointers, place * size) for place in (start, stop))
         first, last = (bisect_left(documents, sequence) for sequence in sequences)
-        # A document may be of several sequences, or of none: then it begins where the next one does.
+        # A document may have several sequences, or none: then it begins at the same place as the next one.
         return sorted({pointers[sequence] // size for sequence in documents[first:last]})
 
     def document_at(self, place: int) -> tuple[int, int]:
-        """The document that the token at `place` is of, and which of its tokens it is."""
+        """The document of the token at `place`, and the token's index in it."""
         sequence = bisect_right(self._maps.pointers_view, place * self.dtype.itemsize) - 1
         document = bisect_right(self._maps.documents_view, sequence) - 1
         return document, place - self.document_start(document)
 
     def document_start(self, document: int) -> int:
-        """Token at which a document begins; for the number after the last document, where that one ends."""
+        """The token at which a document begins. `document` may be one past the last: then the end of the last."""
         sequence = self._maps.documents_view[document]
         if sequence == self.sequences:
             return self.size
         return self._maps.pointers_view[sequence] // self.dtype.itemsize
 
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]. Reads the whole index."""
+        """The number of tokens of each document, int64 [documents]. Reads the whole index."""
         starts = np.append(self.pointers // self.dtype.itemsize, self.size)[self.document_indices]
         return np.diff(starts)
 
     def index_faults(self) -> list[str]:
-        """Says what is wrong inside the index. Reads it all, a piece at a time, and no token."""
+        """Lists the faults inside the index. Reads all of it, in pieces, and no token."""
         name, faults = with_suffix(self.prefix, ".idx"), []
         end, negative, misplaced = 0, False, False
         for start in range(0, len(self.lengths), PIECE):
@@ -250,7 +250,7 @@ class TokenFile:
         if negative:
             faults.append(f"{name}: a sequence has a negative length")
         if misplaced:
-            faults.append(f"{name}: the offsets are not those of the lengths")
+            faults.append(f"{name}: the offsets do not match the lengths")
         documents = self.document_indices
         falling = any((np.diff(documents[i : i + PIECE + 1]) < 0).any() for i in range(0, len(documents), PIECE))
         if documents[0] != 0 or documents[-1] != len(self.lengths) or falling:
@@ -259,12 +259,12 @@ class TokenFile:
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """PREFIX + suffix; unlike Path.with_suffix it keeps a dot in the prefix's name."""
+    """Appends a suffix to the prefix; unlike Path.with_suffix, keeps a dot in the prefix's name."""
     return prefix.with_name(prefix.name + suffix)
 
 
 def read_header(path: Path) -> tuple[np.dtype, int, int]:
-    """dtype, sequences and documents of an `.idx` file, checked against its size."""
+    """Reads dtype, sequences and documents of an `.idx` file, and checks them against its size."""
     with open(path, "rb") as stream:
         header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
@@ -282,29 +282,26 @@ def read_header(path: Path) -> tuple[np.dtype, int, int]:
 
 @dataclass(frozen=True)
 class TokenFileEntry:
-    """One token file in the manifest. `name`: its prefix, in the folder itself; `sha256`: by suffix.
+    """One token file in the manifest. Raises ValueError if the split is unknown or a hash is missing."""
 
-    Raises ValueError on another split, or other hashes than those of both files.
-    """
-
-    name: str
-    split: str
+    name: str  # its prefix, in the folder itself
+    split: str  # one of SPLITS
     documents: int
     tokens: int
     text_bytes: int
     largest_id: int
-    sha256: dict[str, str]
+    sha256: dict[str, str]  # by suffix
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:
-            raise ValueError(f"name {self.name!r} must be that of a file in the folder itself")
+            raise ValueError(f"name {self.name!r} must be a file in the folder itself")
         if self.split not in SPLITS:
             raise ValueError(f"{self.name}: split {self.split!r} must be one of {', '.join(SPLITS)}")
         if self.sha256.keys() != SUFFIXES:
-            raise ValueError(f"{self.name}: sha256 must be of .bin and .idx, not of {', '.join(self.sha256) or 'none'}")
+            raise ValueError(f"{self.name}: sha256 must have .bin and .idx, not {', '.join(self.sha256) or 'none'}")
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
-        """Bytes of each of its files, by suffix."""
+        """The size of each of its files in bytes, by suffix."""
         return {".bin": self.tokens * dtype.itemsize, ".idx": index_bytes(self.documents, self.documents)}
 
 
@@ -312,7 +309,7 @@ Typed = TypeVar("Typed", bound="TokenFileEntry | Manifest")
 
 
 def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
-    """Builds a `kind`. Raises KeyError if a value is missing, TypeError if one is of another type than its field."""
+    """Builds a `kind`. Raises KeyError if a value is missing, TypeError if one has another type than its field."""
     for field in fields(kind):
         expected: Any = get_origin(field.type) or field.type
         found = values[field.name]
@@ -323,27 +320,27 @@ def typed(kind: type[Typed], values: dict[str, Any]) -> Typed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a finished folder. `corpus` and `config` say how it was made.
+    """The contents of a finished folder.
 
-    Raises ValueError if it has a file twice, TypeError if `config` is not of the kind that is read of it.
+    Raises ValueError if it lists a file twice, TypeError if `config.clean` is not a dict.
     """
 
     format_version: int
     tokenizer_fingerprint: str
     vocab_size: int
-    corpus: dict[str, Any]
-    config: dict[str, Any]
+    corpus: dict[str, Any]  # source of the documents, and how many were left out
+    config: dict[str, Any]  # the other settings that determine the tokens
     files: tuple[TokenFileEntry, ...]
 
     def __post_init__(self) -> None:
         if twice := [name for name, times in Counter(entry.name for entry in self.files).items() if times > 1]:
-            raise ValueError(f"{twice[0]} must be in files once: its documents would be trained on twice")
+            raise ValueError(f"{twice[0]} must be in files only once: its documents would be trained on twice")
         if not isinstance(self.config.get("clean", {}), dict):
             raise TypeError(f"config.clean must be dict, not {type(self.config['clean']).__name__}")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """DataError, one message, where it is missing, unreadable or of another version."""
+        """Reads the manifest. Raises DataError if it is missing, unreadable or of another version."""
         path = Path(folder) / MANIFEST_FILE
         try:
             text = path.read_bytes()
@@ -355,7 +352,7 @@ class Manifest:
             files = tuple(typed(TokenFileEntry, entry) for entry in content["files"])
             manifest = typed(cls, {**content, "files": files})
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: the folder was never finished, or is not one of token files") from None
+            raise DataError(f"{path} is missing: the folder is unfinished, or has no token files") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         except DataError:
@@ -369,13 +366,13 @@ class Manifest:
             file.write(json.dumps(asdict(self), indent=2).encode() + b"\n")
 
     def split(self, name: str) -> tuple[TokenFileEntry, ...]:
-        """The files of "train" or of "val", in corpus order."""
+        """The files of "train" or "val", in corpus order."""
         if name not in SPLITS:
             raise DataError(f"split {name!r} must be one of {', '.join(SPLITS)}")
         return tuple(entry for entry in self.files if entry.split == name)
 
     def summary(self, folder: Path) -> str:
-        """Describes the folder in a line."""
+        """Describes the folder in one line."""
         documents, tokens, text_bytes = self.totals()
         return (
             f"{folder}: {documents:,} documents, {tokens:,} tokens ({self.totals(['val'])[1]:,} for validation),"
@@ -383,7 +380,7 @@ class Manifest:
         )
 
     def totals(self, names: Iterable[str] = SPLITS) -> tuple[int, int, int]:
-        """Documents, tokens and bytes of text of these splits."""
+        """The documents, tokens and bytes of text in these splits."""
         chosen = [entry for name in names for entry in self.split(name)]
         return (
             sum(entry.documents for entry in chosen),

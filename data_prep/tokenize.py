@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Turn a corpus into token files: `python data_prep/tokenize.py --help`.
+"""Turns a corpus into token files: `python data_prep/tokenize.py --help`.
 
-This file has the name of a module of the standard library. Python puts a script's own folder (or, for `-c`
-and for spawned workers, the current one) first on sys.path, so inspect, linecache and with them torch would
-import this file in place of the true `tokenize`. Hence, before any other import, this folder is taken off
-sys.path; and if the file is imported as `tokenize` all the same, it loads the true module and leaves its
-place to it.
+This file has the same name as a module of the standard library. Python puts a script's own folder (for `-c` and for
+spawned workers: the current one) first on sys.path, so inspect, linecache and torch would import this file instead of
+the standard `tokenize`. Therefore this folder is removed from sys.path before any other import. If the file is still
+imported as `tokenize`, it loads the standard module in its place.
 """
 
 import os
@@ -16,13 +15,13 @@ _ROOT = os.path.dirname(_FOLDER)
 
 
 def _mend_path() -> None:
-    """Replace this folder on sys.path by the repository's root, before other code with the same names."""
+    """Replaces this folder on sys.path by the repository's root, ahead of other code with the same names."""
     sys.path[:] = [_ROOT, *(entry for entry in sys.path if os.path.realpath(entry) not in (_FOLDER, _ROOT))]
-    os.environ["PYTHONSAFEPATH"] = "1"  # a worker starts without the current folder on its path, too
+    os.environ["PYTHONSAFEPATH"] = "1"  # workers also start without the current folder on the path
 
 
 def _step_aside() -> None:
-    """Put the standard library's `tokenize` into sys.modules in place of this module."""
+    """Puts the standard library's `tokenize` into sys.modules in place of this module."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
@@ -42,7 +41,7 @@ elif __name__ in ("__main__", "__mp_main__"):
 if __name__ == "__main__":
     from data_prep import terminal
 
-    terminal.begin()  # before the imports that take seconds
+    terminal.begin()  # before the slow imports
     from data_prep.app import main
 
     main()

@@ -1,4 +1,4 @@
-"""Text to ids and back: a tiktoken encoding that is known by its files, not by its name."""
+"""Turns text into ids and back, with a tiktoken encoding that is defined by its files, not by its name."""
 
 import math
 import os
@@ -21,10 +21,10 @@ from data_prep.errors import DataError, headline
 from data_prep.tokenizer_kind import is_hf, other_tokenizer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, MOST_ROWS, TokenizerSpec, read_ranks
 
-LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regular expressions
+LONGEST_RUN = 1 << 16  # characters; a run of a million spaces overflows the stack of tiktoken's regex engine
 _BLOCK = LONGEST_RUN // 2  # a run of LONGEST_RUN characters covers at least one whole aligned block
 _RUN_PIECES = re.compile(rf"\s{{1,{LONGEST_RUN}}}|\S{{1,{LONGEST_RUN}}}")
-PROBE = "".join(map(chr, range(0x3100)))  # of most scripts; letters, digits, signs and spaces beside each other
+PROBE = "".join(map(chr, range(0x3100)))  # most scripts: letters, digits, signs and spaces side by side
 DOWNLOAD_TIMEOUT = 30.0  # seconds; tiktoken itself sets none
 
 _BLOB = "https://openaipublic.blob.core.windows.net/"
@@ -36,7 +36,7 @@ _URLS = {
 
 
 class Tokenizer:
-    """A tokenizer ready for use. `encode` and `decode_bytes` are inverse to each other on any text."""
+    """A tokenizer ready for use. `decode_bytes` inverts `encode` on any text."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
@@ -57,7 +57,9 @@ class Tokenizer:
 
     @classmethod
     def named(cls, name: str) -> "Tokenizer":
-        """tiktoken's encoding of that name. DataError, saying which file to put where, if it has none."""
+        """tiktoken's encoding of that name. Raises DataError if there is none, or if it cannot be downloaded; the
+        message then says which file to put where.
+        """
         known = tiktoken.list_encoding_names()
         if name not in known:
             raise DataError(f"tokenizer.name={name} must be one of {', '.join(sorted(known))}")
@@ -70,11 +72,11 @@ class Tokenizer:
         return cls(TokenizerSpec(name, encoding._pat_str, special_tokens, ranks))
 
     def check_pattern(self) -> None:
-        """Raises DataError if the pattern does not match every character: what no match has would be lost."""
+        """Raises DataError if the pattern does not match every character, because unmatched text would be lost."""
         kept = self.decode(self._encode(PROBE))
         if kept != PROBE:
             lost = next((given for given, decoded in zip(PROBE, kept, strict=False) if given != decoded), PROBE[-1])
-            rule = f"must match all text: {lost!r}, which it leaves out, would be lost"
+            rule = f"must match all text: {lost!r} does not match, and would be lost"
             raise DataError(f"tokenizer.pattern={self.spec.pattern} {rule}")
 
     def save(self, folder: Path | str) -> None:
@@ -82,7 +84,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows that a model needs: the largest id + 1."""
+        """The number of rows that a model needs: the largest id + 1."""
         return self.spec.vocab_size
 
     @property
@@ -94,9 +96,9 @@ class Tokenizer:
         return self.spec.end_of_document
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, uint32 [tokens]. A special token's name in the text is ordinary text.
+        """The ids of the text, uint32 [tokens]. The name of a special token inside the text is ordinary text.
 
-        A run of more than 65,536 spaces, or of characters that are not, is encoded in pieces of that length.
+        A run of more than 65,536 spaces, or of other characters, is encoded in pieces of that length.
         """
         if not may_have_long_run(text):
             return self._encode(text)
@@ -106,11 +108,11 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """The text of the ids. Bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes. DataError on an id that no token has."""
+        """The bytes of the ids. Raises DataError if an id has no token."""
         try:
             return self._encoding.decode_bytes([int(id) for id in ids])
         except KeyError as error:
@@ -118,7 +120,7 @@ class Tokenizer:
 
 
 def may_have_long_run(text: str) -> bool:
-    """False only where no run of spaces, or of other characters, passes LONGEST_RUN. Costs nearly nothing."""
+    """True if a run of spaces, or of other characters, may be longer than LONGEST_RUN. Costs almost nothing."""
     for start in range(0, len(text) - _BLOCK + 1, _BLOCK):
         block = text[start : start + _BLOCK]
         if block.isspace() or len(block.split(None, 1)[0]) == _BLOCK:
@@ -127,7 +129,7 @@ def may_have_long_run(text: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text cut inside its long runs, nowhere else."""
+    """Cuts the text inside its long runs, nowhere else."""
     start = 0
     for run in _RUN_PIECES.finditer(text):
         if len(run.group()) == LONGEST_RUN:
@@ -160,16 +162,16 @@ def _how_to_get(name: str, error: Exception) -> str:
 
 @dataclass
 class TokenizerConfig(ABC):
-    """The group `tokenizer`: one subclass an option."""
+    """The group `tokenizer`: one subclass per option."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """The tokenizer. `texts` opens the training documents; only a trained tokenizer reads them."""
+        """Builds the tokenizer. `texts` opens the training documents; only a trained tokenizer reads them."""
 
     def describe(self) -> dict[str, Any]:
-        """Settings that the tokenizer depends on, for the manifest."""
+        """The settings that the tokenizer depends on, for the manifest."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -180,8 +182,8 @@ class BpeTokenizer(TokenizerConfig):
     kind: ClassVar[str] = "bpe"
     vocab_size: int = 8192  # rows, <|endoftext|> included
     pattern: str = "cl100k"  # a name in bpe.PATTERNS, or a regular expression
-    sample_mib: float = 16.0  # text to train on
-    sample_within_mib: float = 4096.0  # the sample is drawn evenly from that much of the corpus
+    sample_mib: float = 16.0  # MiB of text to train on
+    sample_within_mib: float = 4096.0  # MiB at the start of the corpus from which the sample is drawn evenly
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCAB:
@@ -212,19 +214,19 @@ class NamedTokenizer(TokenizerConfig):
 
 @dataclass
 class FileTokenizer(TokenizerConfig):
-    """A tokenizer on disk: a folder written by this program, a tokenizer.json of Hugging Face or its folder, or a bare
-    `.tiktoken` file and the keys.
+    """A tokenizer on disk: a folder written by this program, Hugging Face's tokenizer.json or its folder, or a bare
+    `.tiktoken` file with the other keys.
     """
 
     kind: ClassVar[str] = "file"
     path: str
     pattern: str = ""  # for a bare file: a name in bpe.PATTERNS, or a regular expression
-    end_of_document: int | None = None  # the id of <|endoftext|>, for a bare file or where no config.json tells it
+    end_of_document: int | None = None  # the id of <|endoftext|>, for a bare file or without a config.json
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         path = Path(self.path)
         if is_hf(path):
-            from data_prep.hf_tokenizer import from_hf  # which needs this module
+            from data_prep.hf_tokenizer import from_hf  # it imports this module
 
             if self.pattern:
                 raise DataError(f"tokenizer.pattern={self.pattern} must be left out: {path} has its own")
@@ -238,13 +240,13 @@ class FileTokenizer(TokenizerConfig):
         ranks = read_ranks(path)
         if not self.pattern or self.end_of_document is None:
             raise DataError(
-                f"tokenizer.path={path} has ranks alone: give tokenizer.pattern={'|'.join(PATTERNS)} or a"
+                f"tokenizer.path={path} has only ranks: give tokenizer.pattern={'|'.join(PATTERNS)} or a"
                 f" regular expression, and tokenizer.end_of_document=, the id of {END_OF_DOCUMENT}"
             )
         key = f"tokenizer.end_of_document={self.end_of_document}"
         if taken := [token for token, id in ranks.items() if id == self.end_of_document]:
             raise DataError(
-                f"{key} must be a free id, but {path} has it for {taken[0]!r}; {max(ranks.values()) + 1} is free"
+                f"{key} must be a free id, but {path} uses it for {taken[0]!r}; {max(ranks.values()) + 1} is free"
             )
         if not 0 <= self.end_of_document < MOST_ROWS:
             raise DataError(f"{key} must be in [0, {MOST_ROWS})")
@@ -252,5 +254,5 @@ class FileTokenizer(TokenizerConfig):
         return Tokenizer(TokenizerSpec(path.stem, pattern, {END_OF_DOCUMENT: self.end_of_document}, ranks))
 
     def describe(self) -> dict[str, Any]:
-        """Describes it by content: the file may change under its name, and may move."""
+        """Describes the tokenizer by its content, because the file may change or move."""
         return {"kind": self.kind, "fingerprint": self.build(tuple).fingerprint}

@@ -1,4 +1,4 @@
-"""A tokenizer as files: `ranks.tiktoken` and `spec.json`. No tiktoken here: the trainer checks them."""
+"""Reads and writes a tokenizer's files, `ranks.tiktoken` and `spec.json`. Without tiktoken, for the trainer."""
 
 import base64
 import binascii
@@ -22,10 +22,10 @@ MOST_ROWS = 2**24  # far above any vocabulary; token files could hold ids below 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """All that defines a tokenizer: the ranks of its byte strings, its split pattern, its special tokens.
+    """The definition of a tokenizer: the ranks of its byte strings, its split pattern, its special tokens.
 
-    Raises DataError if a single byte has no rank, if an id is taken twice or out of bounds, or if the
-    end-of-document token is missing.
+    Raises DataError if a single byte has no rank, if an id is used twice or out of bounds, or if the end-of-document
+    token is missing.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TokenizerSpec:
 
     @property
     def vocab_size(self) -> int:
-        """Rows that a model needs: the largest id + 1."""
+        """The number of rows that a model needs: the largest id + 1."""
         return max(*self.ranks.values(), *self.special_tokens.values()) + 1
 
     @property
@@ -58,28 +58,28 @@ class TokenizerSpec:
         return self.special_tokens[END_OF_DOCUMENT]
 
     def has_rows_of(self, other: "TokenizerSpec") -> bool:
-        """True if rows of a matrix mean the same for both: each row its bytes, and the one that ends a document. The
-        pattern may be written in another way.
+        """True if each row of a matrix has the same meaning for both: the same bytes, and the same end-of-document id.
+        The patterns may differ.
         """
         return self.ranks == other.ranks and self.end_of_document == other.end_of_document
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over ranks, pattern and special tokens, each in one form. The name does not count."""
+        """The sha256 over ranks, pattern and special tokens, each in one canonical form. The name is not included."""
         rest = {"pattern": self.pattern, "special_tokens": self.special_tokens}
         digest = hashlib.sha256(format_ranks(self.ranks))
         digest.update(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
 
     def bytes_of_ids(self) -> np.ndarray:
-        """Length of each id's text, int64 [vocab_size]; 0 for special tokens."""
+        """The length of each id's text in bytes, int64 [vocab_size]; 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for text, id in self.ranks.items():
             lengths[id] = len(text)
         return lengths
 
     def save(self, folder: Path) -> None:
-        """Write both files, each whole or not at all, `spec.json` last."""
+        """Writes both files, each whole or not at all, `spec.json` last."""
         folder.mkdir(parents=True, exist_ok=True)
         spec = {"name": self.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
         with durable(folder / RANKS_FILE) as file:
@@ -89,7 +89,7 @@ class TokenizerSpec:
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizerSpec":
-        """Read both files. DataError names the file that is missing or wrong."""
+        """Reads both files. Raises DataError with the name of the file if one is missing or wrong."""
         path = folder / SPEC_FILE
         refuse_pointer(path)
         try:
@@ -106,13 +106,13 @@ class TokenizerSpec:
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """tiktoken's file format: a line a token, base64 and rank, in the order of the ranks."""
+    """Formats ranks as tiktoken does: one line per token, base64 and rank, in the order of the ranks."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Parse a `.tiktoken` file. (tiktoken's own reader caches by path: a changed file would go unseen.)"""
+    """Reads a `.tiktoken` file. tiktoken's own reader caches by path, so it would miss a changed file."""
     refuse_pointer(path)
     try:
         lines = path.read_bytes().splitlines()

@@ -1,4 +1,4 @@
-"""A corpus cut into units of work: lists of pieces of files, or of documents, always the same for the same corpus."""
+"""Cuts a corpus into work units: lists of pieces of files, or of documents. The same corpus gives the same units."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from hashlib import blake2b
 from data_prep.long import LongDocument
 from data_prep.source import Document, Piece, Rejected
 
-LAST_UNITS = 8  # the text of so many units, at the end, is cut into smaller ones
+LAST_UNITS = 8  # the last text, of this many units, is cut into smaller units
 
 Item = Document | LongDocument | Rejected
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """A unit of work, and what it is: `pieces` of files, or the documents themselves. `size`: bytes, about."""
+    """A work unit: `pieces` of files, or the documents themselves. `size`: estimated bytes of text."""
 
     index: int
     size: int
@@ -22,27 +22,27 @@ class WorkUnit:
     documents: tuple[Item, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
-        """For a line that says where something went wrong."""
+        """The unit's number and files, for error messages."""
         names = [piece.path for piece in self.pieces] or [item.id for item in self.documents]
         return f"unit {self.index} ({' to '.join(dict.fromkeys([names[0], names[-1]]))})"
 
     @property
     def key(self) -> str:
-        """Changes when what the unit is made of does."""
+        """A digest of the unit's input: it changes when the input does."""
         digest = blake2b(digest_size=16)
         for piece in self.pieces:
             digest.update(
                 f"{piece.path}\0{piece.stamp}\0{piece.start}\0{piece.stop}\n".encode("utf-8", "surrogateescape")
             )
         for item in self.documents:
-            digest.update(repr(item[:2]).encode())  # texts, for no document of the hub is a LongDocument
+            digest.update(repr(item[:2]).encode())  # with the text: documents of the hub are never LongDocuments
         return digest.hexdigest()
 
 
 def grouped(pieces: Iterable[Piece], unit_bytes: int) -> list[WorkUnit]:
-    """Pieces in order, in units of about `unit_bytes`: what can be split is, and what touches is joined again.
+    """Groups pieces in order into units of about `unit_bytes`. Splits pieces if possible; joins adjacent ranges.
 
-    Towards the end of the corpus units grow smaller, so that all cores end at about the same time.
+    The last units are smaller, so that all cores finish at about the same time.
     """
     waiting = list(pieces)
     left = sum(piece.size for piece in waiting)

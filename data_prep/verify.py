@@ -1,7 +1,7 @@
-"""Is a folder of token files what its manifest says? Reads everything, a piece at a time, a thread a core.
+"""Checks a folder of token files against its manifest. Reads everything, in pieces, with one thread per core.
 
-Of each token file: sha256, sizes and type, an index that rises, counts, the largest id, the bytes of its text, an end
-after each document, and a sample of documents, decoded and encoded again.
+Checks for each token file: sha256, sizes and type, a rising index, counts, the largest id, the bytes of its text, an
+end-of-document id after each document, and a sample of documents that must encode to the same ids again.
 """
 
 import os
@@ -18,14 +18,14 @@ from data_prep.faults import cheap_faults, or_unreadable
 from data_prep.token_file import PIECE, TOKENIZER_FOLDER, Manifest, TokenFile, TokenFileEntry, with_suffix
 from data_prep.tokenizer import Tokenizer
 
-SAMPLE = 8  # documents of a token file that are decoded
-SAMPLE_TOKENS = 1 << 14  # of a longer one, its first: less text than a long document is encoded at once
-IMPORTED = "imported"  # kind of a corpus that others have tokenised, so that it may encode a little differently here
-IMPORTED_SAME = 0.5  # share of its sample that must not
+SAMPLE = 8  # documents per token file that are decoded
+SAMPLE_TOKENS = 1 << 14  # tokens decoded per document: less text than the pieces in which long documents are encoded
+IMPORTED = "imported"  # kind of a corpus that another program tokenised, perhaps slightly differently
+IMPORTED_SAME = 0.5  # share of an imported sample that must encode to the same ids
 
 
 def verify(folder: Path) -> list[str]:
-    """Every fault of the folder, one line each. An empty list: it is as it was written."""
+    """Lists every fault of the folder, one line each; an empty list if there is none."""
     folder = Path(folder)
     try:
         manifest = Manifest.load(folder)
@@ -36,11 +36,11 @@ def verify(folder: Path) -> list[str]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for found in pool.map(checker.all_faults, manifest.files):
             faults += found
-    return list(dict.fromkeys(faults))  # a missing file shows twice
+    return list(dict.fromkeys(faults))  # a missing file is found twice
 
 
 class _Checker:
-    """Looks into the files. Where the tokenizer is another, which is a fault already, what needs one is left out."""
+    """Checks the files. If the tokenizer is wrong (a fault by itself), the checks that need it are skipped."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -61,7 +61,7 @@ class _Checker:
         for suffix, expected in entry.sha256.items():
             path = with_suffix(prefix, suffix)
             if path.is_file() and sha256_of(path) != expected:
-                yield f"{path}: its sha256 is not that of the manifest"
+                yield f"{path}: its sha256 does not match the manifest"
         try:
             file = TokenFile(prefix)
         except DataError as error:
@@ -98,7 +98,9 @@ class _Checker:
 
 
 def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = False) -> Iterator[str]:
-    """Documents without an end, and sampled ones whose text encodes to other ids. For an index without faults."""
+    """Yields faults of documents: a missing end, and samples whose text encodes to other ids. The index must be
+    valid.
+    """
     size, without_end = file.dtype.itemsize, 0
     for start in range(0, len(file.lengths), PIECE):
         ends = file.pointers[start : start + PIECE] // size + file.lengths[start : start + PIECE]
@@ -110,7 +112,7 @@ def document_faults(file: TokenFile, tokenizer: Tokenizer, imported: bool = Fals
     if len(different) > (len(sample) * (1 - IMPORTED_SAME) if imported else 0):
         yield (
             f"{file.prefix}: the text of document {different[0]} encodes to other ids"
-            f" ({len(different)} of {len(sample)} sampled do): another tokenizer has made them"
+            f" ({len(different)} of {len(sample)} sampled do): they were made with another tokenizer"
         )
 
 
@@ -121,9 +123,9 @@ def _sampled_is_itself(file: TokenFile, document: int, tokenizer: Tokenizer) -> 
 
 
 def encodes_to_itself(ids: np.ndarray, tokenizer: Tokenizer, cut: bool) -> bool:
-    """True if the text of `ids` encodes to them; if it is cut, to the first half, for the last words may not."""
+    """True if the text of `ids` encodes to the same ids. cut: only the first half must, because the end is cut off."""
     sure = len(ids) // 2 if cut else len(ids)
     try:
         return np.array_equal(tokenizer.encode(tokenizer.decode(ids))[:sure], ids[:sure])
-    except DataError:  # an id that no token has
+    except DataError:  # an id without a token
         return False

@@ -1,1 +1,1 @@
-"""Peers' token files, to and from ours: `python -m data_prep.formats --help`."""
+"""Converts the token files of other programs to ours and back: `python -m data_prep.formats --help`."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep.formats --help`."""
+"""The command line of the converters: `python -m data_prep.formats --help`."""
 
 import glob
 from pathlib import Path
@@ -10,27 +10,27 @@ from data_prep.formats.layouts import LAYOUTS, Layout
 from data_prep.formats.transfer import export_tokens, import_tokens, is_of_validation
 from data_prep.tokenizer import Tokenizer
 
-HELP = """Token files of other programs, to and from ours.
+HELP = """Converts the token files of other programs to ours and back.
 
   python -m data_prep.formats import from=llmc in='fineweb10B/*.bin' tokenizer=gpt2 out=data/fineweb
   python -m data_prep.formats import from=datatrove in=tokenized/ tokenizer=data/mine/tokenizer out=data/theirs
   python -m data_prep.formats export to=nanogpt in=data/mine out=data/mine_nanogpt
 
-  from=, to=    megatron    .bin and .idx, also of NeMo, GPT-NeoX and nanotron. They read our files as they are
-                llmc        .bin with a header, of llm.c and modded-nanogpt: uint16, or uint32 for more than 65,536 rows
+  from=, to=    megatron    .bin and .idx, also from NeMo, GPT-NeoX and nanotron. They read our files as they are
+                llmc        .bin with a header (llm.c, modded-nanogpt): uint16, or uint32 for more than 65,536 rows
                 datatrove   .ds, .ds.index, .ds.metadata
                 nanogpt     train.bin and val.bin: uint16 without a header
-  in=           import: a file, a pattern, a folder, or [one,another]; of a pair, either file or its prefix. Files with
-                val in their names, such as val.bin and fineweb_val_000000.bin, are for validation
-                export: a folder made by data_prep/tokenize.py, or by an import
-  tokenizer=    import: the one that made the tokens: a folder with ranks.tiktoken and spec.json, or a name that
-                tiktoken knows. A sample is decoded and encoded again, to see that it is
-  out=          a new folder, which appears when it is whole. Nothing is overwritten
+  in=           import: a file, a pattern, a folder, or [one,another]; for .bin and .idx, either file or their prefix.
+                Files with val in the name (val.bin, fineweb_val_000000.bin) become the validation split
+                export: a folder made by data_prep/tokenize.py or by an import
+  tokenizer=    import: the tokenizer that made the tokens: a folder with ranks.tiktoken and spec.json, or a name that
+                tiktoken knows. A sample is decoded and encoded again to check it
+  out=          a new folder, which appears when it is complete. Nothing is overwritten
 """
 
 
 def main() -> None:
-    """Exits 0, or 2 with one line on what is wrong."""
+    """Runs the command; exits 0, or 2 with one line that says what is wrong."""
     with one_line(remark="; nothing was kept"):
         arguments = arguments_or(HELP)
         run(arguments)
@@ -69,21 +69,21 @@ def _layout(key: str, name: str) -> Layout:
 
 
 def _files(layout: Layout, given: str) -> list[Path]:
-    """Files that `given` lists: in that order, and sorted by name within an item."""
+    """The files that `given` lists: in that order, sorted by name within an item."""
     files: list[Path] = []
     for item in given.removeprefix("[").removesuffix("]").split(","):
         if not item:
-            raise DataError(f"in={given}: there is nothing between two commas")
+            raise DataError(f"in={given}: an entry of the list is empty")
         found = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))
         if not found and layout.name == "megatron" and Path(f"{item}.idx").exists():
             found = [f"{item}.idx"]
         if not found:
-            raise DataError(f"in={item}: there is no such file, and nothing fits it as a pattern")
+            raise DataError(f"in={item}: no such file, and no match for the pattern")
         for path in map(Path, found):
             if path.is_dir():
                 inside = sorted(path.glob(f"*{layout.suffix}"))
                 if not inside:
-                    raise DataError(f"in={path} has no file *{layout.suffix} in it")
+                    raise DataError(f"in={path} contains no file *{layout.suffix}")
                 files += inside
             else:
                 files.append(path.with_suffix(layout.suffix) if path.suffix == ".bin" else path)

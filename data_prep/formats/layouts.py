@@ -1,12 +1,12 @@
-"""Layouts of peers' token files, to the byte. All numbers are little-endian.
+"""Layouts of other programs' token files, to the byte. All numbers are little-endian.
 
-megatron    PREFIX.bin, PREFIX.idx      ours, too: data_prep/token_file.py. Read only, for it reads ours as they are
+megatron    PREFIX.bin, PREFIX.idx      the same as ours, see data_prep/token_file.py: only an import is needed
 llmc        *.bin                       256 int32: magic, version, tokens, zeros; then the ids. 20240520 and 1: uint16;
                                         20240801 and 7: uint32. The end-of-document id stands before each document.
-                                        modded-nanogpt has the first of the two
+                                        modded-nanogpt uses the first
 datatrove   *.ds                        the ids, uint16 up to 65,535 rows, else uint32
-            *.ds.index                  uint64 a document: the token where it ends
-            *.ds.metadata               tokenizer|bytes of an id, tokens, tokens in short; a line each
+            *.ds.index                  one uint64 per document: the token at which it ends
+            *.ds.metadata               three lines: tokenizer|bytes per id, tokens, tokens in short form
 nanogpt     train.bin, val.bin          the ids, uint16, no header
 """
 
@@ -28,18 +28,20 @@ UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
 
 
 class Layout(ABC):
-    """One option of from= and to=."""
+    """A layout: one option of from= and to=."""
 
     name: ClassVar[str]
-    suffix: ClassVar[str]  # of the files that `open` takes
+    suffix: ClassVar[str]  # suffix of the files that `open` takes
 
     @abstractmethod
     def open(self, path: Path, vocab_size: int) -> Tokens:
-        """DataError, naming file and rule, where it is not of this layout."""
+        """Opens a file. Raises DataError with file and rule if it does not have this layout."""
 
     def export(self, files: list[TokenFile], folder: Path, split: str, vocab_size: int, tokenizer: str) -> None:
-        """Write one split's files. tokenizer: its name."""
-        raise DataError(f"to={self.name}: it reads our files as they are; give it FOLDER/train-00000 and so on")
+        """Writes one split's files. tokenizer: its name."""
+        raise DataError(
+            f"to={self.name}: no export is needed, it reads our files: give it the prefixes FOLDER/train-00000, ..."
+        )
 
 
 class Megatron(Layout):
@@ -52,7 +54,7 @@ class Megatron(Layout):
         return Tokens(path, file.tokens, partial(self._ends, file))
 
     def _ends(self, file: TokenFile, start: int, stop: int) -> np.ndarray:
-        """Ends of documents: where the next one starts, for all but the last."""
+        """Ends of documents: the start of the next one, and the end of the file."""
         last = [file.size] if stop == file.size else []
         return np.unique(np.array([*file.document_starts(start + 1, stop + 1), *last], np.int64))
 
@@ -69,7 +71,7 @@ class LlmC(Layout):
         dtype = self.VARIANTS.get((magic, version))
         if dtype is None:
             known = " or ".join(f"{magic} and {version}" for magic, version in self.VARIANTS)
-            raise DataError(f"{path}: not of llm.c: magic and version are {magic} and {version}, not {known}")
+            raise DataError(f"{path}: not a file of llm.c: magic and version are {magic} and {version}, not {known}")
         expected = self.HEADER_BYTES + tokens * dtype.itemsize
         if size != expected:
             raise DataError(f"{path}: {size} bytes, but its header of {tokens} tokens says {expected}")
@@ -80,12 +82,14 @@ class LlmC(Layout):
         (magic, version), *_ = (key for key, value in self.VARIANTS.items() if value == dtype)
         for number, file in enumerate(files):
             if file.size >= 2**31:
-                raise DataError(f"{file.prefix}.bin: {file.size} tokens, but a file of llm.c has less than 2^31")
+                raise DataError(f"{file.prefix}.bin: {file.size} tokens, but a file of llm.c must have fewer than 2^31")
             header = np.zeros(256, "<i4")
             header[:3] = magic, version, file.size
             with durable(folder / f"{split}_{number:06d}.bin") as made:
                 made.write(header.data.cast("B"))
-                write_ids(made, [file.tokens[-1:], file.tokens[:-1]], dtype)  # the id before, not after
+                write_ids(
+                    made, [file.tokens[-1:], file.tokens[:-1]], dtype
+                )  # llm.c has the id before a document, ours after it
 
 
 class Datatrove(Layout):
@@ -109,11 +113,11 @@ class Datatrove(Layout):
 
     def _ends(self, ends: np.ndarray, start: int, stop: int) -> np.ndarray:
         low, high = np.searchsorted(ends, np.array([start, stop], np.uint64), side="right")
-        return np.unique(ends[low:high].astype(np.int64))  # a document without a token ends where another does
+        return np.unique(ends[low:high].astype(np.int64))  # an empty document ends where another does
 
     def export(self, files: list[TokenFile], folder: Path, split: str, vocab_size: int, tokenizer: str) -> None:
         dtype = UINT16 if vocab_size < 2**16 else UINT32
-        (folder / split).mkdir()  # its reader takes every file of a folder
+        (folder / split).mkdir()  # datatrove's reader takes every file of a folder
         for number, file in enumerate(files):
             path = folder / split / f"{split}-{number:05d}.ds"
             with durable(with_suffix(path, ".index")) as made:
@@ -160,7 +164,7 @@ def write_ids(file: DurableFile, parts: Iterable[np.ndarray], dtype: np.dtype) -
 
 
 def in_short(tokens: int) -> str:
-    """Three digits and a prefix, as datatrove has it: 1.23 MT."""
+    """Formats a number of tokens as datatrove does, with three digits and a prefix: 1.23 MT."""
     power = min(int(math.log10(tokens)), 20) if tokens else 0
     prefix = ["", "k", "M", "G", "T", "P", "E"][power // 3]
     return f"{tokens / 10 ** (power // 3 * 3):.{2 - power % 3}f} {prefix}T"

@@ -1,6 +1,6 @@
-"""Others' tokens as the stream that our files hold: documents one after the other, each ended by one id.
+"""Reads other programs' tokens as the stream that our files hold: each document is followed by the end-of-document id.
 
-A file is memory-mapped and read in pieces, so that no size of file or document costs memory.
+Files are memory-mapped and read in pieces, so memory does not depend on the size of a file or a document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ PIECE_TOKENS = 1 << 20
 
 class Ends(Protocol):
     def __call__(self, start: int, stop: int) -> np.ndarray:
-        """Places in (start, stop] of the tokens where a document ends, rising, int64."""
+        """The places in (start, stop] at which a document ends, rising, int64."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """An opened file: its ids, memory-mapped. ends: where its index has documents end; None where it has no index."""
+    """An opened file: its ids, memory-mapped. ends: the documents' ends from its index; None if it has no index."""
 
     path: Path
     ids: np.ndarray
@@ -32,7 +32,7 @@ class Tokens:
 
 
 class TokenSpan(NamedTuple):
-    """ids, and the places in them, rising, where a document ends, [1, len(ids)]. path: the file they are of."""
+    """Some ids of the file `path`. ends: the places in [1, len(ids)] at which documents end, rising."""
 
     path: Path
     ids: np.ndarray
@@ -40,7 +40,7 @@ class TokenSpan(NamedTuple):
 
 
 def stream(files: Iterable[Tokens], end_of_document: int) -> Iterator[TokenSpan]:
-    """The documents of the files, all with an index or all without, each with its end-of-document id."""
+    """Yields the documents of the files, each with its end-of-document id. All files must have an index, or none."""
     separated: list[Tokens] = []
     for file in files:
         if file.ends is None:
@@ -51,7 +51,7 @@ def stream(files: Iterable[Tokens], end_of_document: int) -> Iterator[TokenSpan]
 
 
 def _indexed(file: Tokens, ends: Ends, end_of_document: int) -> Iterator[TokenSpan]:
-    """Documents are the index's. One that lacks the id at its end is given it; one without a token is left out."""
+    """Yields the documents of the index. Adds the end-of-document id if it is missing; skips empty documents."""
     for start, ids in file.pieces():
         places = ends(start, start + len(ids)) - start
         lacking = ids[places - 1] != end_of_document
@@ -59,10 +59,10 @@ def _indexed(file: Tokens, ends: Ends, end_of_document: int) -> Iterator[TokenSp
 
 
 def _separated(files: Iterable[Tokens], end_of_document: int) -> Iterator[TokenSpan]:
-    """Documents are told apart by the id alone, which some put before each (llm.c) and others after it (nanoGPT).
+    """Splits the stream into documents at the end-of-document id: llm.c puts it before each, nanoGPT after each.
 
-    Either way it stands between two, and the stream becomes ours with none before the first and one after the last.
-    A document may go on from one file into the next.
+    In both it stands between two documents; ours has none before the first and one after the last. A document may
+    continue in the next file.
     """
     begun = unfinished = False
     for file in files:

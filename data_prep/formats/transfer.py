@@ -1,6 +1,6 @@
-"""Import: others' token files to a folder of ours. Export: a folder of ours to theirs.
+"""Imports other programs' token files to a folder of ours, and exports a folder of ours.
 
-Both write into OUT.unfinished, which is renamed when it is whole: OUT is there with all its files, or not at all.
+Both write into OUT.unfinished and rename it at the end: OUT exists with all its files, or not at all.
 """
 
 import re
@@ -28,18 +28,20 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
 from data_prep.verify import IMPORTED, IMPORTED_SAME, SAMPLE, encodes_to_itself
 
-FILE_TOKENS = 1 << 27  # of ours that an import writes, about
-UNENDED = 1000  # tokens to look at where no document ends
+FILE_TOKENS = 1 << 27  # approximate tokens per file that an import writes
+UNENDED = 1000  # tokens to check if no document ends in the first piece
 OF_VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
 
 
 def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer: Tokenizer, out: Path) -> Manifest:
-    """paths: files, in their order. val: those of validation, too. Raises DataError if one is not what it should be."""
+    """Imports training files (`paths`) and validation files (`val`), in order. Raises DataError if one is wrong."""
     given = {"train": paths, "val": val}
     files = {split: [_opened(layout, path, tokenizer) for path in given[split]] for split in SPLITS}
     first = next(_pieces(files["train"], tokenizer), None)
     if first is None:
-        raise DataError(f"in={paths[0]}: there is no token for training" if paths else "in= has no file for training")
+        raise DataError(
+            f"in={paths[0]}: the training files have no tokens" if paths else "in= has no file for training"
+        )
     _check_tokenizer(first, tokenizer)
     with durable_folder(out) as folder:
         tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -55,7 +57,7 @@ def import_tokens(layout: Layout, paths: list[Path], val: list[Path], tokenizer:
 
 
 def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
-    """The folder's manifest. Raises DataError if it is not whole, or if the layout cannot hold its ids."""
+    """Exports a folder; returns its manifest. Raises DataError if it is damaged, or the layout cannot hold its ids."""
     manifest = check(folder)
     name = TokenizerSpec.load(folder / TOKENIZER_FOLDER).name
     with durable_folder(out) as unfinished:
@@ -66,7 +68,7 @@ def export_tokens(layout: Layout, folder: Path, out: Path) -> Manifest:
 
 
 def is_of_validation(path: Path) -> bool:
-    """True if its name says so: val.bin, fineweb_val_000000.bin."""
+    """True if the file's name says validation: val.bin, fineweb_val_000000.bin."""
     return bool(OF_VALIDATION.search(path.name))
 
 
@@ -76,21 +78,21 @@ def _opened(layout: Layout, path: Path, tokenizer: Tokenizer) -> Tokens:
     tokens = layout.open(path, tokenizer.vocab_size)
     if tokens.ids.dtype.kind not in "iu" or np.iinfo(tokens.ids.dtype).max < tokenizer.vocab_size - 1:
         raise DataError(
-            f"{path}: ids of {tokens.ids.dtype} cannot be those of tokenizer {tokenizer.spec.name}, which has"
-            f" {tokenizer.vocab_size} rows"
+            f"{path}: ids of type {tokens.ids.dtype} cannot hold the {tokenizer.vocab_size} rows of tokenizer"
+            f" {tokenizer.spec.name}"
         )
     return tokens
 
 
 def _pieces(files: list[Tokens], tokenizer: Tokenizer) -> Iterator[TokenSpan]:
-    """Those of the stream that have tokens, all of them below the vocabulary's size."""
+    """Yields the pieces of the stream that have tokens. Raises DataError if an id is outside the vocabulary."""
     for piece in stream(files, tokenizer.end_of_document):
         if len(piece.ids):
             smallest, largest = int(piece.ids.min()), int(piece.ids.max())
             if smallest < 0 or largest >= tokenizer.vocab_size:
                 raise DataError(
                     f"{piece.path}: id {smallest if smallest < 0 else largest} must be in [0, {tokenizer.vocab_size}):"
-                    f" tokenizer {tokenizer.spec.name} is not that of these tokens"
+                    f" the tokens were not made with tokenizer {tokenizer.spec.name}"
                 )
             yield piece
 
@@ -102,13 +104,13 @@ def _check_tokenizer(piece: TokenSpan, tokenizer: Tokenizer) -> None:
     wrong = sum(not encodes_to_itself(ids, tokenizer, cut=not ends) for ids in documents)
     if wrong > len(documents) * (1 - IMPORTED_SAME):
         raise DataError(
-            f"{piece.path}: the text of {wrong} of its first {len(documents)} documents encodes to other ids: tokenizer"
-            f" {tokenizer.spec.name} is not that of these tokens"
+            f"{piece.path}: the text of {wrong} of its first {len(documents)} documents encodes to other ids: the"
+            f" tokens were not made with tokenizer {tokenizer.spec.name}"
         )
 
 
 def _write(files: list[Tokens], tokenizer: Tokenizer, folder: Path, split: str) -> Iterator[TokenFileEntry]:
-    """Token files of FILE_TOKENS or little more, each of whole documents."""
+    """Writes token files of about FILE_TOKENS, each with whole documents."""
     bytes_of_ids = tokenizer.spec.bytes_of_ids()
     pieces = _pieces(files, tokenizer)
     piece, number = next(pieces, None), 0

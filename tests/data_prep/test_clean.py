@@ -66,8 +66,8 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     digests = (out / "documents.digests").read_bytes()
     flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # of the lower half: they rise as before
     for wrong, fault in (
-        (digests[::-1], "do not rise"),
-        (flipped, "documents.digests: its sha256 is not that of the manifest"),
+        (digests[::-1], "are not sorted"),
+        (flipped, "documents.digests: its sha256 does not match the manifest"),
         (digests[1:], "60 documents of the manifest have 16 each"),
     ):
         (out / "documents.digests").write_bytes(wrong)

@@ -77,7 +77,7 @@ def test_gigatoken_is_left_out_where_it_differs(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(SCHEMES, PATTERNS["gpt2"], "gpt4")
     assert scheme_for(tokenizer, tmp_path, documents()) == (
         None,
-        "gigatoken is not used: it encodes a:0 otherwise than tiktoken",
+        "gigatoken is not used: it encodes a:0 differently from tiktoken",
     )
     monkeypatch.setitem(SCHEMES, PATTERNS["gpt2"], "nothing")
     assert scheme_for(tokenizer, tmp_path, documents())[1].startswith("gigatoken is not used: ")
@@ -149,7 +149,7 @@ def test_gigatoken_is_compared_on_what_there_is_of_a_long_document(tmp_path: Pat
     assert text.startswith(document.text) and len(document.text) > 900_000 and max(read) < 1_100_000 < len(text)
     assert scheme_for(tokenizer, tmp_path, [LongDocument("a", pieces)])[0] == SCHEMES[PATTERNS["gpt2"]]
     many = iter([Document("a", one, one.encode()) for one in ["x" * (1 << 20)] * 5])
-    why_not = "gigatoken is not used: there is no text to compare it on"
+    why_not = "gigatoken is not used: there is no text to compare it with tiktoken"
     assert scheme_for(tokenizer, tmp_path, many) == (None, why_not) and len(list(many)) == 3
 
 
@@ -160,7 +160,7 @@ def test_a_document_that_its_ids_do_not_have_whole_is_poison(tmp_path: Path) -> 
     tokenizer.save(tmp_path / "tokenizer")
     given = documents("ab\u4e00")
     *others, last = Encoder.load(tmp_path, None).encode_all(given)
-    assert last == Rejected(given[-1].id, "the tokenizer's pattern leaves some of its text out")
+    assert last == Rejected(given[-1].id, "the tokenizer's pattern drops some of its text")
     assert all(np.array_equal(ids, tokenizer.encode(one.text)) for ids, one in zip(others, given[:-1], strict=True))
 
 
@@ -169,7 +169,7 @@ def test_gigatoken_has_no_name_for_every_pattern(tmp_path: Path, monkeypatch: py
     tokenizer = Tokenizer(TokenizerSpec("x", r"\S+|\s+", spec.special_tokens, spec.ranks))
     monkeypatch.setattr(encoder, "find_spec", lambda name: name)
     assert (
-        scheme_for(tokenizer, tmp_path, [])[1] == "gigatoken is not used: it has no name for this tokenizer's pattern"
+        scheme_for(tokenizer, tmp_path, [])[1] == "gigatoken is not used: it does not support this tokenizer's pattern"
     )
     monkeypatch.setattr(encoder, "find_spec", lambda name: None)
     assert scheme_for(tokenizer, tmp_path, []) == (None, "")

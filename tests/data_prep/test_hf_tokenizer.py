@@ -85,7 +85,7 @@ def test_the_end_of_a_document_is_found_or_asked_for(tmp_path):
         ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "is a SentencePiece model"),
         ("tekken.json", b'{"config": {}, "vocab": []}', "is Mistral's tekken file"),
         ("config.json", b'{"model_type": "llama"}', "is not a tokenizer: tokenizer.path must be"),
-        ("vocab.json", b'{"a": 1}', "is a part of a folder: give the folder"),
+        ("vocab.json", b'{"a": 1}', "is one file of a tokenizer's folder: give the folder"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("a.tiktoken", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     ],

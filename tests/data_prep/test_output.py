@@ -69,7 +69,7 @@ def test_units_are_kept_by_a_run_that_has_begun_its_folder_alone(
     message, code = ("error: interrupted", 130) if isinstance(error, KeyboardInterrupt) else (f"error: {error}", 2)
     assert app.execute(config) == code and capsys.readouterr().err == f"{message}\n"
     (tmp_path / "unfinished").mkdir()
-    remark = "; finished units are kept, and the same command does the rest" if key == "out" else ""
+    remark = "; finished units are kept, the same command continues" if key == "out" else ""
     assert app.execute(config) == code and capsys.readouterr().err == f"{message}{remark}\n"
 
 

@@ -100,7 +100,7 @@ def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], p
     before = written(out)
     done = tokenize(*command, "part=1/3")
     expected = sum(map(parts[1].has, range(units))) - len(kept)
-    assert done.returncode == 0 and f"{expected} units done, {len(kept)} were there" in done.stdout, done
+    assert done.returncode == 0 and f"{expected} units done, {len(kept)} done before" in done.stdout, done
     assert {path: written(out)[path] for path in before} == before and half_written.exists()
 
     before = written(out)
@@ -121,7 +121,7 @@ def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_pa
         "unit_mib=0.3",
     ]
     assert_one_error(
-        tokenize_here(*command, f"out={out}", "part=0/2"), "is not prepared for parts: part=prepare comes first"
+        tokenize_here(*command, f"out={out}", "part=0/2"), "is not prepared for parts: run part=prepare first"
     )
     assert not out.exists()
     assert "trained a BPE" in tokenize(*command, f"out={out}", "part=prepare").stdout

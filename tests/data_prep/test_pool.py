@@ -140,7 +140,7 @@ def test_a_slow_disk_is_no_documents_fault_and_a_lost_one_ends_the_run(
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a worker process died"):
+    with pytest.raises(DataError, match="a worker process was killed"):
         encoded(tmp_path, [*TEXTS, "kill"])
 
 

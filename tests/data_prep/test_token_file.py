@@ -116,7 +116,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
         (".idx", b"X" + index[1:], "magic"),
         (".idx", index[:9] + b"\x02" + index[10:], "version 2"),
         (".idx", index[:17] + b"\x09" + index[18:], "dtype code 9"),
-        (".idx", index[:17] + b"\x07" + index[18:], "numbers of float32 are no ids"),
+        (".idx", index[:17] + b"\x07" + index[18:], "ids must be integers, not float32"),
         (".idx", index[:38] + struct.pack("<i", 2) + index[42:], "index says"),
         (".bin", tokens[:-2], "index says"),
         (".bin", tokens + b"12", "index says"),
@@ -188,7 +188,7 @@ def test_a_bad_manifest_is_one_message(tmp_path: Path, content: str) -> None:
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="never finished"):
+    with pytest.raises(ValueError, match="the folder is unfinished"):
         check(tmp_path)
 
 

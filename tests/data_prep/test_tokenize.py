@@ -206,7 +206,7 @@ def test_workers_die_with_a_killed_parent_and_a_killed_worker_is_one_error(tmp_p
     process, workers = start(tmp_path / "one")
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2 and errors.count("\n") == 1 and "a worker process died" in errors
+    assert process.returncode == 2 and errors.count("\n") == 1 and "a worker process was killed" in errors
 
     process, workers = start(tmp_path / "two")
     process.kill()
@@ -353,9 +353,9 @@ def test_an_empty_split_is_said(tmp_path: Path, spec_folder: Path) -> None:
         f"tokenizer.path={spec_folder}",
     ]
     done = tokenize(*command, f"out={tmp_path / 'out'}")
-    assert done.returncode == 0 and "warning: no document for validation" in done.stdout
+    assert done.returncode == 0 and "warning: the validation split is empty" in done.stdout
     done = tokenize(*command, "val_fraction=0.999999", f"out={tmp_path / 'none'}")
-    assert_one_error(done, "no document for training")
+    assert_one_error(done, "the training split is empty")
 
 
 def test_verify(tmp_path: Path, command: list[str]) -> None:

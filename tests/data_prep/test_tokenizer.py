@@ -144,7 +144,7 @@ def test_the_patterns_match_all_text(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("id", "words"),
     [
-        (257, r"must be a free id, but .*x\.tiktoken has it for b'the'; 259 is free"),
+        (257, r"must be a free id, but .*x\.tiktoken uses it for b'the'; 259 is free"),
         (-1, r"must be in \[0, 16777216\)"),
         (1 << 24, r"must be in \[0, 16777216\)"),
     ],

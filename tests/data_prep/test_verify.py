@@ -78,7 +78,7 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "manifest.json").read_text())
     content["files"][0]["sha256"][".idx"] = hashlib.sha256(index).hexdigest()
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    assert verify(tmp_path) == [f"{tmp_path / 'train-00000.idx'}: the offsets are not those of the lengths"]
+    assert verify(tmp_path) == [f"{tmp_path / 'train-00000.idx'}: the offsets do not match the lengths"]
 
 
 def test_uint16_with_the_tokenizer_of_100_000_rows(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_token_files_of_two_tokenizers_in_one_folder(tmp_path: Path) -> None:
         (tmp_path / f"train-00001{suffix}").unlink()
     rewrite(tmp_path, [[116, 104, 101, 259]] * 3)  # "the" in bytes, where this tokenizer has a row for it
     (fault,) = verify(tmp_path)
-    assert "document 0 encodes to other ids (3 of 3 sampled do): another tokenizer has made them" in fault
+    assert "document 0 encodes to other ids (3 of 3 sampled do): they were made with another tokenizer" in fault
 
 
 def test_a_document_without_an_end(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Calla
         ("sha256", None, "sha256 must be dict, not NoneType"),
         ("tokens", "5", "tokens must be int, not str"),
         ("config", {"clean": []}, "config.clean must be dict, not list"),
-        ("sha256", {}, "train-00000: sha256 must be of .bin and .idx, not of none"),
-        ("sha256", {".bin": "0"}, "train-00000: sha256 must be of .bin and .idx, not of .bin"),
-        ("sha256", {".bin": "0", ".idx": "0", ".txt": "0"}, "not of .bin, .idx, .txt"),
+        ("sha256", {}, "train-00000: sha256 must have .bin and .idx, not none"),
+        ("sha256", {".bin": "0"}, "train-00000: sha256 must have .bin and .idx, not .bin"),
+        ("sha256", {".bin": "0", ".idx": "0", ".txt": "0"}, "not .bin, .idx, .txt"),
         ("split", "test", "train-00000: split 'test' must be one of train, val"),
-        ("name", "val-00000", "val-00000 must be in files once"),
-        ("name", "./val-00000", "name './val-00000' must be that of a file in the folder itself"),
+        ("name", "val-00000", "val-00000 must be in files only once"),
+        ("name", "./val-00000", "name './val-00000' must be a file in the folder itself"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path: Path, key: str, value: object, message: str) -> None:
@@ -195,4 +195,4 @@ def test_no_manifest_is_the_only_fault(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path / "train-00000", 1000) as writer:
         writer.add(np.array([1]))
     (fault,) = verify(tmp_path)
-    assert "never finished" in fault
+    assert "the folder is unfinished" in fault

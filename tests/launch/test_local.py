@@ -198,7 +198,7 @@ BAD = {
     "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none on a CPU"),
     "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
-    "a sweep": ("--multirun", "--multirun is not for this program"),
+    "a sweep": ("--multirun", "--multirun is not possible here"),
     "no data": ("data.path=", "data.path is missing"),
     "data that is not there": ("data.path=/nowhere", "data.path=/nowhere is neither"),
     "no run folder": ("run.dir=", "run.dir is missing"),

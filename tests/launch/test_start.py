@@ -48,8 +48,8 @@ def unwritable(path: Path) -> None:
 
 FOLDERS = {
     "a link that leads nowhere": (nowhere, "is a link to /gone/away, which does not exist"),
-    "a file": (Path.touch, "must be a folder, and is a file"),
-    "a folder that cannot be written in": (unwritable, "cannot be written in"),
+    "a file": (Path.touch, "must be a folder, but is a file"),
+    "a folder that cannot be written in": (unwritable, "is not writable"),
 }
 
 

@@ -268,14 +268,20 @@ MISTAKES = {
     "no file": (["import", "from=llmc", "in={here}/none*", "tokenizer={spec}", "out={here}/o"], "no such file"),
     "empty item": (
         ["import", "from=llmc", "in=[{here}/id.bin,]", "tokenizer={spec}", "out={here}/o"],
-        "nothing between",
+        "an entry of the list is empty",
     ),
     "empty folder": (["import", "from=datatrove", "in={here}", "tokenizer={spec}", "out={here}/o"], "no file *.ds"),
-    "magic": (["import", "from=llmc", "in={here}/magic.bin", "tokenizer={spec}", "out={here}/o"], "not of llm.c"),
+    "magic": (
+        ["import", "from=llmc", "in={here}/magic.bin", "tokenizer={spec}", "out={here}/o"],
+        "not a file of llm.c",
+    ),
     "count": (["import", "from=llmc", "in={here}/count.bin", "tokenizer={spec}", "out={here}/o"], "of 7 tokens"),
-    "short": (["import", "from=llmc", "in={here}/short.bin", "tokenizer={spec}", "out={here}/o"], "not of llm.c"),
+    "short": (
+        ["import", "from=llmc", "in={here}/short.bin", "tokenizer={spec}", "out={here}/o"],
+        "not a file of llm.c",
+    ),
     "odd": (["import", "from=nanogpt", "in={here}/odd.bin", "tokenizer={spec}", "out={here}/o"], "must be even"),
-    "empty": (["import", "from=nanogpt", "in={here}/empty.bin", "tokenizer={spec}", "out={here}/o"], "no token"),
+    "empty": (["import", "from=nanogpt", "in={here}/empty.bin", "tokenizer={spec}", "out={here}/o"], "have no tokens"),
     "id": (["import", "from=nanogpt", "in={here}/id.bin", "tokenizer={spec}", "out={here}/o"], "id 260 must be in"),
     "other": (["import", "from=nanogpt", "in={here}/other.bin", "tokenizer={spec}", "out={here}/o"], "other ids"),
     "narrow": (["import", "from=nanogpt", "in={here}/id.bin", "tokenizer={wide}", "out={here}/o"], "100000 rows"),
@@ -284,7 +290,7 @@ MISTAKES = {
     "tokenizer": (["import", "from=nanogpt", "in={here}/id.bin", "tokenizer=x", "out={here}/o"], "tokenizer.name=x"),
     "there": (["import", "from=nanogpt", "in={here}/good.bin", "tokenizer={spec}", "out={here}"], "nothing was over"),
     "not ours": (["export", "to=llmc", "in={here}", "out={here}/o"], "manifest.json is missing"),
-    "native": (["export", "to=megatron", "in={ours}", "out={here}/o"], "as they are"),
+    "native": (["export", "to=megatron", "in={ours}", "out={here}/o"], "no export is needed"),
     "out": (["export", "to=llmc", "in={ours}", "out={here}"], "nothing was overwritten"),
 }
 

@@ -248,7 +248,7 @@ def test_wrong_index_raises_if_documents_are_separated(tmp_path, number):
         index[place : place + 8] = (99).to_bytes(8, "little")
         prefix.with_suffix(".idx").write_bytes(index)
     open_data(DataConfig(path=str(tmp_path / "theirs")))
-    lies = {"documents": "must rise from 0 to 3", "pointers": "the offsets are not those of the lengths"}[number]
+    lies = {"documents": "must rise from 0 to 3", "pointers": "the offsets do not match the lengths"}[number]
     with pytest.raises(ValueError, match=rf"theirs\.idx: .*{lies}"):
         open_data(DataConfig(path=str(tmp_path / "theirs"), documents="masked"))
     manifest = Manifest.load(folder)
