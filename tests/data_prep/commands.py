@@ -1,4 +1,4 @@
-"""The command as a user runs it, and small things to run it on."""
+"""Runs the command as a user does, and makes small inputs for it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TIMEOUT = 60
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user would: no PYTHONPATH, no pytest in the environment."""
+    """Runs Python as a user does: no PYTHONPATH, no pytest in the environment."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HYDRA"))}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -37,12 +37,12 @@ def tokenize(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproces
 
 
 def tokenize_here(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Runs the command in the test's own process: for what it refuses, and what needs no workers."""
+    """Runs the command in the test's own process, for mistakes and for commands without workers."""
     return in_process(app.main, *arguments, cwd=cwd)
 
 
 def assert_one_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2, and one line on stderr that names each part."""
+    """Asserts exit code 2, and one line on stderr that contains each part."""
     assert done.returncode == 2, done
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -51,14 +51,14 @@ def assert_one_error(done: subprocess.CompletedProcess[str], *parts: str) -> Non
 
 
 def small_spec(words: tuple[str, ...] = ("th", "the", " the")) -> TokenizerSpec:
-    """Bytes and a few merges: enough to encode, and nothing to train."""
+    """A tokenizer of all bytes and a few merges, made without training."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {word.encode(): 256 + i for i, word in enumerate(words)}
     return TokenizerSpec("small", PATTERNS["gpt2"], {END_OF_DOCUMENT: len(ranks)}, ranks)
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of a few hundred to a few thousand characters, with some that are not ASCII."""
+    """Documents of a few hundred to a few thousand characters, some not ASCII."""
     random = np.random.default_rng(seed)
     words = ["the", "loss", "of", "rows", "Zürich", "东京", "\n", "  ", "42", "<|endoftext|>", "🙂"]
     return [" ".join(random.choice(words, random.integers(50, 600))) + f" {i}" for i in range(count)]
@@ -70,7 +70,7 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below, by its relative name."""
+    """The content of every file below the folder, by relative name."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }

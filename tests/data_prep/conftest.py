@@ -19,7 +19,7 @@ def spec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 documents, a file each: about 300 KB."""
+    """200 documents, one per file: about 300 KB."""
     folder = tmp_path_factory.mktemp("texts")
     for number, text in enumerate(texts(200)):
         (folder / f"{number:04d}.txt").write_text(text, newline="")
@@ -28,7 +28,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(text_folder: Path, spec_folder: Path) -> list[str]:
-    """The arguments that tokenise `text_folder` in a handful of units; `out=` is missing."""
+    """The arguments that tokenise `text_folder` in a few units, without `out=`."""
     return [
         "corpus=files",
         f"corpus.paths=['{text_folder}']",

@@ -1,4 +1,4 @@
-"""Kill a run by signal 9 at random moments, again and again: in the end there are the bytes of an undisturbed run.
+"""Kills a run with signal 9 at random moments, many times; the output must match that of an undisturbed run.
 
 python -m tests.data_prep.kills 20 [seed]
 """
@@ -20,7 +20,7 @@ PATIENCE = 120.0
 
 
 def corpus_of(folder: Path) -> list[str]:
-    """A command but for `out=`: 2 MB in some 40 units, with poison and with copies of documents in other units."""
+    """A command without `out=`: 2 MB in about 40 units, with bad documents and duplicates across units."""
     documents = texts(1000)
     rows = [{"text": text} for text in [*documents, *documents[::7]]] + [{"text": None}, {"text": 7}]
     random.Random(0).shuffle(rows)
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> list[int]:
-    """How many units were there after each kill. AssertionError where the bytes are not the same in the end."""
+    """The number of finished units after each kill. Raises AssertionError if the final bytes differ."""
     command, chance = corpus_of(folder), random.Random(seed)
     begin = time.monotonic()
     finish(start(command, folder / "plain", workers=1))
@@ -76,4 +76,4 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> list[int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         units = killed_again_and_again(Path(name), int(sys.argv[1]), int((sys.argv[2:] or ["0"])[0]))
-        print(f"{len(units)} kills, with so many units done at each: {units}; the bytes are those of a plain run")
+        print(f"{len(units)} kills; units done at each: {units}; the bytes match those of a plain run")

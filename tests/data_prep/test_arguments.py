@@ -1,4 +1,4 @@
-"""Settings from key=value arguments."""
+"""Tests settings from key=value arguments."""
 
 from dataclasses import dataclass, field
 
@@ -20,11 +20,11 @@ class Asked:
 @pytest.mark.parametrize(
     "text", ["echo ${HOME}", "${", "???", "a=b", "null", "[1, 2]", "\n 1e3 ", "", "${oc.env:HOME}"]
 )
-def test_a_text_is_taken_as_it_stands(text):
+def test_text_reaches_settings_unchanged(text):
     assert settings_of(Asked, [f"text={text}"]) == Asked(text=text)
 
 
-def test_numbers_lists_and_nothing():
+def test_numbers_lists_and_null_are_parsed():
     given = settings_of(Asked, ["window=1:2", "count=7", "step=null", "top_p=1e-1", "points=[attention, mlp]"])
     assert given == Asked(window="1:2", count=7, step=None, top_p=0.1, points=["attention", "mlp"])
     assert settings_of(Asked, ["window=null"]).window is None
@@ -44,7 +44,7 @@ def test_numbers_lists_and_nothing():
         ("text", "'text' must be key=value; see --help"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_key(argument, message):
+def test_wrong_arguments_name_their_key(argument, message):
     with pytest.raises(ValueError) as error:
         settings_of(Asked, [argument])
     assert str(error.value) == message

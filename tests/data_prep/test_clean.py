@@ -1,4 +1,4 @@
-"""What is left out: lengths, and copies within a run, across its units, and of other folders."""
+"""Tests what is left out: by length, and duplicates within a unit, across units, and of other folders."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from tests.data_prep.commands import (
 
 
 def documents_of(folder: Path) -> list[str]:
-    """Of training, then of validation, each in order."""
+    """The texts of the training documents, then of the validation documents, each in order."""
     tokenizer, found = Tokenizer.load(folder / "tokenizer"), []
     for entry in Manifest.load(folder).files:
         file = TokenFile(folder / entry.name)
@@ -48,7 +48,7 @@ def command(spec_folder: Path) -> list[str]:
     return ["corpus=files", "tokenizer=file", f"tokenizer.path={spec_folder}", "unit_mib=0.02", "workers=2"]
 
 
-def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: list[str]) -> None:
+def test_duplicates_are_dropped_and_the_first_stays(tmp_path: Path, command: list[str]) -> None:
     once = texts(60)
     twice = [*once[:30], once[3], once[29], *once[30:], *once[50:], once[0], once[0]]
     command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', twice)}']", "clean.deduplicate=true"]
@@ -64,7 +64,7 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     assert tokenize_here(*command, f"out={out}").stdout.startswith("already done")
 
     digests = (out / "documents.digests").read_bytes()
-    flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # of the lower half: they rise as before
+    flipped = digests[:8] + bytes([digests[8] ^ 1]) + digests[9:]  # in the lower half: they are still sorted
     for wrong, fault in (
         (digests[::-1], "are not sorted"),
         (flipped, "documents.digests: its sha256 does not match the manifest"),
@@ -72,12 +72,12 @@ def test_copies_are_left_out_and_the_first_one_stays(tmp_path: Path, command: li
     ):
         (out / "documents.digests").write_bytes(wrong)
         assert len(verify(out)) == 1 and fault in verify(out)[0]
-    with pytest.raises(DataError, match=r"documents\.digests: 959 bytes are not 16 a document"):
+    with pytest.raises(DataError, match=r"documents\.digests: 959 bytes are not 16 per document"):
         digests_of(str(out))
     (out / "documents.digests").write_bytes(digests)
     manifest = Manifest.load(out)
     before = {key: value for key, value in manifest.corpus.items() if key != "digests_sha256"}
-    replace(manifest, corpus=before).save(out)  # as folders were made before the hash was kept
+    replace(manifest, corpus=before).save(out)  # an old folder: its manifest lacks the hash
     assert len(before) < len(manifest.corpus) and verify(out) == []
     manifest.save(out)
 
@@ -94,7 +94,7 @@ def halves(texts: list[str]) -> list[tuple[int, int]]:
     return sorted((int.from_bytes(digest[:8]), int.from_bytes(digest[8:])) for digest in digests)
 
 
-def test_parts_do_not_know_each_other_and_copies_go_all_the_same(tmp_path: Path, command: list[str]) -> None:
+def test_duplicates_across_parts_are_dropped(tmp_path: Path, command: list[str]) -> None:
     once = texts(40)
     command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', [*once, *once])}']", "clean.deduplicate=true"]
     for part in ("prepare", "1/2", "0/2"):
@@ -105,7 +105,7 @@ def test_parts_do_not_know_each_other_and_copies_go_all_the_same(tmp_path: Path,
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "plain")
 
 
-def test_lengths(tmp_path: Path, command: list[str]) -> None:
+def test_short_and_long_documents_are_left_out(tmp_path: Path, command: list[str]) -> None:
     rows = ["x" * length for length in (1, 4, 5, 6, 9, 10, 11)]
     command += [f"corpus.paths=['{write_jsonl(tmp_path / 'a.jsonl', rows)}']", f"out={tmp_path / 'out'}"]
     done = tokenize(*command, "clean.min_bytes=5", "clean.max_bytes=10", "val_fraction=0")
@@ -114,7 +114,7 @@ def test_lengths(tmp_path: Path, command: list[str]) -> None:
     assert_one_error(tokenize_here(*command), "made with other settings", "config.clean.")
 
 
-def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_match_for_any_number_of_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random, paths, all_of_them = np.random.default_rng(0), [], []
     for number in range(5):
         kept = {
@@ -140,7 +140,7 @@ def test_ranges_of_digests_give_what_one_range_does(tmp_path: Path, monkeypatch:
 
 
 def drop_one_of_two(folder: Path) -> int:
-    """Writes a unit's file again without the second of its two documents; the most memory this process had, KB."""
+    """Rewrites a unit's file without the second of its two documents; returns this process's peak memory in KB."""
     job = EncodeJob(folder, FilesCorpus([]), CleanConfig(deduplicate=True), 0.0, 1 << 31, None)
     with open(folder / "entry.json") as file:
         entry = TokenFileEntry(**json.load(file))
@@ -149,7 +149,7 @@ def drop_one_of_two(folder: Path) -> int:
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
-def test_memory_is_flat_in_the_length_of_what_goes_and_of_what_stays(tmp_path: Path) -> None:
+def test_dropping_uses_flat_memory_for_any_document_length(tmp_path: Path) -> None:
     peak = {}
     for millions in (2, 20):
         folder = tmp_path / str(millions)

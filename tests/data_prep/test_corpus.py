@@ -1,4 +1,4 @@
-"""The three sources: what a document is, in what order, and which errors name which place."""
+"""Tests the three sources: documents, their order, and errors that name the place."""
 
 import bz2
 import gzip
@@ -48,7 +48,7 @@ def zstd(data: bytes) -> bytes:
     return pyarrow.compress(data, codec="zstd", asbytes=True)
 
 
-def test_a_row_or_a_file_is_a_document(tmp_path: Path) -> None:
+def test_rows_and_files_are_documents(tmp_path: Path) -> None:
     rows = ["2020-01-01", "b\r\nc\u2028d", "", "東京\n", "e"]
     assert documents(write_jsonl(tmp_path / "a[1].jsonl", rows)) == [row for row in rows if row]
     assert documents(write_parquet(tmp_path / "a[1].parquet", text=rows, other=[*range(5)])) == [
@@ -59,18 +59,18 @@ def test_a_row_or_a_file_is_a_document(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.txt", tmp_path / "empty.md") == ["one\r\ntwo\n"]
 
 
-def test_more_rows_than_one_batch(tmp_path: Path) -> None:
+def test_rows_of_several_batches_keep_their_order(tmp_path: Path) -> None:
     rows = [f"row {number}" for number in range(2500)]
     assert documents(write_jsonl(tmp_path / "a.jsonl", rows)) == rows
     assert documents(write_parquet(tmp_path / "a.parquet", text=list(rows))) == rows
 
 
-def test_another_column(tmp_path: Path) -> None:
+def test_text_key_chooses_the_column(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", body=["x"], text=["y"])
     assert documents(path, text_key="body") == ["x"]
 
 
-def test_globs_and_folders_in_order_each_once(tmp_path: Path) -> None:
+def test_globs_and_folders_list_each_file_once_in_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden/d.txt", ".e"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -83,7 +83,7 @@ def test_globs_and_folders_in_order_each_once(tmp_path: Path) -> None:
         expand([])
 
 
-def test_suffixes_in_capitals(tmp_path: Path) -> None:
+def test_suffixes_are_case_insensitive(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "B.JSONL", ["one", "two"]).read_bytes()
     (tmp_path / "C.Json.GZ").write_bytes(gzip.compress(rows))
     (tmp_path / "D.TXT.ZST").write_bytes(zstd(b"three"))
@@ -117,7 +117,7 @@ BAD_DOCUMENTS: dict[str, tuple[str, bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_DOCUMENTS)
-def test_a_bad_document_is_poison_and_the_next_one_is_not(tmp_path: Path, case: str) -> None:
+def test_bad_document_is_rejected_and_the_next_is_read(tmp_path: Path, case: str) -> None:
     name, content, where, reason = BAD_DOCUMENTS[case]
     (tmp_path / name).write_bytes(content)
     found = [item for item in items(FilesCorpus([str(tmp_path / name)])) if isinstance(item, Rejected)]
@@ -137,13 +137,13 @@ def test_a_bad_document_is_poison_and_the_next_one_is_not(tmp_path: Path, case: 
         ("b.jsonl.zst", zstd(b'{"text": "one"}\n' * 1000)[:-3], r"b\.jsonl\.zst: cannot be read: .* Truncated"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         documents(tmp_path / name)
 
 
-def test_a_bad_parquet_column_is_named(tmp_path: Path) -> None:
+def test_bad_parquet_column_is_named(tmp_path: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' .* it has body"):
         documents(write_parquet(tmp_path / "a.parquet", body=["x"]))
@@ -177,7 +177,7 @@ def test_views_of_text_and_dictionaries_are_read(tmp_path: Path) -> None:
     assert not is_text(pyarrow.list_(pyarrow.string_view())) and not is_text(pyarrow.list_view(pyarrow.string()))
 
 
-def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+def test_duplicate_columns_are_named(tmp_path: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
@@ -186,7 +186,7 @@ def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
         documents(tmp_path / "a.parquet")
 
 
-def test_a_column_of_lists_of_text_is_none(tmp_path: Path) -> None:
+def test_column_of_lists_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=[["a"], ["b"]])
     with pytest.raises(ValueError, match=r"column 'text' .* must be text, not list"):
         documents(path)
@@ -195,8 +195,8 @@ def test_a_column_of_lists_of_text_is_none(tmp_path: Path) -> None:
     assert documents(write_parquet(tmp_path / "b.parquet", text=words)) == ["x", "x", "y"]
 
 
-def test_a_row_group_of_parquet_is_not_held(tmp_path: Path) -> None:
-    """One row group of 64 MB: neither its bytes in the file nor 256 of its rows are in memory at once."""
+def test_parquet_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    """Uses one row group of 64 MB: memory holds neither its bytes in the file nor 256 of its rows."""
     pyarrow = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
@@ -227,7 +227,7 @@ def test_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("suffix", ["", "?download=true&x=a.b", "#top.txt"])
-def test_what_a_web_address_is_of(suffix: str) -> None:
+def test_suffix_of_a_web_address_ignores_the_query(suffix: str) -> None:
     for name, compression in (("a.jsonl.gz", "gzip"), ("a.jsonl", None)):
         path = f"https://somewhere/{name}{suffix}"
         assert (kind_of(path), compression_of(path)) == (".jsonl", compression)
@@ -235,8 +235,8 @@ def test_what_a_web_address_is_of(suffix: str) -> None:
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 100, 1000, 1 << 20])
-def test_the_units_of_one_file_are_its_rows_each_once(tmp_path: Path, unit_bytes: int) -> None:
-    """Ranges that begin and end anywhere: in a row, at its first byte, at its last, in none."""
+def test_units_of_a_file_hold_each_row_once(tmp_path: Path, unit_bytes: int) -> None:
+    """Cuts ranges at every place: inside a row, at its first byte, at its last byte, and ranges without a row start."""
     rows = [f"row {number} " + "x" * (number % 97) for number in range(300)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     corpus = FilesCorpus([str(path), str(write_jsonl(tmp_path / "b.jsonl", ["last"]))])
@@ -250,7 +250,7 @@ def test_the_units_of_one_file_are_its_rows_each_once(tmp_path: Path, unit_bytes
     assert all(path.read_bytes()[offset : offset + 1] == b"{" for offset in offsets)
 
 
-def test_the_units_of_parquet_are_row_groups(tmp_path: Path) -> None:
+def test_units_of_parquet_are_row_groups(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=[f"row {number}" for number in range(11)])
     corpus = FilesCorpus([str(path)])
     pieces = [unit.pieces for unit in corpus.units(8 * 150)]
@@ -273,12 +273,14 @@ COMPRESSED = [".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lzma", ".lz4", "
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
-def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+def test_compressed_files_match_plain_files(tmp_path: Path, suffix: str) -> None:
     def pack(data: bytes) -> bytes:
         return packed(suffix, data)
 
     rows = write_jsonl(tmp_path / "a.jsonl", ["one", "東京", "three"]).read_bytes()
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(rows) + pack(rows))  # two frames, as parallel compressors write
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(
+        pack(rows) + pack(rows)
+    )  # two frames, as parallel compressors write them
     (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"whole\nfile"))
     assert documents(tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}") == [
         *["one", "東京", "three"] * 2,
@@ -289,7 +291,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
-def test_cut_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
+def test_truncated_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
     lines = np.random.default_rng(0).bytes(300_000).hex().encode()
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed(suffix, b'{"text": "' + lines + b'"}')[:-20])
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: cannot be read"):
@@ -297,8 +299,8 @@ def test_cut_compressed_file_is_an_error(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
-def test_bytes_behind_a_compressed_file(tmp_path: Path, suffix: str) -> None:
-    """Zeros are padding, between streams too; anything else is an error, not an end."""
+def test_bytes_after_a_compressed_stream_are_an_error(tmp_path: Path, suffix: str) -> None:
+    """Zeros after a stream are padding; any other byte is an error, not an end."""
     one = packed(suffix, b'{"text": "one"}\n')
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(one + bytes(512) + one + bytes(512))
@@ -335,7 +337,7 @@ def test_rows_of_json_in_any_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(starts) == {b"{"}
 
 
-def test_large_and_bad_elements_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_and_bad_array_elements_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text(
         json.dumps([{"text": "x" * 500}, None, 1.5, "words", {"body": 1}, {"text": "y" * 5000}, {"text": "z"}])
@@ -350,7 +352,7 @@ def test_large_and_bad_elements_of_an_array(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "text", ['[{"text": "a"}, {"te', '[{"text": "a"},', '[{"text": "a"}', '[{"text": "a"}, oops]', "[{}]}"]
 )
-def test_broken_array_ends_the_run(tmp_path: Path, text: str) -> None:
+def test_broken_array_stops_the_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     write_jsonl(tmp_path / "b.jsonl", ["fine"])
     with pytest.raises(DataError, match=r"a\.json: cannot be read: .*not JSON"):
@@ -358,16 +360,16 @@ def test_broken_array_ends_the_run(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("first", [b'{"text": "cut, ', b'{"text": "a", ', b"# a comment", b'{"text": ["a",'])
-def test_bad_first_row_is_put_aside_and_the_others_are_read(tmp_path: Path, first: bytes) -> None:
-    """It is not taken for a row over several lines."""
+def test_bad_first_row_is_rejected_and_the_others_are_read(tmp_path: Path, first: bytes) -> None:
+    """A bad first row is not mistaken for a row over several lines."""
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "a.jsonl").write_bytes(first + b"\n" + (tmp_path / "a.jsonl").read_bytes())
     bad, *good = items(FilesCorpus([str(tmp_path / "a.jsonl")]))
     assert isinstance(bad, Rejected) and [item[1] for item in good] == ["one", "two"]
 
 
-def test_large_rows_over_several_lines(tmp_path: Path) -> None:
-    """The first row ends behind what is looked at."""
+def test_large_rows_over_several_lines_are_read(tmp_path: Path) -> None:
+    """The first row ends after the bytes that are inspected."""
     rows = [{"text": letter * 100_000, "n": [1]} for letter in "ab"]
     (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
     assert documents(tmp_path / "a.json") == [row["text"] for row in rows]
@@ -400,7 +402,7 @@ REFUSED = {
     "b.txt": (ZIP, "a zip archive"),
     "a.7z": (b"7z\xbc\xaf\x27\x1c" + BINARY, "a 7z archive"),
     "a.txt.gz.gz": (gzip.compress(gzip.compress(b"text")), "compressed twice"),
-    "a.json.gz": (b'{"text": "plain"}', "its name says gzip, and it is not"),
+    "a.json.gz": (b'{"text": "plain"}', "its name says gzip, but its content is not gzip"),
     "a.arrow": (b"ARROW1\0\0" + BINARY, "an Arrow"),
     "a.orc": (b"ORC" + BINARY, "an ORC file: convert it"),
     "a.pkl": (pickle.dumps(["text"]), "a pickle"),
@@ -418,8 +420,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
-def test_files_that_are_not_read_are_refused_before_any_work(tmp_path: Path, name: str, far: bool) -> None:
-    """Their content decides, alone and beside others."""
+def test_unsupported_files_are_refused_before_any_work(tmp_path: Path, name: str, far: bool) -> None:
+    """A file is refused for its content, alone and beside other files."""
     content, words = REFUSED[name]
     write_jsonl(tmp_path / "0.jsonl", ["fine"])
     (tmp_path / name).write_bytes(content)
@@ -428,7 +430,7 @@ def test_files_that_are_not_read_are_refused_before_any_work(tmp_path: Path, nam
             FilesCorpus([f"file://{path}" if far else str(path)]).units(1 << 20)
 
 
-def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+def test_content_overrides_the_suffix(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows", ["one", "two"]).read_bytes()
     for name, content in (("gz.jsonl", gzip.compress(rows)), ("xz.jsonl.gz", lzma.compress(rows))):
         (tmp_path / name).write_bytes(content)
@@ -455,7 +457,7 @@ def test_refused_command_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_sidecars_of_a_snapshot_are_left_out_with_a_line(tmp_path: Path, far: bool) -> None:
+def test_sidecar_files_are_left_out_and_reported(tmp_path: Path, far: bool) -> None:
     snapshot = tmp_path / "test_snapshot"
     sidecars = ("README.md", "LICENSE", "dataset_infos.json", ".gitattributes", "data/_SUCCESS", "data/.a.crc")
     sidecars += ("data/train-0.jsonl.md5", "SHA256SUMS", "data/_metadata")
@@ -476,7 +478,7 @@ def test_sidecars_of_a_snapshot_are_left_out_with_a_line(tmp_path: Path, far: bo
     ]
 
 
-def test_texts_named_as_sidecars_are_read_where_there_are_no_rows(tmp_path: Path) -> None:
+def test_sidecar_names_are_read_if_there_are_no_rows(tmp_path: Path) -> None:
     for name in ("README.md", "LICENSE", "sub/README.md", "a.txt", "a.txt.md5"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -486,8 +488,8 @@ def test_texts_named_as_sidecars_are_read_where_there_are_no_rows(tmp_path: Path
     assert documents(tmp_path / "*.md5") == ["a.txt.md5"]
 
 
-def test_a_file_far_away(tmp_path: Path) -> None:
-    """fsspec's `file:` is the road of s3 and http, without their network."""
+def test_remote_files_match_local_files(tmp_path: Path) -> None:
+    """Reads fsspec's `file:`, which takes the same code path as s3 and http, without a network."""
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     write_parquet(tmp_path / "b.parquet", text=["three"])
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"four"))
@@ -506,7 +508,7 @@ def test_a_file_far_away(tmp_path: Path) -> None:
         expand(["nosuch://x"])
 
 
-def test_a_change_of_the_files_is_seen(tmp_path: Path) -> None:
+def test_changed_files_change_the_description(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
     corpus = FilesCorpus([str(path)])
@@ -516,7 +518,7 @@ def test_a_change_of_the_files_is_seen(tmp_path: Path) -> None:
     assert FilesCorpus([str(path)]).describe() != before
 
 
-def test_source_by_its_own_declaration() -> None:
+def test_python_source_is_decoded_by_its_declaration() -> None:
     assert decode_source("# é\r\n".encode()) == "# é\r\n"
     assert decode_source(b"\xef\xbb\xbfx") == "x"
     assert decode_source(b"# coding: latin-1\n# \xe9") == "# coding: latin-1\n# é"
@@ -525,7 +527,7 @@ def test_source_by_its_own_declaration() -> None:
             decode_source(wrong)
 
 
-def test_the_standard_library() -> None:
+def test_stdlib_corpus_is_read() -> None:
     corpus = StdlibCorpus()
     found = items(corpus)
     size = sum(len(item.data) for item in found if isinstance(item, Document))
@@ -535,13 +537,13 @@ def test_the_standard_library() -> None:
     assert sum(isinstance(item, Rejected) for item in found) < 20
 
 
-def test_a_unit_of_poison_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_rows_count_towards_the_unit_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HubCorpus, "_items", lambda self: (Rejected(str(number), "no") for number in range(1000)))
     assert max(len(unit.documents) for unit in HubCorpus("x").units(10_000)) < 50
 
 
-def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` takes a local folder of data files for a name: the whole road but the download."""
+def test_hub_dataset_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads a local folder, which `datasets` accepts as a name: everything except the download."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "train-00000.parquet", body=["x", "", "y"], id=[1, 2, 3])
     assert [document[1] for document in HubCorpus(str(tmp_path), text_key="body").documents()] == ["x", "y"]

@@ -1,4 +1,4 @@
-"""gigatoken beside tiktoken: the same ids, or it is left out and a line says so."""
+"""Tests that gigatoken gives tiktoken's ids, or is not used and a line says so."""
 
 import os
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def documents(*more: str) -> list[Document]:
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
-def test_gigatoken_gives_the_same_ids(tmp_path: Path, pattern: str) -> None:
+def test_gigatoken_matches_tiktoken(tmp_path: Path, pattern: str) -> None:
     pytest.importorskip("gigatoken")
     tokenizer = Tokenizer(train_bpe(texts(20), 400, PATTERNS[pattern], 1 << 20, 1 << 20))
     tokenizer.save(tmp_path / "tokenizer")
@@ -50,7 +50,7 @@ def test_gigatoken_gives_the_same_ids(tmp_path: Path, pattern: str) -> None:
 
 
 def grown_by_new_words(folder: Path) -> int:
-    """Bytes, by 36 MB of words of which none comes twice: kept, they would be 300 MB."""
+    """The bytes by which the process grows on 36 MB of distinct words; a full cache would take 300 MB."""
     free_at_once()
     encoder.CACHE_BYTES = 10 << 20
     one, random, before = Encoder.load(folder, SCHEMES[PATTERNS["gpt2"]]), np.random.default_rng(0), 0
@@ -64,13 +64,13 @@ def grown_by_new_words(folder: Path) -> int:
     return resident_bytes() - before
 
 
-def test_gigatokens_memory_does_not_grow_with_the_words(tmp_path: Path) -> None:
+def test_gigatoken_memory_is_bounded(tmp_path: Path) -> None:
     pytest.importorskip("gigatoken")
     Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20)).save(tmp_path / "tokenizer")
     assert in_fresh_process(grown_by_new_words, tmp_path) < 50 << 20
 
 
-def test_gigatoken_is_left_out_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_not_used_if_ids_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken")
     tokenizer = Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20))
     tokenizer.save(tmp_path / "tokenizer")
@@ -94,10 +94,8 @@ def ranks_that_gigatoken_refuses() -> dict[str, dict[bytes, int]]:
 
 
 @pytest.mark.parametrize("case", ranks_that_gigatoken_refuses())
-def test_ranks_that_gigatoken_refuses_are_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
-) -> None:
-    """A panic of Rust writes to the terminal itself; the command and its workers keep it away."""
+def test_unsupported_ranks_print_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+    """A Rust panic writes to the terminal by itself; the command and its workers discard that."""
     pytest.importorskip("gigatoken")
     ranks = ranks_that_gigatoken_refuses()[case]
     spec = TokenizerSpec("x", PATTERNS["cl100k"], {"<|endoftext|>": max(ranks.values()) + 1}, ranks)
@@ -111,7 +109,7 @@ def test_ranks_that_gigatoken_refuses_are_one_line(
     assert capfd.readouterr().err == ""
 
 
-def test_panic_in_a_worker_is_kept_from_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_panic_in_a_worker_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gigatoken")
     spec = small_spec()
     ranks = {**spec.ranks, b"zqxjkv": max(spec.ranks.values()) + 2}
@@ -132,8 +130,8 @@ def test_panic_in_a_worker_is_kept_from_the_terminal(tmp_path: Path, capfd: pyte
     assert capfd.readouterr().err == "heard"
 
 
-def test_gigatoken_is_compared_on_what_there_is_of_a_long_document(tmp_path: Path) -> None:
-    """Two megabytes are read, whatever they are of; what is compared on nothing is not used."""
+def test_gigatoken_is_compared_on_the_start_of_long_documents(tmp_path: Path) -> None:
+    """Two megabytes are compared, also of one long document; without text to compare gigatoken is not used."""
     pytest.importorskip("gigatoken")
     tokenizer = Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20))
     tokenizer.save(tmp_path / "tokenizer")
@@ -153,8 +151,8 @@ def test_gigatoken_is_compared_on_what_there_is_of_a_long_document(tmp_path: Pat
     assert scheme_for(tokenizer, tmp_path, many) == (None, why_not) and len(list(many)) == 3
 
 
-def test_a_document_that_its_ids_do_not_have_whole_is_poison(tmp_path: Path) -> None:
-    """A pattern that matches all of the probe and not all text."""
+def test_document_with_lost_text_is_rejected(tmp_path: Path) -> None:
+    """Uses a pattern that matches the whole probe, but not all text."""
     tokenizer = Tokenizer(replace(small_spec(), pattern=r"[^\u4e00]+"))
     tokenizer.check_pattern()
     tokenizer.save(tmp_path / "tokenizer")
@@ -164,7 +162,7 @@ def test_a_document_that_its_ids_do_not_have_whole_is_poison(tmp_path: Path) -> 
     assert all(np.array_equal(ids, tokenizer.encode(one.text)) for ids, one in zip(others, given[:-1], strict=True))
 
 
-def test_gigatoken_has_no_name_for_every_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_not_used_for_unknown_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small_spec()
     tokenizer = Tokenizer(TokenizerSpec("x", r"\S+|\s+", spec.special_tokens, spec.ranks))
     monkeypatch.setattr(encoder, "find_spec", lambda name: name)

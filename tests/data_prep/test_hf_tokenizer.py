@@ -1,4 +1,4 @@
-"""tokenizer.path= a tokenizer.json or a folder of Hugging Face, without weights; what is refused names what it is."""
+"""Tests tokenizer.path= with Hugging Face's tokenizer.json or a folder without weights; refusals name the kind."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def written(folder: Path, **changes: object) -> Path:
     ],
     ids=["plain", "truncation", "padding", "both", "olmo2", "digits", "byte level"],
 )
-def test_a_tokenizer_json_gives_the_same_ids(tmp_path, changes):
+def test_tokenizer_json_matches_tokenizers(tmp_path, changes):
     folder = written(tmp_path / "hf", **changes)
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs.no_truncation()
@@ -62,7 +62,7 @@ def test_a_tokenizer_json_gives_the_same_ids(tmp_path, changes):
             assert ours.encode(text).tolist() == expected == out.encode(text, add_special_tokens=False).ids
 
 
-def test_the_end_of_a_document_is_found_or_asked_for(tmp_path):
+def test_end_of_document_is_found_or_required(tmp_path):
     token = to_hf(small_spec(), 48)["tokenizer.json"]["added_tokens"][0] | {"content": "<|end|>"}
     folder = written(tmp_path / "hf", added_tokens=[token])
     with pytest.raises(DataError, match=r"give tokenizer\.end_of_document=; its special tokens are 259 <\|end\|>"):
@@ -90,14 +90,14 @@ def test_the_end_of_a_document_is_found_or_asked_for(tmp_path):
         ("a.tiktoken", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     ],
 )
-def test_what_is_not_read_is_named(tmp_path, name, content, message):
+def test_unsupported_tokenizer_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         FileTokenizer(str(tmp_path / name)).build(tuple)
     assert message in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_without_a_tokenizer_that_we_read_is_named(tmp_path):
+def test_folder_without_supported_tokenizer_is_named(tmp_path):
     with pytest.raises(DataError, match=r"has none of the files of a tokenizer: tokenizer\.path must be"):
         FileTokenizer(str(tmp_path)).build(tuple)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")

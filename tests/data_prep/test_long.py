@@ -1,4 +1,4 @@
-"""Documents that are not held in memory: the same ids as if they were, wherever they are cut."""
+"""Tests documents that are not held in memory: their ids match those of the whole text, wherever they are cut."""
 
 import gzip
 import io
@@ -36,7 +36,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
+def test_long_row_matches_short_row(block: int, ascii_only: bool) -> None:
     row = {
         "n": -1.5e3,
         "none": [None, 0, float("nan")],
@@ -48,7 +48,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
     line = json.dumps(row, ensure_ascii=ascii_only).encode()
     pieces = list(LongRow(io.BytesIO(b"\xef\xbb\xbf" + line + b"\n"), "text", no_heartbeat).pieces())
     assert "".join(pieces) == TEXT and (len(pieces) > 10 or block > 7)
-    assert all(piece.encode() for piece in pieces)  # no half of a surrogate pair
+    assert all(piece.encode() for piece in pieces)  # raises on half a surrogate pair
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_row_in_pieces(block: int, ascii_only: bool) -> None:
         (b'{"text": "\xff"}', "not UTF-8 (byte 0xff after 10 bytes)"),
     ],
 )
-def test_a_bad_row_in_pieces(block: int, line: bytes, message: str) -> None:
+def test_bad_long_row_names_the_fault(block: int, line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         digest_and_size(LongRow(io.BytesIO(line), "text", no_heartbeat).pieces(), 1 << 20)
 
@@ -108,10 +108,10 @@ values = st.recursive(
     st.sampled_from([1, 2, 3, 5, 11, 40, 1 << 20]),
     st.integers(0, 12),
 )
-def test_a_row_is_what_json_says(
+def test_long_rows_match_json_for_any_blocks(
     members: dict[str, object], key: str, text: str, ascii_only: bool, marks: tuple[str, str], block: int, deep: int
 ) -> None:
-    """Whatever comes before the text, however deep, and wherever the blocks end."""
+    """Puts any JSON values before the text, at any depth, and ends blocks at any place."""
     nested: object = list(members.values())
     for _ in range(deep):
         nested = [nested, {key: nested}] if deep < 5 else [nested]
@@ -121,7 +121,7 @@ def test_a_row_is_what_json_says(
         assert "".join(LongRow(io.BytesIO(line), key, no_heartbeat).pieces()) == text
 
 
-def test_a_key_however_it_is_spelled(block: int) -> None:
+def test_escaped_keys_are_found(block: int) -> None:
     line = rb'{"te\u0078u": 1, "t\/ext": {"text": 2}, "\ud83d\ude43": 3, "te\u0078t": "x", "\ud83d\uDE42": "y"}'
     for key, text in (("text", "x"), ("🙂", "y")):
         assert "".join(LongRow(io.BytesIO(line), key, no_heartbeat).pieces()) == text
@@ -174,8 +174,8 @@ def test_reasons_are_the_same_for_short_and_long_rows(tmp_path: Path, monkeypatc
             digest_and_size(document.pieces(), 1 << 20)
 
 
-def test_a_long_way_to_the_text_is_no_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A beat with each block, before the first piece of text."""
+def test_heartbeat_is_called_before_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expects one heartbeat per block before the first piece of text."""
     monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
     monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
     row = {"numbers": list(range(10_000)), **{f"key{number}": number for number in range(3000)}, "text": "x"}
@@ -189,7 +189,7 @@ def test_a_long_way_to_the_text_is_no_standstill(tmp_path: Path, monkeypatch: py
     assert next(document.pieces()) == "x" and len(beats) >= path.stat().st_size // 1000 > 80
 
 
-def test_cut_where_no_pattern_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuts_do_not_change_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "PIECE_CHARACTERS", 100)
     spec, samples = small_spec(), [*texts(5), "def f(x):\n    return x\n\n\nclass A:\n\tpass\r\n" * 50, "one two " * 90]
     for pattern in ("gpt2", "cl100k"):
@@ -209,7 +209,7 @@ def long_pattern(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.txt.zst"])
-def test_a_long_document_has_the_digest_of_a_short_one(
+def test_digest_of_a_long_document_matches_a_short_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     import pyarrow
@@ -231,7 +231,7 @@ def test_a_long_document_has_the_digest_of_a_short_one(
         assert isinstance(list(FilesCorpus([str(tmp_path / name)]).items(unit, 2000))[-1], Rejected)
 
 
-def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = texts(5)
     lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -244,10 +244,8 @@ def test_a_compressed_file_of_long_rows_is_read_once(tmp_path: Path, monkeypatch
     assert len(times) == 1
 
 
-def test_a_file_that_breaks_off_ends_the_training_of_a_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And is no document that will be put aside: the tokenizer would be another one."""
+def test_truncated_file_stops_tokenizer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quarantining the document instead would give another tokenizer."""
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1 << 20).hex().encode())[:-1000])
     monkeypatch.setattr(corpus, "LONG_BYTES", 1000)
     monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
@@ -257,7 +255,7 @@ def test_a_file_that_breaks_off_ends_the_training_of_a_tokenizer(
 
 
 def write_long(path: Path, megabytes: int) -> Iterator[str]:
-    """One row, or one file, of so many megabytes of lines."""
+    """Writes one row, or one file, with the given megabytes of lines."""
     lines = "".join(f"line {number} of the text, and the \U0001f642\n" for number in range(25_000))
     with open(path, "w", encoding="utf-8") as file:
         row = path.suffix == ".jsonl"
@@ -269,8 +267,8 @@ def write_long(path: Path, megabytes: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_memory_is_flat_on_a_large_document(tmp_path: Path, spec_folder: Path, suffix: str) -> None:
-    """One document of 9 MB, and one of 33: the largest process is as large."""
+def test_memory_is_flat_for_large_documents(tmp_path: Path, spec_folder: Path, suffix: str) -> None:
+    """Compares a document of 9 MB with one of 33 MB: the largest process has the same size."""
     peak = {}
     for megabytes in (9, 33):
         path = tmp_path / f"{megabytes}{suffix}"
@@ -294,7 +292,7 @@ def test_memory_is_flat_on_a_large_document(tmp_path: Path, spec_folder: Path, s
     assert peak[33] < peak[9] + 20_000, peak  # KB
 
 
-def test_a_tokenizer_from_one_long_document(tmp_path: Path) -> None:
+def test_tokenizer_trains_on_one_long_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     assert sum(1 for _ in write_long(path, 9)) == 9
     command = ["corpus=files", f"corpus.paths=['{path}']", "tokenizer.vocab_size=300", "tokenizer.sample_mib=0.1"]

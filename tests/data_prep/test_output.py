@@ -1,4 +1,4 @@
-"""The output folder between two runs: which one may go on in it, and what a killed one leaves."""
+"""Tests the output folder between two runs: which run may continue, and what a killed run leaves."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ def output(folder: Path, corpus: FilesCorpus, from_corpus: bool = False) -> Outp
     return Output(folder, settings, tokenizer_from_corpus=from_corpus)
 
 
-def test_an_unfinished_folder_goes_on_with_a_mended_file_but_not_with_another_column(tmp_path: Path) -> None:
+def test_unfinished_folder_accepts_a_repaired_file_but_not_another_column(tmp_path: Path) -> None:
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text('{"text": "a"')
     with output(out, FilesCorpus([str(path)])).started():
-        (out / "train-00000.bin").touch()  # else it would be left as it was found
+        (out / "train-00000.bin").touch()  # otherwise the folder would be left as it was found
     path.write_text('{"text": "a"}')
     assert output(out, FilesCorpus([str(path)])).finished() is None
     with pytest.raises(DataError, match=r'corpus\.text_key is "text" there, "body" now'):
@@ -35,16 +35,16 @@ def test_an_unfinished_folder_goes_on_with_a_mended_file_but_not_with_another_co
         output(out, FilesCorpus([str(path)]), from_corpus=True).finished()
 
 
-def test_what_is_left_by_a_run_that_was_killed_after_its_manifest_goes(tmp_path: Path) -> None:
+def test_leftovers_of_a_run_killed_after_its_manifest_are_removed(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "unfinished").mkdir()
     done = Output(tmp_path, {"corpus": {}, "config": {}}, tokenizer_from_corpus=False)
-    with shared(tmp_path / "unfinished" / "lock", "busy"):  # by the run that is about to do it
+    with shared(tmp_path / "unfinished" / "lock", "busy"):  # held by the run that is about to remove it
         assert done.finished() == Manifest.load(tmp_path) and (tmp_path / "unfinished").exists()
     assert done.finished() == Manifest.load(tmp_path) and not (tmp_path / "unfinished").exists()
 
 
-def test_what_ended_workers_have_left_half_written_goes_with_the_run_that_fails(tmp_path: Path) -> None:
+def test_partial_files_of_ended_workers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     out = tmp_path / "out"
     with pytest.raises(OSError, match="full"), output(out, FilesCorpus([str(tmp_path / "a.txt")])).started():
@@ -57,7 +57,7 @@ def test_what_ended_workers_have_left_half_written_goes_with_the_run_that_fails(
 
 @pytest.mark.parametrize("key", ["verify", "stats", "out"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_units_are_kept_by_a_run_that_has_begun_its_folder_alone(
+def test_error_mentions_kept_units_only_if_there_are_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str, error: BaseException
 ) -> None:
     def fails(*arguments: object) -> None:
@@ -74,7 +74,7 @@ def test_units_are_kept_by_a_run_that_has_begun_its_folder_alone(
 
 
 @pytest.mark.parametrize("out", ["file/out", "/proc/out", "x" * 300])
-def test_an_impossible_folder_is_one_line_that_promises_nothing(
+def test_impossible_folder_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

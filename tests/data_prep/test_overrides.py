@@ -1,4 +1,4 @@
-"""What is typed as key=value reaches the settings as it stands, whatever Hydra's grammar would make of it."""
+"""Tests that key=value reaches the settings as typed, although Hydra's grammar reads some characters differently."""
 
 import shlex
 from pathlib import Path
@@ -22,7 +22,7 @@ def composed(*arguments: str) -> DictConfig:
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_a_text_is_taken_as_it_stands(text):
+def test_text_reaches_settings_unchanged(text):
     config = composed(f"out={text}", "corpus=files", f"corpus.paths=['x/{text.replace(chr(39), '')}y']")
     assert config.out == text
     config = composed("tokenizer=file", f"tokenizer.path={text}/tokens")
@@ -43,24 +43,24 @@ def test_a_text_is_taken_as_it_stands(text):
         ("[]", []),
     ],
 )
-def test_a_list_of_paths_may_be_one_path(typed, paths):
+def test_list_of_paths_may_be_one_path(typed, paths):
     assert list(composed("corpus=files", f"corpus.paths={typed}").corpus.paths) == paths
 
 
-def test_one_path_with_a_comma_that_exists_is_one_path(tmp_path):
+def test_existing_path_with_a_comma_is_one_path(tmp_path):
     path = tmp_path / "a,b.jsonl"
     path.touch()
     assert list(composed("corpus=files", f"corpus.paths={path}").corpus.paths) == [str(path)]
 
 
-def test_what_is_quoted_for_hydra_and_interpolations_still_work(monkeypatch):
+def test_hydra_quotes_and_interpolations_work(monkeypatch):
     monkeypatch.setenv("PLACE", "/a b")
     assert composed('out="runs/lr=1e-3, ü b"').out == "runs/lr=1e-3, ü b"
     assert composed("out=${oc.env:PLACE}/é").out == "/a b/é"
     assert composed("out=null", "workers=2", "verify=x").out is None
 
 
-def test_the_home_is_written_in_full_in_every_path(monkeypatch):
+def test_home_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = composed(
         "out=~/o", "corpus=files", "corpus.paths=[~/a.jsonl,b~,'~/c,d']", "tokenizer=file", "tokenizer.path=~"
@@ -74,7 +74,7 @@ def test_the_home_is_written_in_full_in_every_path(monkeypatch):
         composed("out=~nobody-here/x")
 
 
-def test_commas_are_a_sweep_for_multirun_alone():
+def test_commas_are_a_sweep_only_with_multirun():
     sweep = ["corpus=files,stdlib", "val_fraction=0.1,0.2", "out=a,b"]
     assert readable(sweep, sweeps=True) == sweep
     assert readable(["out=a,b", "workers=2"], sweeps=False) == ["out='a,b'", "workers=2"]
@@ -82,7 +82,7 @@ def test_commas_are_a_sweep_for_multirun_alone():
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_a_printed_command_line_can_be_pasted(text):
+def test_printed_command_line_can_be_pasted(text):
     line = shown("python", "launch/local.py", f"run.dir={text}", f"out={text}")
     assert shlex.split(line) == ["python", "launch/local.py", f"run.dir={text}", f"out={text}"]
     assert composed(shlex.split(line)[-1]).out == text
@@ -111,7 +111,7 @@ FILES = {
 
 @pytest.fixture
 def in_process(monkeypatch, capsys, tmp_path):
-    """Runs the command in this process, for its speed; what it wrote to stderr, after an exit with 2."""
+    """Runs the command in this process, which is faster; returns its stderr after exit code 2."""
 
     def run(*arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -128,7 +128,7 @@ def in_process(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_mistake_in_a_file_names_file_key_and_value(case, in_process, tmp_path: Path):
+def test_mistake_in_a_file_names_file_key_and_value(case, in_process, tmp_path: Path):
     text, parts = FILES[case]
     (tmp_path / "conf" / "corpus").mkdir(parents=True)
     (tmp_path / "conf" / "corpus" / "mine.yaml").write_text(text)
@@ -147,7 +147,7 @@ TYPED = {
     "a leaf": (["sample_mib=3"], ["unknown key sample_mib; did you mean tokenizer.sample_mib?"]),
     "near": (["val_fractoin=0.1"], ["did you mean val_fraction?"]),
     "of another option": (["tokenizer=file", "tokenizer.vocab_size=9"], ["tokenizer=bpe has it"]),
-    "of another option, where it has no default": (["corpus.paths=[x]"], ["corpus.paths: corpus=files has it"]),
+    "of another option, without a default": (["corpus.paths=[x]"], ["corpus.paths: corpus=files has it"]),
     "of another command": (["dry_run=true"], ["unknown key dry_run; it is for launch/slurm.py"]),
     "a number for an option": (["tokenizer=1e3"], ["'tokenizer/1e3'", "bpe"]),
     "several values": (["val_fraction=0.1,0.2"], ["val_fraction=0.1,0.2 is several values"]),
@@ -157,7 +157,7 @@ TYPED = {
 
 
 @pytest.mark.parametrize("case", TYPED)
-def test_a_mistake_on_the_command_line_is_named(case, in_process):
+def test_mistake_on_the_command_line_is_named(case, in_process):
     arguments, parts = TYPED[case]
     said = in_process("out=o", *arguments)
     for part in parts:
@@ -165,8 +165,8 @@ def test_a_mistake_on_the_command_line_is_named(case, in_process):
     assert "hydra" not in said.lower() and "omegaconf" not in said.lower()
 
 
-def test_the_command_takes_one_path_as_it_is_typed(tmp_path, spec_folder):
-    """The whole way, with a name that no grammar likes."""
+def test_command_takes_an_unquoted_path(tmp_path, spec_folder):
+    """Tokenises and verifies a path full of special characters."""
     folder = tmp_path / "a = ü, 'b'"
     folder.mkdir()
     (folder / "x#1.jsonl").write_text('{"text": "one"}\n{"text": "two words"}\n')
@@ -179,6 +179,6 @@ def test_the_command_takes_one_path_as_it_is_typed(tmp_path, spec_folder):
     assert tokenize_here(f"verify={folder / 'out'}").returncode == 0
 
 
-def test_quotes_close():
+def test_quoted_items_are_split_correctly():
     assert quoted("a\\") == "'a\\\\'" and quoted("a'b") == r"'a\'b'"
     assert items_of("[a, 'b,c']") == ["a", "'b,c'"]

@@ -1,4 +1,4 @@
-"""Parts of a run, side by side and killed: the same bytes as one plain run. Real processes, real files."""
+"""Tests parts of a run, concurrent and killed: the bytes match those of a plain run. Real processes, real files."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(corpus: Path, spec_folder: Path) -> list[str]:
-    """The arguments that tokenise `corpus` in some 20 units; `out=` is missing."""
+    """The arguments that tokenise `corpus` in about 20 units, without `out=`."""
     return [
         "corpus=files",
         f"corpus.paths=['{corpus}']",
@@ -73,7 +73,7 @@ def written(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
 
 
-def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], plain: Path) -> None:
+def test_concurrent_parts_match_a_plain_run_after_a_kill(tmp_path: Path, command: list[str], plain: Path) -> None:
     out, parts = tmp_path / "out", [UnitStride(k, 3) for k in range(3)]
     command = [*command, f"out={out}"]
     done = tokenize(*command, "part=prepare")
@@ -111,7 +111,7 @@ def test_parts_side_by_side_and_one_killed(tmp_path: Path, command: list[str], p
     assert tokenize_here(*command, "part=0/3").stdout.startswith("already done")
 
 
-def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_path: Path, corpus: Path) -> None:
+def test_tokenizer_is_trained_once_for_all_parts(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "out"
     command = [
         "corpus=files",
@@ -135,13 +135,13 @@ def test_a_trained_tokenizer_is_made_once_and_the_plain_run_does_the_rest(tmp_pa
     assert folder_bytes(out) == folder_bytes(tmp_path / "plain")
 
 
-def test_a_whole_run_and_parts_keep_each_other_out(tmp_path: Path) -> None:
+def test_whole_run_and_parts_exclude_each_other(tmp_path: Path) -> None:
     output = Output(tmp_path / "out", {"corpus": {}, "config": {}}, tokenizer_from_corpus=False)
     with pytest.raises(DataError, match="is not prepared for parts"), output.joined():
         pass
     with output.started():
         small_spec().save(output.folder / "tokenizer")
-        (output.folder / "train-00000.bin").touch()  # a folder without tokens would be left as it was found
+        (output.folder / "train-00000.bin").touch()  # a folder without token files would be left as it was found
         for hold in (output.started, output.joined):
             with pytest.raises(DataError, match=f"another run is writing to {output.folder}"), hold():
                 pass
@@ -152,10 +152,10 @@ def test_a_whole_run_and_parts_keep_each_other_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["3/3", "0/0", "-1/2", "1", "a/b", "1/2/3", "Prepare", ""])
-def test_a_wrong_part(part: str) -> None:
+def test_wrong_part_raises(part: str) -> None:
     with pytest.raises(DataError, match=r"part=.* must be K/N"):
         UnitStride.parse(part)
 
 
-def test_a_wrong_part_is_one_line(tmp_path: Path, command: list[str]) -> None:
+def test_wrong_part_is_one_line(tmp_path: Path, command: list[str]) -> None:
     assert_one_error(tokenize_here(*command, f"out={tmp_path / 'out'}", "part=2/2"), "part=2/2 must be K/N, 0 <= K < N")

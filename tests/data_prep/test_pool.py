@@ -1,4 +1,4 @@
-"""Documents that crash, stop or upset the tokenizer; kills; and memory. Real processes."""
+"""Tests documents that crash, hang or break the tokenizer; kills; and memory. Real processes."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ TEXTS = [f"good {number}" for number in range(20)]
 
 
 class PanicException(BaseException):
-    """As pyo3's: no Exception."""
+    """A stand-in for pyo3's, which is not an Exception either."""
 
 
 class TouchyEncoder(Encoder):
@@ -66,7 +66,7 @@ class TouchyUnit(EncodeUnit):
 
 @dataclass
 class SlowCorpus(FilesCorpus):
-    """Nothing comes from its disk for a while, between two documents."""
+    """A corpus whose disk delivers nothing for a while, between two documents."""
 
     seconds: float = 0.0
 
@@ -101,7 +101,7 @@ def encoded(folder: Path, texts: list[str], patience: float = 30, seconds: float
         ("hang", "no end after 3 s"),
     ],
 )
-def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what: str, reason: str) -> None:
+def test_document_that_breaks_the_tokenizer_is_quarantined(tmp_path: Path, what: str, reason: str) -> None:
     records = encoded(tmp_path, [*TEXTS[:7], what, *TEXTS[7:]], patience=3)
     (found,) = [poison for record in records for poison in record.quarantined]
     assert re.fullmatch(rf"{tmp_path}/a.jsonl:\d+", found[0]) and re.fullmatch(reason, found[1])
@@ -109,8 +109,8 @@ def test_a_document_that_upsets_the_tokenizer_is_put_aside(tmp_path: Path, what:
     assert len(TokenFile(tmp_path / "out" / "train-00000").lengths) == records[0].files[0].documents
 
 
-def test_a_unit_is_the_same_a_document_at_a_time(tmp_path: Path) -> None:
-    """What is put aside, the counts and the digest, too."""
+def test_unit_is_identical_one_document_at_a_time(tmp_path: Path) -> None:
+    """Compares also the quarantined documents, the counts and the digest."""
     texts = [*TEXTS, "panic", "good 3", "x", "panic", *TEXTS[:3], "good", "panic"]
     job = job_of(tmp_path, [text for text in texts for _ in range(2)])
     (unit,) = job.corpus.units(1 << 20)
@@ -124,12 +124,12 @@ def test_a_unit_is_the_same_a_document_at_a_time(tmp_path: Path) -> None:
         assert len(record.quarantined) == (1 if clean.deduplicate else 6) and len(record.files) == 2
 
 
-def test_several_in_one_unit(tmp_path: Path) -> None:
+def test_several_bad_documents_in_one_unit_are_quarantined(tmp_path: Path) -> None:
     records = encoded(tmp_path, ["crash", *TEXTS, "panic", "crash"])
     assert len(records[0].quarantined) == 1 and sum(len(record.quarantined) for record in records) == 3
 
 
-def test_a_slow_disk_is_no_documents_fault_and_a_lost_one_ends_the_run(
+def test_slow_disk_blames_no_document_and_a_lost_one_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow").mkdir()
@@ -139,13 +139,13 @@ def test_a_slow_disk_is_no_documents_fault_and_a_lost_one_ends_the_run(
         encoded(tmp_path, TEXTS, seconds=60)
 
 
-def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+def test_killed_worker_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a worker process was killed"):
         encoded(tmp_path, [*TEXTS, "kill"])
 
 
-def test_copies_that_are_others_after_a_file_was_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unit that held one must be made anew, with a document in it that crashes its process."""
+def test_duplicates_are_recomputed_after_a_file_was_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit that lost a duplicate is encoded again, and has a document that crashes its worker."""
 
     def write(number: int, *texts: str) -> None:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -184,7 +184,7 @@ def test_copies_that_are_others_after_a_file_was_mended(tmp_path: Path, monkeypa
 
 
 class HeldWatch(SharedWatch):
-    """With the memory at the last sign of life."""
+    """A watch that records the memory at its last call."""
 
     held = 0
 
@@ -192,8 +192,8 @@ class HeldWatch(SharedWatch):
         self.held = tracemalloc.get_traced_memory()[0]
 
 
-def test_memory_for_the_documents_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 bytes each, of the index: neither what is written of them nor their digests are held."""
+def test_memory_per_document_is_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds 4 bytes per document for the index, but neither the written data nor the digests."""
     monkeypatch.setattr(encode, "BATCH_BYTES", 10_000)
     monkeypatch.setattr(token_file, "PIECE", 1000)
     monkeypatch.setattr(source, "BLOCK_BYTES", 10_000)
@@ -217,12 +217,12 @@ def test_memory_for_the_documents_of_a_unit(tmp_path: Path, monkeypatch: pytest.
     assert peak[40_000] < peak[10_000] + 8 * 30_000, peak
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
+def test_output_is_identical_after_random_kills(tmp_path: Path) -> None:
     assert len(killed_again_and_again(tmp_path, kills=3, seed=int(time.time()))) == 3
 
 
-def test_a_pause_of_the_whole_run_is_not_a_documents_fault(monkeypatch):
-    """Ctrl-Z: the clock of a process that was stopped for an hour has gone on by a few seconds."""
+def test_pause_of_the_run_blames_no_document(monkeypatch):
+    """Simulates Ctrl-Z: after an hour's stop the clock has advanced by a few seconds."""
     now = [100.0]
     monkeypatch.setattr("data_prep.pool.time.monotonic", lambda: now[0])
     clock = Clock()

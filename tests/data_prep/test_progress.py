@@ -28,7 +28,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return progress.time
 
 
-def test_a_log_has_a_line_a_minute(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_has_one_line_per_minute(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1_000_000_000) as shown:
         shown.there(200_000_000)
         shown.add(300_000_000, 290_000_000, 70_000_000)
@@ -40,7 +40,7 @@ def test_a_log_has_a_line_a_minute(time: Clock, capsys: pytest.CaptureFixture[st
     )
 
 
-def test_on_a_terminal_a_line_renews_itself_and_is_gone_at_the_end(
+def test_terminal_line_is_updated_and_cleared(
     time: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -54,7 +54,7 @@ def test_on_a_terminal_a_line_renews_itself_and_is_gone_at_the_end(
     assert end == ""
 
 
-def test_without_a_total_there_is_no_time_left(time: Clock) -> None:
+def test_time_left_needs_a_total(time: Clock) -> None:
     assert Progress(None).line(10, 20_000_000, 5_000_000) == (
         "tokenise: 20 MB of text, 5.0M tokens, 2.0 MB/s, 0.50M tokens/s"
     )
@@ -62,7 +62,7 @@ def test_without_a_total_there_is_no_time_left(time: Clock) -> None:
     assert clock(3 * 3600 + 62.4) == "3:01:02"
 
 
-def test_a_run_shows_it(
+def test_run_shows_progress(
     tmp_path: Path,
     text_folder: Path,
     spec_folder: Path,

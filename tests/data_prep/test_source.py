@@ -1,4 +1,4 @@
-"""What names are files of a corpus, and what is said of those that cannot be read."""
+"""Tests which paths are files of a corpus, and the messages for unreadable ones."""
 
 import glob
 import os
@@ -35,8 +35,8 @@ GLOBS += ["a/b/a.txt", "*/b/a.txt", "**/**/c.md", "[[]1].txt", "*/", "a//*", "",
 
 
 @pytest.mark.parametrize("pattern", GLOBS)
-def test_a_glob_names_what_it_does_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    """The names in Python's own `glob`, which is silent where a folder cannot be read; from here and from the root."""
+def test_globs_match_python_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Compares with Python's `glob`, which is silent about unreadable folders; relative and absolute patterns."""
     for name in ("a.txt", "[1].txt", "a/b.txt", "a/b/a.txt", "a/b/c.md", "b/a/b/.e", "b/c.md", ".h/a.txt", ".e"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -47,9 +47,7 @@ def test_a_glob_names_what_it_does_elsewhere(tmp_path: Path, monkeypatch: pytest
             assert local_files(name) == [local_file(path) for path in sorted(set(map(Path, expected)))]
 
 
-def test_links_are_followed_and_a_file_is_one_under_all_its_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_are_followed_and_each_file_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     (data / "sub").mkdir(parents=True)
     for name in ("data/a.jsonl", "data/sub/b.jsonl", "elsewhere.jsonl"):
@@ -66,17 +64,17 @@ def test_links_are_followed_and_a_file_is_one_under_all_its_names(
 
 
 @pytest.mark.parametrize("name", ["data", "data/*", "data/**/*.jsonl", "data/*/*.jsonl", "data/x.jsonl"])
-def test_a_link_to_nothing_is_named(tmp_path: Path, name: str) -> None:
-    """A cache without its files, a disk that is not mounted."""
+def test_dangling_link_is_named(tmp_path: Path, name: str) -> None:
+    """For example a cache without its files, or a disk that is not mounted."""
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "data").symlink_to(tmp_path)
     (tmp_path / "x.jsonl").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"data/x\.jsonl: cannot be read: it links to what is not there"):
+    with pytest.raises(DataError, match=r"data/x\.jsonl: cannot be read: it is a dangling link"):
         expand([f"{tmp_path}/{name}"])
     assert paths_of(tmp_path / "a.*") == [f"{tmp_path}/a.jsonl"]
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def test_non_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match=r"pipe\.txt: cannot be read: neither a file nor a folder"):
         expand([str(tmp_path)])
@@ -84,7 +82,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """As somebody who may not read everything."""
+    """Runs the block as a user without permission to read everything."""
     root = os.getuid() == 0
     if root:
         os.setresuid(65534, 65534, 0)
@@ -97,7 +95,9 @@ def unprivileged() -> Iterator[None]:
 
 @pytest.mark.parametrize("locked", ["data/locked", "data/a.jsonl"])
 @pytest.mark.parametrize("name", ["data", "data/**/*.jsonl", "data/*/c.jsonl", "data/locked/c.jsonl", "data/a.*"])
-def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, locked: str) -> None:
+def test_file_without_permission_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, locked: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
     Path("data/locked").mkdir(parents=True)

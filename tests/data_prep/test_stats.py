@@ -1,4 +1,4 @@
-"""The statistics page counts what is there."""
+"""Tests the numbers on the statistics page."""
 
 import struct
 from pathlib import Path
@@ -16,8 +16,8 @@ from tests.data_prep.commands import assert_one_error, tokenize, tokenize_here
 from tests.data_prep.folders import make_folder
 
 
-def test_the_counts(tmp_path: Path) -> None:
-    """[1, 2, 259] and [3, 259], for training and once more for validation."""
+def test_counts_match_the_tokens(tmp_path: Path) -> None:
+    """Counts [1, 2, 259] and [3, 259], in training and again in validation."""
     make_folder(tmp_path)
     by_split = count(tmp_path)
     total = whole(by_split)
@@ -27,7 +27,7 @@ def test_the_counts(tmp_path: Path) -> None:
     assert by_split["val"].tokens == 5
 
 
-def test_the_page(tmp_path: Path) -> None:
+def test_page_has_all_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     make_folder(tmp_path)
     text = write_statistics(tmp_path)
@@ -45,7 +45,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert text.startswith((tmp_path / "statistics.txt").read_text())
     assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "statistics.html").read_text().startswith("<!doctype html>")
-    assert write_statistics(tmp_path) == text  # its own files are no obstacle
+    assert write_statistics(tmp_path) == text  # its own files do not disturb it
 
 
 def test_page_draws_the_counts(browser: str, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_page_draws_the_counts(browser: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("id", [-1, 70_000, 2**31 - 1])
-def test_an_id_that_no_row_has(tmp_path: Path, id: int) -> None:
+def test_id_outside_the_vocabulary_is_refused(tmp_path: Path, id: int) -> None:
     np.array([1, id], np.int32).tofile(tmp_path / "a.bin")
     header = HEADER.pack(MAGIC, VERSION, 4, 1, 2)
     (tmp_path / "a.idx").write_bytes(header + struct.pack("<iqqq", 2, 0, 0, 1))
@@ -73,7 +73,7 @@ def test_an_id_that_no_row_has(tmp_path: Path, id: int) -> None:
         count_file(TokenFile(tmp_path / "a"), 70_000)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command_prints_and_writes_statistics(tmp_path: Path) -> None:
     make_folder(tmp_path / "made")
     done = tokenize(f"stats={tmp_path / 'made'}")
     assert done.returncode == 0 and "rows that are used: 4" in done.stdout and not done.stderr

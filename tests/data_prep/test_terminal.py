@@ -1,4 +1,4 @@
-"""Output that cannot be written, and Ctrl-C while a command loads: real processes of every command."""
+"""Tests output that cannot be written, and Ctrl-C while a command loads, in real processes of every command."""
 
 import os
 import pty
@@ -34,7 +34,7 @@ PRODUCT = "from data_prep import terminal; terminal.begin(); terminal.product();
 
 @contextmanager
 def output(kind: str) -> Iterator[int | None]:
-    """A descriptor that cannot be written; None: one that is closed."""
+    """A descriptor that cannot be written; None: a closed one."""
     if kind == "closed":
         yield None
         return
@@ -53,7 +53,7 @@ def output(kind: str) -> Iterator[int | None]:
 
 
 def run(arguments: list[object], descriptor: int | None) -> subprocess.Popen:
-    """With both streams there; the shell closes what is to be closed."""
+    """Runs a command with both streams open; the shell closes the ones to be closed."""
     command = [sys.executable, *map(str, arguments)]
     if descriptor is None:
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
@@ -64,22 +64,22 @@ def run(arguments: list[object], descriptor: int | None) -> subprocess.Popen:
 
 @pytest.mark.parametrize("kind", ["closed", "full", "read only", "reader gone", "dead terminal"])
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_no_print_ends_a_process_or_changes_its_exit_code(tmp_path, kind, unbuffered):
+def test_failed_prints_do_not_change_the_exit_code(tmp_path, kind, unbuffered):
     with output(kind) as descriptor:
         done = run([*(["-u"] if unbuffered else []), "-c", SPEAKS, tmp_path / "work"], descriptor)
     assert done.returncode == 7
     assert (tmp_path / "work").read_text() == "work", "nothing else was written to that descriptor"
 
 
-def test_everything_is_written_in_order_if_it_can_be():
+def test_output_is_written_in_order():
     done = subprocess.run(
         [sys.executable, "-c", PRODUCT + "; print('é', end='')"], cwd=ROOT, capture_output=True, timeout=60
     )
     assert done.stdout.decode() == "x" * 100_000 + "\nmore\né" and done.stderr == b"" and done.returncode == 0
 
 
-def test_a_reader_that_has_stopped_reading_does_not_stop_the_process():
-    """Such as a pager. What it reads later is whole up to where it stopped."""
+def test_stopped_reader_does_not_block_the_process():
+    """The reader, such as a pager, later gets the complete text up to the point where it stopped."""
     code = "from data_prep import terminal; terminal.PATIENCE = 0.1; terminal.begin()\n"
     code += "for i in range(30_000): print('line', i)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
@@ -89,8 +89,8 @@ def test_a_reader_that_has_stopped_reading_does_not_stop_the_process():
 
 
 @pytest.mark.parametrize("kind,code", [("reader gone", 141), ("dead terminal", 141), ("full", 2), ("closed", 0)])
-def test_a_command_whose_text_is_its_product_ends_with_one_line_or_none(kind, code):
-    """Nobody reads it: silence. It is lost: an error."""
+def test_lost_reader_ends_a_command_whose_text_is_its_result(kind, code):
+    """Ends without a line if the reader has ended, with an error if the text is lost."""
     command = [sys.executable, "-m", "pretrain.data"]  # its help
     with output(kind) as descriptor:
         command = command if descriptor is not None else ["sh", "-c", 'exec "$@" >&-', "sh", *command]
@@ -119,8 +119,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ctrl_c_while_a_command_loads_is_one_line(tmp_path, command):
-    """Interrupts the first heavy import, by a stand-in for it."""
+def test_ctrl_c_while_loading_is_one_line(tmp_path, command):
+    """Interrupts the first heavy import, through a stand-in module."""
     for name in ("numpy", "torch", "hydra", "submitit"):
         (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -130,8 +130,8 @@ def test_ctrl_c_while_a_command_loads_is_one_line(tmp_path, command):
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-def test_ctrl_c_stays_ignored_if_it_was():
-    """A script starts its background jobs this way."""
+def test_ctrl_c_stays_ignored():
+    """A script starts background jobs with Ctrl-C ignored."""
     code = "import os, signal; from data_prep import terminal; terminal.begin(); terminal.loaded()"
     code += "; os.kill(os.getpid(), signal.SIGINT)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -143,8 +143,8 @@ def test_ctrl_c_stays_ignored_if_it_was():
 
 
 @pytest.mark.parametrize("kind", ["reader gone", "full"])
-def test_tokenising_goes_on_without_a_reader(tmp_path, command, kind):
-    """The token files are its product, not what it prints."""
+def test_tokenising_continues_without_a_reader(tmp_path, command, kind):
+    """The result is the token files, not the printed text."""
     with output(kind) as descriptor:
         done = run(["data_prep/tokenize.py", *command, f"out={tmp_path / 'out'}"], descriptor)
     assert done.returncode == 0 and (tmp_path / "out" / "manifest.json").is_file()

@@ -1,4 +1,4 @@
-"""The format: byte for byte, both ways with Megatron, and every fault found."""
+"""Tests the format: byte for byte, read and written by Megatron, and every fault found."""
 
 import importlib
 import struct
@@ -19,7 +19,7 @@ from tests.data_prep.commands import small_spec
 from tests.data_prep.folders import make_folder, write
 
 
-def test_layout_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
+def test_layout_matches_megatron_byte_for_byte(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3], [4], [5, 6]])
     assert (tmp_path / "a.bin").read_bytes() == struct.pack("<6H", 1, 2, 3, 4, 5, 6)
     assert (tmp_path / "a.idx").read_bytes() == b"".join(
@@ -38,7 +38,7 @@ def test_layout_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
     documents=st.lists(st.lists(st.integers(0, 99_999), min_size=1, max_size=20), max_size=10),
     vocab_size=st.sampled_from([100_000, 65_499]),
 )
-def test_what_is_written_is_read(
+def test_written_files_are_read_back(
     documents: list[list[int]], vocab_size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     documents = [[id % vocab_size for id in ids] for ids in documents]
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(
     assert TokenFile(prefix.with_name("a.b.idx")).prefix == prefix
 
 
-def test_uint16_ends_where_megatrons_does(tmp_path: Path) -> None:
+def test_uint16_limit_matches_megatron(tmp_path: Path) -> None:
     assert token_dtype(65_499) == np.uint16 and token_dtype(65_500) == np.int32
     write(tmp_path / "narrow", [[65_498]], 65_499)
     write(tmp_path / "wide", [[65_499]], 65_500)
@@ -60,7 +60,7 @@ def test_uint16_ends_where_megatrons_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[65_536], [-1], [1000], []])
-def test_a_wrong_id_leaves_no_file(tmp_path: Path, ids: list[int]) -> None:
+def test_wrong_id_leaves_no_file(tmp_path: Path, ids: list[int]) -> None:
     with (
         pytest.raises(ValueError, match="must"),
         TokenFileWriter(tmp_path / "a", 1000) as writer,
@@ -70,7 +70,7 @@ def test_a_wrong_id_leaves_no_file(tmp_path: Path, ids: list[int]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_in_the_block_leaves_no_file(tmp_path: Path) -> None:
+def test_error_in_the_block_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyError), TokenFileWriter(tmp_path / "a", 1000) as writer:
         writer.add(np.array([1, 2]))
         raise KeyError
@@ -88,7 +88,7 @@ def test_megatron_reads_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint8])
-def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
+def test_reads_megatron_files(tmp_path: Path, dtype: type) -> None:
     indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     torch = importlib.import_module("torch")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=dtype)
@@ -101,7 +101,7 @@ def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
     assert file.lengths.tolist() == [3, 1, 2] and file.documents == 2 and file.index_faults() == []
 
 
-def test_all_of_megatrons_dtypes_are_known() -> None:
+def test_all_megatron_dtypes_are_known() -> None:
     names = ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"]
     assert {code: dtype.name for code, dtype in DTYPES.items()} == dict(enumerate(names, start=1))
 
@@ -131,34 +131,34 @@ def test_damaged_pairs_are_refused(tmp_path: Path) -> None:
         TokenFile(prefix)
 
 
-def test_a_lying_index_is_found(tmp_path: Path) -> None:
+def test_faulty_index_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2, 3], [4], [5]])
     index = bytearray((tmp_path / "a.idx").read_bytes())
-    index[34:42] = struct.pack("<2i", 2, 2)  # the size is right, the offsets are not
+    index[34:42] = struct.pack("<2i", 2, 2)  # the size is right, the offsets are wrong
     index[-8:] = struct.pack("<q", 7)
     (tmp_path / "a.idx").write_bytes(index)
     faults = TokenFile(tmp_path / "a").index_faults()
     assert len(faults) == 2 and "offsets" in faults[0] and "documents" in faults[1]
 
 
-def test_opening_costs_the_same_for_any_number_of_documents(tmp_path: Path) -> None:
+def test_opening_time_does_not_depend_on_documents(tmp_path: Path) -> None:
     documents = 100_000_000
     with open(tmp_path / "a.bin", "wb") as tokens, open(tmp_path / "a.idx", "wb") as index:
         tokens.truncate(2 * documents)
         index.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
-        index.truncate(index_bytes(documents, documents))  # sparse: it has no length but the last
+        index.truncate(index_bytes(documents, documents))  # sparse: only the last length is set
         for place, number in ((HEADER.size + 4 * documents - 4, "<i"), (HEADER.size + 12 * documents - 8, "<q")):
             index.seek(place)
             index.write(struct.pack(number, 1 if number == "<i" else 2 * documents - 2))
     start = time.perf_counter()
     file = TokenFile(tmp_path / "a")
     assert time.perf_counter() - start < 0.05 and len(file.tokens) == documents
-    assert TokenFile(tmp_path / "a").document_at(5)[1] == 5  # and reads no more than it bisects
+    assert TokenFile(tmp_path / "a").document_at(5)[1] == 5  # reads only what it bisects
 
 
 @settings(max_examples=30, deadline=None)
 @given(documents=st.lists(st.integers(1, 9), min_size=1, max_size=20), piece=st.integers(1, 13))
-def test_pieces_make_the_same_file(documents: list[int], piece: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_pieces_write_the_same_file(documents: list[int], piece: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, ids, ends = tmp_path_factory.mktemp("pieces"), np.arange(sum(documents)), np.cumsum(documents)
     write(folder / "whole", np.split(ids, ends[:-1]))
     with TokenFileWriter(folder / "pieces", 1000) as writer:
@@ -180,14 +180,14 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 9}'])
-def test_a_bad_manifest_is_one_message(tmp_path: Path, content: str) -> None:
+def test_bad_manifest_raises_data_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest\.json"):
         check(tmp_path)
     assert len(verify(tmp_path)) == 1
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_missing_manifest_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the folder is unfinished"):
         check(tmp_path)
 
@@ -214,7 +214,7 @@ def test_check_finds_another_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.idx", "manifest.json", "tokenizer/spec.json", "tokenizer/ranks.tiktoken"])
-def test_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+def test_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a", [[1, 2, 3]])
     small_spec().save(tmp_path / "tokenizer")
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")

@@ -1,4 +1,4 @@
-"""The command: every way to start it, its answers, crashes, and errors. Real processes, real files."""
+"""Tests the command: every way to start it, its output, crashes and errors. Real processes, real files."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ from tests.data_prep.commands import (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, spec_folder: Path) -> Path:
-    """The output of one run from start to end, by one worker."""
+    """The output of one uninterrupted run with one worker."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = tokenize(
         "corpus=files",
@@ -53,7 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text_folder: Path, spe
     return out
 
 
-def test_the_tokens_are_the_documents(undisturbed: Path, text_folder: Path) -> None:
+def test_tokens_decode_to_the_documents(undisturbed: Path, text_folder: Path) -> None:
     manifest, tokenizer = Manifest.load(undisturbed), Tokenizer.load(undisturbed / "tokenizer")
     assert len(manifest.split("train")) > 3 and manifest.split("val")
     assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
@@ -74,7 +74,7 @@ def test_the_tokens_are_the_documents(undisturbed: Path, text_folder: Path) -> N
 
 
 def run_in_every_way(way: str, tmp_path: Path) -> tuple[list[str], Path]:
-    """The arguments of Python, and the current folder."""
+    """Yields the arguments of Python, and the current folder."""
     if way == "path":
         return ["data_prep/tokenize.py"], ROOT
     if way == "module":
@@ -89,17 +89,19 @@ def run_in_every_way(way: str, tmp_path: Path) -> tuple[list[str], Path]:
 
 
 @pytest.mark.parametrize("way", ["path", "module", "inside", "elsewhere", "symlink"])
-def test_every_way_to_start(way: str, tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+def test_command_starts_in_every_way(way: str, tmp_path: Path, command: list[str], undisturbed: Path) -> None:
     start, folder = run_in_every_way(way, tmp_path)
     before = set(folder.iterdir())
     done = python(*start, *command, f"out={tmp_path / 'out'}", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
-    assert set(folder.iterdir()) - before <= {tmp_path / "out"}  # nothing of Hydra's
+    assert set(folder.iterdir()) - before <= {tmp_path / "out"}  # Hydra leaves no files
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
-def test_every_kind_of_worker(method: str, tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+def test_command_runs_with_every_start_method(
+    method: str, tmp_path: Path, command: list[str], undisturbed: Path
+) -> None:
     driver = (
         "import multiprocessing, runpy, sys\n"
         "get_context = multiprocessing.get_context\n"
@@ -112,7 +114,7 @@ def test_every_kind_of_worker(method: str, tmp_path: Path, command: list[str], u
     assert folder_bytes(tmp_path / "out") == folder_bytes(undisturbed)
 
 
-def test_the_standard_librarys_tokenize_is_found_from_inside() -> None:
+def test_standard_tokenize_is_importable() -> None:
     code = "import tokenize, inspect, linecache; print(tokenize.detect_encoding, tokenize.__file__)"
     done = python("-c", code, cwd=ROOT / "data_prep")
     assert done.returncode == 0 and "data_prep" not in done.stdout, done.stderr
@@ -120,7 +122,7 @@ def test_the_standard_librarys_tokenize_is_found_from_inside() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_again_is_already_done(tmp_path: Path, command: list[str], undisturbed: Path) -> None:
+def test_second_run_reports_already_done(tmp_path: Path, command: list[str], undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     done = tokenize_here(*command, f"out={undisturbed}")
     assert done.returncode == 0 and done.stdout.startswith("already done"), done
@@ -145,13 +147,13 @@ def test_other_settings_overwrite_nothing(
     assert folder_bytes(undisturbed) == before
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, command: list[str]) -> None:
+def test_folder_with_other_files_is_not_touched(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     assert_one_error(tokenize(*command, f"out={tmp_path}"), "has other files in it")
     assert folder_bytes(tmp_path) == {"thesis.tex": b"x"}
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, spec_folder: Path) -> None:
+def test_killed_run_resumes(tmp_path: Path, spec_folder: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(1500))
     command = [
         "corpus=files",
@@ -189,7 +191,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.001)
 
 
-def test_workers_die_with_a_killed_parent_and_a_killed_worker_is_one_error(tmp_path: Path, spec_folder: Path) -> None:
+def test_workers_end_with_a_killed_parent_and_a_killed_worker_is_one_error(tmp_path: Path, spec_folder: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(3000))
     arguments = [f"corpus.paths=['{tmp_path / 'a.jsonl'}']", f"tokenizer.path={spec_folder}", "unit_mib=0.02"]
 
@@ -215,7 +217,7 @@ def test_workers_die_with_a_killed_parent_and_a_killed_worker_is_one_error(tmp_p
 
 
 def workers_of(parent: int) -> list[int]:
-    """Process ids of the pool's workers (multiprocessing's resource tracker is none)."""
+    """The process ids of the pool's workers, without multiprocessing's resource tracker."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
@@ -232,7 +234,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True, timeout=10)
 
 
-def test_a_full_disk(small_disk: Path, command: list[str], undisturbed: Path) -> None:
+def test_full_disk_keeps_finished_units(small_disk: Path, command: list[str], undisturbed: Path) -> None:
     out = small_disk / "out"
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 120_000)
@@ -240,14 +242,14 @@ def test_a_full_disk(small_disk: Path, command: list[str], undisturbed: Path) ->
     assert not (out / "manifest.json").exists() and not list(out.rglob("*.tmp-*"))
     expected = folder_bytes(undisturbed)
     kept = {name: data for name, data in folder_bytes(out).items() if name.endswith((".bin", ".idx"))}
-    assert kept and all(expected[name] == data for name, data in kept.items())  # no half file
+    assert kept and all(expected[name] == data for name, data in kept.items())  # no partial file
 
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True, timeout=10)
     assert tokenize(*command, f"out={out}").returncode == 0
     assert folder_bytes(out) == expected
 
 
-def test_poison_is_put_aside_and_too_much_of_it_ends_the_run(tmp_path: Path, spec_folder: Path) -> None:
+def test_bad_documents_are_quarantined_up_to_the_limit(tmp_path: Path, spec_folder: Path) -> None:
     good, path = texts(60), tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text}).encode() for text in good]
     lines[10:10] = [b'{"text": "bad \xff"}']
@@ -271,7 +273,7 @@ def test_poison_is_put_aside_and_too_much_of_it_ends_the_run(tmp_path: Path, spe
     assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
 
 
-def test_a_name_that_is_no_text_is_shown(tmp_path: Path, spec_folder: Path) -> None:
+def test_undecodable_file_name_is_printed(tmp_path: Path, spec_folder: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "good.txt").write_text("good")
@@ -281,13 +283,13 @@ def test_a_name_that_is_no_text_is_shown(tmp_path: Path, spec_folder: Path) -> N
     assert done.returncode == 0 and "na\\udcefve.txt: not UTF-8" in done.stdout, done
 
 
-def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> None:
+def test_repaired_file_is_accepted_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(10):
         write_jsonl(folder / f"{number}.jsonl", texts(10, seed=number))
     whole = gzip.compress(json.dumps({"text": random.Random(0).randbytes(100_000).hex()}).encode())
-    (folder / "9.jsonl.gz").write_bytes(whole[:-100])  # its beginning, which is looked at before the run, is right
+    (folder / "9.jsonl.gz").write_bytes(whole[:-100])  # its beginning, which is inspected before the run, is intact
     command = ["corpus=files", f"corpus.paths=['{folder}']", "tokenizer=file", f"tokenizer.path={spec_folder}"]
     command += ["unit_mib=0.002", "workers=1", f"out={tmp_path / 'out'}"]
     assert_one_error(tokenize(*command), "9.jsonl.gz: cannot be read")
@@ -296,7 +298,7 @@ def test_a_file_mended_after_a_failed_run(tmp_path: Path, spec_folder: Path) -> 
     (folder / "9.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}'))
     assert tokenize(*command).returncode == 0
     kept = [path for path, time in before.items() if path.exists() and path.stat().st_mtime_ns == time]
-    assert len(kept) > len(before) / 2  # all but the last, smaller ones
+    assert len(kept) > len(before) / 2  # all except the last, smaller ones
     assert Manifest.load(tmp_path / "out").totals()[0] == 101 and verify(tmp_path / "out") == []
 
 
@@ -329,14 +331,14 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
+def test_mistake_is_one_line(case: str, tmp_path: Path) -> None:
     arguments, parts = ERRORS[case]
     assert_one_error(tokenize_here(*arguments, f"out={tmp_path / 'out'}", cwd=tmp_path), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "file"])
-def test_an_empty_corpus(tokenizer: str, tmp_path: Path, spec_folder: Path) -> None:
+def test_empty_corpus_is_refused(tokenizer: str, tmp_path: Path, spec_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     chosen = ["tokenizer=bpe"] if tokenizer == "bpe" else ["tokenizer=file", f"tokenizer.path={spec_folder}"]
     done = tokenize_here("corpus=files", f"corpus.paths=['{tmp_path}']", *chosen, f"out={tmp_path / 'out'}")
@@ -344,7 +346,7 @@ def test_an_empty_corpus(tokenizer: str, tmp_path: Path, spec_folder: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_split_is_said(tmp_path: Path, spec_folder: Path) -> None:
+def test_empty_split_is_reported(tmp_path: Path, spec_folder: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     command = [
         "corpus=files",
@@ -358,7 +360,7 @@ def test_an_empty_split_is_said(tmp_path: Path, spec_folder: Path) -> None:
     assert_one_error(done, "the training split is empty")
 
 
-def test_verify(tmp_path: Path, command: list[str]) -> None:
+def test_verify_reports_faults(tmp_path: Path, command: list[str]) -> None:
     out = tmp_path / "out"
     assert tokenize(*command, f"out={out}").returncode == 0
     done = tokenize_here(f"verify={out}")
@@ -372,7 +374,7 @@ def test_verify(tmp_path: Path, command: list[str]) -> None:
     assert_one_error(tokenize_here(*command, f"out={out}"), "train-00001.bin")  # damaged: not "already done"
 
 
-def test_the_standard_library_with_a_trained_tokenizer(tmp_path: Path) -> None:
+def test_stdlib_with_a_trained_tokenizer(tmp_path: Path) -> None:
     command = ["corpus=stdlib", "tokenizer=bpe", "tokenizer.vocab_size=600", "tokenizer.sample_mib=0.5"]
     done = tokenize(*command, f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
@@ -382,6 +384,6 @@ def test_the_standard_library_with_a_trained_tokenizer(tmp_path: Path) -> None:
     assert 0.005 < manifest.totals(["val"])[0] / manifest.totals()[0] < 0.05
 
 
-def test_help() -> None:
+def test_help_lists_the_options() -> None:
     done = tokenize("--help")
     assert done.returncode == 0 and "tokenizer: bpe, cl100k_base, file, gpt2" in done.stdout

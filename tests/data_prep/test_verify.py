@@ -1,4 +1,4 @@
-"""Every fault is found, and named."""
+"""Tests that every fault is found and named."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ from tests.data_prep.folders import make_folder, write
 
 
 def rewrite(folder: Path, documents: list[list[int]], name: str = "train-00000") -> None:
-    """Other tokens, and a manifest that agrees with their bytes: only what they mean is wrong."""
+    """Writes other tokens, and a manifest that matches their bytes: only their meaning is wrong."""
     manifest = Manifest.load(folder)
     writer = write(folder / name, documents, manifest.vocab_size)
     lengths = small_spec().bytes_of_ids()
@@ -33,14 +33,14 @@ def rewrite(folder: Path, documents: list[list[int]], name: str = "train-00000")
     replace(manifest, files=files).save(folder)
 
 
-def test_a_folder_as_it_was_written_has_none(tmp_path: Path) -> None:
+def test_intact_folder_has_no_faults(tmp_path: Path) -> None:
     make_folder(tmp_path)
     assert verify(tmp_path) == []
 
 
 def test_every_fault_is_reported(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    small_spec(("th", "the")).save(tmp_path / "tokenizer")  # another one, and a row less
+    small_spec(("th", "the")).save(tmp_path / "tokenizer")  # another tokenizer, with one row less
     (tmp_path / "train-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 300, 259))
     (tmp_path / "val-00000.idx").unlink()
     (tmp_path / "train-00009.bin").write_bytes(b"")
@@ -58,7 +58,7 @@ def test_every_fault_is_reported(tmp_path: Path) -> None:
         assert any(fault in line for line in faults)
 
 
-def test_counts(tmp_path: Path) -> None:
+def test_wrong_counts_are_faults(tmp_path: Path) -> None:
     make_folder(tmp_path)
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())
@@ -70,7 +70,7 @@ def test_counts(tmp_path: Path) -> None:
     assert any("val-00000.bin: 3 bytes of text, but the manifest says 4" in fault for fault in faults)
 
 
-def test_an_index_that_lies(tmp_path: Path) -> None:
+def test_wrong_offsets_are_a_fault(tmp_path: Path) -> None:
     make_folder(tmp_path)
     index = bytearray((tmp_path / "train-00000.idx").read_bytes())
     index[34:38] = struct.pack("<i", 2)
@@ -81,8 +81,8 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     assert verify(tmp_path) == [f"{tmp_path / 'train-00000.idx'}: the offsets do not match the lengths"]
 
 
-def test_uint16_with_the_tokenizer_of_100_000_rows(tmp_path: Path) -> None:
-    """Ids that were narrowed, or a folder that was patched together: found before a token is read."""
+def test_uint16_ids_under_a_large_tokenizer_are_a_fault(tmp_path: Path) -> None:
+    """Finds narrowed ids, or a folder of mixed files, before a token is read."""
     make_folder(tmp_path)
     spec = small_spec()
     wide = replace(spec, special_tokens={"<|endoftext|>": 99_999})
@@ -93,26 +93,28 @@ def test_uint16_with_the_tokenizer_of_100_000_rows(tmp_path: Path) -> None:
     assert sum("ids of uint16" in fault for fault in verify(tmp_path)) == 2
 
 
-def test_token_files_of_two_tokenizers_in_one_folder(tmp_path: Path) -> None:
-    """Added, the start of a training finds it; put in place of another, its hash does; with its hash, its text."""
+def test_files_of_two_tokenizers_are_a_fault(tmp_path: Path) -> None:
+    """Finds a foreign file at the start of a training if it is added, by its hash if it replaces another file, and by
+    its text if the hash is replaced, too.
+    """
     make_folder(tmp_path)
     write(tmp_path / "train-00001", [[1, 2, 259]])
     with pytest.raises(ValueError, match=r"train-00001\.bin is not in the manifest: .* another tokenizer"):
         check(tmp_path)
     for suffix in (".bin", ".idx"):
         (tmp_path / f"train-00001{suffix}").unlink()
-    rewrite(tmp_path, [[116, 104, 101, 259]] * 3)  # "the" in bytes, where this tokenizer has a row for it
+    rewrite(tmp_path, [[116, 104, 101, 259]] * 3)  # "the" as three bytes, although this tokenizer has a row for it
     (fault,) = verify(tmp_path)
     assert "document 0 encodes to other ids (3 of 3 sampled do): they were made with another tokenizer" in fault
 
 
-def test_a_document_without_an_end(tmp_path: Path) -> None:
+def test_document_without_an_end_is_a_fault(tmp_path: Path) -> None:
     make_folder(tmp_path)
     rewrite(tmp_path, [[1, 2, 259], [1, 2]])
     assert any("1 documents do not end with id 259" in fault for fault in verify(tmp_path))
 
 
-def test_a_long_document_is_sampled_by_its_beginning(tmp_path: Path) -> None:
+def test_long_document_is_sampled_at_its_start(tmp_path: Path) -> None:
     make_folder(tmp_path)
     ids = Tokenizer(small_spec()).encode("the Zürich 东京 " * SAMPLE_TOKENS).tolist()
     rewrite(tmp_path, [[*ids, 259]])
@@ -120,7 +122,7 @@ def test_a_long_document_is_sampled_by_its_beginning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("break_it", [lambda path: path.unlink(), lambda path: path.write_text("{")])
-def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Callable[[Path], object]) -> None:
+def test_other_checks_run_without_a_tokenizer(tmp_path: Path, break_it: Callable[[Path], object]) -> None:
     make_folder(tmp_path)
     break_it(tmp_path / "tokenizer" / "spec.json")
     (tmp_path / "train-00000.bin").write_bytes(np.array([1, 2, 259, 3, 300], np.uint16).tobytes())
@@ -144,7 +146,7 @@ def test_without_a_tokenizer_the_rest_is_checked(tmp_path: Path, break_it: Calla
         ("name", "./val-00000", "name './val-00000' must be a file in the folder itself"),
     ],
 )
-def test_a_manifest_that_is_none(tmp_path: Path, key: str, value: object, message: str) -> None:
+def test_malformed_manifest_is_a_fault(tmp_path: Path, key: str, value: object, message: str) -> None:
     make_folder(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     (content if key in content else content["files"][0])[key] = value
@@ -156,7 +158,7 @@ def test_a_manifest_that_is_none(tmp_path: Path, key: str, value: object, messag
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Opening it fails as on a bad disk; a mode would not do, for root reads everything."""
+    """Makes opening a file fail as on a bad disk; permission bits do not stop root."""
 
     def fails(where: object, *arguments: Any, **options: Any) -> Any:
         if str(where) == str(path):
@@ -171,9 +173,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["train-00000.bin", "train-00000.idx", "tokenizer/spec.json", "tokenizer/ranks.tiktoken", "manifest.json"]
 )
-def test_a_file_that_cannot_be_read_is_one_fault_among_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_unreadable_file_is_one_fault_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     make_folder(tmp_path)
     (tmp_path / "val-00000.bin").write_bytes(struct.pack("<5H", 1, 2, 259, 4, 259))
     unreadable(monkeypatch, tmp_path / name)
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_read_is_one_fault_among_the_others(
     assert len(faults) == (1 if name == "manifest.json" else 2)
 
 
-def test_a_manifest_of_more_rows_than_its_tokenizer(tmp_path: Path) -> None:
+def test_manifest_with_more_rows_than_the_tokenizer_is_a_fault(tmp_path: Path) -> None:
     make_folder(tmp_path)
     rewrite(tmp_path, [[1, 2, 259]])
     write(tmp_path / "train-00000", [[300, 259]])
@@ -191,7 +191,7 @@ def test_a_manifest_of_more_rows_than_its_tokenizer(tmp_path: Path) -> None:
     assert any("260 rows, but the manifest says 400" in fault for fault in verify(tmp_path))
 
 
-def test_no_manifest_is_the_only_fault(tmp_path: Path) -> None:
+def test_missing_manifest_is_the_only_fault(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path / "train-00000", 1000) as writer:
         writer.add(np.array([1]))
     (fault,) = verify(tmp_path)

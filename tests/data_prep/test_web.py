@@ -1,4 +1,4 @@
-"""Files on a web server: one that takes ranges, one that does not, one that refuses HEAD."""
+"""Tests files on web servers: with ranges, without ranges, and without HEAD."""
 
 import gzip
 import importlib
@@ -23,7 +23,7 @@ ROWS = [f"row {number}" for number in range(50)]
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Python's own, which knows no ranges."""
+    """Python's own handler, which does not support ranges."""
 
     protocol_version = "HTTP/1.1"
 
@@ -48,7 +48,7 @@ class RangesHandler(Handler):
 
 
 class PresignedHandler(RangesHandler):
-    """As S3 answers to an address that was signed for GET."""
+    """Answers as S3 does for an address that was signed for GET."""
 
     def do_HEAD(self) -> None:
         self.send_error(403)
@@ -60,7 +60,7 @@ class NoHeadHandler(Handler):
 
 
 class SilentHandler(Handler):
-    """Says how much will come, and then sends nothing."""
+    """Announces a length, and then sends nothing."""
 
     def copyfile(self, *arguments: object) -> None:
         time.sleep(5)
@@ -71,7 +71,7 @@ Serve = Callable[[type[Handler]], str]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """A function that serves tmp_path, and returns its address."""
+    """A function that serves tmp_path and returns the address."""
     servers = []
 
     def start(handler: type[Handler]) -> str:
@@ -92,7 +92,7 @@ def texts(corpus: FilesCorpus, unit_bytes: int = 100) -> list[str]:
 
 
 @pytest.mark.parametrize("handler", [Handler, RangesHandler, PresignedHandler, NoHeadHandler])
-def test_files_of_a_web_server(tmp_path: Path, serve: Serve, handler: type[Handler]) -> None:
+def test_web_files_match_local_files(tmp_path: Path, serve: Serve, handler: type[Handler]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "c.txt").write_text("x")
@@ -117,17 +117,15 @@ def test_parquet_needs_ranges(tmp_path: Path, serve: Serve, handler: type[Handle
             texts(corpus)
 
 
-def test_a_glob_of_a_web_server(tmp_path: Path, serve: Serve) -> None:
-    """Its list of a folder says no sizes."""
+def test_web_glob_lists_the_files(tmp_path: Path, serve: Serve) -> None:
+    """The server's listing of a folder has no sizes."""
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(tmp_path / name, ROWS)
     corpus = FilesCorpus([f"{serve(RangesHandler)}/*.jsonl"])
     assert texts(corpus) == ROWS * 2 and len(corpus.units(100)) > 10
 
 
-def test_what_is_not_there_or_never_comes_is_named(
-    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_or_silent_web_file_is_named(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"nothing\.jsonl' matches no file"):
         expand([f"{serve(Handler)}/nothing.jsonl"])
     monkeypatch.setattr(source, "HTTP_SECONDS", 0.5)
@@ -137,7 +135,7 @@ def test_what_is_not_there_or_never_comes_is_named(
 
 
 @pytest.mark.parametrize(("address", "package"), [("http://127.0.0.1:9/a.txt", "aiohttp"), ("s3://bucket/a", "s3fs")])
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, address: str, package: str) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, address: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     with pytest.raises(DataError, match=rf"^{address}: needs a package that is not installed: pip install {package}$"):

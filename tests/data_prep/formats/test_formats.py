@@ -1,4 +1,4 @@
-"""To the peers and back: their own readers where there is one, else the bytes of their published layouts."""
+"""Tests conversion to other programs and back, with their own readers if there are any, else with published layouts."""
 
 import errno
 import importlib
@@ -46,7 +46,7 @@ def ids(tokenizer: Tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, ids: list[list[int]]) -> Path:
-    """A folder of two files for training and one for validation, imported from raw ids."""
+    """A folder with two training files and one validation file, imported from raw ids."""
     folder = tmp_path_factory.mktemp("ours")
     raw(folder / "train.bin", ids[:30])
     raw(folder / "val.bin", ids[30:])
@@ -56,7 +56,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, ids: li
 
 
 def formats(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, in this process: a start costs a second."""
+    """Runs the command in this process, because a start takes a second."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["formats", *arguments])
@@ -82,7 +82,7 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
     return [ids.tolist() for file in files for ids in np.split(file.tokens, np.cumsum(file.lengths)[:-1])]
 
 
-def test_an_import_is_a_whole_folder(ours: Path, ids: list[list[int]]) -> None:
+def test_import_writes_a_valid_folder(ours: Path, ids: list[list[int]]) -> None:
     assert documents_of(ours, "train") == ids[:30] and documents_of(ours, "val") == ids[30:]
     assert verify(ours) == [] and check(ours).corpus["from"] == "nanogpt"
     text_bytes = check(ours).totals()[2]
@@ -91,7 +91,7 @@ def test_an_import_is_a_whole_folder(ours: Path, ids: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llmc", "datatrove", "nanogpt"])
-def test_there_and_back(name: str, ours: Path, tmp_path: Path) -> None:
+def test_export_and_import_round_trip(name: str, ours: Path, tmp_path: Path) -> None:
     theirs, back = tmp_path / "theirs", tmp_path / "back"
     assert formats("export", f"to={name}", f"in={ours}", f"out={theirs}").returncode == 0
     given = f"{theirs}/*/*.ds" if name == "datatrove" else theirs
@@ -102,7 +102,7 @@ def test_there_and_back(name: str, ours: Path, tmp_path: Path) -> None:
 
 
 def test_llmc_byte_for_byte(tmp_path: Path) -> None:
-    """dev/data/data_common.py of llm.c: write_datafile, with each document's id before it."""
+    """Expects the bytes of write_datafile in llm.c's dev/data/data_common.py, with the id before each document."""
     with TokenFileWriter(tmp_path / "a", 300) as writer:
         for document in ([1, 2, END], [3, END]):
             writer.add(np.array(document))
@@ -116,8 +116,10 @@ def test_llmc_byte_for_byte(tmp_path: Path) -> None:
         )
 
 
-def test_llmc_shards_that_cut_documents(tmp_path: Path, ids: list[list[int]]) -> None:
-    """Its shards end after so many tokens, wherever that is; the last document has no id after it."""
+def test_llmc_documents_may_cross_shards(tmp_path: Path, ids: list[list[int]]) -> None:
+    """Shards of llm.c end after a fixed number of tokens, also inside a document; the last document has no id after
+    it.
+    """
     tokens = np.array([id for document in ids for id in [END, *document[:-1]]], "<u2")
     for number, low in enumerate(range(0, len(tokens), 1001)):
         part = tokens[low : low + 1001]
@@ -146,7 +148,7 @@ def test_datatrove_byte_for_byte(tmp_path: Path) -> None:
     assert Path(f"{path}.metadata").read_text() == "small|2\n5\n5.00 T"
 
 
-def test_datatrove_reads_ours(ours: Path, tmp_path: Path, ids: list[list[int]]) -> None:
+def test_datatrove_reads_exported_files(ours: Path, tmp_path: Path, ids: list[list[int]]) -> None:
     dataset = pytest.importorskip("datatrove.utils.dataset", reason="needs datatrove")
     formats("export", "to=datatrove", f"in={ours}", f"out={tmp_path / 'ds'}")
     theirs = dataset.DatatroveFolderDataset(str(tmp_path / "ds" / "train"), seq_len=15, return_positions=True)
@@ -160,7 +162,7 @@ def test_datatrove_reads_ours(ours: Path, tmp_path: Path, ids: list[list[int]]) 
         assert item["positions"].tolist() == [i - begin for i, begin in enumerate(begins, start=window.start)]
 
 
-def test_we_read_datatroves(tmp_path: Path, ids: list[list[int]]) -> None:
+def test_datatrove_files_are_imported(tmp_path: Path, ids: list[list[int]]) -> None:
     tokenized = pytest.importorskip("datatrove.pipeline.tokens.tokenizer", reason="needs datatrove")
     for size in (2, 4):
         made = tokenized.TokenizedFile(str(tmp_path / str(size)), "a.ds", token_size=size, save_final_metadata=True)
@@ -173,14 +175,16 @@ def test_we_read_datatroves(tmp_path: Path, ids: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 99, 999, 1000, 1_234_567, 10**12])
-def test_datatroves_short_number(tokens: int) -> None:
+def test_short_number_matches_datatrove(tokens: int) -> None:
     humanize = pytest.importorskip("humanize", reason="comes with datatrove")
     assert in_short(tokens) == humanize.metric(tokens, unit="T")
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_megatrons_documents_of_several_sequences(ended: bool, tmp_path: Path, ids: list[list[int]]) -> None:
-    """Its preprocess_data without --append-eod leaves the ids at the ends out: here they are added."""
+def test_megatron_documents_of_several_sequences_are_imported(
+    ended: bool, tmp_path: Path, ids: list[list[int]]
+) -> None:
+    """Megatron's preprocess_data without --append-eod omits the end-of-document ids; the import adds them."""
     indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     torch = importlib.import_module("torch")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "x.y.bin"), dtype=np.int32)
@@ -202,8 +206,10 @@ def test_megatrons_documents_of_several_sequences(ended: bool, tmp_path: Path, i
     piece=st.integers(1, 9),
     cuts=st.lists(st.integers(0, 60), max_size=3),
 )
-def test_any_pieces_and_files(documents: list[list[int]], before: bool, piece: int, cuts: list[int]) -> None:
-    """The id before or after each document, files that end anywhere, pieces of any size: the same stream."""
+def test_stream_is_identical_for_any_pieces_and_files(
+    documents: list[list[int]], before: bool, piece: int, cuts: list[int]
+) -> None:
+    """Puts the id before or after each document, ends files anywhere, and reads pieces of any size."""
     documents = [document or [1] for document in documents]
     flat = np.array([id for ids in documents for id in ([9, *ids] if before else [*ids, 9])])
     files = [Tokens(Path("x"), part) for part in np.split(flat, sorted(min(cut, len(flat)) for cut in cuts))]
@@ -228,7 +234,7 @@ def read(files: list[Tokens]) -> list[list[int]]:
     return documents
 
 
-def test_files_of_many_documents_are_cut_between_them(
+def test_files_are_cut_between_documents(
     tmp_path: Path, ids: list[list[int]], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "FILE_TOKENS", 2000)
@@ -238,8 +244,8 @@ def test_files_of_many_documents_are_cut_between_them(
     assert verify(tmp_path / "o") == []
 
 
-def test_memory_stays_flat(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """200 MB of one document: what is held is pieces, and the page cache is not ours."""
+def test_import_uses_flat_memory(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Imports 200 MB of one document: the process holds pieces only; the page cache does not count."""
     ids = np.tile(tokenizer.encode(" the loss of rows"), 10_000_000)[:100_000_000].astype("<u2")
     ids.tofile(tmp_path / "a.bin")
     program = f"""
@@ -296,7 +302,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_line(case: str, tmp_path: Path, ours: Path) -> None:
+def test_mistake_is_one_line(case: str, tmp_path: Path, ours: Path) -> None:
     arguments, message = MISTAKES[case]
     llmc(tmp_path / "magic.bin", magic=20240521)
     llmc(tmp_path / "count.bin", claimed=7)
@@ -304,7 +310,7 @@ def test_a_mistake_is_one_line(case: str, tmp_path: Path, ours: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "empty.bin").write_bytes(b"")
     raw(tmp_path / "id.bin", [[1, 260, END]])
-    raw(tmp_path / "other.bin", [[116, 104, 101, END]])  # "the", which has a row of its own
+    raw(tmp_path / "other.bin", [[116, 104, 101, END]])  # "the" as bytes, although it has its own row
     raw(tmp_path / "good.bin", [[1, 2, END]])
     raw(tmp_path / "val.bin", [[1, 2, END]])
     wide = TokenizerSpec("wide", small_spec().pattern, {END_OF_DOCUMENT: 99_999}, small_spec().ranks)
@@ -314,7 +320,7 @@ def test_a_mistake_is_one_line(case: str, tmp_path: Path, ours: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_datatrove_index_that_lies(tmp_path: Path) -> None:
+def test_wrong_datatrove_index_is_refused(tmp_path: Path) -> None:
     raw(tmp_path / "a.ds", [[1, 2, END, 3, END]])
     for ends, message in (([3, 9], "its index says 9"), ([4, 3, 5], "must rise")):
         np.array(ends, "<u8").tofile(tmp_path / "a.ds.index")
@@ -324,7 +330,7 @@ def test_a_datatrove_index_that_lies(tmp_path: Path) -> None:
         assert_one_error(done, message)
 
 
-def test_a_killed_import_leaves_no_folder_and_is_done_again(tmp_path: Path, ids: list[list[int]]) -> None:
+def test_killed_import_leaves_no_folder_and_can_be_repeated(tmp_path: Path, ids: list[list[int]]) -> None:
     raw(tmp_path / "a.bin", ids * 2000)
     command = [sys.executable, "-m", "data_prep.formats", "import", "from=nanogpt", f"in={tmp_path / 'a.bin'}"]
     command += [f"tokenizer={saved(tmp_path)}", f"out={tmp_path / 'o'}"]
@@ -340,21 +346,21 @@ def test_a_killed_import_leaves_no_folder_and_is_done_again(tmp_path: Path, ids:
     assert verify(tmp_path / "o") == [] and not list(tmp_path.glob("o.unfinished*"))
 
 
-def test_a_pickle_is_never_read(tmp_path: Path, ids: list[list[int]]) -> None:
-    """nanoGPT keeps its vocabulary in meta.pkl beside the tokens."""
+def test_import_reads_no_pickle(tmp_path: Path, ids: list[list[int]]) -> None:
+    """nanoGPT stores its vocabulary in meta.pkl beside the tokens."""
     raw(tmp_path / "train.bin", ids)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({}))
     done = formats("import", "from=nanogpt", f"in={tmp_path}", f"tokenizer={saved(tmp_path)}", f"out={tmp_path / 'o'}")
     assert done.returncode == 0
 
 
-def test_help() -> None:
+def test_help_lists_the_options() -> None:
     done = python("-m", "data_prep.formats", "--help")
     assert done.returncode == 0 and "from=llmc" in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_a_full_disk_leaves_nothing(command: str, tmp_path: Path, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing(command: str, tmp_path: Path, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw(tmp_path / "a.bin", [[1, 2, END]])
     settings = {
         "import": ["from=nanogpt", f"in={tmp_path / 'a.bin'}", f"tokenizer={saved(tmp_path)}"],
