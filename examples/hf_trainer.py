@@ -1,4 +1,4 @@
-"""A small Llama under Hugging Face's Trainer: its matrix split over all ranks, its layers replicated by DDP.
+"""Trains a small Llama with Hugging Face's Trainer: its matrix is split over all ranks, DDP replicates its layers.
 
 torchrun --nproc-per-node 2 examples/hf_trainer.py model.pt
 """
@@ -17,7 +17,7 @@ VOCAB, WIDTH, BATCH, LENGTH, STEPS = 1000, 64, 8, 32, 20
 
 class Model(nn.Module):
     accepts_loss_kwargs = True  # the Trainer counts the targets of a step over all ranks
-    _ddp_params_and_buffers_to_ignore = ("vocab.weight",)  # other rows on every rank
+    _ddp_params_and_buffers_to_ignore = ("vocab.weight",)  # each rank has other rows
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Model(nn.Module):
 class SplitTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = model(**inputs, targets=num_items_in_batch)
-        return loss + (self.args.world_size - 1) * loss.detach()  # its log averages over ranks; loss has one's part
+        return loss + (self.args.world_size - 1) * loss.detach()  # the log averages over ranks; loss is one rank's part
 
 
 class Clip(TrainerCallback):
@@ -49,8 +49,8 @@ arguments = TrainingArguments(
     max_steps=STEPS,
     learning_rate=3e-3,
     lr_scheduler_type="constant",
-    max_grad_norm=0.0,  # it would clip by one rank's norm: see Clip
-    save_strategy="no",  # it would save one rank's rows and moments: see the end
+    max_grad_norm=0.0,  # the Trainer would clip by one rank's norm: see Clip
+    save_strategy="no",  # the Trainer would save one rank's rows and moments: see the end
     logging_steps=1,
     train_sampling_strategy="sequential",
     remove_unused_columns=False,

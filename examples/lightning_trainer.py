@@ -1,4 +1,4 @@
-"""A Transformer under Lightning: its matrix split over all ranks, its body replicated by DDP.
+"""Trains a Transformer with Lightning: its matrix is split over all ranks, DDP replicates its body.
 
 torchrun --nproc-per-node 2 examples/lightning_trainer.py model.pt
 """
@@ -17,7 +17,7 @@ VOCAB, WIDTH, BATCH, LENGTH, STEPS = 1000, 64, 8, 32, 20
 
 
 class Model(lightning.LightningModule):
-    _ddp_params_and_buffers_to_ignore = ("vocab.weight",)  # other rows on every rank
+    _ddp_params_and_buffers_to_ignore = ("vocab.weight",)  # each rank has other rows
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Model(lightning.LightningModule):
         self.body = nn.TransformerEncoderLayer(WIDTH, 4, 128, dropout=0.0, batch_first=True)
         self.mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
 
-    def configure_model(self) -> None:  # the process group is there from here on
+    def configure_model(self) -> None:  # the process group exists from here on
         self.vocab = VocabParallelEmbedding.create(VOCAB, WIDTH, seed=0)
 
     def configure_optimizers(self):
@@ -33,8 +33,10 @@ class Model(lightning.LightningModule):
 
     def training_step(self, tokens, index):
         hidden = summed(self.body)(self.vocab(tokens[:, :-1]), src_mask=self.mask, is_causal=True)
-        loss = self.vocab.loss(hidden, tokens[:, 1:]).loss / (BATCH * LENGTH)  # no scale: gradients are zeroed after it
-        whole = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum")  # a rank has one part of it
+        loss = self.vocab.loss(hidden, tokens[:, 1:]).loss / (
+            BATCH * LENGTH
+        )  # no scale= needed: gradients are zeroed each step
+        whole = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum")  # each rank has a part of it
         self.print(f"step {index} loss {float(whole)}")
         return loss
 
@@ -50,10 +52,10 @@ trainer = lightning.Trainer(
     strategy="ddp",
     devices=world,
     max_epochs=1,
-    use_distributed_sampler=False,  # it would shuffle
+    use_distributed_sampler=False,  # Lightning's sampler would shuffle
     gradient_clip_val=0.25,
     logger=False,
-    enable_checkpointing=False,  # it would save one rank's rows and moments: see the end
+    enable_checkpointing=False,  # Lightning would save one rank's rows and moments: see the end
 )
 sampler = DistributedSampler(tokens, world, rank, shuffle=False)
 trainer.fit(model, DataLoader(tokens, BATCH // world, sampler=sampler))

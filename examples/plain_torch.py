@@ -1,4 +1,4 @@
-"""A Transformer in plain torch: its matrix split over all ranks, its body replicated by DDP.
+"""Trains a Transformer in plain torch: its matrix is split over all ranks, DDP replicates its body.
 
 torchrun --nproc-per-node 2 examples/plain_torch.py model.pt
 """
@@ -30,7 +30,7 @@ for step in range(STEPS):
     clip_grad_norm_(vocab, layer.parameters(), max_norm=0.25)
     optimizer.step()
     optimizer.zero_grad()
-    dist.all_reduce(loss.detach_())  # a rank has the part of its own targets
+    dist.all_reduce(loss.detach_())  # each rank has the part of its own targets
     if rank == 0:
         print(f"step {step} loss {float(loss)}", flush=True)
 whole = {**vocab.full_state_dict(), **layer.state_dict()}

@@ -15,7 +15,7 @@ FLAGS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
-    "--disable-3d-apis",  # TensorBoard then draws its lines as SVG, which the page's text holds
+    "--disable-3d-apis",  # TensorBoard then draws its lines as SVG, which is part of the page's text
     "--disable-quic",
     "--disable-dev-shm-usage",
     "--no-first-run",

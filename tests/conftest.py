@@ -1,4 +1,4 @@
-"""CI installs all that a test needs but a GPU: there, a test that is skipped for anything else has failed."""
+"""Configures pytest: skips fail in CI, except for a missing GPU, and the tests of one file share a process."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 SLURM = "tests/slurm/"
-LONG = (SLURM, "tests/test_reliability.py")  # begin first: a long file that begins last leaves one process idle
+LONG = (SLURM, "tests/test_reliability.py")  # start these first: if a long file starts last, one process is idle
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -18,14 +18,14 @@ def not_skipped(report: Report) -> Report:
     if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
         _, _, reason = report.longrepr
         if "GPU" not in reason:
-            report.outcome, report.longrepr = "failed", f"in CI nothing is skipped but what needs a GPU: {reason}"
+            report.outcome, report.longrepr = "failed", f"in CI only tests that need a GPU may be skipped: {reason}"
     return report
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Give signals their usual meaning: nohup, a shell's background jobs and a test of a rank's end leave some ignored,
-    and the processes that a test starts inherit that.
+    """Resets signals to their defaults, because the processes that a test starts inherit them. nohup, a shell's
+    background jobs and some tests leave signals ignored.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadFileScheduling):
-    """A file's tests run in one process, with the fixtures that they share; so do those on the real Slurm."""
+    """Runs the tests of a file in one process, so that they share fixtures; likewise the tests on a real Slurm."""
 
     def _split_scope(self, nodeid: str) -> str:
         return SLURM if nodeid.startswith(SLURM) else super()._split_scope(nodeid)
@@ -53,5 +53,5 @@ def pytest_runtest_makereport() -> Generator[None, Report, Report]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, Report, Report]:
-    """Of a module that is skipped whole."""
+    """Applies the rule for CI to a module that is skipped as a whole."""
     return not_skipped((yield))

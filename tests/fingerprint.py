@@ -4,24 +4,25 @@
     python tests/fingerprint.py AFTER.json
     python tests/fingerprint.py --compare BEFORE.json AFTER.json
 
-Runs the commands that users type, in a temporary folder, with the code of `--tree` (its own tree unless given), and
-reads what they leave. It imports nothing of the tree, so the same script runs on both. About 30 runs of six steps on
-one to four gloo ranks: some minutes on two cores. `--only WORD` takes the cases that have WORD in their name, also in a
-comparison. The comparison prints what differs and exits 1, or counts what is identical and exits 0.
+Runs the commands that users type in a temporary folder, with the code of `--tree` (by default its own tree), and reads
+the files that they write. It imports nothing from the tree, so the same script runs on both. It does about 30 runs of
+six steps on one to four gloo ranks, which takes some minutes on two cores. `--only WORD` selects the cases with WORD in
+their name, also in a comparison. The comparison prints the differences and exits 1, or counts what is identical and
+exits 0.
 
-A case has
-- every scalar and list of `metrics.jsonl` (loss, grad_norm, lr, val_loss, what the monitors measure, ...), in hex;
+A case records
+- every scalar and list of `metrics.jsonl` (loss, grad_norm, lr, val_loss, the monitors' values, ...), in hex;
 - how each start ended: class, step and decision of `restarts.jsonl`;
 - the sha256 of every file of tensors, and of each checkpoint's manifest without what MANIFEST_LEFT_OUT names;
-- of a corpus, the sha256 of its token files and of its tokenizer.
+- for a corpus, the sha256 of its token files and of its tokenizer.
 
-Left out, because two runs of the same code differ in it: `tokens_per_s`, `data_wait` and `lens_seconds` of the metrics;
-times, job and host of `restarts.jsonl`; TensorBoard's files; of the manifest its date, `rng` (torch seeds each process
-by chance, and a run draws nothing from that), `config`, which has the paths of the temporary folder and may get keys,
-and the manifest's own hash, which covers them.
+Left out, because two runs of the same code differ in them: `tokens_per_s`, `data_wait` and `lens_seconds` in the
+metrics; times, job and host in `restarts.jsonl`; TensorBoard's files; and in the manifest its date, `rng` (torch seeds
+each process randomly, and a run does not use that), `config` (paths of the temporary folder, and new keys), and the
+manifest's own hash, which covers them.
 
-The bits belong to a machine and its packages: make both files on the same one. `engine.offload=cpu` is tried with
-DeepSpeed only (FSDP2 refuses it on a CPU), bf16 only if the processor computes it natively.
+The bits depend on the machine and its packages: make both files on one machine. `engine.offload=cpu` runs only with
+DeepSpeed (FSDP2 refuses it on a CPU), bf16 only if the processor computes it natively.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds, for a command that should take ten
-SHOWN = 5  # differences of a case
+PATIENCE = 300  # seconds; a command should take about ten
+SHOWN = 5  # differences shown per case
 METRICS_LEFT_OUT = {"tokens_per_s", "data_wait", "lens_seconds"}
 MANIFEST_LEFT_OUT = {"date", "rng", "config", "sha256"}
 
@@ -64,7 +65,7 @@ TOKENS = {
     "units": "corpus.paths=[{folder}/web.jsonl,{folder}/code.jsonl] tokenizer=bpe tokenizer.vocab_size=300"
     " tokenizer.pattern=gpt2 clean.deduplicate=true clean.min_bytes=60 unit_mib=0.02",
 }
-RUNS: dict[str, tuple[str, ...]] = {  # of a case, one after the other in the same folder
+RUNS: dict[str, tuple[str, ...]] = {  # the runs of a case, one after the other in the same folder
     "fsdp2, 1 rank": (f"nproc=1 {GPT2} {ONE}",),
     "fsdp2, 2 ranks": (f"nproc=2 {GPT2} {ONE}",),
     "fsdp2, 4 ranks": (f"nproc=4 vocab.parallel=4 {GPT2} {ONE}",),
@@ -116,7 +117,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # of a case, one after the other in the sa
 
 @dataclass
 class Case:
-    """What a case left: its numbers, as text, and the sha256 of its files, by where each was found."""
+    """The results of a case: its numbers as text, and the sha256 of its files, by where each was found."""
 
     numbers: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -136,23 +137,23 @@ def main() -> int:
     cases: dict[str, Case] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, case in measure(Tree(options.tree.resolve()), Path(folder), options.only):
-            cases[name] = case  # written after each: what a stop leaves can be compared
+            cases[name] = case  # written after each case, so that an interrupted run can be compared
             options.out.write_text(json.dumps({key: vars(done) for key, done in cases.items()}, indent=1) + "\n")
     print(f"{options.out}: {counts(cases)}")
     return 0
 
 
 class Tree:
-    """The code under test: runs its commands with this interpreter, one thread a process."""
+    """The code under test: runs its commands with this interpreter, one thread per process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}
         imported = Path(self.run("-c", "import pretrain; print(pretrain.__file__)").strip())
-        assert imported.is_relative_to(path), f"{imported} is not of {path}"
+        assert imported.is_relative_to(path), f"{imported} is not in {path}"
 
     def run(self, *arguments: str) -> str:
-        """What the command prints. Raises SystemExit with its output if it fails."""
+        """Runs a command and returns its output. Raises SystemExit with the output if it fails."""
         command = [sys.executable, *arguments]
         done = subprocess.run(
             command, cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
@@ -163,7 +164,7 @@ class Tree:
 
 
 def measure(tree: Tree, folder: Path, only: str) -> Iterator[tuple[str, Case]]:
-    """Runs every case and prints a line for each. Tokenises in any case: the runs need the token files."""
+    """Runs every selected case and prints one line each. Always tokenises, because the runs need the token files."""
     write_texts(folder)
     names = {"folder": str(folder), **{corpus: str(folder / "tokens" / corpus) for corpus in TOKENS}}
     for corpus, settings in TOKENS.items():
@@ -193,7 +194,7 @@ def chosen(only: str, name: str, case: Case, start: float) -> Iterator[tuple[str
 
 
 def write_texts(folder: Path) -> None:
-    """Two corpora of made-up documents from a few characters to a few windows long, some of them twice."""
+    """Writes two corpora of generated documents, from a few characters to a few windows long, some of them twice."""
     draw = random.Random(0)
     for corpus, form in (("web", "{} times {} is {}. "), ("code", "x[{}] = f({}, {})\n")):
         texts = []
@@ -227,13 +228,13 @@ def read_run(run: Path) -> Case:
 
 
 def manifest_of(path: Path) -> bytes:
-    """The manifest without what differs between two runs of the same code, in an order of its own."""
+    """The manifest in a fixed order, without the values that differ between two runs of the same code."""
     manifest = {key: value for key, value in json.loads(path.read_text()).items() if key not in MANIFEST_LEFT_OUT}
     return json.dumps(manifest, sort_keys=True).encode()
 
 
 def exact(value: Any) -> str:
-    """All bits of a number; of ids, the list itself."""
+    """All bits of a number; a list of ids as it is."""
     return float(value).hex() if isinstance(value, int | float) else json.dumps(value)
 
 
@@ -259,7 +260,7 @@ def counts(cases: dict[str, Case]) -> str:
 
 
 def compare(ours: dict[str, Case], theirs: dict[str, Case]) -> int:
-    """Prints what differs, by case. Returns the exit code: 1 if anything does, or if there is nothing to compare."""
+    """Prints the differences by case. Returns the exit code: 1 if there are any, or if there is nothing to compare."""
     different = 0
     for name in ours | theirs:
         if name not in ours or name not in theirs:
@@ -280,13 +281,13 @@ def compare(ours: dict[str, Case], theirs: dict[str, Case]) -> int:
 
 
 def differences(ours: Case, theirs: Case) -> list[str]:
-    """A line for each number and file that is not the same in both, in the order of the steps."""
+    """One line per number or file that differs, in the order of the steps."""
     a, b = ({**case.numbers, **case.files} for case in (ours, theirs))
     return [f"{key}: {shown(a.get(key))} is not {shown(b.get(key))}" for key in a | b if a.get(key) != b.get(key)]
 
 
 def shown(value: str | None) -> str:
-    """A number in decimal too, a hash cut short."""
+    """A number in hex and decimal; a hash shortened."""
     if value is None:
         return "nothing"
     try:

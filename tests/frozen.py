@@ -1,5 +1,7 @@
-"""The last import of the server of ranks.py, alone here because an import is all that it can be told: nothing imported
-before is looked at by the garbage collector again, so that the ranks do not copy the pages of it.
+"""Freezes the garbage collector's objects; the server of ranks.py imports this module last.
+
+The collector then never visits the modules imported before, so the forked ranks do not copy their memory pages. The
+code is in a module because a forkserver can only import.
 """
 
 import gc

@@ -1,6 +1,6 @@
-"""Calls a command's `main` in the test's own process: seconds faster than a process that imports torch first.
+"""Calls a command's `main` in the test's own process, which is seconds faster than a process that imports torch first.
 
-For what a command refuses or prints. What it starts, and its signals and exit, need the real command.
+Use it for the errors and output of a command. Tests of its child processes, signals and exit need the real command.
 """
 
 import sys
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def in_process(main: Callable[[], object], *arguments: str, cwd: Path = ROOT) -> CompletedProcess[str]:
-    """Returns what a process with this command line would have written, and its exit code."""
+    """Returns the output and exit code of a process with this command line."""
     GlobalHydra.instance().clear()
     code: object = 0
     with (

@@ -1,7 +1,7 @@
-"""Runs a function on gloo ranks: real processes that die with a stack trace when they hang.
+"""Runs a function on gloo ranks: real processes that print a stack trace and end if they hang.
 
-The ranks are forked from a server that has imported what they need but started no thread, so that a test with
-four ranks costs a second and not half a minute. The function must be importable (defined at the top of a test module).
+The ranks are forked from a server that has imported their modules but started no thread, so a test with four ranks
+takes one second instead of half a minute. The function must be importable (defined at the top level of a test module).
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "deepspeed",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # any ZeRO imports it when built, and with it all of inductor
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO engine imports it, and with it all of inductor
         "pretrain.train",
         "tests.frozen",
     ]
@@ -33,7 +33,7 @@ context.set_forkserver_preload(
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """`function(rank, world, *args)` on each rank of a gloo group; the results in rank order.
+    """Runs `function(rank, world, *args)` on each rank of a gloo group; returns the results in rank order.
 
     Raises AssertionError with the first failing rank's traceback. A rank still running after `timeout` seconds
     prints the stack of all its threads and dies.
@@ -67,7 +67,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
             try:
                 good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                good, value = False, "died without a word (see its stack trace above)"
+                good, value = False, "died without a message (see its stack trace above)"
             assert good, f"rank {rank} of {len(pipes)}: {value}"
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
@@ -89,7 +89,7 @@ def _rank(
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
-        # plain pickle: a Connection would send a tensor as a handle to this process, which is about to end
+        # plain pickle: a Connection would send a tensor as a handle to this process, which ends soon
         send.send_bytes(pickle.dumps((True, function(rank, world, *args))))
         dist.barrier()
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Kills a training with kill -9, again and again, and compares what comes of it with one that nobody killed.
+"""Kills a training with kill -9 many times, and compares the result with an uninterrupted training.
 
     python tests/reliability.py --kills 30 [--seed 0] [--engine fsdp2] [key=value ...]
 
-Starts the real command on two ranks and kills one rank, or all and the launcher, at random moments of its steps and
-its saves. The command is run again until it has come to its end, unless it starts the ranks again by itself. Then
-losses, norms, weights and both moments must be those of the uninterrupted run, bit for bit. Prints a tally in Markdown;
-exits 1 at the first difference. Key=value goes to the command. Kills only what it has started, by pid.
+Starts the real command on two ranks and kills one rank, or all ranks and the launcher, at random moments of steps and
+saves. Runs the command again until it finishes, unless the launcher restarts the ranks itself. Then losses, norms,
+weights and both moments must match the uninterrupted run bit for bit. Prints a tally in Markdown; exits 1 at the first
+difference. key=value arguments go to the command. Kills only processes that it started, by pid.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pretrain.checkpoint.folder import MANIFEST_FILE, UNFINISHED, faults, read_m
 from tests.pretrain.tiny import VOCAB, saved_tensors, write_tokens
 
 RANKS = 2
-PATIENCE = 120  # seconds, for whatever should take a few
+PATIENCE = 120  # seconds; each wait should take a few
 VICTIMS = ("one rank", "one rank, restarted", "all")
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 SETTINGS = (
@@ -39,7 +39,7 @@ SETTINGS = (
     " train.global_batch=12 train.micro_batch=3 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=5 seed=7"
     " checkpoint.every=2 checkpoint.keep=2 log.every=1 log.tensorboard=false"
 )
-MOMENTS: dict[str, Callable[[Path], bool]] = {  # what the folder shows at the moment of the kill
+MOMENTS: dict[str, Callable[[Path], bool]] = {  # the state of the folder at the moment of the kill
     "no save at work": lambda run: not unfinished(run),
     "a save has begun": lambda run: any(files(folder) == 0 for folder in unfinished(run)),
     "between its files": lambda run: any(0 < files(folder) < RANKS for folder in unfinished(run)),
@@ -66,9 +66,9 @@ def main(arguments: list[str] | None = None, kind: "type[Loop] | None" = None) -
 
 
 class Loop:
-    """Runs until there were enough kills and the last run has come to its end."""
+    """Repeats runs until there are enough kills and the last run has finished."""
 
-    #: how a command is started, and seconds within which a kill meets its start
+    #: how a command is started, and the seconds after its start within which a kill may come
     popen: type[subprocess.Popen] = subprocess.Popen
     starting: tuple[float, float] = (3, 10)
 
@@ -102,7 +102,7 @@ class Loop:
         return (self.folder / f"{run.name}.log").read_text()[-4000:]
 
     def attempt(self, run: Path) -> bool:
-        """Starts the run, and kills it while kills are left; whether it has come to its end."""
+        """Starts the run, and kills it while kills are left. Returns True if the run finished."""
         victims = self.random.choice(VICTIMS)
         process = self.start(run, victims)
         launcher = psutil.Process(process.pid)
@@ -120,12 +120,12 @@ class Loop:
             assert not alive, f"{alive} outlived the kill"
             if process.poll() is not None:
                 return False
-            victims = self.random.choice(VICTIMS[1:])  # of the ranks that it has started again
+            victims = self.random.choice(VICTIMS[1:])  # among the ranks that the launcher restarted
         assert process.wait(PATIENCE) == 0, self.said(run)
         return True
 
     def wait_for(self, run: Path, process: subprocess.Popen, moment: str) -> list[psutil.Process]:
-        """The ranks at that moment, a random number of steps on; nothing if the run is over first."""
+        """Waits for the moment, a random number of steps ahead. Returns the ranks; nothing if the run ends first."""
         starting, until = self.random.random() < 0.15, time.monotonic() + self.random.uniform(*self.starting)
         first = steps_logged(run) + self.random.randint(1, 1 + self.steps // 10)
         late = time.monotonic() + PATIENCE
@@ -158,7 +158,7 @@ class Loop:
 
 
 def compare(run: Path, straight: Path, steps: int) -> None:
-    """AssertionError with the first difference."""
+    """Raises AssertionError at the first difference."""
     for folder in (run, straight):
         assert steps_logged(folder) == steps == step_of(checkpoints(folder)[-1]), folder
         assert not unfinished(folder) and not set_aside_in(folder), f"{folder} was not tidied up"
@@ -197,7 +197,7 @@ def sealed(folder: Path) -> bool:
 
 
 def old(run: Path, folder: Path) -> bool:
-    """A save never makes a step that is older than what stands."""
+    """True if an old checkpoint is being removed: a save never writes an older step than the existing ones."""
     done = checkpoints(run)
     return bool(done) and int(folder.name.rpartition("-")[2]) < step_of(done[-1])
 

@@ -1,4 +1,4 @@
-"""What import-linter cannot see: its contracts, in pyproject.toml, are checked by `make lint`."""
+"""Tests rules that import-linter cannot check. Its own contracts are in pyproject.toml; `make lint` checks them."""
 
 import ast
 import subprocess
@@ -20,31 +20,31 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_the_body_is_pure_maths():
+def test_models_are_pure_maths():
     for path in (ROOT / "pretrain/models").glob("*.py"):
         assert not {name for name in imported(path) if name.startswith("torch.distributed")}
 
 
-def test_the_vocabulary_imports_nothing_but_torch_and_the_standard_library():
+def test_vocab_imports_only_torch_and_the_standard_library():
     for path in (ROOT / "pretrain/vocab").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names), path
 
 
-def test_packages_only_hand_names_on():
+def test_packages_only_export_names():
     for path in [*(ROOT / "pretrain").rglob("__init__.py"), ROOT / "launch/__init__.py"]:
         for node in ast.parse(path.read_text()).body:
             assert isinstance(node, ast.Import | ast.ImportFrom | ast.Expr | ast.Assign), path
 
 
-def test_the_environment_is_read_where_ranks_start_and_meet_alone():
+def test_environment_is_read_only_in_start_and_mesh():
     readers = {"mesh.py", "rendezvous.py", "train.py"}
     for path in (ROOT / "pretrain").rglob("*.py"):
         assert path.name in readers or "os.environ" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("module", ["data_prep.token_file", "pretrain.families"])
-def test_a_light_module_loads_no_heavy_package(module):
+def test_light_modules_load_no_heavy_packages(module):
     heavy = {"torch", "tiktoken", "datasets", "hydra", "omegaconf"}
     code = f"import sys, {module}; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""The comparison of two fingerprints; the runs that make one take minutes and have no test of their own."""
+"""Tests the comparison of two fingerprints. Making one takes minutes and is not tested."""
 
 import json
 import math
@@ -21,12 +21,12 @@ def compared(folder: Path, ours: dict, theirs: dict, *options: str) -> subproces
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_the_same_bits_are_identical(tmp_path):
+def test_equal_bits_are_identical(tmp_path):
     done = compared(tmp_path, fingerprint(), fingerprint())
     assert (done.returncode, done.stdout) == (0, "1 cases, 1 numbers, 1 files: identical\n"), done.stderr
 
 
-def test_one_bit_of_a_loss_is_named(tmp_path):
+def test_changed_bit_of_a_loss_is_named(tmp_path):
     other = math.nextafter(LOSS, math.inf)
     done = compared(tmp_path, fingerprint(), fingerprint(other))
     assert done.returncode == 1, done.stderr
@@ -34,17 +34,17 @@ def test_one_bit_of_a_loss_is_named(tmp_path):
     assert done.stdout.endswith("1 of 1 cases differ\n")
 
 
-def test_another_file_is_named(tmp_path):
+def test_changed_file_is_named(tmp_path):
     done = compared(tmp_path, fingerprint(), fingerprint(digest="cd"))
     assert done.returncode == 1 and "step-00000006/manifest.json: ab is not cd" in done.stdout
 
 
-def test_a_missing_case_is_a_difference(tmp_path):
+def test_missing_case_is_a_difference(tmp_path):
     both = fingerprint() | fingerprint(case="untied")
     done = compared(tmp_path, fingerprint(), both)
     assert done.returncode == 1 and "untied: only in the second file" in done.stdout
     assert compared(tmp_path, fingerprint(), both, "--only", "fsdp2").returncode == 0
 
 
-def test_nothing_to_compare_is_no_success(tmp_path):
+def test_empty_comparison_fails(tmp_path):
     assert compared(tmp_path, fingerprint(), fingerprint(), "--only", "llama").returncode == 1

@@ -1,7 +1,6 @@
-"""The private parts of other packages that we lean on: each by name, so that a new version that drops one says so here.
+"""Lists the private APIs of other packages that our code uses, so that a test fails if a new version drops one.
 
-A module of its own, for it looks at all packages at once. The uses are found in the source: a new one fails until it
-is listed, and a listed one that is used no more fails, too.
+The test searches the source of all packages: it fails on a use that is not listed, and on a listed use that is gone.
 """
 
 import ast
@@ -23,13 +22,16 @@ PUBLIC = {
     *dir(BaseException),
 }  # Python's own, documented
 
-PRIVATE = [  # where it is in the other package; what we use it for
-    ("torch.distributed.distributed_c10d._set_pg_timeout", "a collective's limit, set after the ranks have met"),
-    ("torch.distributed.tensor.DTensor.__create_chunk_list__", "where a shard lies in its whole tensor"),
+PRIVATE = [  # the path in the other package; our use
+    (
+        "torch.distributed.distributed_c10d._set_pg_timeout",
+        "a collective's timeout, set after the ranks have connected",
+    ),
+    ("torch.distributed.tensor.DTensor.__create_chunk_list__", "the offset of a shard in its whole tensor"),
     ("torch._assert_async", "a check of the loss that does not wait for the GPU"),
     ("torch._foreach_norm", "the norm of the gradients, in one kernel"),
     ("torch._foreach_mul_", "the clip, in one kernel"),
-    ("torch.utils.cpp_extension._get_build_directory", "finds the lock of a killed build of DeepSpeed's"),
+    ("torch.utils.cpp_extension._get_build_directory", "finds the lock of a killed build of DeepSpeed"),
     ("torch._subclasses.fake_tensor.FakeTensorMode", "the rehearsal before a submit"),
     ("torch._subclasses.fake_tensor.FakeTensor", "the rehearsal before a submit"),
     ("torch.testing._internal.distributed.fake_pg.FakeStore", "the rehearsal's ranks"),
@@ -49,7 +51,7 @@ PRIVATE = [  # where it is in the other package; what we use it for
     ),
     ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_norm_groups", "DeepSpeed's norm, replaced"),
     ("hydra._internal.utils.get_args_parser", "the flags that Hydra takes"),
-    ("omegaconf.DictConfig._get_node", "a setting's node, to say what it may be"),
+    ("omegaconf.DictConfig._get_node", "a setting's node, to name its allowed values"),
     ("omegaconf.DictConfig._is_none", "a setting's node"),
     ("omegaconf.DictConfig._is_missing", "a setting's node"),
     ("omegaconf.base.Node._metadata", "a setting's type"),
@@ -57,7 +59,7 @@ PRIVATE = [  # where it is in the other package; what we use it for
     ("tiktoken.Encoding._pat_str", "an encoding's split pattern"),
     ("tiktoken.Encoding._special_tokens", "an encoding's special tokens"),
 ]
-INTERNAL = [  # no underscore, no documentation: a class of DeepSpeed's optimizers, and what each is asked for
+INTERNAL = [  # undocumented, without an underscore: a class of DeepSpeed's optimizers, and the attributes that we use
     (
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
         ["scaled_global_norm", "averaged_gradients", "cpu_offload"],
@@ -73,7 +75,7 @@ INTERNAL = [  # no underscore, no documentation: a class of DeepSpeed's optimize
 
 
 def found(path: str) -> object:
-    """The object at a dotted path: the longest module of it, and from there the attributes."""
+    """The object at a dotted path: imports the longest module, then follows the attributes."""
     names = path.split(".")
     for count in range(len(names), 0, -1):
         try:
@@ -85,7 +87,7 @@ def found(path: str) -> object:
 
 
 def _attribute(owner: object, name: str) -> object:
-    """The attribute of a module or class; None for one that only its instances have."""
+    """The attribute of a module or class; None if only instances have it."""
     if not hasattr(owner, name) and isinstance(owner, type) and name in inspect.getsource(owner):
         return None
     return getattr(owner, name)
@@ -104,19 +106,19 @@ def test_internal_name_exists(owner: str, names: list[str]) -> None:
     source = inspect.getsource(found(owner))  # type: ignore[arg-type]
     for name in names:
         used_in = files_with(name)
-        assert used_in, f"{name} is used no more: take it out of this list"
-        assert name in source, f"{owner} has no {name} any more, which {', '.join(used_in)} uses"
+        assert used_in, f"{name} is no longer used: remove it from this list"
+        assert name in source, f"{owner} no longer has {name}, used in {', '.join(used_in)}"
 
 
 def test_every_private_name_is_listed() -> None:
     listed = {last_private(path) for path, _ in PRIVATE}
     used = {name for names in private_names().values() for name in names}
     assert sorted(used - listed) == [], "a private name of another package, not listed above"
-    assert sorted(listed - used) == [], "listed above, and used no more: take it out"
+    assert sorted(listed - used) == [], "listed above, but no longer used: remove it"
 
 
 def last_private(path: str) -> str:
-    """What a use of it looks like in our source: the private attribute, or the private module it is imported from."""
+    """The name by which our source uses it: the private attribute, or the private module that it is imported from."""
     *modules, name = path.split(".")
     return name if name.startswith("_") else ".".join(modules)
 
@@ -132,7 +134,7 @@ def sources() -> dict[Path, str]:
 
 
 def private_names() -> dict[Path, set[str]]:
-    """By file: attributes and imports with a leading underscore that our own code defines nowhere."""
+    """Maps files to the attributes and imports with a leading underscore that our own code does not define."""
     trees = {file: list(ast.walk(ast.parse(text))) for file, text in sources().items()}
     own = {name for nodes in trees.values() for node in nodes for name in _defined(node)} | PUBLIC
     return {file: {name for node in nodes for name in _private(node)} - own for file, nodes in trees.items()}

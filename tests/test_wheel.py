@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment outside the checkout: its commands work, and its packages are the ones imported."""
+"""Tests the wheel in a fresh environment outside the checkout: its commands work, and its packages are imported."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TEXT = "The rows of the matrix are split over the ranks. "
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the commands of an environment that has the wheel, and of this one only its dependencies."""
+    """The folder of commands of a new environment, with the wheel and the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -34,7 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site_packages() -> list[str]:
-    """Where this environment's own packages are; a checkout is not among them."""
+    """The folder of this environment's installed packages, without the checkout."""
     return [entry for entry in sys.path if entry.endswith("site-packages")]
 
 
@@ -68,12 +68,12 @@ def test_help(installed: Path, tmp_path: Path, command: str):
     assert "=" in run([installed / f"rowshard-{command}", "--help"], tmp_path)
 
 
-def test_clusters_are_found(installed: Path, tmp_path: Path):
+def test_clusters_are_found_in_the_wheel(installed: Path, tmp_path: Path):
     done = subprocess.run([installed / "rowshard-plan"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: +cluster=NAME is missing; there are a100x8, cpu,")
 
 
-def test_imports_are_of_the_wheel_and_typed(installed: Path, tmp_path: Path):
+def test_imports_come_from_the_wheel_and_are_typed(installed: Path, tmp_path: Path):
     code = "import pretrain, data_prep, launch; print(*(m.__path__[0] for m in (pretrain, data_prep, launch)))"
     for package in run([installed / "python", "-c", code], tmp_path).split():
         assert Path(package).is_relative_to(installed.parent), package

@@ -1,4 +1,4 @@
-"""No command imports torch to print its help or to refuse a setting: that alone would take seconds."""
+"""Tests that no command imports torch to print its help or to refuse a setting, because the import takes seconds."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ REFUSED_TRAINING = [
     ([*TRAINING, "data.path={run}/none"], "{run}/none"),
     ([*TRAINING, "model.heads=5"], "model.heads=5 must divide"),
 ]
-NO_MODELS = {  # folders that no run can begin with, and what is said of them
+NO_MODELS = {  # folders that cannot start a run, and their messages
     "none": "{none}/config.json is missing",
     "bloom": "{bloom}/config.json: model_type=bloom must be one of",
     "rows": "{rows}: its embedding has 307 rows, but config.json says vocab_size=308",
@@ -105,7 +105,7 @@ COMMANDS = {
 
 
 def write_model(folder: Path, lacks: str = "", misshapen: str = "", **settings: object) -> None:
-    """A folder of MODEL with 307 rows, in bf16, which numpy cannot read: only headers may be looked at."""
+    """Writes a folder of MODEL with 307 rows in bf16, which numpy cannot read: only headers may be read."""
     folder.mkdir()
     shapes = {"wte.weight": (307, MODEL.width)}
     for mapping in GPT2.hugging_face.mappings(MODEL):
@@ -120,7 +120,7 @@ def write_model(folder: Path, lacks: str = "", misshapen: str = "", **settings: 
 
 
 def folders(base: Path) -> dict[str, Path]:
-    """What the commands are given, by the names that COMMANDS has for it."""
+    """The arguments of the commands, by the names in COMMANDS."""
     names = {name: base / name for name in ("run", "held", "queued", "hf", "trained", "capped", *NO_MODELS)}
     names["queued"].mkdir()
     (names["queued"] / "config.yaml").touch()

@@ -1,8 +1,8 @@
-"""Starts a command of ours as a fork of the server of ranks.py, which has loaded what the command imports.
+"""Starts a command as a fork of the server of ranks.py, which has already imported the command's modules.
 
-A training of three steps on two ranks costs 15.8 s of processor time if each process imports torch, else 1.5 s. What
-is forked is the same code, with a process id, session, streams, environment and signals of its own: only the start of
-the interpreter and the imports are not repeated. `run(..., cold=True)` in launch/commands.py starts one as users do.
+A training of three steps on two ranks takes 15.8 s of processor time if each process imports torch, else 1.5 s. The
+fork runs the same code with its own process id, session, streams, environment and signals; it only skips the start of
+the interpreter and the imports. `run(..., cold=True)` in launch/commands.py starts a command as users do.
 """
 
 import atexit
@@ -30,7 +30,7 @@ RESET = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.S
 
 
 class Command(subprocess.Popen):
-    """`python ARGUMENTS` in `cwd`, with `env`; stdout and stderr as Popen takes them, stdin is empty."""
+    """Runs `python ARGUMENTS` in `cwd` with `env`; stdout and stderr are as in Popen, stdin is empty."""
 
     def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
         cwd, environment, pipes, output, error = given[4], given[5], given[9:15], given[12], given[14]
@@ -61,7 +61,7 @@ class Command(subprocess.Popen):
 
 
 class _Rank(subprocess.Popen):
-    """What the supervisor starts: a fork of this process, which has imported what the rank imports."""
+    """Starts a rank for the supervisor, as a fork of this process, which has imported the rank's modules."""
 
     def _execute_child(self, args: list[str], *given: Any) -> None:  # type: ignore[override]
         prepare, environment, pipes, inherited, error = given[1], given[5], given[9:15], given[9], given[14]
@@ -97,7 +97,7 @@ def _command(arguments: list[str], cwd: str, environment: dict[str, str], *strea
 
 
 class _ending:
-    """Ends the process with what Python would end with, and with what it would write then."""
+    """Ends the process with the exit code and output that Python would have at its end."""
 
     def __enter__(self) -> None:
         pass
@@ -120,7 +120,7 @@ class _ending:
 
 
 def _run(arguments: list[str], environment: dict[str, str]) -> None:
-    """The command, in this process, with fresh streams and signals."""
+    """Runs the command in this process, with fresh streams and signals."""
     import torch
 
     from data_prep import terminal
@@ -147,8 +147,8 @@ def _run(arguments: list[str], environment: dict[str, str]) -> None:
 
 
 def torchrun(world: int, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """What `torchrun --nproc-per-node WORLD ARGUMENTS` would have written. If a rank fails, the others are killed, and
-    the exit code is its.
+    """Returns the output of `torchrun --nproc-per-node WORLD ARGUMENTS`. If a rank fails, kills the others and returns
+    its exit code.
     """
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -170,5 +170,5 @@ def torchrun(world: int, *arguments: object, cwd: Path, timeout: float = 120) ->
         out.seek(0)
         error.seek(0)
         code = next(filter(None, codes), None if None in codes else 0)
-        assert code is not None, f"not over after {timeout} s: {out.read()} {error.read()}"
+        assert code is not None, f"not finished after {timeout} s: {out.read()} {error.read()}"
         return subprocess.CompletedProcess(words, code, out.read(), error.read())

@@ -1,11 +1,11 @@
-"""The head and its loss, forward and backward, against its rivals: time and extra peak memory.
+"""Measures the head and its loss, forward and backward, against its rivals: time and extra peak memory.
 
     python tests/benchmarks/head.py [--vocab 50304 ...] [--tokens 4096 ...] [--width 1024]
-    python tests/benchmarks/head.py --ranks 2        on ranks that split the rows; with errors against float64
-    python tests/benchmarks/head.py --sweep          over the vocabulary; writes docs/head.png
+    python tests/benchmarks/head.py --ranks 2        on ranks that split the rows, with errors against float64
+    python tests/benchmarks/head.py --sweep          for several vocabularies; writes docs/head.png
 
-Prints Markdown. Times are medians of interleaved repetitions in one process, as ratios to the three matmuls that no
-one can do without; memory is measured in a fresh process for each. Take figures on a quiet machine.
+Prints Markdown. Times are medians of interleaved repetitions in one process, as ratios to the three matmuls that every
+implementation needs. Memory is measured in a fresh process for each. Run it on a quiet machine.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def main() -> None:
         return
     wanted = RIVALS if options.only is None else (LIMIT, *options.only)
     names = [name for name in RIVALS if name in wanted and not lacks(name)]
-    seconds = {size: times(names, size, options.repeats) for size in sizes}  # all, before memory, which no noise moves
+    seconds = {
+        size: times(names, size, options.repeats) for size in sizes
+    }  # all times first; noise does not change memory
     figures = {}
     for size in sizes:
         figures[size] = {name: (seconds[size][name], memory(name, size)) for name in names}
@@ -99,7 +101,7 @@ def _machine() -> str:
 
 
 def table_on_ranks(size: Size, world: int, repeats: int, only: list[str] | None) -> str:
-    """Seconds, memory a rank, and how far dX and dW are from float64."""
+    """Seconds, memory per rank, and the errors of dX and dW against float64."""
     names = [name for name in RANK_RIVALS if only is None or name in only]
     progress(f"{size} on {world} ranks: time and errors")
     seconds, *errors = run_ranks(world, times_on_rank, size, repeats, names, timeout=3600)[0]
@@ -111,12 +113,12 @@ def table_on_ranks(size: Size, world: int, repeats: int, only: list[str] | None)
         rows.append([name, f"{seconds[name]:.2f}", f"{seconds[name] / seconds[names[0]]:.2f}", f"{mib:,.0f}", dx, dw])
     tokens, width, vocab = size
     title = f"\n{world} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens in all, width {width:,}, {vocab:,} rows\n\n"
-    header = ["forward and backward", "seconds", "× the first", "extra peak MiB a rank", "error of dX", "error of dW"]
+    header = ["forward and backward", "seconds", "× the first", "extra peak MiB per rank", "error of dX", "error of dW"]
     return title + markdown(header, rows)
 
 
 def times_on_rank(rank: int, world: int, size: Size, repeats: int, names: list[str]) -> tuple[dict, dict, dict]:
-    """Median seconds, relative errors of dX and of dW (this rank's part), by name."""
+    """Median seconds and relative errors of dX and dW (this rank's part), by name."""
     problem = Problem.draw(*size, "cpu")
     steps = {name: RANK_RIVALS[name](problem, rank, world) for name in names}
     dhidden_ND, dweight_VD = problem.truth()
@@ -138,7 +140,7 @@ def memory_on_rank(rank: int, world: int, size: Size, name: str) -> float:
 
 
 def plot(figures: dict[Size, Figures], path: Path) -> None:
-    """Time as a multiple of the matmuls, and extra memory, against V."""
+    """Plots time as a multiple of the matmuls, and extra memory, against V."""
     import matplotlib
 
     matplotlib.use("Agg")

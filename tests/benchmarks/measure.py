@@ -1,4 +1,4 @@
-"""Time and peak memory of a step: ratios taken in one run, memory each in a process of its own."""
+"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes."""
 
 import ctypes
 import multiprocessing
@@ -18,9 +18,9 @@ Step = Callable[[], Any]
 
 
 def interleaved_times(steps: Mapping[str, Step], repeats: int, before: Step = lambda: None) -> dict[str, float]:
-    """Median seconds of each step. All take turns, so that a busy moment of the machine falls on all alike.
+    """Median seconds of each step. The steps take turns, so that a busy moment of the machine affects all equally.
 
-    A first round is not counted. `before` runs ahead of every step: a barrier, where there are ranks.
+    The first round is not counted. `before` runs ahead of every step; with ranks it is a barrier.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
@@ -35,14 +35,14 @@ def interleaved_times(steps: Mapping[str, Step], repeats: int, before: Step = la
 
 
 def free_at_once() -> None:
-    """From now on memory that this process frees is the system's again, and leaves no gaps."""
+    """Makes this process return freed memory to the system at once, without gaps."""
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def extra_peak_mib(step: Step) -> float:
-    """How much more memory the process has held during the step than before it, in MiB.
+    """The peak memory of the process during the step, in MiB above its memory before the step.
 
-    What the step keeps is released and given back to the system after a first, uncounted run.
+    A first, uncounted run is done before; its memory is released and returned to the system.
     """
     step()
     _finish()
@@ -54,34 +54,34 @@ def extra_peak_mib(step: Step) -> float:
         _finish()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     before = status_mib("VmRSS")
     step()
     return status_mib("VmHWM") - before
 
 
 def holding_peak_mib(build: Callable[[], Step]) -> float:
-    """How much a step has held at most of what the process did not hold before `build`, in MiB: all that is built, too.
+    """The peak memory of the process during a step, in MiB above its memory before `build`: it includes what is built.
 
-    The first, uncounted step makes what is kept, such as moments.
+    A first, uncounted step allocates what is kept, such as moments.
     """
     before = status_mib("VmRSS")
     step = build()
     step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     step()
     return status_mib("VmHWM") - before
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process that has run nothing before."""
+    """Runs function(*args) in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table, numbers to the right."""
+    """Formats a Markdown table with right-aligned numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

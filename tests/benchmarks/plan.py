@@ -1,9 +1,9 @@
-"""What launch/plan.py says a rank holds, against what real ranks on CPUs hold at most.
+"""Compares the memory per rank that launch/plan.py predicts with the peak memory of real ranks on CPUs.
 
     python tests/benchmarks/plan.py [--only nano gpt2]
 
-Prints Markdown. A rank's memory is that of its process during the second step, beyond what it held before it built the
-model, with malloc giving back at once what is freed.
+Prints Markdown. A rank's memory is the peak of its process during the second step, above its memory before it built the
+model. malloc is set to return freed memory at once.
 """
 
 import argparse
@@ -33,7 +33,7 @@ RANKS = 2
 
 
 class Case(NamedTuple):
-    """rows of the vocabulary; parallel: ranks to a copy; settings of the training."""
+    """A case: rows of the vocabulary, ranks per copy of the matrix (`parallel`), settings of the training."""
 
     rows: int
     parallel: int
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def planned_and_measured(case: Case) -> tuple[float, list[float]]:
-    """MiB as planned, and of each rank."""
+    """The planned MiB, and the measured MiB of each rank."""
     config = configured(*case.settings.split())
     step = step_of(config, case.rows, case.parallel, RANKS, choose_kernels(torch.device("cpu")))
     held = run_ranks(RANKS, held_by_rank, config, case.rows, case.parallel, timeout=300)
@@ -83,7 +83,7 @@ def planned_and_measured(case: Case) -> tuple[float, list[float]]:
 
 
 def configured(*overrides: str) -> JobConfig:
-    """The settings of a training whose data and run are never touched."""
+    """The settings of a training. Its data and run folder are not used."""
     register_groups()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -1,9 +1,9 @@
-"""From token files to windows, on one core, all in the page cache: against nanoGPT's way, a bare slice of a memmap.
+"""Measures reading windows from token files, on one core and from the page cache, against nanoGPT's slice of a memmap.
 
     python tests/benchmarks/reading.py [--millions 100] [--length 2048] [--folder .]
 
-Prints Markdown: windows drawn at random, then what it costs to find a sample of a run. A bare slice copies tokens and
-targets to int64, and knows neither documents nor epochs.
+Prints Markdown: the speed of random windows, then the time to find a sample of a run. A bare slice copies tokens and
+targets to int64; it has neither documents nor epochs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pretrain.data import Order, PackedWindows, Windows
 from tests.benchmarks.measure import interleaved_times, markdown
 
 ROWS = 32_768
-DRAWS = 4_096  # windows in a repetition
+DRAWS = 4_096  # windows per repetition
 SEEKS = 1_000
 LARGEST = 10**9  # samples
 
@@ -69,7 +69,7 @@ def reading(prefix: Path, tokens: int, T: int, repeats: int) -> str:
 
 
 def write_documents(prefix: Path, tokens: int) -> None:
-    """Lengths as of text: log-normal, a thousand tokens on average."""
+    """Writes documents with lengths as in text: log-normal, a thousand tokens on average."""
     generator = np.random.default_rng(0)
     with TokenFileWriter(prefix, ROWS) as file:
         while file.tokens < tokens:
@@ -78,7 +78,7 @@ def write_documents(prefix: Path, tokens: int) -> None:
 
 
 def write_sparse(prefix: Path, tokens: int) -> None:
-    """A pair of so many zeros that take no room on the disk, in documents as long as they may be."""
+    """Writes a pair with the given number of zeros, sparse on the disk, in documents of the greatest length."""
     lengths = [min(2**31 - 1, tokens - start) for start in range(0, tokens, 2**31 - 1)]
     ends = np.cumsum(lengths)
     header = HEADER.pack(MAGIC, VERSION, 8, len(lengths), len(lengths) + 1)
@@ -89,7 +89,7 @@ def write_sparse(prefix: Path, tokens: int) -> None:
 
 
 def seeking(prefix: Path, T: int) -> str:
-    """Opening token files and finding samples, for corpora of a thousand samples and of 10⁹."""
+    """Measures opening token files and finding samples, for corpora of a thousand and of 10⁹ samples."""
     rows = []
     for samples in (1_000, LARGEST):
         write_sparse(prefix, samples * T + 1)

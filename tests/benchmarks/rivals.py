@@ -1,4 +1,4 @@
-"""Who computes the head: hidden, rows, targets -> gradients of the mean loss. One builder for each rival."""
+"""Implementations of the head: hidden, rows, targets -> gradients of the mean loss. One builder per rival."""
 
 import importlib.util
 import shutil
@@ -18,7 +18,9 @@ Step = Callable[[], tuple[Tensor, Tensor]]  # -> dX, dW
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden [N, D] and rows [V, D] in bf16. A third of the targets is near certain, as in a trained model."""
+    """Inputs of the head: hidden [N, D] and rows [V, D] in bf16. A third of the targets is almost certain, as in a
+    trained model.
+    """
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -42,7 +44,7 @@ class Problem:
         return self.hidden_ND.detach().requires_grad_(), self.weight_VD.detach().requires_grad_()
 
     def truth(self) -> tuple[Tensor, Tensor]:
-        """dX and dW in float64, a few tokens at a time."""
+        """Computes dX and dW in float64, a few tokens at a time."""
         weight_VD = self.weight_VD.double()
         dhidden_ND = torch.empty_like(self.hidden_ND, dtype=torch.float64)
         dweight_VD = torch.zeros_like(weight_VD)
@@ -88,7 +90,7 @@ def ours(problem: Problem, memory_mib: int | None = None) -> Step:
 
 
 def matmuls(problem: Problem) -> Step:
-    """The limit: hidden · rowsᵀ, then its two gradients' products, on whatever the first one returned."""
+    """The lower limit: hidden · rowsᵀ and the products of the two gradients, without a loss between them."""
 
     def step() -> tuple[Tensor, Tensor]:
         logits_NV = problem.hidden_ND @ problem.weight_VD.T
@@ -146,7 +148,7 @@ RIVALS: dict[str, Callable[[Problem], Step]] = {
 
 
 def lacks(name: str) -> str | None:
-    """What this machine lacks to run that rival."""
+    """The package or tool that this machine lacks to run that rival; None if it can run."""
     compiled = name in ("cut-cross-entropy", "F.cross_entropy, logits in fp32, compiled")
     package = {"cut-cross-entropy": "cut_cross_entropy", "Liger": "liger_kernel"}.get(name)
     if name.startswith("F.linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
@@ -160,11 +162,11 @@ def lacks(name: str) -> str | None:
     return None
 
 
-# --- on several ranks: everyone's rows are split, all but one have the same tokens on every rank ---------------------
+# --- on several ranks: all split the rows; all except one have the same tokens on every rank --------------------------
 
 
 def ours_on_ranks(problem: Problem, rank: int, world: int, tokens: str) -> Step:
-    """The same matmuls in either layout: all tokens meet the rank's rows."""
+    """The same matmuls in both layouts: all tokens times this rank's rows."""
     shard = VocabShard.of(rank, world, len(problem.weight_VD), 1)
     weight_vD = problem.weight_VD[shard.start : shard.stop].clone()
     mine = slice(None)
@@ -194,7 +196,7 @@ def ours_on_ranks(problem: Problem, rank: int, world: int, tokens: str) -> Step:
 
 
 class _SumGradients(torch.autograd.Function):
-    """Tensor parallelism's entry to the head, as in Megatron: identity forward, all-reduce backward."""
+    """The entry to a tensor-parallel head, as in Megatron: identity forward, all-reduce backward."""
 
     @staticmethod
     def forward(ctx, hidden_ND):
@@ -207,7 +209,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 def megatron(problem: Problem, rank: int, world: int, fused: bool) -> Step:
-    with warnings.catch_warnings(action="ignore"):  # that Apex is missing, from every module
+    with warnings.catch_warnings(action="ignore"):  # every module warns that Apex is missing
         from megatron.core import parallel_state
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy

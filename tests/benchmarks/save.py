@@ -1,13 +1,13 @@
-"""What a save costs the training, and what it holds in memory: asynchronous, synchronous, and by torch's own writer.
+"""Measures the time and memory that a save costs a training: asynchronous, synchronous, and with torch's own writer.
 
     python tests/benchmarks/save.py [--vocab 50304] [--width 768] [--layers 4] [--folder .]
 
-Prints Markdown. Each turn trains as many steps once without a save and once after each kind of save, and waits for
-what is still being written; medians over the turns. Held is how long the training stood still: at the step edge, and
-before the next update for what was not copied yet. The whole cost is what the turn took longer, CPU what the rank's
-processor did more: where training leaves no core free, as on a CPU, the steps pay for it; with one rank on two cores
-the writer has a core of its own, as it has beside a GPU. `--folder` is on the disk that is to be measured. Take
-figures on a quiet machine.
+Prints Markdown. Each turn trains the same number of steps without a save and after each kind of save, and waits until
+everything is written; figures are medians over the turns. "training held" is the time during which the training waited:
+at the end of the step, and before the next update for data that was not copied yet. "whole cost" is the extra time of
+the turn, "CPU" the extra processor time of the rank. On a CPU the training uses all cores, so its steps pay for the
+writer; with one rank on two cores the writer has its own core, as beside a GPU. `--folder` chooses the disk to measure.
+Run it on a quiet machine.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=50_304)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--sequences", type=int, default=2, help="a rank and step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--sequences", type=int, default=2, help="per rank and step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=12, help="after each save")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -73,7 +73,7 @@ def main() -> None:
         rows.append([*row, f"{written[kind]:.2f}", f"{memory[kind]:,.0f}"])
     print(
         f"\n{options.ranks} ranks, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {state / MIB:,.0f} MiB of"
-        f" state a rank, {seconds_a_step:.2f} s a step, {options.repeats} turns of {options.steps} steps\n"
+        f" state per rank, {seconds_a_step:.2f} s per step, {options.repeats} turns of {options.steps} steps\n"
     )
     header = [
         "save",
@@ -82,11 +82,11 @@ def main() -> None:
         "whole cost, s",
         "of synchronous",
     ]
-    print(markdown([*header, "CPU, s", "on disk after, s", "extra peak MiB a rank"], rows))
+    print(markdown([*header, "CPU, s", "on disk after, s", "extra peak MiB per rank"], rows))
 
 
 class Run(Hook):
-    """One rank of a training, and its three ways to save."""
+    """One rank of a training, with three ways to save."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
@@ -97,7 +97,7 @@ class Run(Hook):
         engine, model, vocab_optimizer = build_model(config, self.mesh, options.vocab)
         self.state = ModelState(engine, model.vocab, vocab_optimizer, self.mesh)
         self.trainer = trainer_of(model, engine, vocab_optimizer, self.mesh, config.train, config.optim, [self])
-        self.held = 0.0  # seconds for which the training stood still
+        self.held = 0.0  # seconds during which the training waited
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([part[:, :-1].flatten() for part in ids], model.vocab.shard, model.vocab.compute_dtype)
         mine = ids[self.mesh.rank]
@@ -135,7 +135,7 @@ class Run(Hook):
             manager.wait()
 
     def tidy(self) -> None:
-        """What was written is gone, and nothing of it is still on its way to the disk."""
+        """Removes what was written, and waits until nothing is in flight to the disk."""
         dist.barrier()
         if self.mesh.rank == 0:
             for kind in (*KINDS[:2], "torch"):
@@ -145,7 +145,7 @@ class Run(Hook):
 
 
 def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace) -> tuple:
-    """Bytes of state of a rank, seconds of a step; by kind: held, whole cost, of the processor, until on the disk."""
+    """Bytes of state per rank and seconds per step; by kind: seconds held, whole cost, processor, until on the disk."""
     run = Run(folder, options)
     state = sum(tensor.to_local().nbytes for tensor in run.state.tensors().values())
     plain: list[float] = []
@@ -183,11 +183,11 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
 
 
 def memory_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace, kind: str) -> float:
-    """What a rank's first save holds at most beyond what the training holds, in MiB."""
+    """The peak memory of a rank's first save, in MiB above the training's memory."""
     run = Run(folder, options)
     run.trainer.train_step(run.batch)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     before = status_mib("VmRSS")
     run.save(kind, 0)
     run.wait()

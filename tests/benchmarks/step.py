@@ -121,7 +121,7 @@ def lines_of(options: argparse.Namespace, vocab: int, width: int, names: list[st
 
 
 def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[Tensor]:
-    """[sequences, length + 1] of every rank, the same in each process."""
+    """The ids of every rank, [sequences, length + 1] each, identical in every process."""
     generator = torch.Generator().manual_seed(0)
     frequency = 1.0 / torch.arange(1, vocab + 1)
     ids = torch.multinomial(frequency, ranks * sequences * (length + 1), replacement=True, generator=generator)
@@ -132,7 +132,7 @@ def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[
 
 
 def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
-    """The trainer's own step; the lookup is planned within it, though the loader does that ahead of time."""
+    """The trainer's own step. It includes the planning of the lookup, which the loader normally does ahead of time."""
     optim = OptimConfig(lr=1e-4, warmup_steps=0)
     mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
     shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, vocab)
@@ -239,13 +239,13 @@ SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
 }
 
 
-# --- on a rank --------------------------------------------------------------------------------------------------------
+# --- on one rank ------------------------------------------------------------------------------------------------------
 
 
 def times_on_rank(
     rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, repeats: int, names: list[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a step, and the loss of the last one, by name."""
+    """Median seconds per step, and the loss of the last step, by name."""
     torch.set_num_threads(1)
     steps = {name: SYSTEMS[name](model, vocab, sequences) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""The benchmarks run, and the rivals compute the same thing: what they are timed at is the same work."""
+"""Tests that the benchmarks run, and that the rivals compute the same gradients, so that they time the same work."""
 
 import shlex
 import subprocess
@@ -19,12 +19,12 @@ NO_GRADIENTS = "three bare matmuls"
 
 
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != NO_GRADIENTS])
-def test_a_rival_computes_the_gradients(name):
+def test_rivals_compute_the_same_gradients(name):
     if lacks(name):
         pytest.skip(f"{name} needs {lacks(name)}")
     problem = Problem.draw(64, 32, 384, "cpu")
     for made, truth in zip(RIVALS[name](problem)(), problem.truth(), strict=True):
-        assert (made.double() - truth).norm() < 5e-2 * truth.norm()  # logits rounded to bf16 cost that
+        assert (made.double() - truth).norm() < 5e-2 * truth.norm()  # rounding the logits to bf16 explains this much
 
 
 def rank_errors(rank, world, name):
@@ -37,20 +37,20 @@ def rank_errors(rank, world, name):
 
 
 @pytest.mark.parametrize("name", RANK_RIVALS)
-def test_a_rival_on_two_ranks_computes_the_gradients(name):
+def test_rivals_on_two_ranks_compute_the_same_gradients(name):
     for errors in run_ranks(2, rank_errors, name, timeout=120):
         assert max(errors) < 5e-2
 
 
 def table(*arguments: str) -> list[list[str]]:
-    """The rows of the table that a benchmark prints."""
+    """Runs a benchmark and returns the rows of the table that it prints."""
     command = [sys.executable, *(part for argument in arguments for part in argument.split())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return rows_of(done)
 
 
 def table_here(main: Callable[[], None], *arguments: str) -> list[list[str]]:
-    """Runs the benchmark in this process, so that its ranks are forked from the server of the other tests."""
+    """Runs the benchmark in this process, so that its ranks are forked from the other tests' server."""
     return rows_of(in_process(main, *(part for argument in arguments for part in shlex.split(argument))))
 
 
@@ -60,14 +60,14 @@ def rows_of(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_head():
+def test_head_benchmark_runs():
     rows = table("tests/benchmarks/head.py --vocab 512 --tokens 64 --width 32 --repeats 1 --only Rowshard")
     assert [row[0] for row in rows] == [NO_GRADIENTS, "Rowshard"]
     assert float(rows[0][2]) == 1.0 and float(rows[1][2]) > 0
 
 
-def test_the_whole_step():
-    """Losses are near each other: all train alike. The fused loss is left out: compiling it takes most of a minute."""
+def test_step_benchmark_runs_and_losses_agree():
+    """All systems reach about the same loss. The fused loss is left out, because compiling it takes almost a minute."""
     names = [name for name in step.SYSTEMS if name != step.FUSED]
     sizes = "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1"
     rows = table_here(step.main, sizes, f"--only {shlex.join(names)}")
@@ -75,13 +75,13 @@ def test_the_whole_step():
     assert [row[0] for row in rows] == names and max(losses) - min(losses) < 0.01 * losses[0]
 
 
-def test_tokenising():
-    """All write the same tokens, or it stops; the bare loop is half of what two processes could do."""
+def test_tokenising_benchmark_runs():
+    """The benchmark stops unless all write the same tokens; one bare loop is half of the limit for two processes."""
     rows = table("tests/benchmarks/tokenising.py --megabytes 0.3 --rows 300 --repeats 1 --workers 2")
     assert len(rows) >= 5 and rows[0][2] == "0.50" and rows[2][0] == "Rowshard" and float(rows[2][1]) > 0
 
 
-def test_reading(tmp_path):
+def test_reading_benchmark_runs(tmp_path):
     done = table(f"tests/benchmarks/reading.py --millions 0.5 --length 64 --repeats 1 --folder {tmp_path}")
     names = [f"Rowshard, {kind}" for kind in ("windows", "masked", "packed")]
     assert [row[0] for row in done[:4]] == ["bare slices", *names]
@@ -89,8 +89,8 @@ def test_reading(tmp_path):
 
 
 @pytest.mark.parametrize("monitor", ["embedding", "lens"])
-def test_a_monitor(tmp_path, monitor):
-    """The first one in a process of its own."""
+def test_monitor_benchmark_runs(tmp_path, monitor):
+    """Runs one of the monitors in a separate process."""
     small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
     data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 10"
     arguments = f"--monitor {monitor} {data} --settings {small}"

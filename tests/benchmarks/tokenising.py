@@ -1,13 +1,14 @@
-"""Text to token files, end to end: this program, and what others do, against a bare loop of tiktoken.
+"""Measures text to token files, end to end: this program and others, against a bare loop of tiktoken.
 
     python tests/benchmarks/tokenising.py [--megabytes 100] [--rows 32768] [--workers N] [--folder .]
 
-Prints Markdown. The text is Python source, standard library and installed packages, as one .jsonl; the tokenizer a BPE
-that is trained on part of it first. All write the same tokens, which is checked. The bare loop encodes texts that it
-holds in memory, on one core, and writes nothing; the whole machine would be as many times that as it has cores, were
-they not to share caches and memory: hence the loops side by side, each with a part of the texts. This program is timed
-as its user waits for it: the command, start included; others from after their imports to their files on disk. Not named
-tokenize.py, for that would be the standard library's. Take figures on a quiet machine.
+Prints Markdown. The text is Python source (standard library and installed packages) in one .jsonl; the tokenizer is a
+BPE that is trained on part of it first. The benchmark checks that all write the same tokens. The bare loop encodes
+texts in memory on one core and writes nothing. One loop times the number of cores would be the machine's limit if cores
+did not share caches and memory, so loops on all cores, each with a part of the texts, are measured as well. This
+program's time includes the start of the command; other programs are timed from after their imports until their files
+are on disk. The file is not named tokenize.py, because the standard library has a module of that name. Run it on a
+quiet machine.
 """
 
 import argparse
@@ -41,13 +42,13 @@ from tests.benchmarks.measure import in_fresh_process, markdown, progress
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "tokenize.py"
 BARE = "bare loop of tiktoken, 1 core"
-TOGETHER = "bare loops, one a core"
-MEGATRON_CHUNK = 32  # lines that its workers are handed at once
+TOGETHER = "bare loops, one per core"
+MEGATRON_CHUNK = 32  # lines per task of its workers
 
 
 @dataclass(frozen=True)
 class Task:
-    """The .jsonl, the tokenizer's folder, processes, and a folder to write in."""
+    """A task: the .jsonl, the tokenizer's folder, the number of processes, and a folder to write in."""
 
     text: Path
     tokenizer: Path
@@ -89,7 +90,7 @@ def table(options: argparse.Namespace, folder: Path) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     digests = {}
     for turn in range(options.repeats):
-        for name in names:  # in turns, so that a busy moment of the machine falls on all alike
+        for name in names:  # in turns, so that a busy moment of the machine affects all equally
             progress(f"turn {turn + 1} of {options.repeats}: {name}")
             task = Task(text, tokenizer, options.workers, folder / "out")
             task.out.mkdir()
@@ -105,7 +106,7 @@ def table(options: argparse.Namespace, folder: Path) -> str:
 
 
 def write_text(path: Path, least: int) -> int:
-    """Bytes of text: every .py file, and all once more where they do not suffice."""
+    """Writes every .py file, repeated if there is not enough text. Returns the bytes of text."""
     files = [file for key in ("stdlib", "purelib") for file in sorted(Path(sysconfig.get_path(key)).rglob("*.py"))]
     size = 0
     with open(path, "w") as stream:
@@ -126,7 +127,9 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def tokens_in(folder: Path) -> tuple[int, int]:
-    """How many, and their sum: of any order of documents. Ours has a manifest, Megatron an index."""
+    """The number of tokens and their sum, which do not depend on the documents' order. Ours has a manifest, Megatron an
+    index.
+    """
     if (folder / "made" / "manifest.json").exists():
         entries = Manifest.load(folder / "made").files
         parts = [TokenFile(folder / "made" / entry.name).tokens for entry in entries]
@@ -137,7 +140,7 @@ def tokens_in(folder: Path) -> tuple[int, int]:
     return sum(map(len, parts)), sum(int(part.sum(dtype=np.int64)) for part in parts)
 
 
-# --- who tokenises ----------------------------------------------------------------------------------------------------
+# --- the tokenisers ---------------------------------------------------------------------------------------------------
 
 
 def bare(task: Task) -> float:
@@ -149,7 +152,7 @@ def bare(task: Task) -> float:
 
 
 def together(task: Task) -> float:
-    """From when the first begins until the last ends."""
+    """Runs all bare loops at once; the seconds from the first start to the last end."""
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(task.workers)
     with context.Pool(task.workers, _start_together, (task, barrier)) as pool:
@@ -191,7 +194,7 @@ def rowshard_gigatoken(task: Task) -> float:
 
 
 def megatron(task: Task) -> float:
-    """As its preprocess_data: a pool encodes lines, and hands the ids to one process with its builder."""
+    """Works as Megatron's preprocess_data: a pool encodes lines, and one process writes the ids with its builder."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -214,7 +217,7 @@ def _encode_line(line: str) -> list[int]:
 
 
 def datasets_map(task: Task) -> float:
-    """As nanoGPT's prepare.py: `map` in processes, then all ids into one memmap."""
+    """Works as nanoGPT's prepare.py: `map` in processes, then all ids into one memmap."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -241,7 +244,7 @@ def fresh(tokeniser: Tokeniser) -> Tokeniser:
     return lambda task: in_fresh_process(tokeniser, task)
 
 
-TOKENISERS: dict[str, tuple[Tokeniser, str]] = {  # with the package that each needs
+TOKENISERS: dict[str, tuple[Tokeniser, str]] = {  # and the package that each needs
     BARE: (fresh(bare), "tiktoken"),
     TOGETHER: (fresh(together), "tiktoken"),
     "Rowshard": (rowshard_tiktoken, "tiktoken"),

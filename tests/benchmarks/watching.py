@@ -1,4 +1,4 @@
-"""What a monitor costs: steps that it looks at and steps that it does not, taking turns in one run.
+"""Measures the cost of a monitor: steps with and without it alternate in one run.
 
     python tests/benchmarks/watching.py --data data/stdlib [--monitor embedding] [--settings model=gpt2 …]
 
@@ -43,14 +43,14 @@ def main() -> None:
     print(
         f"\n{options.ranks} ranks, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f};"
         f" monitor.{options.monitor}_every; {' '.join(options.settings)}: a step takes {plain:.3f} s,"
-        f" one that is looked at {extra:+.3f} s\n"
+        f" the monitor adds {extra:+.3f} s\n"
     )
     rows = [[f"{every}", f"{100 * extra / (every * plain):.2f}%"] for every in CADENCES]
-    print(markdown(["looks every", "of the run"], rows))
+    print(markdown(["measures every", "of the run"], rows))
 
 
 def seconds_of_steps(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
-    """Medians of the odd and of the even steps, from step edge to step edge; the first ones not counted."""
+    """The median seconds of the odd and of the even steps, from step end to step end, without the first ones."""
     edges: list[float] = []
     must_stop = Trainer.must_stop
 

@@ -1,4 +1,4 @@
-"""Each example on two ranks, as its docstring starts it, against the same training without ranks in float64."""
+"""Tests each example on two ranks, started as its docstring says, against the same training in one float64 process."""
 
 import os
 import re
@@ -19,7 +19,7 @@ VOCAB, WIDTH, BATCH, LENGTH, STEPS = 1000, 64, 8, 32, 20
 
 
 def run_example(name: str, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The loss of each step, and the weights that it saves."""
+    """The loss of each step, and the weights that the example saves."""
     words = [EXAMPLES / name, folder / "model.pt"]
     done = torchrun(2, *words, cwd=folder) if name != "plain_torch.py" else _by_torchrun_itself(words, folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def _by_torchrun_itself(words: list[Path], folder: Path) -> subprocess.Completed
 
 
 def dense(body: nn.Module, run, weight_decay: float) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of one process with the whole matrix, clipped by torch."""
+    """The losses and final weights of one process with the whole matrix and torch's clip."""
     initial = VocabParallelEmbedding.create(VOCAB, WIDTH, seed=0).full_state_dict()["embedding.weight"]
     matrix = initial.double().requires_grad_()
     weights = [matrix, *body.parameters()]
@@ -75,10 +75,10 @@ def dense_llama():
     [
         ("plain_torch.py", dense_transformer, 1e-5),
         ("lightning_trainer.py", dense_transformer, 1e-5),
-        ("hf_trainer.py", dense_llama, 1e-4),  # its log rounds
+        ("hf_trainer.py", dense_llama, 1e-4),  # the Trainer's log rounds
     ],
 )
-def test_two_ranks_train_as_one_process_would(name, truth, digits, tmp_path):
+def test_two_ranks_match_one_process(name, truth, digits, tmp_path):
     losses, weights = run_example(name, tmp_path)
     dense_losses, dense_weights = truth()
     assert losses == pytest.approx(dense_losses, abs=digits)
