@@ -189,7 +189,7 @@ BYTES_ALONE = BYTES | {"use_regex": False}
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}}, "splits text in several steps"),
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"invert": True}, BYTES_ALONE]}},
-            "splits text in several steps",
+            "splits text in a way that tiktoken cannot",
         ),
         ({"added_tokens": [{"id": 258, "content": "    ", "special": False}]}, "'    ' is an added token"),
         ({"end_of_word_suffix": "</w>"}, "its end_of_word_suffix='</w>' must be null"),
