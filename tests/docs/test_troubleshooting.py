@@ -39,7 +39,7 @@ def quoted() -> list[str]:
             if cell == "message":
                 ours = True
             elif ours and (text := re.fullmatch(r"`([^`]+)`", cell)):
-                found.append(text[1])
+                found.append(text[1].replace("\\|", "|"))
         elif not line.startswith("|"):
             ours = False
     return found

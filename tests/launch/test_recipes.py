@@ -120,6 +120,14 @@ def test_command_line_wins():
     assert configured("optim.lr=1e-3", "+recipe=gpt2_124m").optim.lr == 1e-3
 
 
+def test_recipe_of_ones_own_builds_on_another(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (example,) = re.findall(r"```yaml\n(.+?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "recipe" / "own.yaml").write_text(example)
+    config = configured(f"hydra.searchpath=[file://{tmp_path}]", "+recipe=own")
+    assert (config.train.steps, config.train.global_batch, config.optim.lr) == (5000, 512, 6e-4)
+
+
 def test_recipe_of_another_name_is_refused_with_the_list():
     for plus in ("", "+"):
         error = refused(f"{plus}recipe=gpt2_124 data.path=x run.dir=y")
