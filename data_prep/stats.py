@@ -18,6 +18,7 @@ from data_prep.columns import aligned
 from data_prep.durable import durable
 from data_prep.errors import DataError
 from data_prep.faults import check
+from data_prep.progress import progress
 from data_prep.token_file import PIECE, SPLITS, TOKENIZER_FOLDER, TokenFile, TokenFileEntry
 from data_prep.tokenizer import Tokenizer
 
@@ -88,7 +89,8 @@ def count(folder: Path) -> dict[str, Counts]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for split in SPLITS:
             total = Counts(np.zeros(manifest.vocab_size, np.int64))
-            for counts in pool.map(of_entry, manifest.split(split)):
+            entries = manifest.split(split)
+            for counts in progress(pool.map(of_entry, entries), f"count {split}", len(entries)):
                 total.add(counts)
             if total.documents:
                 by_split[split] = total

@@ -1,10 +1,16 @@
 """Makes standard output, standard error and Ctrl-C safe for every command: work continues if a text cannot be written,
 and Ctrl-C while a command loads prints one line. A separate module, because it must be imported before heavy ones.
+
+It also draws the status line, the last line of a terminal, in which progress.py shows its bar. Several processes may
+write to one terminal, and the terminal keeps each write whole. So each write erases the status line first, and ends at
+the start of a line: text and bar never mix, and no process has to know of another.
 """
 
+import atexit
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -17,6 +23,10 @@ PATIENCE = 10.0  # seconds to wait for a reader that has stopped reading: a page
 PIECE = 4096  # bytes that a pipe takes without blocking, if it takes any
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)  # the reader has ended, or the terminal is closed
 OWN_PACKAGES = ("data_prep", "pretrain", "launch")
+ERASE = b"\r\x1b[K"  # the cursor to the start of its line, and nothing behind it
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}  # codes of the terminal
+FAULT = re.compile(rb"^((error)|warning)\b[^:\n]*:", re.MULTILINE)  # how lines about a fault begin
+COLUMNS = 80  # of a terminal that does not say how wide it is
 
 
 class Output(io.RawIOBase):
@@ -28,6 +38,9 @@ class Output(io.RawIOBase):
     def __init__(self, descriptor: int, name: str) -> None:
         self.name, self.mode, self.product = name, "w", False
         self._descriptor, self._patience = descriptor, PATIENCE
+        self.draws = self.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.coloured = self.draws and not os.environ.get("NO_COLOR")  # https://no-color.org
+        self.within_line = False  # the last text did not end its line
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -42,8 +55,8 @@ class Output(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Accepts all bytes. Raises BrokenPipeError or OSError only for a product, and only once."""
-        left = memoryview(data).cast("B")
-        size = len(left)
+        size = len(memoryview(data).cast("B"))
+        left = memoryview(self._framed(bytes(data)) if self.draws else data).cast("B")
         try:
             while left and self._takes_more():
                 left = left[os.write(self._descriptor, left[:PIECE]) :]
@@ -55,6 +68,27 @@ class Output(io.RawIOBase):
                 raise OSError(error.errno, error.strerror, self.name) from error
         return size
 
+    def draw(self, text: bytes) -> None:
+        """Replaces the status line. Skipped if the terminal takes nothing at the moment, or a text is in its line."""
+        if not self.within_line and self._poll.poll(0):
+            with suppress(OSError):
+                os.write(self._descriptor, ERASE + text)
+
+    def columns(self) -> int:
+        """Width of the terminal now."""
+        try:
+            return os.get_terminal_size(self._descriptor).columns or COLUMNS
+        except OSError:
+            return COLUMNS
+
+    def _framed(self, data: bytes) -> bytes:
+        """Puts the status line behind the data. On stderr colours the words that name a fault."""
+        erase = ERASE if (_status.text or _status.shared) and not self.within_line else b""
+        if self.coloured and self._descriptor == 2 and not self.within_line:
+            data = FAULT.sub(lambda found: _in_colour(found[0], "red" if found[2] else "yellow"), data)
+        self.within_line = not data.endswith(b"\n")
+        return erase + data + (b"" if self.within_line else _status.text)
+
     def _takes_more(self) -> bool:
         """Waits once for a reader that has stopped. Until it reads again, later text is dropped without waiting."""
         ready = bool(self._poll.poll(None if self.product else 1000 * self._patience))
@@ -62,6 +96,14 @@ class Output(io.RawIOBase):
         return ready
 
 
+class _Status:
+    """The status line as this process draws it."""
+
+    text = b""  # ends at the start of the line: what another process writes there comes first
+    shared = False  # another process may draw one
+
+
+_status = _Status()
 _outputs: dict[int, Output] = {}  # by descriptor, once `begin` was called
 
 
@@ -81,6 +123,9 @@ def begin() -> None:
         stream = _text(getattr(sys, name), _outputs[descriptor])
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    _status.shared = not first_rank()
+    atexit.register(status, "")
+    os.register_at_fork(after_in_child=_forget_status)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
 
@@ -96,6 +141,63 @@ def loaded() -> None:
     """Makes Ctrl-C raise KeyboardInterrupt from now on."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def status(text: str) -> None:
+    """Draws the status line: one line of at most `status_columns()` characters; "" removes it. Does nothing without a
+    terminal.
+    """
+    output, before = _drawing(), _status.text
+    if output is None:
+        return
+    _status.text = text.encode(_encoding(), "replace") + b"\r" if text else b""
+    if text or before or _status.shared:
+        output.draw(_status.text)
+
+
+def status_columns() -> int:
+    """How many characters fit into the status line now; 0: there is no terminal that could draw one."""
+    output = _drawing()
+    return output.columns() - 1 if output is not None else 0  # a full line would make some terminals begin the next
+
+
+def share_status() -> None:
+    """Declares that a child process may draw a status line: this one's text erases it first."""
+    _status.shared = True
+
+
+def in_colour(text: str, colour: str, *, in_status: bool = False) -> str:
+    """The text, in one of COLOURS if stdout is a terminal and NO_COLOR is not set. in_status: for the status line."""
+    output = _drawing() if in_status else _outputs.get(1)
+    return _in_colour(text.encode(), colour).decode() if output is not None and output.coloured else text
+
+
+def plain_ascii() -> bool:
+    """True if the terminal's encoding has no block characters."""
+    return not _encoding().lower().replace("-", "").startswith("utf")
+
+
+def _drawing() -> Output | None:
+    """The output whose terminal has the status line; None, too, if another rank draws it."""
+    return next((output for output in _outputs.values() if output.draws and first_rank()), None)
+
+
+def first_rank() -> bool:
+    """True for the first of several ranks, and for a process that is none."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
+def _in_colour(text: bytes, colour: str) -> bytes:
+    return b"\x1b[%dm%b\x1b[0m" % (COLOURS[colour], text)
+
+
+def _forget_status() -> None:
+    """The line is the parent's."""
+    _status.text, _status.shared = b"", True
 
 
 def product() -> None:

@@ -15,6 +15,7 @@ from data_prep.clean import digest_faults
 from data_prep.durable import sha256_of
 from data_prep.errors import DataError
 from data_prep.faults import cheap_faults, or_unreadable
+from data_prep.progress import progress
 from data_prep.token_file import PIECE, TOKENIZER_FOLDER, Manifest, TokenFile, TokenFileEntry, with_suffix
 from data_prep.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ def verify(folder: Path) -> list[str]:
     faults = [*cheap_faults(folder, manifest), *or_unreadable(folder, digest_faults(folder, manifest))]
     checker = _Checker(folder, manifest)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for found in pool.map(checker.all_faults, manifest.files):
+        for found in progress(pool.map(checker.all_faults, manifest.files), "verify", len(manifest.files)):
             faults += found
     return list(dict.fromkeys(faults))  # a missing file is found twice
 

@@ -1,4 +1,4 @@
-"""Refuses to be started once per rank: a launcher starts the ranks itself. Imports nothing heavy."""
+"""Refuses to run once per rank: a launcher starts the ranks itself. Imports nothing heavy."""
 
 import os
 import re
@@ -23,9 +23,9 @@ STARTERS = {  # programs that start one process per rank, and the variable that 
 
 
 def alone() -> None:
-    """Exits 2 with one line if this is one of several processes of torchrun, srun or mpirun.
+    """Exits with 2 and one line if this is one of several processes started by torchrun, srun or mpirun.
 
-    Variables alone do not tell: a shell may have them from elsewhere. So the starter must be an ancestor.
+    Variables are not enough, because a shell may have inherited them: the starter must also be an ancestor.
     """
     if "SLURM_PTY_PORT" in os.environ:  # an interactive shell, in one task
         return
@@ -39,7 +39,7 @@ def alone() -> None:
 
 
 def _ancestors() -> Iterator[list[str]]:
-    """Their command lines, the parent's first; none if the system does not say."""
+    """Yields the command lines of the ancestors, the parent's first; nothing if the system hides them."""
     process = os.getppid()
     try:
         while process:

@@ -39,36 +39,36 @@ OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to us
     "job-name": "run.dir",
     "output": "run.dir",
     "error": "run.dir",
-    "open-mode": "nothing: the log of a job that is requeued goes on",
-    "array": "--multirun, or cluster.tasks where a corpus is tokenised",
+    "open-mode": "nothing: a requeued job appends to its log",
+    "array": "--multirun, or cluster.tasks if a corpus is tokenised",
 }
 
 
 @dataclass
 class ClusterConfig:
-    """Resources that a job asks of Slurm. partition, account, qos, constraint and exclude are sbatch's."""
+    """Resources that a job requests from Slurm."""
 
     nodes: int = 1
     gpus_per_node: int = 0
-    gpu: str | None = None  # what GPU a node has, a name in launch/hardware.py; null: none
-    tasks_per_node: int | None = None  # ranks of a node; null: one per GPU, or one
-    cpus_per_task: int = 1
-    tasks: int = 1  # jobs side by side, for tokenising only
-    memory: str = "0"  # of a node, such as 400G; 0: all
-    time: str = ""  # Slurm's limit, such as 1-12:00:00
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    container: str | None = None  # an image for Slurm's --container-image (pyxis)
-    mounts: list[str] = field(default_factory=list)  # what the container sees besides the run and the data, as FROM:TO
-    python: str | None = None  # the command that is Python in a task; null: this one, or python3 in a container
-    setup: list[str] = field(default_factory=list)  # lines of the job's script
-    environment: dict[str, str] = field(default_factory=dict)  # variables of every rank
-    warn_seconds: int = 120  # the job is told to save so long before its time limit
-    requeue: bool = True  # the job may go on by itself
-    sbatch: dict[str, Any] = field(default_factory=dict)  # further keys of sbatch
+    gpu: str | None = None  # type of the GPUs, a name in launch/hardware.py; null: no GPUs
+    tasks_per_node: int | None = None  # ranks per node; null: one per GPU, or one without GPUs
+    cpus_per_task: int = 1  # CPU cores per rank
+    tasks: int = 1  # parallel jobs, for tokenising only
+    memory: str = "0"  # per node, such as 400G; 0: all
+    time: str = ""  # Slurm's time limit, such as 1-12:00:00
+    partition: str | None = None  # as sbatch's; null: the cluster's default
+    account: str | None = None  # as sbatch's; null: the user's default
+    qos: str | None = None  # as sbatch's; null: the default
+    constraint: str | None = None  # as sbatch's; null: none
+    exclude: str | None = None  # nodes not to use, as sbatch's; null: none
+    container: str | None = None  # an image for Slurm's --container-image (pyxis); null: none
+    mounts: list[str] = field(default_factory=list)  # further mounts of the container, as FROM:TO
+    python: str | None = None  # Python's command in a task; null: this one, or python3 in a container
+    setup: list[str] = field(default_factory=list)  # shell lines of the job's script, before the ranks start
+    environment: dict[str, str] = field(default_factory=dict)  # variables for every rank
+    warn_seconds: int = 120  # how long before the time limit the job is asked to save
+    requeue: bool = True  # Slurm may start the job again
+    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
 
     def __post_init__(self) -> None:
         leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "tasks": 1}
@@ -98,17 +98,17 @@ class ClusterConfig:
             if getattr(self, key) == "":
                 raise ValueError(f"cluster.{key}= must not be empty (null: none)")
         if self.mounts and self.container is None:
-            raise ValueError(f"cluster.mounts={self.mounts} are of a container: name it with cluster.container")
+            raise ValueError(f"cluster.mounts={self.mounts} need a container: set cluster.container")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-                raise ValueError(f"cluster.environment.{name} is no name of a variable")
+                raise ValueError(f"cluster.environment.{name} is not a valid variable name")
         for key, value in ((_option(key), value) for key, value in self.sbatch.items()):
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ValueError(f"cluster.sbatch.{key} is no option of sbatch")
+                raise ValueError(f"cluster.sbatch.{key} is not an sbatch option")
             if isinstance(value, list | dict):
                 raise ValueError(f"cluster.sbatch.{key}={value} must be a word, a number, true or false")
             if key in OWNED_KEYS:
-                raise ValueError(f"cluster.sbatch.{key} is not to be given: use {OWNED_KEYS[key]}")
+                raise ValueError(f"cluster.sbatch.{key} cannot be set: use {OWNED_KEYS[key]}")
 
     @property
     def ranks_of_a_node(self) -> int:
@@ -147,13 +147,13 @@ class ClusterConfig:
         calls: Sequence[Callable[[], object]],
         options: Mapping[str, Any] | None = None,
     ) -> Job:
-        """A job for each of the calls, with logs in `folder`; options: further ones of sbatch."""
+        """Builds one job per call, with logs in `folder`. options: further options of sbatch."""
         parameters = self.parameters(name, setup, mounts)
         parameters["additional_parameters"] |= options or {}
         return Job(folder, self.task_python, parameters, calls)
 
     def parameters(self, name: str, setup: list[str], mounts: list[Path]) -> dict[str, Any]:
-        """Parameters of submitit's executor. `setup` comes after our lines; `mounts` is what the job needs."""
+        """Builds submitit's parameters. `setup` comes last in the script; `mounts`: folders that the job needs."""
         threads = {"OMP_NUM_THREADS": str(self.cpus_per_task)}
         exports = [f"export {key}={shlex.quote(value)}" for key, value in (threads | self.environment).items()]
         further: dict[str, Any] = {"gres": f"gpu:{self.gpus_per_node}"} if self.gpus_per_node else {}
@@ -178,7 +178,7 @@ class ClusterConfig:
             "setup": [*self.setup, *exports, *setup],
             "srun_args": srun,
             "stderr_to_stdout": True,
-            "wckey": None,  # submitit's own would be refused where keys are checked
+            "wckey": None,  # a cluster that checks keys would refuse submitit's own
             "additional_parameters": further,
         }
 
@@ -188,10 +188,10 @@ class ClusterConfig:
 
 
 def register() -> None:
-    """Tells Hydra the dataclass behind conf/cluster/*.yaml."""
+    """Registers the dataclass of conf/cluster/*.yaml with Hydra."""
     node = OmegaConf.structured(ClusterConfig)
     for key in ("environment", "sbatch"):
-        OmegaConf.set_struct(node[key], False)  # they take keys that we do not know
+        OmegaConf.set_struct(node[key], False)  # they accept any key
     ConfigStore.instance().store(group="cluster/scheduler", name="slurm", node=node)
 
 
@@ -203,15 +203,17 @@ def need_cluster(composed: Container[object]) -> None:
 
 
 def need_slurm(dry_run: bool) -> None:
-    """Raises ValueError if jobs cannot be submitted."""
+    """Raises ValueError if this machine has no sbatch and jobs are to be submitted."""
     if not dry_run and shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not here: run this on a login node of a Slurm cluster, or with dry_run=true")
+        raise ValueError(
+            "sbatch is not installed here: run this on a login node of a Slurm cluster, or with dry_run=true"
+        )
 
 
 def plain_path(key: str, path: str) -> Path:
-    """A folder in full: a job may have another current one. Raises ValueError if Slurm would read it in its own way."""
+    """Returns the absolute path: a job's current folder may differ. Raises ValueError if Slurm would change it."""
     if not re.fullmatch(r"[\w@+=./-]+", path, re.ASCII):
-        raise ValueError(f"{key}={path} must hold letters, digits and @+=./_- alone")
+        raise ValueError(f"{key}={path} may have letters, digits and @+=./_- only")
     return Path(os.path.abspath(path))
 
 

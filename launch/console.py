@@ -1,6 +1,6 @@
-"""The console scripts of an installed package, `rowshard-train` and its sisters.
+"""Console scripts of an installed package, such as `rowshard-train`.
 
-Not in the modules of the commands: output and Ctrl-C must be prepared before those are imported, which takes seconds.
+They prepare output and Ctrl-C before the module of the command is imported, which takes seconds.
 """
 
 from importlib import import_module

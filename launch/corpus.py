@@ -1,13 +1,13 @@
 """Tokenising on a Slurm cluster: `python launch/slurm.py --config-name tokenize +cluster=cpu cluster.tasks=16 …`.
 
-    prepare    one job     the tokenizer, where it is trained from the corpus and not there yet
-      └ parts    an array    of cluster.tasks jobs: each its own part of the units
-          └ manifest  one job     whatever is still missing, and the manifest
+    prepare    one job     trains the tokenizer on the corpus, if it must be trained
+      └ parts    an array    of cluster.tasks jobs: each tokenises its own part of the units
+          └ manifest  one job     tokenises what is still missing, and writes the manifest
 
-Each is a job of its own, so a lost node costs its part alone. The last one waits for all parts to end, well or not:
-where all went well it finds every unit done, else it does the rest itself. The parts need the preparation to end well,
-for without a tokenizer there is no work; what waits for a job that failed so is taken off the queue. All of them may be
-requeued or submitted again at any time: what is finished is not done twice, and the bytes are those of a plain run.
+The parts are separate jobs, so a lost node costs one part. The last job starts when all parts have ended, failed ones
+included, and does what they left. The parts start only if the preparation has succeeded; if it fails, Slurm removes
+them from the queue. Every job may be requeued or submitted again: finished units are kept, and the token files equal
+those of a run on one machine.
 """
 
 import json
@@ -47,7 +47,7 @@ LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 
 @dataclass
 class TokenizeJobConfig(TokenizeConfig):
-    """Settings of the command: a corpus to tokenise, where, and what becomes of the jobs."""
+    """Settings of the command: the corpus to tokenise, the cluster, and how to submit."""
 
     cluster: ClusterConfig = MISSING
     dry_run: bool = False
@@ -57,27 +57,27 @@ class TokenizeJobConfig(TokenizeConfig):
         super().__post_init__()
         if any(key is not None for key in (self.verify, self.stats, self.part)):
             raise DataError(
-                "verify=, stats= and part= are for data_prep/tokenize.py: here the jobs' parts are cluster.tasks"
+                "verify=, stats= and part= are for data_prep/tokenize.py: here cluster.tasks sets the number of parts"
             )
         if self.cluster.ranks != 1:
             raise DataError(
                 f"cluster.nodes={self.cluster.nodes} × {self.cluster.ranks_of_a_node} tasks must be 1 × 1:"
-                " what runs side by side is cluster.tasks"
+                " cluster.tasks sets the number of parallel jobs"
             )
 
     @property
     def here(self) -> Path:
-        """The folder to write, in full."""
+        """The output folder, as an absolute path."""
         assert self.out is not None
         return plain_path("out", self.out)
 
     @property
     def jobs(self) -> Path:
-        """Logs and code, beside the folder to write: that one holds the same bytes whoever made it."""
+        """The folder of logs and code, beside the output, which then has the same bytes as without Slurm."""
         return self.here.with_name(f"{self.here.name}.slurm")
 
     def tokenizing(self) -> TokenizeConfig:
-        """Settings of a job, but for its part."""
+        """Returns the settings of a job, except its part."""
         known = {item.name: getattr(self, item.name) for item in fields(TokenizeConfig)}
         workers = self.workers or self.cluster.cpus_per_task
         return replace(TokenizeConfig(**known), out=str(self.here), workers=workers)
@@ -85,10 +85,10 @@ class TokenizeJobConfig(TokenizeConfig):
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """Called in a job: tokenises, in the folder where the command was given, and exits as the program does.
+    """Tokenises inside a job, in the folder where the command was typed. Exits with the program's exit code.
 
-    Told to end, it waits to be killed: Slurm starts a preempted job again, but not if it has failed on its own. Near
-    its time limit it has itself started again, provided that it has finished a unit since its last start.
+    After SIGTERM it waits to be killed: Slurm restarts a preempted job only if it has not failed. Near the time limit
+    it requeues itself, if it has finished a unit since its last start.
     """
 
     config: TokenizeConfig
@@ -109,7 +109,7 @@ class CorpusTask:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
 
     def _done(self) -> set[str]:
-        """The units of this task that are finished."""
+        """Returns the finished units of this task."""
         assert self.config.out is not None
         records = Path(self.config.out, UNFINISHED_FOLDER).glob("[0-9]*.json")
         return {record.stem for record in records if self.config.units.has(int(record.stem))}
@@ -120,33 +120,33 @@ class JobStage:
     """One submission."""
 
     name: str
-    parts: list[str | None]  # of each of its tasks, as part=
-    after: Mapping[str, str] = field(default_factory=dict)  # how each step before it must have ended, by name
+    parts: list[str | None]  # value of part= for each task
+    after: Mapping[str, str] = field(default_factory=dict)  # how each earlier stage must have ended, by name
 
     def dependency(self, jobs: Mapping[str, str]) -> dict[str, Any]:
-        """Options of sbatch, by the ids of the steps that were submitted."""
+        """Builds the options of sbatch from the job ids of the earlier stages."""
         waits = [f"{how}:{jobs[name]}" for name, how in self.after.items() if name in jobs]
         return {"dependency": ",".join(waits), "kill-on-invalid-dep": "yes"} if waits else {}
 
 
 def register() -> None:
-    """Tells Hydra that, here, conf/tokenize.yaml has the keys of TokenizeJobConfig."""
+    """Registers TokenizeJobConfig with Hydra as the keys of conf/tokenize.yaml."""
     app.register()
     ConfigStore.instance().store(name="tokenize_schema", node=TokenizeJobConfig)
 
 
 def asked_for(composed: DictConfig) -> bool:
-    """True if a corpus is to be tokenised: then Hydra has composed a TokenizeJobConfig."""
+    """True if the command tokenises a corpus: Hydra has composed a TokenizeJobConfig."""
     return OmegaConf.get_type(composed) is TokenizeJobConfig
 
 
 def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
-    """Submits the jobs, or prints their scripts if `dry_run`. Returns those to follow, in order, if `tail` says so.
+    """Submits the jobs, or prints their scripts if `dry_run`. With `tail`, returns the jobs to follow, in order.
 
-    Raises ValueError: key, value, rule.
+    Raises ValueError if a setting is wrong.
     """
     if len(composed) > 1:
-        raise ValueError("--multirun is not for tokenising: a command makes one folder")
+        raise ValueError("--multirun cannot be used for tokenising: one command writes one folder")
     need_cluster(composed[0])
     config = app.config_of(composed[0])
     assert isinstance(config, TokenizeJobConfig)
@@ -159,7 +159,7 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     steps, snapshot = steps_of(config, output.prepared), Snapshot.take()
     if config.dry_run:
         terminal.product()
-        names = {step.name: step.name.upper() for step in steps}  # in place of numbers that are not known
+        names = {step.name: step.name.upper() for step in steps}  # placeholders for the job ids
         print(*(job_of(config, step, names, snapshot).script() for step in steps), sep="\n")
         return []
     refuse_if_held(config)
@@ -169,14 +169,14 @@ def launch(composed: list[DictConfig]) -> list[submitit.Job[object]]:
     jobs = submit(config, steps, snapshot)
     with durable(config.jobs / JOB_FILE) as file:
         file.write(json.dumps({"job": ids_of(jobs)[MANIFEST]}).encode() + b"\n")
-    print(farewell(config, jobs), flush=True)  # last: a closed pipe must not leave jobs that nobody knows of
+    print(farewell(config, jobs), flush=True)  # last: the jobs are recorded even if the pipe is closed
     return [each[0] for name, each in jobs.items() if name != PARTS] if config.tail else []
 
 
 def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
-    """Stages to submit, in order. One task needs no parts.
+    """Returns the stages to submit, in order. A single task needs no parts.
 
-    A tokenizer that is not trained is prepared here and not by a job: to download it takes a network.
+    A tokenizer that is not trained is prepared here and not by a job, because a download needs a network.
     """
     count = config.cluster.tasks
     last = JobStage(MANIFEST, [None], {PREPARE: "afterok", PARTS: "afterany"})
@@ -189,7 +189,7 @@ def steps_of(config: TokenizeJobConfig, prepared: bool) -> list[JobStage]:
 
 
 def job_of(config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], snapshot: Snapshot) -> Job:
-    """A step as Slurm is handed it, given the ids of those before it."""
+    """Builds the job of a stage. jobs: ids of the earlier stages."""
     cwd, tokenizing = Path.cwd(), config.tokenizing()
     return config.cluster.job(
         folder=config.jobs,
@@ -204,7 +204,7 @@ def job_of(config: TokenizeJobConfig, step: JobStage, jobs: Mapping[str, str], s
 def submit(
     config: TokenizeJobConfig, steps: list[JobStage], snapshot: Snapshot
 ) -> dict[str, list[submitit.Job[object]]]:
-    """All steps or none: when one is refused, those before it are cancelled."""
+    """Submits all stages. If one is refused, cancels the earlier ones and raises."""
     jobs: dict[str, list[submitit.Job[object]]] = {}
     try:
         for step in steps:
@@ -217,15 +217,15 @@ def submit(
 
 
 def ids_of(jobs: Mapping[str, list[submitit.Job[object]]]) -> dict[str, str]:
-    """An array has one id for all its tasks."""
+    """Returns the job id of each stage. An array has one id."""
     return {name: each[0].job_id.split("_")[0] for name, each in jobs.items()}
 
 
 def refuse_if_held(config: TokenizeJobConfig) -> None:
-    """Raises ValueError while the jobs of an earlier command have not ended; the last of them waits for all others."""
+    """Raises ValueError if a job of an earlier command has not ended."""
     if job := holder_of(config.jobs):
         raise ValueError(
-            f"out={config.out} is held by job {job} and those it waits for: cancel them, or wait for its end"
+            f"out={config.out} is in use by job {job} and the jobs it waits for: cancel them, or wait for its end"
         )
 
 

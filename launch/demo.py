@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""`make demo`: the whole way on this machine, each step by the command that a user would type.
+"""`make demo`: all steps on this machine, each by the command that a user would type.
 
-Tokenises Python's standard library, trains a small model on two ranks that share one row-split matrix, compares it
-with xz on the held-out text, samples, and looks into its layers. What is done is not done again.
+Tokenises Python's standard library, trains a small model on two ranks that share one row-sharded matrix, compares it
+with xz on the validation text, samples, and draws the logit lens. Finished steps are not repeated.
 """
 
 import json
@@ -39,9 +39,9 @@ CADENCE = "log.every=20 eval.every=225 checkpoint.every=100"
 
 
 def main() -> None:
-    """Exits with the code of the first step that fails."""
+    """Exits with the exit code of the first step that fails."""
     os.chdir(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on, perhaps, two cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # two ranks may have only two cores
     nproc = min(2, torch.cuda.device_count()) or 2
     paths = f"data.path={DATA} run.dir={RUN}"
     train = f"launch/local.py nproc={nproc} model=nano {paths} train.steps={STEPS} {SETTINGS} {CADENCE}"
@@ -50,8 +50,8 @@ def main() -> None:
         "1. Turn Python's standard library into token files",
         f"data_prep/tokenize.py corpus=stdlib tokenizer=bpe out={DATA}",
     )
-    step(f"2. Train on {nproc} ranks; every rank owns a part of the vocabulary's rows", train)
-    print("\n3. Compare with a compressor on the same held-out bytes\n")
+    step(f"2. Train on {nproc} ranks; each rank owns part of the vocabulary rows", train)
+    print("\n3. Compare with a compressor on the same validation text\n")
     compare()
     step("4. Sample", f"-m pretrain.generate run={RUN} prompt='def read_file(path):' tokens=120 seed=1")
     step(
@@ -62,14 +62,14 @@ def main() -> None:
 The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
   lens        {RUN}/lens/lens.html
   curves      .venv/bin/tensorboard --logdir runs
-  go on       .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}
+  continue    .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}
               (twice the schedule: the learning rate rises once more)
   your data   .venv/bin/python data_prep/tokenize.py corpus=files corpus.paths='[my.jsonl]' tokenizer=bpe out=data/mine
   more        README.md""")
 
 
 def step(title: str, command: str) -> None:
-    """Shows a command and runs it. Ctrl-C reaches it too: wait until it has saved, and go no further."""
+    """Prints a command and runs it. After Ctrl-C waits until the command has saved, then stops."""
     print(f"\n{title}\n$ python {command}\n", flush=True)
     process = subprocess.Popen([sys.executable, *shlex.split(command)], env=os.environ | own_code(os.environ))
     interrupted = False
@@ -79,14 +79,14 @@ def step(title: str, command: str) -> None:
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        print("stopped; `make demo` goes on from here")
+        print("stopped; `make demo` continues from here")
         sys.exit(EXIT_INTERRUPTED)
     if process.returncode:
         sys.exit(process.returncode)
 
 
 def compare() -> None:
-    """Validation bits per byte of the model, beside those of `xz -9` on the same text."""
+    """Prints validation bits per byte of the model, and of `xz -9` on the same text."""
     tokenizer = Tokenizer.load(DATA / TOKENIZER_FOLDER)
     ids = np.concatenate([TokenFile(DATA / entry.name).tokens for entry in Manifest.load(DATA).split("val")])
     text = tokenizer.decode_bytes(ids[ids != tokenizer.end_of_document])
@@ -101,7 +101,7 @@ def compare() -> None:
         (measured[-1], "the model, now"),
         (xz, "xz -9"),
     ):
-        print(f"   {bits:6.3f} bits a byte  {what}", flush=True)
+        print(f"   {bits:6.3f} bits per byte  {what}", flush=True)
 
 
 if __name__ == "__main__":

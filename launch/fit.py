@@ -1,7 +1,7 @@
-"""Changes with which a training fits its GPUs, or fills them. Apart from planner.py: it plans one configuration.
+"""Searches settings with which a training fits its GPUs, or uses them fully. planner.py plans one configuration.
 
-The search is arithmetic. It tries a smaller train.micro_batch, more of engine.activation_checkpointing, an engine that
-shards more, engine.offload, and every vocab.parallel, alone and together.
+The search is arithmetic. It tries a smaller train.micro_batch, more engine.activation_checkpointing, an engine that
+shards more, engine.offload and each vocab.parallel, separately and combined.
 """
 
 from collections import defaultdict
@@ -20,16 +20,16 @@ CHECKPOINTING = ("none", "selective", "block")  # from the most memory to the le
 
 @dataclass(frozen=True)
 class Change:
-    """A training with other settings."""
+    """A training with changed settings."""
 
     settings: tuple[str, ...]  # as on the command line
-    config: JobConfig  # with them
+    config: JobConfig  # with these settings
 
     @property
     def cost(self) -> tuple[bool, int]:
-        """True if it offloads, whose traffic to the host tokens/s do not show; and how many settings change.
+        """True if it offloads (tokens/s leave out the traffic to the host), and the number of changed settings.
 
-        Another engine counts twice: `engine=` must replace the one on the command line.
+        Another engine counts twice, because `engine=` must replace the one on the command line.
         """
         offloads = any(setting.startswith("engine.offload=") for setting in self.settings)
         return offloads, len(self.settings) + any(setting.startswith("engine=") for setting in self.settings)
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """Memory that a rank holds at most, and its speed, with these settings."""
+    """Peak memory and speed of a rank with these settings."""
 
     settings: tuple[str, ...]
     bytes: int
@@ -49,7 +49,7 @@ class Fit:
 
 
 def refusal(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], gpu: str, card: Hardware) -> str:
-    """Says why the GPU cannot hold the training, and which settings it can; "" if it can."""
+    """Returns why the GPU cannot hold the training, and which settings fit; "" if it can."""
     needs, room = total(planned(config).chosen.memory), card.memory - card.reserved
     if needs <= room:
         return ""
@@ -63,7 +63,7 @@ def refusal(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan],
 
 
 def fitting(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], room: int) -> Fit | None:
-    """The fewest changes that fit into `room` bytes; among these the fastest. Offloads only if nothing else fits."""
+    """Returns the fewest changes that fit `room` bytes; of several the fastest. Offloads only if nothing else fits."""
     changes = sorted(_changes(config, world), key=lambda change: change.cost)
     fits: defaultdict[tuple[bool, int], list[Fit]] = defaultdict(list)
     costs = {change.cost for change in changes}
@@ -82,7 +82,7 @@ def fitting(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan],
 
 
 def _changes(config: JobConfig, world: int) -> Iterator[Change]:
-    """Yields all changes together, and every subset of them; the first is none."""
+    """Yields every combination of changes; the first is no change."""
     smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
     offloads = ["cpu"] if config.engine.offload == "none" else []
@@ -104,12 +104,12 @@ def _changes(config: JobConfig, world: int) -> Iterator[Change]:
 
 
 def larger(config: JobConfig, world: int, planned: Callable[[JobConfig], Plan], room: int) -> str:
-    """Says which larger train.micro_batch is the fastest, and what it gains; "" unless half of the room is empty."""
+    """Returns the fastest larger train.micro_batch and its gain; "" unless half of the memory is unused."""
     plan = planned(config)
     needs, speed = total(plan.chosen.memory), plan.tokens / sum(plan.chosen.seconds)
     if needs > room / 2:
         return ""
-    empty = f"{(room - needs) / GIB:.1f} of {room / GIB:.1f} GiB stay empty"
+    empty = f"{(room - needs) / GIB:.1f} of {room / GIB:.1f} GiB stay unused"
     found = []
     for micro in _micro_batches(config, world):
         if micro <= config.train.micro_batch:
@@ -132,6 +132,6 @@ def _sent(size: Size) -> float:
 
 
 def _micro_batches(config: JobConfig, world: int) -> list[int]:
-    """The sizes by which the ranks can share the batch."""
+    """Returns the micro-batch sizes that divide the batch of each rank."""
     samples = config.train.global_batch // world
     return [n for n in range(1, samples + 1) if samples % n == 0]

@@ -1,24 +1,26 @@
-"""Capabilities of GPUs, CPU cores and their links, by name. Peaks are the makers' figures; a plan counts on half."""
+"""Capabilities of GPUs, CPU cores and their links, by name. Peaks are the makers' figures; a plan assumes half."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from pretrain.peaks import PEAKS
 
 if TYPE_CHECKING:
     from pretrain.placement import Machine
 
 GB = 10**9
 GIB = 2**30
-ATTAINED = 0.5  # of every peak; good for comparing, not measured
+ATTAINED = 0.5  # share of each peak that a plan assumes; for comparisons, not measured
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Device that one rank computes on, and its links."""
+    """Device of one rank, and its links."""
 
-    device: str  # torch's name of its type
+    device: str  # torch's device type
     memory: int  # bytes
-    reserved: int  # bytes of the driver, NCCL's buffers and the allocator's gaps
-    bf16: bool  # computes it natively
+    reserved: int  # bytes for the driver, NCCL's buffers and the allocator's gaps
+    bf16: bool  # native support
     flops_bf16: float  # peak of its matmuls, per second
     flops_fp32: float
     bandwidth: float  # of its memory, bytes/s
@@ -26,7 +28,7 @@ class Hardware:
     far: float  # of its links to other nodes, one way, bytes/s
 
     def machine(self, world: int, node: int, itemsize: int) -> "Machine":
-        """Rates to count on for `world` ranks, `node` of them on each node."""
+        """Builds the rates that a plan assumes for `world` ranks, `node` of them per node."""
         from pretrain.placement import Machine  # needs torch
 
         return Machine(
@@ -41,8 +43,8 @@ class Hardware:
 
 
 HARDWARE = {
-    "a100-80gb": Hardware("cuda", 79 * GIB, 3 * GIB, True, 312e12, 19.5e12, 2039 * GB, 300 * GB, 25 * GB),
-    "h100": Hardware("cuda", 79 * GIB, 3 * GIB, True, 989e12, 67e12, 3350 * GB, 450 * GB, 50 * GB),
-    "h200": Hardware("cuda", 140 * GIB, 3 * GIB, True, 989e12, 67e12, 4800 * GB, 450 * GB, 50 * GB),
+    "a100-80gb": Hardware("cuda", 79 * GIB, 3 * GIB, True, *PEAKS["A100"], 2039 * GB, 300 * GB, 25 * GB),
+    "h100": Hardware("cuda", 79 * GIB, 3 * GIB, True, *PEAKS["H100"], 3350 * GB, 450 * GB, 50 * GB),
+    "h200": Hardware("cuda", 140 * GIB, 3 * GIB, True, *PEAKS["H200"], 4800 * GB, 450 * GB, 50 * GB),
     "cpu": Hardware("cpu", 16 * GIB, GIB, True, 2e11, 1e11, 10 * GB, 2 * GB, 2 * GB),  # a core with AVX-512 bf16
 }

@@ -1,8 +1,8 @@
-"""Runs inside a Slurm job: a supervisor for each rank, and, after the last of them, the decision what comes next.
+"""Runs inside a Slurm job: a supervisor per rank and, after the last rank has ended, the decision what happens next.
 
-`srun` starts `SlurmRank` once a rank (submitit carries it there). Supervisors tell each other of failures in
-RUN/attempts/<job>-<restart>/ on the shared file system. When all have ended, whatever the reason, the batch script
-calls `python -m launch.job close RUN …` on the first node, which has Slurm requeue the job or not.
+`srun` starts one `SlurmRank` per rank; submitit transports it. Supervisors report failures to each other through files
+in RUN/attempts/<job>-<restart>/ on the shared file system. When all ranks have ended, for whatever reason, the batch
+script calls `python -m launch.job close RUN …` on the first node. It decides whether Slurm requeues the job.
 """
 
 import json
@@ -30,27 +30,27 @@ from pretrain.stops import StopRequests
 from .restart import Decision, History, RestartConfig, bad_node, cause, changes_at_start, decide, newest_step
 from .supervisor import NO_EXIT_STATUS, Record, Supervisor
 
-SLURM_SECONDS = 60  # for one answer of Slurm's
-RECORD_SECONDS = 20  # for the ranks' records to be seen, and to be written where Slurm is ending the job
+SLURM_SECONDS = 60  # to wait for an answer from Slurm
+RECORD_SECONDS = 20  # to wait for the ranks' records: to be written while Slurm ends the job, and to become visible
 ENDING = ("COMPLETING", "CANCELLED", "PREEMPTED", "NODE_FAIL", "STOPPED", "TIMEOUT", "DEADLINE", "REVOKED")
-USABLE = ("idle", "mix", "alloc", "comp", "resv", "plnd")  # states of nodes; those with a mark do not answer
-FIRST_PORT, PORTS = 10_000, 20_000  # below those that the system gives to others
+USABLE = ("idle", "mix", "alloc", "comp", "resv", "plnd")  # node states; a state with a mark: the node does not answer
+FIRST_PORT, PORTS = 10_000, 20_000  # below the ephemeral ports of the system
 
 
 @dataclass
 class SlurmRank:
-    """One rank of a job, called in the task that srun has started for it. Never returns: exits 0 when the rank has
-    finished, or was stopped and saved; a task that exits otherwise has srun end all others.
+    """One rank of a job, called in its own srun task. Never returns: exits with 0 if the rank has finished, or was
+    stopped and saved. If a task exits with another code, srun ends all others.
     """
 
     config_path: str
 
     def __call__(self) -> None:
-        terminal.begin()  # the job's log may be on a full disk
+        terminal.begin()  # the disk of the job's log may be full
         run = Path(self.config_path).parent
         rank = int(os.environ["SLURM_PROCID"])
         attempt = Attempt.of_job(run)
-        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm may ask once more
+        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm may send another signal
             if rank == 0:
                 attempt.begin()
             attempt.join(rank)
@@ -66,21 +66,21 @@ class SlurmRank:
 
 
 class Attempt:
-    """One start of the run's ranks, as its supervisors tell each other of it in a folder of its own."""
+    """One start of the run's ranks. Its supervisors share what they know through files in the attempt's folder."""
 
     def __init__(self, run: Path, name: str) -> None:
         self.run, self.name, self.folder = run, name, run / "attempts" / name
 
     @classmethod
     def of_job(cls, run: Path) -> "Attempt":
-        """Each requeue of a job is a start of its own."""
+        """Returns the attempt of this job. Each requeue is a new attempt."""
         return cls(run, f"{os.environ['SLURM_JOB_ID']}-{restarts_of_job()}")
 
     def begin(self) -> None:
-        """The first rank's part: what the run had when the attempt began. If it cannot be written, the attempt counts
-        as one without progress.
+        """Writes the state of the run at the start of the attempt. Called by the first rank. If the file cannot be
+        written, the attempt counts as one without progress.
         """
-        self._tell_of_lost_ones()
+        self._report_lost_attempts()
         facts = {
             "step": newest_step(self.run),
             "ranks": int(os.environ["SLURM_NTASKS"]),
@@ -90,20 +90,20 @@ class Attempt:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "attempt.json", facts)
         except OSError as error:
-            print(f"warning: cannot tell where attempt {self.name} begins: {error}", file=sys.stderr, flush=True)
+            print(f"warning: cannot write the start of attempt {self.name}: {error}", file=sys.stderr, flush=True)
 
     def join(self, rank: int) -> None:
-        """Until the rank has a record of its own, it has gone without a word."""
+        """Writes a "no exit status" record; it stands until the rank reports."""
         self._keep(Record.silent(rank, os.environ["SLURMD_NODENAME"]))
 
     def record(self, record: Record) -> None:
         self._keep(record)
         if not record.ending.good:
-            with suppress(OSError):  # another one was first, or the disk is full: then srun ends the others
+            with suppress(OSError):  # another rank was first; or the disk is full: then srun ends the others
                 (self.folder / "failed").symlink_to(record.ending.name)
 
     def failure(self) -> Exit | None:
-        """How the first rank that has failed did so."""
+        """Returns the ending of the rank that failed first; None: no rank has failed."""
         try:
             return Exit[os.readlink(self.folder / "failed")]
         except OSError:
@@ -113,7 +113,7 @@ class Attempt:
         return [Record.of_dict(json.loads(path.read_text())) for path in sorted(self.folder.glob("rank-*.json"))]
 
     def begun(self) -> tuple[int, int]:
-        """The newest step at the beginning, and the number of ranks; of an attempt that never began, now and one."""
+        """Returns the newest step at the start, and the number of ranks. Without a file: the newest step now, and 1."""
         try:
             facts = json.loads((self.folder / "attempt.json").read_text())
         except OSError:
@@ -121,14 +121,14 @@ class Attempt:
         return facts["step"], facts["ranks"]
 
     def changes(self) -> list[Change]:
-        """Settings that had changed when the attempt began; none if that is not known."""
+        """Returns the settings that had changed at the start of the attempt; empty if unknown."""
         try:
             return json.loads((self.folder / "attempt.json").read_text()).get("changes", [])
         except OSError:
             return []
 
-    def _tell_of_lost_ones(self) -> None:
-        """Attempts that nobody has closed: with the node of its batch script a job loses its last word, too."""
+    def _report_lost_attempts(self) -> None:
+        """Writes a history line for each attempt without one: its batch script was lost together with the node."""
         history = History(self.run)
         reported = {line["job"] for line in history.lines()}
         for path in sorted((self.run / "attempts").glob("*/attempt.json"), key=lambda path: path.stat().st_mtime):
@@ -137,20 +137,20 @@ class Attempt:
                 why = "its end was not seen: a node was lost, or Slurm preempted it"
                 first = cause(records)
                 if first.last == NO_EXIT_STATUS and records[0].last == NO_EXIT_STATUS:
-                    first = records[0]  # the first rank is on the batch script's node, which has left no word either
+                    first = records[0]  # rank 0 runs on the batch script's node, which left no report either
                 history.write(attempt.name, attempt.begun()[0], newest_step(self.run), first, Decision.LEFT, why)
 
     def _keep(self, record: Record) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            node = {"host": os.environ["SLURMD_NODENAME"]}  # Slurm's name of it, which may not be the machine's own
+            node = {"host": os.environ["SLURMD_NODENAME"]}  # Slurm's name of the node may differ from the host name
             _write(self.folder / f"rank-{record.rank:05d}.json", record.as_dict() | node)
         except OSError as error:
-            print(f"warning: cannot tell how rank {record.rank} has ended: {error}", file=sys.stderr, flush=True)
+            print(f"warning: cannot write how rank {record.rank} ended: {error}", file=sys.stderr, flush=True)
 
 
 def rendezvous() -> dict[str, str]:
-    """Variables that `pretrain.train` reads from its environment, out of Slurm's."""
+    """Builds the environment variables that `pretrain.train` reads from Slurm's variables."""
     job, restarts = int(os.environ["SLURM_JOB_ID"]), restarts_of_job()
     found = {
         "RANK": os.environ["SLURM_PROCID"],
@@ -165,12 +165,12 @@ def rendezvous() -> dict[str, str]:
 
 
 def restarts_of_job() -> int:
-    """How often Slurm has requeued it."""
+    """Returns how often Slurm has requeued the job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def _tasks_of_this_node() -> int:
-    """Out of a list such as 4(x2),3 of all nodes."""
+    """Parses this node's number of tasks from a list of all nodes, as in 4(x2),3."""
     given = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ["SLURM_TASKS_PER_NODE"]
     counts: list[int] = []
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", given):
@@ -179,7 +179,7 @@ def _tasks_of_this_node() -> int:
 
 
 def job_end() -> float | None:
-    """When Slurm ends the job, in unix time; None where it has no limit. Old Slurms do not say so by themselves."""
+    """Returns the job's deadline in unix time; None: no limit. Asks squeue if Slurm is too old to set a variable."""
     given = os.environ.get("SLURM_JOB_END_TIME")
     if given:
         return float(given)
@@ -189,16 +189,16 @@ def job_end() -> float | None:
 
 
 def hosts(nodes: str) -> list[str]:
-    """The names in a list such as n[1-3]."""
+    """Expands a list of nodes, such as n[1-3], to names."""
     return _ask("scontrol", "show", "hostnames", nodes).split()
 
 
 def close(run: Path, config: RestartConfig) -> bool:
-    """Decides what comes after the attempt of this job that has just ended, writes it down, and does it.
+    """Decides what follows the attempt of this job that has just ended, writes the decision down, and carries it out.
 
-    False where the run stands still though it is not where it was meant to get: the job is to count as failed.
+    Returns False if the run ends before its last step: the job counts as failed.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue itself ends the batch script
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends the batch script
     attempt, history, job = Attempt.of_job(run), History(run), os.environ["SLURM_JOB_ID"]
     start_step, ranks = attempt.begun()
     state, _, reason = _ask("squeue", "-h", "-j", job, "-o", "%T %r").partition(" ")
@@ -218,7 +218,7 @@ def close(run: Path, config: RestartConfig) -> bool:
         excluded, remark = _without(bad)
         why += f"; {remark}"
     written = history.write(attempt.name, start_step, step, first, decision, why, attempt.changes())
-    starts = restarts_of_job() + 1  # at least as many as have been fruitless in a row
+    starts = restarts_of_job() + 1  # no fewer than the consecutive starts without progress
     if decision is Decision.RESTART and step <= start_step and not written and starts >= config.max_failures:
         decision, why = Decision.GIVE_UP, f"start {starts} of this job, and {history.path} cannot be written"
     print(f"{decision}: {why} (rank {first.rank} on {first.host or 'an unknown node'}: {first.how})", flush=True)
@@ -228,7 +228,9 @@ def close(run: Path, config: RestartConfig) -> bool:
 
 
 def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
-    """Records of all ranks. Waits a while if only silence explains the end: other nodes' files may come later."""
+    """Reads the records of all ranks. Waits up to RECORD_SECONDS if none explains the end: files of other nodes may
+    become visible later.
+    """
     late = time.monotonic() + RECORD_SECONDS
     while True:
         records = attempt.records()
@@ -240,14 +242,16 @@ def _all_records(attempt: Attempt, ranks: int) -> list[Record]:
 
 
 def _without(host: str) -> tuple[str | None, str]:
-    """The nodes to exclude so that `host` gets no part of the next start, and a remark; None where too few are left."""
+    """Returns the nodes to exclude, so that the next start does not use `host`, and a remark; None: too few would be
+    left.
+    """
     job = os.environ["SLURM_JOB_ID"]
     listed = _ask("squeue", "-h", "-j", job, "-o", "%x").strip()
     excluded = set(hosts(listed)) if listed and listed != "(null)" else set()
     excluded.add(host)
     listed = _ask("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N|%t|%G|%f")
     nodes = {name: (state, kind) for name, state, *kind in (line.split("|") for line in listed.splitlines())}
-    alike = nodes.get(host, ("", []))[1]  # the same GPUs and features: others may not be what the job needs
+    alike = nodes.get(host, ("", []))[1]  # GPUs and features: a replacement must have the same
     usable = {name for name, (state, kind) in nodes.items() if state in USABLE and kind == alike}
     needed = int(os.environ["SLURM_JOB_NUM_NODES"])
     if len(usable - excluded) < needed:
@@ -256,32 +260,32 @@ def _without(host: str) -> tuple[str | None, str]:
 
 
 def _requeue(excluded: str | None, delay: float) -> bool:
-    """The job waits anew, with its number; whether Slurm has done it, which on a busy cluster may take several tries.
+    """Requeues the job under the same number. Returns False if Slurm refuses; a busy one may need several tries.
 
-    The rest is told right after: Slurm takes it of waiting jobs alone.
+    Excluded nodes and start time are set afterwards, because Slurm accepts them only for waiting jobs.
     """
     job = os.environ["SLURM_JOB_ID"]
     for pause in (1, 5, 15, 60, 0):
-        if _tell("scontrol", "requeue", job) is not None:
+        if _run("scontrol", "requeue", job) is not None:
             break
         time.sleep(pause)
     else:
-        print("error: Slurm does not requeue the job", file=sys.stderr, flush=True)
+        print("error: Slurm did not requeue the job", file=sys.stderr, flush=True)
         return False
     changes = [f"ExcNodeList={excluded}"] if excluded else []
     changes += [f"StartTime=now+{math.ceil(delay)}"] if delay else []
     if changes:
-        _tell("scontrol", "update", f"JobId={job}", *changes)
+        _run("scontrol", "update", f"JobId={job}", *changes)
     return True
 
 
 def _ask(*command: str) -> str:
-    """Returns what a Slurm command says; "" if it fails."""
-    return _tell(*command) or ""
+    """Returns the output of a Slurm command; "" if it fails."""
+    return _run(*command) or ""
 
 
-def _tell(*command: str) -> str | None:
-    """Returns what a Slurm command says; None, and a warning, if it fails."""
+def _run(*command: str) -> str | None:
+    """Returns the output of a Slurm command; None, with a warning, if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

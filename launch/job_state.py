@@ -1,6 +1,6 @@
-"""State of submitted jobs: what Slurm says of one, which job holds a folder, and a log that is followed.
+"""State of submitted jobs: a job's state in Slurm, the job that uses a folder, a log to follow.
 
-Not part of submission.py: this is for jobs of earlier commands, too.
+Not part of submission.py, because it also handles jobs of earlier commands.
 """
 
 import json
@@ -16,8 +16,8 @@ import submitit
 from data_prep import terminal
 from data_prep.terminal import EXIT_INTERRUPTED
 
-JOB_FILE = "job.json"  # beside what a job makes: the job that was submitted last
-ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds: for the state of a job that is followed, and for its log
+JOB_FILE = "job.json"  # in the folder that a job writes: the job submitted last
+ASK_EVERY, LOOK_EVERY = 5.0, 0.5  # seconds between looks at the state of a followed job, and at its log
 FORGOTTEN = "forgotten"
 ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
@@ -27,21 +27,21 @@ ANSWER_SECONDS = 120
 
 
 def state(job: str) -> str | None:
-    """The state of a job in squeue; None if Slurm has forgotten it. Raises OSError if Slurm does not answer."""
+    """Returns the job's state in squeue; None if Slurm no longer knows the job. Raises OSError if squeue fails."""
     done = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T")
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise OSError(f"squeue does not say what job {job} does: {done.stderr.strip() or done.returncode}")
+        raise OSError(f"squeue failed for job {job}: {done.stderr.strip() or done.returncode}")
     return done.stdout.split()[0] if done.stdout.strip() else None
 
 
 def alive(job: str) -> bool:
-    """True if a job waits, runs, or is about to."""
+    """True if the job is pending or running."""
     now = state(job)
     return now is not None and now not in ENDED
 
 
 def exit_code(job: str) -> int | None:
-    """The exit code of an ended job: 0 if completed, its own, or 128 + the signal; None if it is unknown."""
+    """Returns an ended job's exit code, or 128 + its signal; None if unknown."""
     done = _ask("scontrol", "--oneliner", "show", "job", job)
     found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
     if found is None and shutil.which("sacct"):
@@ -63,7 +63,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def holder_of(folder: Path) -> str | None:
-    """The job of `folder`/job.json, if it has not ended yet."""
+    """Returns the job in `folder`/job.json, if it has not ended."""
     try:
         job: str = json.loads((folder / JOB_FILE).read_text())["job"]
     except FileNotFoundError:
@@ -72,11 +72,11 @@ def holder_of(folder: Path) -> str | None:
 
 
 def follow(job: submitit.Job[object]) -> int:
-    """Prints the log as it grows until the job has ended for good, whatever requeues it; its exit code."""
+    """Prints the log as it grows, across requeues, until the job has ended. Returns its exit code."""
     terminal.product()
     said, seen, ended, due = "", 0, 0, 0.0
     try:
-        while ended < 2:  # a job that is requeued may seem to have ended for a moment
+        while ended < 2:  # a requeued job may look ended for a moment
             if time.monotonic() >= due:
                 now = _state(job.job_id)
                 ended = ended + 1 if now == FORGOTTEN or now in ENDED else 0
@@ -86,24 +86,24 @@ def follow(job: submitit.Job[object]) -> int:
             seen = show(job.paths.stdout, seen)
             time.sleep(LOOK_EVERY)
     except KeyboardInterrupt:
-        print(f"the job goes on; cancel: scancel {job.job_id}", file=sys.stderr)
+        print(f"the job keeps running; cancel: scancel {job.job_id}", file=sys.stderr)
         return EXIT_INTERRUPTED
     show(job.paths.stdout, seen)
     code = exit_code(job.job_id)
     if code is None:
-        raise ValueError(f"Slurm has forgotten job {job.job_id}; its log: {job.paths.stdout}")
+        raise ValueError(f"Slurm no longer knows job {job.job_id}; its log: {job.paths.stdout}")
     return code
 
 
 def _state(job: str) -> str:
     try:
         return state(job) or FORGOTTEN
-    except OSError as error:  # a controller that is being restarted
+    except OSError as error:  # the controller may be restarting
         return str(error)
 
 
 def show(log: Path, seen: int) -> int:
-    """Prints what a log holds beyond the bytes that were seen; how many are seen now."""
+    """Prints the log from byte `seen` on. Returns the new position."""
     try:
         with open(log, "rb") as stream:
             stream.seek(seen)

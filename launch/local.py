@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train on this machine: `python launch/local.py --help`.
 
-Composes the configuration once, checks it, freezes it to RUN/config.yaml, starts the ranks, and starts them again
-after a failure that another start may mend.
+Composes the configuration once, checks it, freezes it to RUN/config.yaml, and starts the ranks. Starts them again after
+a failure, if a restart may help.
 """
 
 import os
@@ -50,7 +50,7 @@ GPU_VENDORS, DISPLAY_CLASS = ("0x10de", "0x1002"), "0x03"  # NVIDIA, AMD
 
 
 def main() -> None:
-    """Exits 0 when the run has got where it should, or was stopped and saved; 2 on a wrong setting; else 1."""
+    """Exits with 0 if the run is complete, or was stopped and saved; 2 if a setting is wrong; else 1."""
     alone()
     register_groups()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
@@ -67,13 +67,13 @@ def _composed(composed: DictConfig) -> None:
         resume.apply(composed, list(HydraConfig.get().overrides.task))
         config = build_config(composed)
         check_nproc(asked)
-        check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # both again below: here torch is not waited for
+        check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # checked again below; here it needs no torch
         settled = check_settings(config, asked or None)
         nproc, device = ranks_here(asked), device_type()
         data = check_job(config, nproc, device, warn=warn, environment=os.environ, settled=settled)
         check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
-            with lock_run(config.run_dir, RANKS_LOCK):  # free, or ranks of a killed launcher are still at work
+            with lock_run(config.run_dir, RANKS_LOCK):  # refused while ranks of a killed launcher still run
                 done = finished(config, data)
                 if done is None:
                     freeze(config, data)
@@ -81,18 +81,18 @@ def _composed(composed: DictConfig) -> None:
     if done is not None:
         print(done)
     if code == 0:
-        print(farewell(config))
+        print(farewell(config, asked))
     sys.exit(code)
 
 
 def check_nproc(nproc: object) -> None:
-    """Raises ValueError unless it is a number of ranks."""
+    """Raises ValueError if `nproc` is not a number of ranks."""
     if not isinstance(nproc, int) or nproc < 0:
-        raise ValueError(f"nproc={nproc} must be a number of ranks (0: one a GPU, or one where there is none)")
+        raise ValueError(f"nproc={nproc} must be a number of ranks (0: one per GPU, or one without GPUs)")
 
 
 def ranks_here(nproc: int) -> int:
-    """How many ranks to start. Raises ValueError if this machine has GPUs, but fewer."""
+    """Returns the number of ranks to start. Raises ValueError if it exceeds the GPUs of this machine."""
     found = gpus()
     if found and nproc > found:
         raise ValueError(f"nproc={nproc} must not exceed the {found} GPUs of this machine")
@@ -100,7 +100,7 @@ def ranks_here(nproc: int) -> int:
 
 
 def gpus() -> int:
-    """How many GPUs torch sees. It is not imported if the system has no GPU: that takes seconds."""
+    """Counts the GPUs that torch sees. Without a GPU in the system torch is not imported, which takes seconds."""
     if not has_gpu():
         return 0
     import torch
@@ -109,7 +109,7 @@ def gpus() -> int:
 
 
 def device_type() -> str:
-    """What the ranks will compute on: cuda or cpu."""
+    """Returns the device type of the ranks: cuda or cpu."""
     if not gpus():
         return "cpu"
     import torch
@@ -118,16 +118,15 @@ def device_type() -> str:
 
 
 def has_gpu() -> bool:
-    """True if the system may have a GPU. After a boot its device files may be missing until something asks for it, so
-    the bus is looked at, too.
-    """
+    """True if the system may have a GPU. Device files may be missing until first use, so the bus is searched too."""
+
     if any(glob(pattern) for pattern in GPU_DEVICES):
         return True
     return any(_is_gpu(Path(device)) for device in glob(PCI_DEVICES))
 
 
 def _is_gpu(device: Path) -> bool:
-    """True if a device of the PCI bus is a graphics card of a maker whose cards torch computes on."""
+    """True if a PCI device is a graphics card of a vendor that torch supports."""
     try:
         vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text()
     except OSError:
@@ -136,18 +135,20 @@ def _is_gpu(device: Path) -> bool:
 
 
 def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:
-    """Runs the ranks to their end, and again where that is what the policy says; 0 if all went well in the end.
+    """Runs the ranks, and restarts them as the policy says. Returns 0 if the last start ended well.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are handed to the ranks, which save and stop, and there it ends.
+    Forwards SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 to the ranks, which save and stop; no restart follows.
     """
     from torch.distributed import TCPStore  # only now: refusing a setting needs no torch
 
+    terminal.share_status()  # rank 0 draws one
     history, command = History(config.run_dir), [sys.executable, "-m", "pretrain.train", str(config.path)]
     with StopRequests() as requests:
         while True:
             start_step, changes = newest_step(config.run_dir), changes_at_start(config.run_dir)
             store = TCPStore("127.0.0.1", 0, is_master=True)
             records = Supervisor(command, environments(nproc, store.port), requests).run()
+            terminal.status("")  # of a rank that could not remove it
             first, step = cause(records), newest_step(config.run_dir)
             decision, why = decide(first.ending, step > start_step, history.fruitless() + (step <= start_step), restart)
             if decision is Decision.RESTART and (first.ending.asked or requests.asked()):
@@ -165,7 +166,7 @@ def run_ranks(config: JobConfig, nproc: int, restart: RestartConfig) -> int:
 
 
 def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
-    """What `pretrain.train` reads, for each rank. The store at that port is the launcher's, and outlives the ranks."""
+    """Builds each rank's environment for `pretrain.train`. The launcher owns the store at that port."""
     given = os.environ | {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
@@ -177,14 +178,21 @@ def environments(nproc: int, port: int) -> dict[int, dict[str, str]]:
     return {rank: given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)}
 
 
-def farewell(config: JobConfig) -> str:
+def farewell(config: JobConfig, nproc: int = 0) -> str:
+    """Lists the next commands. nproc: as on the command line."""
     run = config.run.dir
     here = INSTALLED or Path.cwd() == ROOT
     own = "" if here else f"PYTHONPATH={shlex.quote(str(ROOT))} PYTHONSAFEPATH=1 "  # of this code
     command = ["rowshard-generate"] if INSTALLED else ["python", "-m", "pretrain.generate"]
     sample = shown(*command, f"run={run}", "prompt=def ")
     curves = shown("tensorboard", "--logdir", str(config.run_dir.parent))
-    return f"run: {run}\ncurves: {curves}\nsample: {own}{sample}"
+    lines = [f"run: {run}", f"curves: {curves}"]
+    if newest_step(config.run_dir) < config.train.steps:
+        script = "launch/local.py" if here else str(ROOT / "launch" / "local.py")
+        again = ["rowshard-train"] if INSTALLED else ["python", script]
+        ranks = [f"nproc={nproc}"] if nproc else []
+        lines.append(f"resume: {shown(*again, *ranks, f'run.dir={run}')}")
+    return "\n".join([*lines, f"sample: {own}{sample}"])
 
 
 if __name__ == "__main__":

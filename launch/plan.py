@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plans what a training will need: `python launch/plan.py --help`. Nothing is started, and no GPU is asked."""
+"""Plans memory, traffic and time of a training: `python launch/plan.py --help`. Starts nothing and needs no GPU."""
 
 import sys
 from functools import partial
@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from data_prep.command import one_line, run_hydra  # noqa: E402
+from data_prep.progress import working  # noqa: E402
 from launch import cluster as clusters  # noqa: E402
 from launch.cluster import ClusterConfig  # noqa: E402
 from pretrain.compose import build_config, register_groups  # noqa: E402
@@ -28,7 +29,7 @@ EXIT_TOO_LARGE = 1
 
 
 def main() -> None:
-    """Prints the plan. Exits 1 if the GPU cannot hold it, 2 on a wrong setting."""
+    """Prints the plan. Exits with 1 if the GPU cannot hold the training, 2 if a setting is wrong."""
     register_groups()
     clusters.register()
     run_hydra(_composed, "plan")
@@ -44,25 +45,27 @@ def _composed(composed: DictConfig) -> None:
         config, rows = _training(composed)
         config.train.check_world(cluster.ranks)
         config.vocab.check_world(cluster.ranks)
-        from launch.fit import larger, refusal  # these need torch: no refusal above waits for it
+        from launch.fit import larger, refusal  # these need torch; errors above are reported without waiting for it
         from launch.planner import plan
         from pretrain.announce import counts, parameters
 
         hardware, node, world = cluster.hardware, cluster.ranks_of_a_node, cluster.ranks
         planner = partial(plan, rows=rows, world=world, node=node, hardware=hardware)
-        planned = planner(config)
-        refused = refusal(config, world, planner, cluster.gpu, hardware) if cluster.gpu else ""
-        tokens, ranks = f"{planned.tokens:,} tokens a rank and step", planned.chosen.ranks
+        with working("plan"):
+            planned = planner(config)
+            refused = refusal(config, world, planner, cluster.gpu, hardware) if cluster.gpu else ""
+        tokens, ranks = f"{planned.tokens:,} tokens per rank and step", planned.chosen.ranks
         if plot is None:
             terminal.product()
         print(f"{cluster.describe()}; {config.engine.title}; {rows:,} rows; {tokens}")
         print(f"model: {parameters(config, *counts(config, rows), rows)}")
-        print(f"vocab.parallel={config.vocab.parallel}: {ranks} to a copy of the matrix\n")
+        print(f"vocab.parallel={config.vocab.parallel}: {ranks} ranks per copy of the matrix\n")
         print(planned.table())
         if plot is not None:
             from launch.plan_picture import draw
 
-            draw(config, world, node, hardware, Path(plot))
+            with working("draw"):
+                draw(config, world, node, hardware, Path(plot))
             print(f"\npicture: {plot}")
         if refused:
             print(f"\ndoes not fit: {refused}")
@@ -72,11 +75,11 @@ def _composed(composed: DictConfig) -> None:
 
 
 def _training(composed: DictConfig) -> tuple[JobConfig, int]:
-    """A plan needs no run, and no data where the rows are given."""
+    """Returns the configuration and the rows. A plan needs no run, and with vocab.size no data."""
     composed.run.dir = composed.run.dir or "not a run"
     known = composed.data.path or composed.data.corpora
     if not known and composed.vocab.size is None:
-        raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer tells it")
+        raise ValueError("vocab.size=null must be given, or data.path, whose tokenizer has the size")
     composed.data.path = composed.data.path if known else "no data"
     config = build_config(composed)
     config.optim.check_steps(config.train.steps)

@@ -1,6 +1,6 @@
-"""A training's step with every size of the vocab axis, on given hardware: memory, traffic and time.
+"""Plans a training step for each size of the vocab axis on given hardware: memory, traffic and time.
 
-Not part of plan.py, which is the command: a Slurm submit needs a plan, too, and fit.py searches among many.
+Not part of plan.py, which is the command, because a Slurm submit and the search in fit.py plan as well.
 """
 
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ AXES = ("vocab", "dp", "world")
 class Size:
     """One step with one size of the vocab axis."""
 
-    ranks: int  # to a copy of the matrix
-    phases: dict[str, list[Item]]  # what a rank holds in each, by the phase's name
-    links: list[Transfer]  # all that a rank moves
+    ranks: int  # per copy of the matrix
+    phases: dict[str, list[Item]]  # memory of a rank by phase
+    links: list[Transfer]  # all transfers of a rank
     near: dict[str, float]  # bytes that a rank sends within its node, by axis
     far: dict[str, float]  # bytes that a rank sends to other nodes, by axis
-    seconds: tuple[float, float]  # of the matrix and of the body
+    seconds: tuple[float, float]  # for the matrix, and for the body
 
     @property
     def memory(self) -> list[Item]:
-        """Items of the phase that holds most."""
+        """Items of the phase with the highest total."""
         return max(self.phases.values(), key=total)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on that hardware with each size of the vocab axis, and the one that the run will take."""
+    """A step on the hardware for each size of the vocab axis, and the size that the run will use."""
 
     hardware: Hardware
     sizes: list[Size]
     chosen: Size
-    tokens: int  # of a rank and step
+    tokens: int  # per rank and step
 
     @property
     def memory(self) -> list[Item]:
@@ -102,9 +102,9 @@ class Plan:
 
 
 def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware) -> Plan:
-    """Plans for a vocabulary of `rows` on `world` ranks, `node` of them on each node.
+    """Plans for a vocabulary of `rows` on `world` ranks, `node` of them per node.
 
-    Raises ValueError if the settings clash.
+    Raises ValueError if the settings conflict.
     """
     config.train.check_world(world)
     dtype = compute_dtype(config.train, hardware.device, hardware.bf16)
@@ -138,7 +138,7 @@ def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
 
 
 def _outside(link: Transfer, step: StepCost, node: int) -> float:
-    """The part of a rank's traffic that leaves the node: a ring passes through all of its ranks of a node first."""
+    """Returns the share of a rank's traffic that leaves the node: a ring visits all ranks of a node first."""
     if step.world <= node or (link.axis == "vocab" and step.p <= node and node % step.p == 0):
         return 0.0
     local_ranks = {"world": node, "vocab": node if step.p % node == 0 else 1, "dp": max(1, node // step.p)}[link.axis]

@@ -1,7 +1,7 @@
-"""A rank's whole training step without a GPU, the other ranks or data: fake tensors, torch's fake process group.
+"""Rehearses a rank's training step without GPU, other ranks or data, on fake tensors and torch's fake process group.
 
-What is computed has shapes but no numbers, and holds no memory; so a model of any size and any number of ranks takes
-seconds. (torchtitan's fake backend and torch.compile's tracing rest on the same two.)
+Fake tensors have shapes but no values, and use no memory, so a model of any size on any number of ranks takes seconds.
+(torchtitan's fake backend and torch.compile's tracing use the same two.)
 """
 
 import warnings
@@ -42,12 +42,12 @@ from pretrain.vocab.kernels.torch import TorchKernels
 from pretrain.vocab.lookup import LookupPlan, plan_lookup
 
 aten = torch.ops.aten
-WHOLE = TorchKernels(slab_bytes=2**60, memory_mib=2**40)  # all logits at once: what is fake needs no memory
+WHOLE = TorchKernels(slab_bytes=2**60, memory_mib=2**40)  # all logits at once: fake tensors need no memory
 
 
 @dataclass
 class Stage:
-    """Rank 0's trainer and a batch for it, of which every micro-batch has the same tokens."""
+    """Rank 0's trainer and a batch for it. All micro-batches have the same tokens."""
 
     mesh: Mesh
     trainer: Trainer
@@ -59,12 +59,12 @@ class Stage:
 
 
 def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
-    """One step on `world` ranks, `parallel` of them to a copy of the matrix. Raises ValueError if its shapes clash.
+    """Runs one step on `world` ranks, `parallel` of them per copy of the matrix. Raises ValueError if shapes mismatch.
 
-    Two blocks stand for all, which are alike, and a micro-batch for all. DeepSpeed looks at numbers, so FSDP2 stands in
-    for it. Nothing is compiled or offloaded.
+    Two blocks and one micro-batch are enough: the others are equal. DeepSpeed reads values, so FSDP2 replaces it.
+    Nothing is compiled or offloaded.
     """
-    precision = "fp32" if config.train.precision == "fp32" else "auto"  # bf16 may be for GPUs alone, not for this CPU
+    precision = "fp32" if config.train.precision == "fp32" else "auto"  # this CPU may not support bf16
     alone = replace(
         config,
         model=replace(config.model, layers=min(2, config.model.layers)),
@@ -73,7 +73,7 @@ def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
     )
     try:
         with warnings.catch_warnings(action="ignore"), staged(alone, rows, parallel, world, WHOLE) as stage:
-            stage.step()  # without a word of how the fake group differs from a real one
+            stage.step()  # without warnings about the fake group
     except RuntimeError as error:
         raise ValueError(f"a training step on {world} ranks would fail: {headline(error)}") from error
 
@@ -87,9 +87,9 @@ def staged(
     kernels: Kernels,
     watching: AbstractContextManager[object] | None = None,
 ) -> Iterator[Stage]:
-    """The stage on which steps can be made while this lasts. `watching` sees all its tensors from the first on.
+    """Yields a stage for steps. `watching` is a context that sees all tensors from the first one on.
 
-    With DeepSpeed the tensors are real, and it keeps groups beyond their end: the process is for one stage then.
+    With DeepSpeed the tensors are real. It keeps process groups after their end, so a process can have one stage.
     """
     ids_pBT = text_like(parallel, config, rows)
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -104,7 +104,7 @@ def staged(
                 stack.enter_context(mode or nullcontext())
             engine, model, vocab_optimizer = build_model(config, mesh, rows)
             model.vocab.kernels = kernels
-            if config.vocab.untie_at is not None:  # what a run must have room for
+            if config.vocab.untie_at is not None:  # a run must have memory for it
                 vocab_optimizer.add_copy(model.vocab.untie(), model.vocab.weight)
             trainer = trainer_of(model, engine, vocab_optimizer, mesh, config.train, config.optim)
             tokens_BT, repeats = move(ids_pBT[0]), config.train.global_batch // (config.train.micro_batch * world)
@@ -120,7 +120,7 @@ def staged(
 
 
 def text_like(ranks: int, config: JobConfig, rows: int) -> list[Tensor]:
-    """[B, T] of each rank; Zipf's law: low ids are frequent."""
+    """Draws ids [B, T] per rank by Zipf's law: low ids are frequent."""
     sequences, length = config.train.micro_batch, config.seq_len
     frequency = 1.0 / torch.arange(1, rows + 1)
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +137,7 @@ def trainer_of(
     optim: OptimConfig,
     hooks: Sequence[Hook] = (),
 ) -> Trainer:
-    """For steps on given batches, without anything around them."""
+    """Builds a trainer for single steps on given batches."""
     parts, control = ModelParts(engine, model, vocab_optimizer, mesh), RunControl(loop, StopRequests())
     return Trainer(parts, _NoSamples(), loop, optim, TrainState(), hooks, control)  # type: ignore[arg-type]
 
@@ -148,9 +148,9 @@ class _NoSamples:
 
 
 class Answers(TorchDispatchMode):
-    """Answers where a step reads a fake tensor: every number is 1, and no target is this rank's.
+    """Answers if a step reads a fake tensor: every number is 1, and this rank owns none of the targets.
 
-    Raises RuntimeError if it reads a condition: which answer lets the step go on is not known here.
+    Raises RuntimeError if the step reads a condition: the answer that lets it continue is unknown.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Decides whether a run whose ranks have ended is started again; writes RUN/restarts.jsonl, which tells why."""
+"""Decides whether a run is restarted after its ranks have ended. Writes decision and reason to RUN/restarts.jsonl."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pretrain.exits import RESTARTS_FILE, Exit, restarts_in
 
 from .supervisor import NO_EXIT_STATUS, Record
 
-NEEDED = {"job", "from", "step", "decision"}  # keys of a line that something here reads
+NEEDED = {"job", "from", "step", "decision"}  # keys that this module reads from a line
 HOPELESS = {
     Exit.REFUSED: "the same settings would be refused again",
     Exit.DIVERGED: "the same steps would diverge again",
@@ -25,10 +25,10 @@ HOPELESS = {
 
 @dataclass
 class RestartConfig:
-    """When a run whose ranks have failed is started again."""
+    """Restarts after a failure."""
 
-    max_failures: int = 3  # failed starts in a row without a newer checkpoint, then give up; 0: never start again
-    delay: float = 0.0  # seconds to wait before a start after a failure
+    max_failures: int = 3  # give up after this many consecutive failed starts without a newer checkpoint; 0: no restart
+    delay: float = 0.0  # seconds to wait before a restart
 
     def __post_init__(self) -> None:
         for key in ("max_failures", "delay"):
@@ -39,15 +39,15 @@ class RestartConfig:
 class Decision(StrEnum):
     DONE = "done"
     RESTART = "restart"
-    STOP = "stop"  # as asked: on this machine, or with cluster.requeue=false
+    STOP = "stop"  # on request: on this machine, or with cluster.requeue=false
     GIVE_UP = "give up"
-    LEFT = "left to Slurm"  # which is ending the job: it was cancelled, or Slurm starts it again by itself
+    LEFT = "left to Slurm"  # Slurm is ending the job: it was cancelled, or Slurm restarts it
 
 
 def cause(records: Iterable[Record]) -> Record:
-    """The record that explains how all have ended: of those that failed, the first to do so on its own.
+    """Returns the record that explains why all ranks ended: the first rank that failed by its own fault.
 
-    Where ranks of several nodes are silent and no other tells why, nobody knows which node it was: its host is "".
+    If ranks of several nodes have no record and no other explains the end, the node is unknown: its host is "".
     """
     records = list(records)
 
@@ -55,7 +55,9 @@ def cause(records: Iterable[Record]) -> Record:
 
     def order(record: Record) -> tuple[int, bool, float]:
         guilt = innocent.index(record.ending) if record.ending in innocent else len(innocent)
-        reported = record.last != NO_EXIT_STATUS  # who is silent may have been ended by Slurm, because of another one
+        reported = (
+            record.last != NO_EXIT_STATUS
+        )  # Slurm may have killed a rank without a record, because of another rank
         return guilt + (reported and guilt == len(innocent)), not record.waits, -record.time
 
     first = max(records, key=order)
@@ -66,7 +68,7 @@ def cause(records: Iterable[Record]) -> Record:
 
 
 def bad_node(first: Record, records: Iterable[Record]) -> str | None:
-    """The host that may be at fault for that cause. Of a hang only where the ranks of all others wait for it."""
+    """Returns the host that may be at fault. After a hang: only if the ranks of all other hosts wait for it."""
     hung_alone = first.ending is Exit.HUNG and all(record.waits for record in records if record.host != first.host)
     return (first.host or None) if hung_alone or first.ending in (Exit.DEVICE, Exit.KILLED) else None
 
@@ -74,32 +76,32 @@ def bad_node(first: Record, records: Iterable[Record]) -> str | None:
 def decide(ending: Exit, progress: bool, fruitless: int, config: RestartConfig) -> tuple[Decision, str]:
     """Decides what to do after a start that ended with `ending`, and why.
 
-    progress: whether there is a newer checkpoint than at its beginning; fruitless: starts without, in a row and up to
-    this one.
+    progress: whether there is a newer checkpoint than at its beginning. fruitless: consecutive starts without one, this
+    one included.
     """
     if ending is Exit.FINISHED:
-        return Decision.DONE, "where it was meant to get"
+        return Decision.DONE, "the run is complete"
     if ending.asked and (progress or fruitless < max(1, config.max_failures)):
         saved = "saved" if ending.good else "not started: there was nothing to save"
         return Decision.RESTART, f"stopped on request, and {saved}"
-    if ending.asked:  # such as a job whose time limit is shorter than its start
-        return Decision.GIVE_UP, f"{fruitless} starts in a row without a step"
+    if ending.asked:  # for example, the time limit is shorter than the start
+        return Decision.GIVE_UP, f"{fruitless} consecutive starts without a step"
     if ending in HOPELESS:
         return Decision.GIVE_UP, HOPELESS[ending]
-    if ending is Exit.OUT_OF_MEMORY and not progress:  # with progress it is rare, or others used the memory
+    if ending is Exit.OUT_OF_MEMORY and not progress:  # after progress it is rare, or other programs used the memory
         return Decision.GIVE_UP, "the same settings would run out of memory again"
     if config.max_failures == 0:
         return Decision.GIVE_UP, "restart.max_failures=0"
     if progress:
-        return Decision.RESTART, "there is a newer checkpoint than at its start"
+        return Decision.RESTART, "it wrote a newer checkpoint"
     if fruitless < config.max_failures:
         return Decision.RESTART, f"start {fruitless} of {config.max_failures} without a newer checkpoint"
-    return Decision.GIVE_UP, f"{fruitless} starts in a row without a newer checkpoint"
+    return Decision.GIVE_UP, f"{fruitless} consecutive starts without a newer checkpoint"
 
 
 class History:
-    """RUN/restarts.jsonl: an object for every start that has ended. What cannot be written is kept in memory, and tried
-    again with the next line.
+    """RUN/restarts.jsonl: one object per start that has ended. A line that cannot be written is kept in memory, and
+    written together with the next one.
     """
 
     def __init__(self, run: Path) -> None:
@@ -107,7 +109,7 @@ class History:
         self._unwritten: list[dict[str, Any]] = []
 
     def lines(self) -> list[dict[str, Any]]:
-        """Oldest first. A line that a kill cut short is none."""
+        """Returns the lines, oldest first, without lines cut short by a kill."""
         found = []
         try:
             found = restarts_in(self.path.parent)
@@ -116,7 +118,7 @@ class History:
         return [line for line in found if line.keys() >= NEEDED] + self._unwritten
 
     def fruitless(self) -> int:
-        """Starts without a newer checkpoint, in a row and up to now."""
+        """Counts the consecutive starts without a newer checkpoint, up to now."""
         count = 0
         for line in reversed(self.lines()):
             if line["decision"] in (Decision.DONE, Decision.STOP, Decision.GIVE_UP) or line["step"] > line["from"]:
@@ -134,9 +136,9 @@ class History:
         why: str,
         changes: Sequence[Change] = (),
     ) -> bool:
-        """Returns True if it is on the disk: only then does another process count this start.
+        """Appends a line. Returns True if it is on the disk; otherwise other processes do not count this start.
 
-        changes: settings that have changed since the checkpoint that this start resumed.
+        changes: settings changed since the checkpoint that this start resumed.
         """
         line = {
             "time": time.time(),
@@ -170,17 +172,17 @@ class History:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest finished one. Reads nothing in it: that is the ranks' part."""
+    """Returns the newest finished checkpoint. Does not read it: the ranks do."""
     found = [path.parent for path in (run / "checkpoints").glob("step-*/manifest.json")]
     return max((path for path in found if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]), default=None)
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest finished checkpoint, -1 if there is none."""
+    """Returns the step of the newest finished checkpoint; -1: there is none."""
     newest = newest_checkpoint(run)
     return -1 if newest is None else int(newest.name[5:])
 
 
 def changes_at_start(run: Path) -> list[Change]:
-    """Settings that have changed since the checkpoint that a start now resumes."""
+    """Returns the settings changed since the checkpoint that a start now resumes."""
     return settings_changed(run, newest_checkpoint(run))

@@ -1,7 +1,7 @@
-"""`resume=RUN`: the frozen settings of a run, with what is typed on top.
+"""`resume=RUN`: the frozen settings of a run, overridden by the command line. Used by both launchers.
 
-Apart from the launchers because both take it. Hydra composes what is typed, and so checks it, over the run's own
-engine, optimizer and family of models; `apply` then puts the typed settings onto the frozen ones.
+Hydra composes the command line on the run's own engine, optimizer and model family, which checks it. `apply` then sets
+the typed settings on the frozen ones.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
 from pretrain.config.job import CONFIG_FILE
 from pretrain.config.optim import OptimConfig
 
-FAMILY = "family/"  # begins the name of the option that has a family's keys alone
+FAMILY = "family/"  # prefix of the option with only a family's keys
 RECIPE = "recipe"  # group of conf/recipe: values of many groups, frozen with the others
-NAMED = ("engine", "optim")  # groups whose options differ in their keys, each named as its option
+NAMED = ("engine", "optim")  # groups whose options have different keys; each option has its own name as `name`
 
 
 def in_full(arguments: list[str]) -> list[str]:
-    """The command line with the choices that Hydra needs in front, if a run is to be resumed with its own settings.
+    """Returns the command line; to resume a run, puts the choices that Hydra needs in front.
 
-    `run.dir=RUN` of an existing run means the same if no data is named: a command that begins a run names some.
-    Raises ValueError if there is no such run.
+    `run.dir=RUN` of an existing run also resumes it, if the command names no data: a new run needs some. Raises
+    ValueError if there is no run.
     """
     typed = {_key(argument): _value(argument) for argument in arguments if "=" in argument}
     run = typed.get("resume")
@@ -40,7 +40,7 @@ def in_full(arguments: list[str]) -> list[str]:
 
 
 def apply(composed: DictConfig, overrides: list[str]) -> None:
-    """Takes `resume` out, and puts the run's settings, with the typed ones on top, in place of the composed ones."""
+    """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones."""
     run = composed.pop("resume", None)
     if run is None:
         return
@@ -55,13 +55,15 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
         part = key.partition(".")[0]
         if part not in PARTS and part not in TOP_LEVEL_KEYS:
             continue
-        if key in PARTS:  # a choice; the same one changes nothing
+        if key in PARTS:  # a choice of a group; the run's own changes nothing
             if not value.startswith(FAMILY) and not (key in NAMED and value == frozen[key].name):
                 frozen[key] = composed[key]
         else:
             OmegaConf.update(frozen, key, OmegaConf.select(composed, key), force_add=True)
     if Path(frozen.run.dir).absolute() != Path(run).absolute() and any(map(_names_folder, overrides)):
-        raise ValueError(f"run.dir={frozen.run.dir} must be left out, or be resume={run}: a run is resumed where it is")
+        raise ValueError(
+            f"run.dir={frozen.run.dir} must be left out, or be resume={run}: a run cannot be resumed in another folder"
+        )
     frozen.run.dir = run
     for name in map(str, frozen):
         composed[name] = frozen[name]
@@ -72,7 +74,7 @@ def _key(argument: str) -> str:
 
 
 def _value(argument: str) -> str:
-    """Without Hydra's quotes."""
+    """Returns the value without Hydra's quotes."""
     return argument.partition("=")[2].strip("'\"")
 
 
@@ -85,11 +87,11 @@ def _config_of(run: str) -> Path:
 
 
 def _frozen(run: str) -> DictConfig:
-    """The settings of a run, checked as those of a start are."""
+    """Reads and checks the settings of a run."""
     path = _config_of(run)
     if not path.is_file():
         raise ValueError(f"resume={run} must be the folder of a run: {path} is missing")
     load_config(path)
     frozen = with_new_names(OmegaConf.create(yaml.safe_load(path.read_bytes())))
-    frozen.optim.setdefault("name", OptimConfig.name)  # runs were frozen before it had one
+    frozen.optim.setdefault("name", OptimConfig.name)  # older runs have no name there
     return frozen

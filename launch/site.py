@@ -1,5 +1,5 @@
-"""Checks a job against the site before it is submitted: the Python that its setup chooses, and whether its partition
-can ever start it. Apart from cluster.py, which describes a job and knows no site.
+"""Checks a job against the cluster before it is submitted: which Python its setup activates, and whether its partition
+can ever start it. Not part of cluster.py, which describes a job and asks no cluster.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.command import warn
 from launch.cluster import ClusterConfig
 
-ANSWER_SECONDS = 10  # sbatch decides if Slurm takes longer
+ANSWER_SECONDS = 10  # if Slurm takes longer, sbatch decides
 ACTIVATES = re.compile(
     r"(?:^|[;&|]\s*)\s*(?:(?:source|\.)\s+(?P<script>\S*activate)\b|(?:conda|mamba|micromamba|pyenv)\s+activate\b"
     r"|(?:module\s+(?:load|add)|ml|spack\s+load)\s[^;&|]*(?:python|conda|mamba|miniforge))",
@@ -21,7 +21,7 @@ ACTIVATES = re.compile(
 
 
 def check(cluster: ClusterConfig, dry_run: bool) -> None:
-    """Warns of a setup that does not choose the Python. ValueError if the partition can never start the job."""
+    """Warns if the setup activates an unused Python. Raises ValueError if the partition can never start the job."""
     for line in cluster.setup:
         if unused := unused_activation(line, cluster):
             warn(unused)
@@ -30,7 +30,7 @@ def check(cluster: ClusterConfig, dry_run: bool) -> None:
 
 
 def unused_activation(line: str, cluster: ClusterConfig) -> str:
-    """Says that a line of cluster.setup activates a Python that the tasks do not run; "" otherwise."""
+    """Returns a warning if a line of cluster.setup activates a Python that the tasks do not use; else ""."""
     found = ACTIVATES.search(line)
     if found is None or cluster.python is not None:
         return ""
@@ -45,9 +45,8 @@ def unused_activation(line: str, cluster: ClusterConfig) -> str:
 
 
 def check_partition(cluster: ClusterConfig) -> None:
-    """ValueError if no partition of cluster.partition can ever start the job; a limit that a QOS may lift is a warning.
-
-    Says nothing if Slurm gives no answer that can be read.
+    """Raises ValueError if no partition of cluster.partition can ever start the job. A limit that a QOS may lift is a
+    warning. Does nothing if Slurm's answer cannot be parsed.
     """
     known = partitions(_answer("scontrol", "--oneliner", "--all", "show", "partition"))
     if not known or "clusters" in cluster.sbatch:
@@ -67,13 +66,13 @@ def check_partition(cluster: ClusterConfig) -> None:
 
 
 def partitions(said: str) -> dict[str, dict[str, str]]:
-    """Parses what scontrol says of each partition, by name."""
+    """Parses scontrol's lines: properties of each partition, by name."""
     lines = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines()]
     return {line["PartitionName"]: line for line in lines if "PartitionName" in line}
 
 
 def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
-    """The partition has too few nodes, or too few with that many GPUs."""
+    """Returns a message if the partition has too few nodes, or too few with enough GPUs; else ""."""
     total_nodes = known.get("TotalNodes", "")
     if total_nodes.isdigit() and cluster.nodes > int(total_nodes):
         return f"cluster.nodes={cluster.nodes} must be at most {total_nodes}: partition {name} has no more nodes"
@@ -82,7 +81,7 @@ def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> 
     shown = sum(int(count) for count, _ in nodes)
     if (
         "gpu" not in said or not total_nodes.isdigit() or shown < int(total_nodes)
-    ):  # no GPUs named, or nodes of a cloud that are off
+    ):  # no GPUs listed, or cloud nodes that are off
         return ""
     gpus = [(int(count), sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))) for count, gres in nodes]
     most, enough = max(each for _, each in gpus), sum(count for count, each in gpus if each >= cluster.gpus_per_node)
@@ -98,7 +97,7 @@ def _too_few_nodes(cluster: ClusterConfig, name: str, known: dict[str, str]) -> 
 
 
 def _too_large(cluster: ClusterConfig, name: str, known: dict[str, str]) -> str:
-    """The partition's MaxNodes or MaxTime is lower."""
+    """Returns a message if the job exceeds the partition's MaxNodes or MaxTime; else ""."""
     most, longest = known.get("MaxNodes", ""), known.get("MaxTime", "")
     if most.isdigit() and cluster.nodes > int(most):
         return f"cluster.nodes={cluster.nodes} must be at most {most}: MaxNodes of partition {name}"

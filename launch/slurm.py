@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train on a Slurm cluster: `python launch/slurm.py --help`.
 
-Composes the configuration once; launch/training.py checks it for the cluster's ranks, freezes it and the code into the
-run, and submits one job, or a sweep as one array. What runs in the job is launch/job.py.
+Composes the configuration once. launch/training.py checks it for the cluster's ranks, freezes it and the code into the
+run, and submits one job, or a sweep as one array. launch/job.py runs inside the job.
 """
 
 import re
@@ -32,7 +32,7 @@ from pretrain.compose import register_groups  # noqa: E402
 
 
 def main() -> None:
-    """Exits 0 once submitted, with `tail` as the job does, 2 on a wrong setting."""
+    """Exits with 0 once submitted, with `tail` as the job does, 2 if a setting is wrong."""
     alone()
     register_groups()
     cluster.register()
@@ -48,7 +48,7 @@ def main() -> None:
             jobs = corpus.launch([config for config, _ in composed])
         else:
             jobs = training.launch(composed)
-        sys.exit(next(filter(None, map(follow, jobs)), 0))  # none after one that has not ended well
+        sys.exit(next(filter(None, map(follow, jobs)), 0))  # no further job after one that failed
 
 
 def compose() -> list[tuple[DictConfig, list[str]]]:
@@ -59,8 +59,8 @@ def compose() -> list[tuple[DictConfig, list[str]]]:
         composed.append((config, list(HydraConfig.get().overrides.task)))
 
     first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
-    with TemporaryDirectory() as scratch:  # for a file of Hydra's
-        sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # the overrides must stand together
+    with TemporaryDirectory() as scratch:  # Hydra writes a file there
+        sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # Hydra needs all overrides together
         run_hydra(keep, "slurm", sweeps=True)
     return composed
 

@@ -1,4 +1,4 @@
-"""The code as it is now, kept with the run: what a job starts from, whatever is edited meanwhile."""
+"""Snapshots the code for a run: its jobs start from the snapshot, so later edits do not change them."""
 
 import hashlib
 import os
@@ -17,13 +17,13 @@ COMMIT, DIFF = "COMMIT", "DIFF"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """files: every file of the packages and of conf/, by its path, and what git says of them: COMMIT and DIFF."""
+    """The code of the packages and of conf/, with its commit and the diff against it."""
 
-    files: dict[str, bytes]
+    files: dict[str, bytes]  # contents by path; also COMMIT and DIFF
 
     @classmethod
     def take(cls, root: Path = ROOT) -> "Snapshot":
-        """Reads what is in the folder now. Where that is no checkout of git's, COMMIT says so."""
+        """Reads the folder. If it is not a git checkout, COMMIT says so."""
         files = {
             path.relative_to(root).as_posix(): path.read_bytes()
             for folder in FOLDERS
@@ -34,7 +34,7 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """Hash of its content: the same code has the same name."""
+        """Hash of the content: equal code has an equal name."""
         content = hashlib.sha256()
         for path, data in self.files.items():
             content.update(f"{path}\0{len(data)}\0".encode() + data)
@@ -45,7 +45,7 @@ class Snapshot:
         return self.files[COMMIT].decode().strip() + (" with changes" if self.files[DIFF] else "")
 
     def save(self, folder: Path) -> Path:
-        """Writes folder/NAME, whole or not at all; one that is there already is the same."""
+        """Writes folder/NAME atomically. An existing one is equal, and is kept."""
         target = folder / self.name
         if target.exists():
             return target
@@ -67,7 +67,7 @@ class Snapshot:
             try:
                 temporary.rename(target)
             except OSError:
-                if not target.exists():  # else another launcher was quicker, with the same code
+                if not target.exists():  # otherwise another launcher has written the same code
                     raise
             sync_folder(folder)
         finally:
@@ -76,15 +76,15 @@ class Snapshot:
 
 
 def import_from(code: Path) -> str:
-    """The line of a script that gives Python a snapshot's packages, and none of the current folder's."""
+    """Returns a script line that makes Python import a snapshot's packages, and none from the current folder."""
     return f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
 
 
 def git_says(root: Path) -> dict[str, bytes]:
-    """The commit, and the difference of the working tree from it: what is not yet known to git is in the files."""
+    """Returns the commit, and the diff of the working tree against it. Untracked files are in the snapshot itself."""
     try:
         top = _git(root, "rev-parse", "--show-toplevel").decode().strip()
-        if Path(top).resolve() != root.resolve():  # installed within somebody's own repository
+        if Path(top).resolve() != root.resolve():  # installed inside another repository
             raise OSError
         return {COMMIT: _git(root, "rev-parse", "HEAD"), DIFF: _git(root, "diff", "--binary", "HEAD", "--", *FOLDERS)}
     except (OSError, subprocess.CalledProcessError):

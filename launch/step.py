@@ -1,8 +1,7 @@
-"""Costs of a step on one rank: what it holds, moves and computes, in bytes and FLOPs. The matrix, the head and the
-activations are here, the engine's part is in pretrain/engine/footprint.py, the matrix's traffic in
-pretrain/placement.py.
+"""Costs of a step on one rank: memory and traffic in bytes, and FLOPs. This module has the matrix, the head and the
+activations. pretrain/engine/footprint.py has the engine's part, pretrain/placement.py the matrix's traffic.
 
-N: tokens of a rank and micro-batch. D: width. v: rows of a rank. i: bytes of a number of the compute dtype.
+N: tokens per rank and micro-batch. D: width. v: rows per rank. i: bytes per number of the compute dtype.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from pretrain.build import body_footprint
+from pretrain.build import BOTH_WAYS, body_flops, body_footprint
 from pretrain.config.job import JobConfig
 from pretrain.engine.footprint import FP32, BodyFootprint, Shapes
 from pretrain.families import Activations
@@ -24,7 +23,7 @@ from pretrain.vocab.shard import RowShard
 
 @dataclass(frozen=True)
 class Item:
-    """Something that a rank holds."""
+    """Memory that a rank holds for one purpose."""
 
     name: str
     bytes: int
@@ -41,8 +40,8 @@ class StepCost:
 
     config: JobConfig
     work: Workload
-    p: int  # ranks to a copy of the matrix
-    world: int  # ranks
+    p: int  # ranks per copy of the matrix
+    world: int  # all ranks
     dtype: torch.dtype  # of the matmuls
     kernels: Kernels
 
@@ -64,13 +63,13 @@ class StepCost:
 
     @cached_property
     def chunk(self) -> int:
-        """Tokens of each rank that the loss works on at once."""
+        """Tokens per rank in one chunk of the loss."""
         memory = self.config.vocab.head_memory_mib
         budget = chunk_budget(self.shard, self.work.width, self.dtype, memory, self.kernels)
         return chunk_size(self.work.tokens, self.p, budget)
 
     def phases(self) -> dict[str, list[Item]]:
-        """Items held at the peak of each phase: the loss, a block's backward, the lookup's, the lens's monitor."""
+        """Returns the items held at the peak of each phase: the loss, a block's backward, the lookup's, the lens."""
         blocks = len(self.shapes.blocks)
         backwards = [self._held(behind, in_block=True) for behind in range(blocks)]
         phases = {
@@ -87,20 +86,22 @@ class StepCost:
         return {name: [*items, self._lens(name == "a look")] for name, items in phases.items()}
 
     def _lens(self, looks: bool) -> Item:
-        """Between two steps: the hidden states of one window, twice while they are put together; then logits."""
+        """Returns the lens's memory between two steps: hidden states of a window, twice while stacked; then logits."""
         rows = len(Method().rows(len(self.shapes.blocks)))
         states = rows * self.config.seq_len * self.work.width * self.work.itemsize
         room = states + max(states, MEMORY_MIB * 2**20)
         return Item("lens", room * looks, f"{rows} · T · D · i, twice, or once and {MEMORY_MIB} MiB")
 
     def _held(self, behind: int, in_loss: bool = False, in_block: bool = False, in_lookup: bool = False) -> list[Item]:
-        """With that many blocks through the backward."""
+        """Returns the items held after the backward of `behind` blocks."""
         N, D, i = self.work.tokens, self.work.width, self.work.itemsize
         matrix = self.shard.rows * D
-        used = self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1  # a head of its own comes first
+        used = (
+            self.work.matrices if in_lookup or self.work.micro_batches > 1 else 1
+        )  # an untied head's backward comes first
         of_body = self.body.weights, self.body.states, self.body.gradients(behind)
         watched = self.config.monitor.embedding_every > 0 and self.config.vocab.tie == "tied"
-        gradients = max(used, 2) if watched else used  # the lookup's also on its own
+        gradients = max(used, 2) if watched else used  # the lookup's gradient separately as well
         state, numbers = self.work.state, matrix * self.work.matrices
         of_matrix = FP32 * numbers, state * numbers, FP32 * gradients * matrix
         names = "weights", "moments", "gradients"
@@ -119,7 +120,7 @@ class StepCost:
             slab = min(self.kernels.slab_bytes, chunk * self.shard.rows * FP32)
             copy = matrix * i if i < FP32 else 0
             work = chunk * token_bytes(self.shard, D, self.dtype)
-            logits = chunk * (self.shard.rows * i + 2 * D * i) + slab  # before there are products with them
+            logits = chunk * (self.shard.rows * i + 2 * D * i) + slab  # before their gradients exist
             head = max(work, logits) + copy + N * D * i
         if in_lookup:
             lookup = (N + 2 * round(DISTINCT * N)) * D * FP32
@@ -132,7 +133,7 @@ class StepCost:
         ]
 
     def of_matrix(self, lookup: tuple[int, int] | None = None) -> list[Transfer]:
-        """Transfers of the step for the matrix. lookup: see `pretrain.placement.transfers`."""
+        """Returns the matrix's transfers in the step. lookup: see `pretrain.placement.transfers`."""
         return transfers(self.p, self.work, self.world, -(-self.work.tokens // self.chunk), lookup)
 
     def of_body(self) -> list[Transfer]:
@@ -140,9 +141,6 @@ class StepCost:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the body: three matmuls with each weight, and a fourth if blocks are computed again; attention
-        sees half of the positions on average.
-        """
-        matmuls = 8 if self.config.engine.activation_checkpointing == "block" else 6
-        attention = len(self.shapes.blocks) * self.config.seq_len * self.activations.attention
-        return matmuls * self.work.tokens * self.work.micro_batches * (self.shapes.matmuls + attention)
+        """FLOPs of the body: three matmuls with each weight, and a fourth if blocks are computed again."""
+        again = 2 if self.config.engine.activation_checkpointing == "block" else 0
+        return self.work.tokens * self.work.micro_batches * body_flops(self.config, self.shapes, BOTH_WAYS + again)

@@ -1,4 +1,4 @@
-"""A job as Slurm is handed it. Not part of cluster.py, which describes what a job asks of a cluster."""
+"""Submits jobs to Slurm. Not part of cluster.py, which describes what a job requests."""
 
 import os
 import re
@@ -18,24 +18,24 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 class Job:
     """One job, or an array of them if there are several calls."""
 
-    folder: Path  # of the logs, and of submitit's own files
-    python: str  # the command that is Python in the job
-    parameters: Mapping[str, Any]  # of submitit's executor
+    folder: Path  # for logs and submitit's files
+    python: str  # Python's command in the job
+    parameters: Mapping[str, Any]  # for submitit's executor
     calls: Sequence[Callable[[], object]]  # what each job runs
 
     def submit(self) -> list[submitit.Job[object]]:
-        """Hands it to Slurm. Raises ValueError with sbatch's own words if it refuses."""
+        """Submits to Slurm. Raises ValueError with sbatch's message if it refuses."""
         executor = submitit.SlurmExecutor(self.folder, python=self.python)
         executor.update_parameters(**self.parameters)
         try:
-            with _outside_of_jobs(), redirect_stderr(StringIO()):  # on which submitit repeats what is in its error
+            with _outside_of_jobs(), redirect_stderr(StringIO()):  # submitit prints there what its error repeats
                 return executor.submit_array(self.calls)
         except (FailedJobError, FailedSubmissionError) as error:
             said = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).splitlines()[:1]
             raise ValueError(f"sbatch refuses the job: {'; '.join(said)}") from error
 
     def script(self) -> str:
-        """Script that `submit` would hand to sbatch, to the letter. Needs no Slurm, and leaves nothing behind."""
+        """Returns exactly the script that `submit` would pass to sbatch. Needs no Slurm and leaves no files."""
         with _without_slurm() as scratch:
             job, *_ = replace(self, folder=scratch).submit()
             return job.paths.submission_file.read_text().replace(str(scratch), str(self.folder))
@@ -43,7 +43,7 @@ class Job:
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Removes the variables of an interactive job, which would be taken for settings of the new one."""
+    """Removes the variables of an interactive job: sbatch would read them as settings of the new job."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -55,7 +55,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 @contextmanager
 def _without_slurm() -> Iterator[Path]:
-    """Gives a folder for submitit, while an `srun` and an `sbatch` that do nothing stand before the system's."""
+    """Yields a folder for submitit. Meanwhile PATH begins with an `srun` and an `sbatch` that do nothing."""
     with tempfile.TemporaryDirectory(prefix="rowshard-") as scratch:
         for command in ("srun", "sbatch"):
             path = Path(scratch, command)

@@ -1,7 +1,7 @@
-"""Starts rank processes on this machine and watches them: hands signals on, and ends all when one has failed.
+"""Starts rank processes on this machine and watches them: forwards signals, and ends all ranks if one has failed.
 
-Knows neither Slurm nor torch. A rank never outlives its supervisor, and its stderr goes through it, so that the last
-line of a rank that has failed can be told.
+Imports neither Slurm nor torch. A rank never outlives its supervisor. Its stderr passes through the supervisor, which
+keeps the last line for the report of a failure.
 """
 
 import ctypes
@@ -23,20 +23,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_prep import terminal
 from pretrain.exits import Exit
 from pretrain.stops import STOP_SIGNALS, StopRequests
 
-LOOK_SECONDS = 0.05
-ELSEWHERE_SECONDS = 0.5  # between looks at a file system that all nodes share
-NOTICE_SECONDS = 0.5  # for a thread of a rank to learn that it is about to be stopped
-DUMP_SECONDS = 5.0  # for a rank to write its stacks, once another one hangs
-KEPT_BYTES = 1 << 18  # of a rank's stderr
-NO_EXIT_STATUS = "gone without a word"
-STACKS = b"(most recent call first):"  # faulthandler's, as is this
+LOOK_SECONDS = 0.05  # between looks at the ranks of this machine
+ELSEWHERE_SECONDS = 0.5  # between looks at the shared file system
+NOTICE_SECONDS = 0.5  # for the watchdog thread of a rank to notice that the rank is about to be stopped
+DUMP_SECONDS = 5.0  # for the ranks to write their stacks after one hung
+KEPT_BYTES = 1 << 18  # kept of a rank's stderr
+NO_EXIT_STATUS = "no exit status"
+STACKS = b"(most recent call first):"  # printed by faulthandler, as is the next pattern
 INNERMOST = re.compile(r'^(Current thread|Thread) .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
-HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host: this does, soon after
-OTHER_HOST_READS = re.compile(r"\.wait\(|\.item\(\)|\bsynchronize\(|\b(bool|float)\(.*norm\b")  # DeepSpeed's, too
-OF_ANOTHER_THREAD = ("/threading.py", "/torch/autograd/graph.py")  # here a thread waits for another one of its process
+HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host; this read blocks soon after
+OTHER_HOST_READS = re.compile(r"\.wait\(|\.item\(\)|\bsynchronize\(|\b(bool|float)\(.*norm\b")  # DeepSpeed's included
+OF_ANOTHER_THREAD = (
+    "/threading.py",
+    "/torch/autograd/graph.py",
+)  # here a thread waits for another thread of its process
 NCCL_ERROR = re.compile(r"NCCL error.*|Watchdog caught collective.*")
 PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,25 +48,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Record:
-    """How one rank has ended. code: as `subprocess` gives it; last: what it said last on stderr; time: unix seconds.
-
-    waits: it hung in a collective, so that the fault is another rank's.
-    """
+    """End of one rank."""
 
     rank: int
     ending: Exit
-    code: int
-    last: str = ""
-    waits: bool = False
+    code: int  # return code, as in `subprocess`
+    last: str = ""  # last line on stderr; of a hang, the innermost frame
+    waits: bool = False  # it hung in a collective: another rank is at fault
     host: str = field(default_factory=socket.gethostname)
-    time: float = field(default_factory=time.time)
+    time: float = field(default_factory=time.time)  # unix time, seconds
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ending": self.ending.name}
 
     @classmethod
     def silent(cls, rank: int, host: str) -> "Record":
-        """Record of a rank whose end was not seen: it, its supervisor or its node is gone."""
+        """Makes the record of a rank without an exit status: the rank, its supervisor or its node was lost."""
         return cls(rank, Exit.KILLED, -signal.SIGKILL, NO_EXIT_STATUS, host=host)
 
     @classmethod
@@ -71,7 +72,7 @@ class Record:
 
     @property
     def how(self) -> str:
-        """Describes the end in words."""
+        """Description of the end."""
         if self.last == NO_EXIT_STATUS:
             return NO_EXIT_STATUS
         if self.ending is Exit.HUNG:
@@ -82,7 +83,7 @@ class Record:
 
 
 class _Rank:
-    """One process, in a session of its own: a Ctrl-C of the terminal reaches it through its supervisor alone."""
+    """One rank process, in its own session: a Ctrl-C in the terminal reaches it only through the supervisor."""
 
     def __init__(self, rank: int, command: list[str], environment: dict[str, str]) -> None:
         supervisor = os.getpid()
@@ -106,16 +107,16 @@ class _Rank:
         os.set_blocking(self.stderr, False)
 
     def pump(self) -> bool:
-        """Hands on the lines that it has written; False at the end of them."""
+        """Forwards the complete lines that the rank has written. Returns False at the end of its stderr."""
         try:
             while data := os.read(self.stderr, KEPT_BYTES):
-                self._hand_on(data)
+                self._forward(data)
         except BlockingIOError:
             return True
         return False
 
-    def _hand_on(self, data: bytes) -> None:
-        """Whole lines: two ranks may write at the same time."""
+    def _forward(self, data: bytes) -> None:
+        """Writes complete lines only: two ranks may write at the same time."""
         if STACKS in data and STACKS not in self.said:
             self._line = b"stacks of rank %d:\n" % self.rank + self._line
         self.said = (self.said + data)[-KEPT_BYTES:]
@@ -124,7 +125,7 @@ class _Rank:
         sys.stderr.flush()
 
     def over(self) -> bool:
-        """True if it has ended; not yet reaped, its number still stands for it and its children."""
+        """True if the process has ended. It is not reaped yet, so its process id is not reused."""
         flags = os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG
         state = os.waitid(os.P_PID, self.process.pid, flags)
         stopped = state is not None and state.si_code == os.CLD_STOPPED
@@ -136,16 +137,16 @@ class _Rank:
         self.signal_group(signal.SIGKILL)
 
     def signal_group(self, number: int) -> None:
-        """To it and all that it has started."""
+        """Sends the signal to the rank and all processes it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def reap(self) -> int:
-        """Its return code. Whatever it has started ends too."""
+        """Returns the return code, after ending all processes that the rank has started."""
         self.kill()
         code = self.process.wait()
         self.pump()
-        self._hand_on(b"\n" if self._line else b"")
+        self._forward(b"\n" if self._line else b"")
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
@@ -153,31 +154,34 @@ class _Rank:
     def record(self, ending: Exit, code: int) -> Record:
         said = self.said.decode(errors="replace")
         if ending is Exit.HUNG:
-            if time.monotonic() < self._stopped + DUMP_SECONDS:  # Slurm continues whom it ends
-                return Record(self.rank, ending, code, "a stop, by SIGSTOP or a like signal")
+            if time.monotonic() < self._stopped + DUMP_SECONDS:  # Slurm sends SIGCONT to a process that it ends
+                return Record(self.rank, ending, code, "a stop, by SIGSTOP or a similar signal")
             stacks = INNERMOST.findall(said)
             current = [frame for thread, *frame in stacks if thread.startswith("Current")]
             if not current:
-                return Record(self.rank, ending, code, "a state in which it cannot tell its stack")
+                return Record(self.rank, ending, code, "a state in which it could not print its stack")
             path, line, function = current[-1]
             deciding = [frame for thread, *frame in stacks] if path.endswith(OF_ANOTHER_THREAD) else [current[-1]]
             waits = any(_waits_for_a_peer(*frame) for frame in deciding)
             return Record(self.rank, ending, code, f"{function}, {path}:{line}", waits)
         lines = said.strip().splitlines()
         if ending is Exit.LOST_PEER and code == -signal.SIGABRT:
-            lines = NCCL_ERROR.findall(said) or lines  # behind it there are stacks
+            lines = NCCL_ERROR.findall(said) or lines  # stacks follow the error
         return Record(self.rank, ending, code, lines[-1].strip() if lines else "")
 
 
 def own_code(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that make a Python process import this code, whatever the current folder or PYTHONPATH holds."""
-    path = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]  # "" is the current folder
+    """Builds variables that make Python import this code, whatever the current folder and PYTHONPATH contain."""
+    path = [
+        str(ROOT),
+        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
+    ]  # "" means the current folder
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
 @contextmanager
 def _handled(number: int, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """With that handler, unless the signal is ignored. Python has handlers in the main thread alone."""
+    """Sets the handler while the context lasts, unless the signal is ignored or this is not the main thread."""
     before = signal.getsignal(number)
     if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
@@ -190,13 +194,13 @@ def _handled(number: int, handler: Callable[[int, FrameType | None], None] | sig
 
 
 def allocator(environment: Mapping[str, str]) -> dict[str, str]:
-    """The GPU allocator's setting: large blocks of many sizes would break its memory up. What the user set stays."""
+    """Builds the setting of the GPU allocator that avoids fragmentation by large blocks. Keeps the user's setting."""
     given = any(key in environment for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _waits_for_a_peer(path: str, line: str, function: str) -> bool:
-    """True if a thread that hangs in this frame waits for another rank: in a collective, or for a GPU that does."""
+    """True if a thread that hangs in this frame waits for another rank, in a collective or through its GPU."""
     if "/torch/distributed/" in path or (path.endswith(HOST_READ[0]) and function == HOST_READ[1]):
         return True
     return (
@@ -205,10 +209,10 @@ def _waits_for_a_peer(path: str, line: str, function: str) -> bool:
 
 
 class Supervisor:
-    """Runs `command` once for each rank, with the environment given for it.
+    """Runs `command` once per rank, with that rank's environment.
 
-    `elsewhere` says whether, and how, a rank that another supervisor watches has failed; `record` is called with each
-    rank's record as soon as it has ended.
+    `elsewhere` returns how a rank of another supervisor has failed, if one has. `record` is called with a rank's record
+    as soon as the rank has ended.
     """
 
     def __init__(
@@ -226,7 +230,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> list[Record]:
-        """Until all have ended; their records, in the order of their ends. Ctrl-Z stops the ranks, too."""
+        """Waits until all ranks have ended. Returns their records in that order. Ctrl-Z stops the ranks as well."""
         with _handled(signal.SIGTSTP, self._pause):
             return self._run()
 
@@ -249,7 +253,7 @@ class Supervisor:
         return records
 
     def _start(self) -> None:
-        """With the signals blocked, in the ranks too: what comes before a rank has its handlers waits for them."""
+        """Starts the ranks with the signals blocked: an early signal waits until the rank has set its handlers."""
         blocked = (*STOP_SIGNALS, signal.SIGTSTP)
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
@@ -260,12 +264,13 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
-        """Stops the ranks, which are in sessions of their own, and this process, until SIGCONT, as of `fg`."""
+        """Stops the ranks, each in its own session, and this process, until SIGCONT, which `fg` sends."""
         with _handled(signal.SIGTSTP, signal.SIG_IGN):
-            self._send(signal.SIGTSTP)  # their watchdogs must not count the pause
+            self._send(signal.SIGTSTP)  # the watchdogs must not count the pause
             time.sleep(NOTICE_SECONDS)
             for rank in self._alive:
                 rank.signal_group(signal.SIGSTOP)
+            terminal.status("")  # the shell's prompt comes next
             os.kill(os.getpid(), signal.SIGSTOP)
             for rank in self._alive:
                 rank.signal_group(signal.SIGCONT)
@@ -284,14 +289,16 @@ class Supervisor:
                 self._selector.unregister(rank.stderr)
             code = rank.reap()
             found = ending(code)
-            if code == -signal.SIGABRT and b"ProcessGroupNCCL" in rank.said:  # its watchdog: a collective has failed
+            if (
+                code == -signal.SIGABRT and b"ProcessGroupNCCL" in rank.said
+            ):  # aborted by NCCL's watchdog: a collective has failed
                 found = Exit.LOST_PEER
             record = rank.record(found, code)
             self.record(record)
             yield record
 
     def _end(self, failure: Exit) -> Iterator[Record]:
-        """All that are left. When one hangs, what the others were at is the better half of the story."""
+        """Ends the remaining ranks. If one hung, first lets the others print their stacks, which help to explain it."""
         ending = Exit.HUNG if failure is Exit.HUNG else Exit.ENDED
         if failure is Exit.HUNG:
             self._send(signal.SIGALRM)

@@ -1,6 +1,6 @@
-"""A training on Slurm: check, plan and rehearse each run, then submit all as one job.
+"""Submits trainings to Slurm: checks, plans and rehearses each run, then submits all as one job.
 
-Not part of slurm.py, which is the command and composes what is typed; corpus.py is the same for tokenising.
+slurm.py is the command, which composes the settings; corpus.py is the counterpart for tokenising.
 """
 
 import json
@@ -24,6 +24,7 @@ from data_prep import terminal
 from data_prep.command import warn
 from data_prep.durable import durable
 from data_prep.overrides import shown
+from data_prep.progress import working
 from data_prep.renamed import former
 from launch import resume, site
 from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
@@ -57,7 +58,7 @@ class Run:
     config: JobConfig
     data: Data
     rows: int  # of the vocabulary
-    model: str  # its parameter counts, in words
+    model: str  # parameter counts, for the user
 
     @property
     def dir(self) -> Path:
@@ -65,15 +66,15 @@ class Run:
 
 
 def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Job[object]]:
-    """Submits what was composed, each with its overrides, or prints it if `dry_run`. Returns the job to follow.
+    """Submits the composed runs, each with its overrides; with `dry_run` prints the job. Returns the job to follow.
 
-    Raises ValueError: key, value, rule.
+    Raises ValueError if a setting is wrong.
     """
     configs = [config for config, _ in composed]
     ours = settings_of(configs)
     need_slurm(ours.dry_run)
     if len(configs) > 1 and any(config.resume for config in configs):
-        raise ValueError("resume is for one run: in a sweep each job has a folder of its own")
+        raise ValueError("resume is for one run: in a sweep each job has its own folder")
     for config, overrides in composed:
         resume.apply(config, overrides)
     site.check(ours.cluster, ours.dry_run)
@@ -96,7 +97,7 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
 
 
 def settings_of(composed: list[DictConfig]) -> LaunchConfig:
-    """Takes what is not the training's out of the composed configurations. Raises ValueError unless they agree."""
+    """Removes the settings of the launch from the composed configurations. Raises ValueError if they differ."""
     found = []
     for config in composed:
         OmegaConf.set_struct(config, False)
@@ -120,17 +121,19 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
 
 
 def run_dir(composed: list[DictConfig]) -> Path:
-    """The whole path of run.dir: a job may have another current folder. Raises ValueError if Slurm would misread it."""
+    """Returns run.dir as an absolute path: a job's current folder may differ. Raises ValueError if Slurm would change
+    it.
+    """
     given, *others = {config.run.dir for config in composed}
     RunConfig(given)
     if others:
-        raise ValueError("run.dir is not to be swept: each job of a sweep has a folder of its own in it")
+        raise ValueError("run.dir cannot be swept: each job of a sweep has its own folder in it")
     return plain_path("run.dir", given)
 
 
 def folders(base: Path, overrides: Sequence[list[str]]) -> list[Path]:
-    """The folder of each job: `base`, or in a sweep one in it. One that an earlier version named after a setting's old
-    name goes on.
+    """Returns the folder of each job: `base`, or in a sweep a folder inside. A folder that an earlier version named by
+    a setting's old name is kept.
     """
     found = []
     for name, old in zip(names(overrides), names([list(map(former, job)) for job in overrides]), strict=True):
@@ -139,7 +142,7 @@ def folders(base: Path, overrides: Sequence[list[str]]) -> list[Path]:
 
 
 def names(overrides: Sequence[list[str]]) -> list[str]:
-    """Names a folder per job of a sweep by the settings that not all share; '' for a single job."""
+    """Names the folder of each job of a sweep by the settings in which they differ; "" for a single job."""
     common = set.intersection(*map(set, overrides))
     own = ["_".join(override.lstrip("+") for override in job if override not in common) for job in overrides]
     found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
@@ -149,16 +152,17 @@ def names(overrides: Sequence[list[str]]) -> list[str]:
 
 
 def prepared(composed: DictConfig, cluster: ClusterConfig) -> Run:
-    """A run that can be trained on that cluster, as far as can be known here. Raises ValueError: key, value, rule."""
+    """Checks, plans and rehearses a run for the cluster. Raises ValueError if a setting is wrong."""
     run = checked(composed, cluster)
-    from launch.rehearsal import rehearse  # needs torch, as below: no refusal of a setting waits for it
+    from launch.rehearsal import rehearse  # needs torch; wrong settings are reported without waiting for it
 
-    rehearse(run.config, run.rows, planned(run, cluster), cluster.ranks)
+    with working("plan the memory and rehearse a step"):
+        rehearse(run.config, run.rows, planned(run, cluster), cluster.ranks)
     return run
 
 
 def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
-    """A run with valid settings, and with data and a checkpoint, if there is one, that match them."""
+    """Checks the settings of a run against its data and its checkpoint, if there is one."""
     config, hardware = build_config(composed), cluster.hardware
     config.resolve()
     data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
@@ -170,19 +174,19 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
 
 
 def planned(run: Run, cluster: ClusterConfig) -> int:
-    """How many ranks will share a copy of the matrix. Raises ValueError if the cluster's GPU cannot hold the run."""
+    """Returns the ranks per copy of the matrix. Raises ValueError if the cluster's GPU cannot hold the run."""
     from launch.fit import refusal
     from launch.planner import plan
 
     world, node, hardware = cluster.ranks, cluster.ranks_of_a_node, cluster.hardware
     planner = partial(plan, rows=run.rows, world=world, node=node, hardware=hardware)
     if cluster.gpu and (refused := refusal(run.config, world, planner, cluster.gpu, hardware)):
-        raise ValueError(f"{refused}; launch/plan.py shows what it is")
+        raise ValueError(f"{refused}; launch/plan.py shows the memory in detail")
     return planner(run.config).chosen.ranks
 
 
 def unfinished(runs: list[Run]) -> list[Run]:
-    """The runs that have something left to do. Prints one line for each of the others."""
+    """Returns the unfinished runs. Prints one line for each finished run."""
     left = []
     for run in runs:
         done = finished(run.config, run.data)
@@ -194,19 +198,19 @@ def unfinished(runs: list[Run]) -> list[Run]:
 
 
 def job_of(ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> Job:
-    """Builds the job for Slurm: one, or an array of one per run."""
+    """Builds the Slurm job; for several runs an array."""
     mounts = sorted({base}.union(*(folders_of(path) for run in runs for path in run.config.reads)))
     lines = setup(runs, base / "code" / snapshot.name, ours.restart)
     return ours.cluster.job(base / "slurm", base.name, lines, mounts, [SlurmRank(str(run.config.path)) for run in runs])
 
 
 def folders_of(path: Path) -> set[Path]:
-    """The folders with a folder's files: a snapshot of the hub has links, whose targets a container must see, too."""
+    """Returns the folder and those of its links' targets: a container must mount both."""
     return {path.parent, *(file.resolve().parent for file in path.glob("*") if file.is_symlink())}
 
 
 def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
-    """Lines of the job's script: the run's own code, and who decides how it goes on when the ranks have ended."""
+    """Returns lines for the job's script: import the run's code, and decide about a restart at the end."""
     python, run = shlex.quote(sys.executable), str(runs[0].dir)
     lines = [import_from(code)]
     if len(runs) > 1:
@@ -217,9 +221,9 @@ def setup(runs: list[Run], code: Path, restart: RestartConfig) -> list[str]:
 
 
 def submit(job: Job, ours: LaunchConfig, base: Path, runs: list[Run], snapshot: Snapshot) -> list[submitit.Job[object]]:
-    """Freezes settings and code into the runs, hands the job to Slurm, and prints what was submitted.
+    """Freezes settings and code into the runs, submits the job, and prints what was submitted.
 
-    Raises ValueError if a run is in use or Slurm refuses; a folder that was not there before is gone then.
+    Raises ValueError if a run is in use or Slurm refuses; then a new folder is removed.
     """
     for run in runs:
         refuse_if_held(run.dir)
@@ -228,7 +232,7 @@ def submit(job: Job, ours: LaunchConfig, base: Path, runs: list[Run], snapshot: 
         try:
             for run in runs:
                 locks.enter_context(lock_run(run.dir, LAUNCH_LOCK))
-                refuse_if_held(run.dir)  # by a launcher that was quicker
+                refuse_if_held(run.dir)  # another launcher may have been faster
                 with lock_run(run.dir, RANKS_LOCK):
                     freeze(run.config, run.data)
             snapshot.save(base / "code")
@@ -239,18 +243,18 @@ def submit(job: Job, ours: LaunchConfig, base: Path, runs: list[Run], snapshot: 
             raise
         for run, submitted in zip(runs, jobs, strict=True):
             record(run, submitted, snapshot)
-        print(farewell(ours, base, runs, jobs), flush=True)  # last: a closed pipe must not leave a job unknown
+        print(farewell(ours, base, runs, jobs), flush=True)  # last: the job is recorded even if the pipe is closed
     return jobs
 
 
 def refuse_if_held(run: Path) -> None:
-    """Raises ValueError if a job that was submitted for this run has not ended yet."""
+    """Raises ValueError if an earlier job of this run has not ended."""
     if job := holder_of(run):
-        raise ValueError(f"run.dir={run} is held by job {job}: wait for its end, or scancel {job}")
+        raise ValueError(f"run.dir={run} is in use by job {job}: wait for its end, or scancel {job}")
 
 
 def record(run: Run, job: submitit.Job[object], snapshot: Snapshot) -> None:
-    """RUN/job.json: which job has the run, where its log is, and what code it runs."""
+    """Writes RUN/job.json: the job of the run, its log, and the code it runs."""
     known: dict[str, Any] = {"job": job.job_id, "submitted": round(time.time()), "log": str(job.paths.stdout)}
     known |= {"code": snapshot.name, "commit": snapshot.commit}
     with durable(run.dir / JOB_FILE) as file:

@@ -24,7 +24,7 @@ def announce(
     resumed: Path | None,
     changes: list[Change],
 ) -> None:
-    """Prints it. changes: of the settings, since the checkpoint that is resumed."""
+    """Prints the first lines of a run. changes: settings changed since the checkpoint that is resumed."""
     vocab = model.vocab
     axes = " × ".join(f"{size} {axis}" for axis, size in mesh.sizes.items())
     print(
@@ -43,14 +43,14 @@ def announce(
 
 
 def counts(config: JobConfig, rows: int) -> tuple[int, int]:
-    """Parameters of the body, and of one matrix of that many rows. Allocates nothing."""
+    """Counts the parameters of the body, and of one matrix with that many rows. Allocates nothing."""
     with torch.device("meta"):
-        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes of its own
+        body = sum(p.numel() for p in config.model.body().parameters())  # an engine may hide the shapes
     return body, rows * config.model.width
 
 
 def parameters(config: JobConfig, body: int, matrix: int, rows: int) -> str:
-    """Parameter counts of the model as it is, and as it would be with the other choice."""
+    """Formats the parameter counts, tied and untied."""
     tied = f"{(body + matrix) / 1e6:.1f}M parameters, {matrix / 1e6:.1f}M of them in 1 matrix of {rows:,} rows"
     untied = f"{(body + 2 * matrix) / 1e6:.1f}M parameters, {2 * matrix / 1e6:.1f}M of them in 2 matrices"
     if config.vocab.tie == "untied":
@@ -61,7 +61,7 @@ def parameters(config: JobConfig, body: int, matrix: int, rows: int) -> str:
 
 
 def not_validated(config: JobConfig, data: Data) -> list[str]:
-    """One line if evaluations are asked for and a corpus has no validation split."""
+    """Returns one line if evaluation is on and a corpus has no validation split."""
     without = [title for title, corpus in data.corpora.items() if sum(file.size for file in corpus.val) < 2]
     if not config.eval.every or not without:
         return []
@@ -71,13 +71,13 @@ def not_validated(config: JobConfig, data: Data) -> list[str]:
 
 
 def _data_lines(data: Data, samples: Samples, state: TrainState) -> list[str]:
-    """Says where each corpus stands; with several, their shares from here on."""
+    """Formats the position in each corpus; with several corpora also their shares from here on."""
     known = sum(state.samples.values())
     shares = data.blend.shares(known)
     lines = []
     for (title, corpus), share in zip(data.corpora.items(), shares, strict=True):
         sample = state.samples.get(corpus.name, 0)
-        new = " (not the data of before: it starts anew)" if known and not sample else ""
+        new = " (new corpus: starts at sample 0)" if known and not sample else ""
         part = f"{100 * share:.3g}% of the samples, " if len(shares) > 1 else ""
         lines.append(f"{title}, {corpus.tokens:,} tokens, {part}from sample {sample:,}{new}")
         windows = samples.sources[title][0]

@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its settings. With config the only module that names the engines."""
+"""Builds the parts of a run from its settings. Besides config the only module that names the engines."""
 
 from dataclasses import asdict
 from typing import Any
@@ -20,19 +20,20 @@ from .placement import Machine, Parallel, Workload, choose_parallel
 from .precision import compute_dtype
 from .vocab import VocabParallelEmbedding, VocabShard
 
+BOTH_WAYS = 6  # FLOPs for each weight and token: three matmuls, one forward and two backward
 ENGINES: dict[type, Any] = {FSDP2Config: FSDP2Engine, DeepSpeedConfig: DeepSpeedEngine}
 
 
 def vocab_parallel(
     config: JobConfig, rows: int, world: int, node: int, device_type: str, bf16: bool | None = None
 ) -> Parallel:
-    """The size of the vocab axis for `world` ranks, `node` of them on each node, and why. As `check_job`."""
+    """Chooses the size of the vocab axis for `world` ranks, `node` of them per node. Arguments as in `check_job`."""
     work = vocab_workload(config, rows, world, compute_dtype(config.train, device_type, bf16).itemsize)
     return choose_parallel(config.vocab.parallel, work, Machine.of(device_type, world, node))
 
 
 def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> Workload:
-    """Work of a rank's matrix in a step, `itemsize` bytes to a number of the compute dtype."""
+    """Computes the work of a rank's matrix in a step. itemsize: bytes per number of the compute dtype."""
     return Workload(
         rows=VocabShard.of(0, 1, rows, config.vocab.multiple).padded_size,
         width=config.model.width,
@@ -46,15 +47,30 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
 
 
 def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> BodyFootprint:
-    """Memory and traffic of a rank of `world` for the body in a step, with p ranks on the vocab axis."""
+    """Computes memory and traffic of the body in a step, per rank of `world`, with p ranks on the vocab axis."""
     with torch.device("meta"):
         shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
     footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
     return footprint
 
 
+def flops_per_token(config: JobConfig, rows: int) -> float:
+    """Computes the FLOPs of the model per token, forward and backward, as MFU counts them: without recomputation by
+    checkpointing, and without padding rows.
+    """
+    with torch.device("meta"):
+        shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
+    return body_flops(config, shapes, BOTH_WAYS) + BOTH_WAYS * rows * config.model.width
+
+
+def body_flops(config: JobConfig, shapes: Shapes, per_weight: int) -> float:
+    """Computes the FLOPs of the body per token. Attention reads half of the positions on average."""
+    attention = config.model.activations(config.engine.activation_checkpointing).attention
+    return per_weight * (shapes.matmuls + len(shapes.blocks) * config.seq_len * attention)
+
+
 def about(config: JobConfig, data: Data) -> dict[str, Any]:
-    """Describes the run in its checkpoints."""
+    """Returns the description of the run for its checkpoints."""
     return {
         "config": asdict(config),
         "vocab_size": vocab_rows(config, data),
@@ -63,7 +79,7 @@ def about(config: JobConfig, data: Data) -> dict[str, Any]:
 
 
 def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, LanguageModel, VocabOptimizer]:
-    """Engine, model and the matrix's optimizer, with initial weights that depend on the seed alone."""
+    """Builds engine, model and the matrix's optimizer. The initial weights depend only on the seed."""
     dtype = compute_dtype(config.train, mesh.device.type)
     vocab = VocabParallelEmbedding(
         config.vocab,

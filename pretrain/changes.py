@@ -1,6 +1,6 @@
-"""Differences between the settings of a checkpoint and those of the run that resumes it.
+"""Differences between the settings of a checkpoint and of the run that resumes it.
 
-Apart from compose.py because launchers read it without torch, also while a job ends.
+Not part of compose.py, because launchers use it without torch, even while a job ends.
 """
 
 import json
@@ -19,7 +19,7 @@ from .config.job import CONFIG_FILE
 
 MANIFEST = "manifest.json"
 Change = dict[str, Any]  # key, was, is
-PATHS = ("data.", "init_from")  # a launcher may have made these whole
+PATHS = ("data.", "init_from")  # a launcher may have made these absolute
 
 
 def keep_older(path: Path, text: str) -> None:
@@ -38,8 +38,8 @@ def keep_older(path: Path, text: str) -> None:
 
 
 def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
-    """The settings of RUN/config.yaml that differ from the checkpoint's. Empty if there is no checkpoint, or it holds
-    imported weights: no step was trained with its settings.
+    """Returns the settings of RUN/config.yaml that differ from the checkpoint's. Empty without a checkpoint, and if it
+    holds imported weights, because no step was trained with its settings.
     """
     if checkpoint is None:
         return []
@@ -47,12 +47,12 @@ def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         now = yaml.safe_load((run / CONFIG_FILE).read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
-        return []  # the ranks say what is wrong with them
+        return []  # the ranks will report the error
     return [] if manifest.get("weights_only") else list(_changes(dict(_flat(manifest["config"])), dict(_flat(now))))
 
 
 def table(changes: list[Change]) -> list[str]:
-    """Lines of text in three columns."""
+    """Formats lines of text in three columns."""
     rows = [
         ("setting", "was", "is"),
         *((change["key"], _text(change["was"]), _text(change["is"])) for change in changes),
@@ -61,14 +61,14 @@ def table(changes: list[Change]) -> list[str]:
 
 
 def markdown(changes: list[Change]) -> str:
-    """A table for TensorBoard."""
+    """Formats a table for TensorBoard."""
     rows = ["| setting | was | is |", "| --- | --- | --- |"]
     rows += [f"| {change['key']} | {_text(change['was'])} | {_text(change['is'])} |" for change in changes]
     return "\n".join(rows)
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:
-    """Only keys that both have: one that came later was at its default, and each engine has keys of its own."""
+    """Compares only keys that both have: a newer key was at its default, and each engine has its own keys."""
     for key in sorted((was.keys() & now.keys()) - {"run.dir"}):
         if was[key] != now[key] and not (key.startswith(PATHS) and _whole(was[key]) == _whole(now[key])):
             yield {"key": key, "was": was[key], "is": now[key]}

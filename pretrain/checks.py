@@ -1,6 +1,6 @@
-"""What can be found wrong with a run, or be left to do in it, before its ranks start.
+"""Checks a run before its ranks start, and finds out if anything is left to train.
 
-Apart from the settings' own rules because it looks at the device, the data and the run's folder.
+The settings check themselves; this module checks them against device, data and the run's folder.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from .interop.initial import check_initial
 from .locks import LAUNCH_LOCK, RANKS_LOCK
 
 Warn = Callable[[str], None]
-Settled = tuple[Data, int, str]  # the data, the rows of the vocabulary, and what could not be checked
+Settled = tuple[Data, int, str]  # data, rows of the vocabulary, and a warning about what could not be checked
 
 
 def check_job(
@@ -41,12 +41,12 @@ def check_job(
     environment: Mapping[str, str] | None = None,
     settled: Settled | None = None,
 ) -> Data:
-    """All that can be found wrong before a process group starts. ValueError: key, value, rule.
+    """Checks all that can be checked before a process group starts. Raises ValueError if something is wrong.
 
-    The world against batch and vocabulary, precision and engine against the device, the data and its tokenizer, and
-    the weights that the run would begin with, a checkpoint's or those of `init_from`. bf16: whether a device elsewhere
-    computes it natively; None: it is this one. warn: takes a line on what could not be checked. environment: the
-    ranks', if they run here. settled: what `check_settings` has found already.
+    Checks the number of ranks against batch and vocabulary, precision and engine against the device, the data and its
+    tokenizer, and the weights that the run begins with, a checkpoint's or those of `init_from`. bf16: native support of
+    a device elsewhere; None: this machine's. warn: called with what could not be checked. environment: of the ranks, if
+    they run here. settled: the result of `check_settings`, if it was called before.
     """
     if isinstance(config.engine, FSDP2Config):
         config.engine.check_device(device_type)
@@ -60,9 +60,9 @@ def check_job(
 
 
 def check_settings(config: JobConfig, world: int | None) -> Settled:
-    """The part of `check_job` that needs neither torch nor a device. world: None, if it is not known yet.
+    """Does the part of `check_job` that needs neither torch nor a device. world: number of ranks; None: unknown.
 
-    Returns the data, the rows of the vocabulary, and a line on what could not be checked, or nothing.
+    Returns the data, the rows of the vocabulary, and a warning about what could not be checked, or "".
     """
     check_folder(f"run.dir={config.run.dir}", config.run_dir / "checkpoints")
     if world is not None:
@@ -74,18 +74,18 @@ def check_settings(config: JobConfig, world: int | None) -> Settled:
         raise ValueError(f"monitor.lens_every={config.monitor.lens_every} must be 0: the data has no validation split")
     rows = vocab_rows(config, data)
     try:
-        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back where they must
+        saved = newest_manifest(config.run_dir)  # the ranks will verify the files, and fall back if needed
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     return data, rows, _check_weights(config, data, rows, saved)
 
 
 def _check_weights(config: JobConfig, data: Data, rows: int, saved: dict[str, Any] | None) -> str:
-    """Checks what the run begins with: the manifest's checkpoint, or `init_from`. Returns a warning, or nothing."""
+    """Checks the initial weights: the manifest's checkpoint, or `init_from`. Returns a warning, or ""."""
     if saved is not None:
         check_resumable(config, data, rows, saved)
         if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
-            return f"run.dir={config.run.dir} was imported without a tokenizer: it is not compared with the data's"
+            return f"run.dir={config.run.dir} was imported without a tokenizer: it cannot be compared with the data's"
     elif config.init_from is not None:
         return check_initial(config.init_from, config.model, config.vocab, rows, data.tokenizer)
     return ""
@@ -99,7 +99,7 @@ def _check_with_torch(
     bf16: bool | None,
     environment: Mapping[str, str] | None,
 ) -> None:
-    """The rules that need torch: the last ones, as its import takes longer than all the others."""
+    """Checks the rules that need torch. They come last, because its import takes longer than all others."""
     from .build import vocab_parallel
     from .precision import compute_dtype
 
@@ -115,7 +115,7 @@ def _check_with_torch(
 
 
 def check_logs(config: JobConfig) -> None:
-    """DataError if what a run writes besides checkpoints could not be. For the launcher: a run goes on without it."""
+    """Raises DataError if the run could not write its logs. For launchers: a running training continues without."""
     key, run = f"run.dir={config.run.dir}", config.run_dir
     for folder in (TOKENIZER_FOLDER, *(["tensorboard"] if config.log.tensorboard else [])):
         check_folder(key, run / folder)
@@ -124,9 +124,9 @@ def check_logs(config: JobConfig) -> None:
 
 
 def finished(config: JobConfig, data: Data) -> str | None:
-    """One line if there is nothing left to train, evaluate or repair; else None.
+    """Returns one line if there is nothing left to train, evaluate or repair; else None.
 
-    Reads the newest checkpoint against its hashes: if it is damaged, the ranks fall back to the one before.
+    Verifies the newest checkpoint's hashes: if it is damaged, the ranks fall back to the one before.
     """
     newest = next(reversed(checkpoints(config.run_dir)), None)
     if newest is None or step_of(newest) < config.train.last_step:
@@ -137,13 +137,13 @@ def finished(config: JobConfig, data: Data) -> str | None:
     try:
         saved = read_manifest(newest)
         if saved.get("weights_only") or (evaluates and due and saved.get("val_loss") is None):
-            return None  # imported, or a stop has cut the evaluation short
+            return None  # imported, or a stop ended the evaluation early
         check_files(newest, saved)
     except DamagedCheckpoint:
         return None
     if step >= steps:
-        return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps goes further"
+        return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps continues it"
     return (
         f"{config.run.dir} has reached train.stop_after={config.train.stop_after} (step {step} of {steps});"
-        " train.stop_after=null goes further"
+        " train.stop_after=null continues it"
     )

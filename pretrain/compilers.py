@@ -1,6 +1,6 @@
-"""The compilers of this machine, which Triton and torch.compile call at a kernel's first use.
+"""Checks this machine's compilers, which Triton and torch.compile call when a kernel is first used.
 
-A module of its own because no other part may know the device, the engine's and the data's settings together.
+No other module may depend on the device and on the settings of engine and data together.
 """
 
 import shutil
@@ -13,16 +13,16 @@ from pathlib import Path
 
 
 def check_compilers(device_type: str, compiles: bool, masked: bool, environment: Mapping[str, str]) -> None:
-    """ValueError unless this machine can build the kernels of a run on this device.
+    """Raises ValueError if this machine cannot build the kernels of a run on this device.
 
-    compiles: engine.compile. masked: whether data.documents is masked, which FlexAttention compiles on a GPU.
-    environment: the one that the ranks have.
+    compiles: engine.compile. masked: data.documents is masked, which FlexAttention compiles on a GPU. environment: of
+    the ranks.
     """
     off = {"engine.compile=true": "engine.compile=false"} if compiles else {}
     if device_type == "cuda":
         if masked:
             off["data.documents=masked"] = "data.documents=causal"
-        if find_spec("triton") is not None:  # the vocabulary's kernels then need it too: no setting avoids it
+        if find_spec("triton") is not None:  # the vocabulary's kernels need a compiler as well: no setting avoids that
             path = environment.get("PATH")
             found = shutil.which("gcc", path=path) or shutil.which("clang", path=path) or "gcc"
             _build("kernels for a GPU", environment.get("CC", found), "CC", "c", "gcc", "", environment)
@@ -37,7 +37,7 @@ def check_compilers(device_type: str, compiles: bool, masked: bool, environment:
 def _build(
     what: str, compiler: str, variable: str, language: str, package: str, way_out: str, environment: Mapping[str, str]
 ) -> None:
-    """Builds a Python extension as Triton and Inductor do. ValueError if that fails."""
+    """Builds a Python extension as Triton and Inductor do. Raises ValueError if that fails."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     include = sysconfig.get_path("include", scheme)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""The configuration: composed by Hydra, built, frozen, read again.
+"""The configuration: composed by Hydra, built, frozen to a file, and read again.
 
-Hydra composes it once, in the launching process, which freezes it to RUN/config.yaml; ranks read that file. With the
-entries the only module that knows omegaconf.
+Hydra composes it once, in the launcher, which freezes it to RUN/config.yaml; the ranks read that file. Apart from the
+commands this is the only module that uses omegaconf.
 """
 
 from dataclasses import asdict, fields
@@ -30,18 +30,18 @@ from .data import Data
 from .families import FAMILIES
 from .interop.initial import special_tokens
 
-TOP_LEVEL_KEYS = ("seed", "init_from")  # of no group
-OPTIONAL_GROUPS = {"monitor"}  # groups that frozen configurations may lack: they came later
+TOP_LEVEL_KEYS = ("seed", "init_from")  # outside of all groups
+OPTIONAL_GROUPS = {"monitor"}  # older frozen configurations may lack these groups
 PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
 
 
 def register_groups() -> None:
-    """Tells Hydra the dataclass behind each group, so that keys and types are checked while it composes."""
+    """Registers each group's dataclass with Hydra, so that keys and types are checked during composition."""
     store = ConfigStore.instance()
     for name, engine in ENGINES.items():
         node = OmegaConf.structured(engine)
         if "extra" in node:
-            OmegaConf.set_struct(node.extra, False)  # it takes keys that we do not know
+            OmegaConf.set_struct(node.extra, False)  # it accepts any key
         store.store(group="engine", name=name, node=node)
     for name, family in FAMILIES.items():
         if not family.vocab:
@@ -53,22 +53,22 @@ def register_groups() -> None:
         store.store(group="model/family", name=name, node={"defaults": both})
     for name, optim in OPTIMIZERS.items():
         store.store(group="optim/algorithm", name=name, node=optim)
-    store.store(group="optim", name="default", node=OptimConfig)  # as this group was chosen before it had several
+    store.store(group="optim", name="default", node=OptimConfig)  # the group's former only option
     for group in PARTS.keys() - {"engine", "model", "optim"}:
         node = OmegaConf.structured(PARTS[group])
-        for key in {"corpora", "weights", "stages"} & set(node):  # of names that we do not know
+        for key in {"corpora", "weights", "stages"} & set(node):  # these accept any key
             OmegaConf.set_struct(node[key], False)
         store.store(group=group, name="default", node=node)
 
 
 def build_config(composed: DictConfig) -> JobConfig:
-    """Typed and checked settings from a composed or a frozen configuration. ValueError: key, value, rule."""
+    """Builds typed, checked settings from a composed or frozen configuration. Raises ValueError if one is wrong."""
     composed = with_new_names(composed)
     for key in map(str, composed):
         if key not in {*TOP_LEVEL_KEYS, *PARTS}:
             raise ValueError(unknown(key, [*TOP_LEVEL_KEYS, *PARTS]))
     engine, model = composed.engine.name, composed.model.family
-    optim = composed.get("optim", {}).get("name", OptimConfig.name)  # runs were frozen before it had a name
+    optim = composed.get("optim", {}).get("name", OptimConfig.name)  # older runs have no name there
     if engine not in ENGINES:
         raise ValueError(f"engine.name={engine} must be one of {', '.join(ENGINES)}")
     if model not in FAMILIES:
@@ -84,7 +84,7 @@ def build_config(composed: DictConfig) -> JobConfig:
 
 
 def _part(name: str, kind: type, given: Any) -> Any:
-    """The dataclass of a group. ValueError: key, value, rule."""
+    """Builds the dataclass of a group. Raises ValueError if a setting is wrong."""
     known = [item.name for item in fields(kind)]
     for key in map(str, given):
         if key not in known:
@@ -97,19 +97,19 @@ def _part(name: str, kind: type, given: Any) -> Any:
 
 
 def _group(composed: DictConfig, name: str) -> Any:
-    """A run that was frozen before a group was there has its defaults."""
+    """Returns a group's settings. If an older frozen run lacks an optional group: none, which means its defaults."""
     if name not in composed and name not in OPTIONAL_GROUPS:
         raise ValueError(f"{name} is missing: a configuration has {', '.join(PARTS)}")
     return composed.get(name, {})
 
 
 def freeze(config: JobConfig, data: Data) -> None:
-    """Writes RUN/config.yaml, whole or not at all, and a copy of the tokenizer: a run explains itself.
+    """Writes RUN/config.yaml atomically, and a copy of the tokenizer, so that a run is self-contained.
 
-    If the settings have changed, the file of the start before is kept as config-0001.yaml, config-0002.yaml, ...
+    If the settings have changed, the former file is kept as config-0001.yaml, config-0002.yaml, ...
     """
     special = None
-    if newest_manifest(config.run_dir) is None:  # else the ones that the run began with are there
+    if newest_manifest(config.run_dir) is None:  # otherwise the run has its own already
         (config.run_dir / KEPT_AS).unlink(missing_ok=True)
         if config.init_from is not None:
             special = special_tokens(config.init_from)
@@ -117,7 +117,7 @@ def freeze(config: JobConfig, data: Data) -> None:
 
 
 def write_config(config: JobConfig, tokenizer: TokenizerSpec | None, special: SpecialTokens | None = None) -> None:
-    """Does what `freeze` does, with a tokenizer and special tokens at hand."""
+    """Does what `freeze` does, with a given tokenizer and special tokens."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(config.run_dir / TOKENIZER_FOLDER)
@@ -129,7 +129,7 @@ def write_config(config: JobConfig, tokenizer: TokenizerSpec | None, special: Sp
 
 
 def config_text(config: JobConfig) -> str:
-    """What is frozen."""
+    """Returns the text of the frozen configuration."""
     return OmegaConf.to_yaml(asdict(config))
 
 

@@ -1,4 +1,4 @@
-"""One rank's reasons to stop, and its watchdog. Apart from stops.py, which the launcher imports without a training."""
+"""One rank's reasons to stop, and its watchdog. Not part of stops.py, which launchers import as well."""
 
 import time
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Saves(Protocol):
 
 
 class RunControl:
-    """Says whether this rank has a reason to stop. Its watchdog runs while the context lasts."""
+    """Collects this rank's reasons to stop. Its watchdog runs while the context lasts."""
 
     def __init__(self, config: TrainingConfig, requests: StopRequests) -> None:
         self.started, self.time_limit = time.time(), config.time_limit_seconds
@@ -26,10 +26,10 @@ class RunControl:
         self.checks: list[StopCheck] = [(StopReason.REQUESTED, requests.asked)]
 
     def watch_saves(self, saves: Saves, reserve: float, environment: Mapping[str, str]) -> None:
-        """Adds the reasons that depend on saves: one has failed, or a deadline leaves just time for the next.
+        """Adds the reasons that depend on saves: a save has failed, or a deadline leaves time for just one more.
 
-        Deadlines are the run's own time limit and that of its job, ROWSHARD_DEADLINE; at least `reserve` seconds are
-        left before them. Raises ValueError if ROWSHARD_DEADLINE is not a unix time.
+        Deadlines are the run's time limit and its job's, ROWSHARD_DEADLINE. At least `reserve` seconds remain before
+        them. Raises ValueError if ROWSHARD_DEADLINE is not a unix time.
         """
         self.checks.append((StopReason.UNSAVED, saves.failed))
         limits = []
@@ -44,7 +44,7 @@ class RunControl:
         self.checks += [(reason, Deadline(limit, reserve, lambda: saves.longest)) for reason, limit in limits]
 
     def reason(self) -> StopReason:
-        """The highest of this rank's reasons. Asked at step edges: deadlines measure the steps by the calls."""
+        """Returns the highest of this rank's reasons. Call it once per step: deadlines measure steps by the calls."""
         return max([reason for reason, stop in self.checks if stop()], default=StopReason.NONE)
 
     def alive(self) -> None:

@@ -1,6 +1,6 @@
 """A run's view of its corpora: rows of the vocabulary, samples in order, windows for validation.
 
-Apart from build.py because launchers and tools read it without torch.
+Not part of build.py, because launchers and tools use it without torch.
 """
 
 from .config.job import JobConfig
@@ -8,10 +8,10 @@ from .data import Data, Order, PackedWindows, Samples, Windows
 
 
 def vocab_rows(config: JobConfig, data: Data) -> int:
-    """V: vocab.size, or the tokenizer's where it is null."""
+    """Returns V: vocab.size, or the tokenizer's size if it is null."""
     size, needed = config.vocab.size, data.vocab_size
     if size is None and needed is None:
-        raise ValueError("vocab.size=null must be given: the data brings no tokenizer")
+        raise ValueError("vocab.size=null must be given: the data has no tokenizer")
     if size is not None and needed is not None and size < needed:
         raise ValueError(f"vocab.size={size} must be at least {needed}, the rows of the tokenizer in {data.tokenizer}")
     rows = size if size is not None else needed
@@ -20,7 +20,7 @@ def vocab_rows(config: JobConfig, data: Data) -> int:
 
 
 def samples(config: JobConfig, data: Data) -> Samples:
-    """The windows of the data's corpora, in the order of the run."""
+    """Returns the windows of the corpora, in the order of the run."""
     sources = {}
     for title, corpus in data.corpora.items():
         if config.data.packing == "best_fit":
@@ -34,6 +34,6 @@ def samples(config: JobConfig, data: Data) -> Samples:
 
 
 def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
-    """The windows of the validation splits, by the titles of the corpora that have any."""
+    """Returns the windows of the validation splits, by title, for the corpora that have one."""
     windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
     return {title: split for title, split in windows.items() if len(split)}

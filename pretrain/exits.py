@@ -1,6 +1,6 @@
-"""How a rank ends: the exit codes of `pretrain.train`, and what its launcher makes of a signal.
+"""Exit codes of a rank, `pretrain.train`, and how its launcher reads them and signals.
 
-Imports nothing heavy: a launcher waits for ranks without torch.
+Imports nothing heavy: a launcher needs no torch while it waits for ranks.
 """
 
 import atexit
@@ -15,11 +15,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line for every start that has ended, and what came of it
+RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line per start that has ended, with the decision
 
 
 def restarts_in(run: Path) -> list[dict[str, Any]]:
-    """Reads the file, oldest start first; a line that a kill has cut short is left out. Raises OSError if it cannot."""
+    """Reads the file, oldest start first, without lines cut short by a kill. Raises OSError if it cannot be read."""
     try:
         text = (run / RESTARTS_FILE).read_text(errors="replace")
     except FileNotFoundError:
@@ -32,21 +32,21 @@ def restarts_in(run: Path) -> list[dict[str, Any]]:
 
 
 class Exit(IntEnum):
-    """Codes of 0 and more are a rank's own; those below are signals that ended it."""
+    """Ends of a rank. Codes from 0 up are exit codes; negative ones are signals."""
 
-    FINISHED = 0  # at the run's end, train.stop_after or train.time_limit, saved
-    CRASHED = 1  # any exception that has no code of its own
+    FINISHED = 0  # saved at the run's last step, train.stop_after or train.time_limit
+    CRASHED = 1  # any other exception
     REFUSED = 2  # a wrong setting, wrong data, or no checkpoint that may be resumed
-    DIVERGED = 3  # a norm or a loss that is not finite
+    DIVERGED = 3  # norm or loss is not finite
     UNSAVED = 4  # a checkpoint could not be written
-    LOST_PEER = 5  # a collective failed because another rank is gone
+    LOST_PEER = 5  # a collective failed because another rank has ended
     DEVICE = 6  # an error of CUDA or NCCL
-    OUT_OF_MEMORY = 7  # of the GPU or the host, as this rank was told; the kernel says it by KILLED
-    NOT_MET = 8  # the ranks did not find each other; they may at the next start
-    CANNOT_MEET = 9  # nor will they with the same settings: an interface or a host that does not exist
-    STOPPED = 75  # saved, as a signal or ROWSHARD_DEADLINE asked: to be gone on with (EX_TEMPFAIL)
-    UNSTARTED = 77  # a signal asked it to stop before the ranks had met: there was nothing to save
-    ENDED = 76  # given by the launcher, never by a rank: ended because another one had failed
+    OUT_OF_MEMORY = 7  # of the GPU or the host, by an error; if the kernel ends the rank, it is KILLED
+    NOT_MET = 8  # the ranks did not find each other; another start may help
+    CANNOT_MEET = 9  # an interface or a host does not exist; another start with the same settings cannot help
+    STOPPED = 75  # saved because of a signal or ROWSHARD_DEADLINE; meant to be resumed (EX_TEMPFAIL)
+    UNSTARTED = 77  # stopped by a signal before the ranks had met: nothing to save
+    ENDED = 76  # set by the launcher, never by a rank: ended because another rank failed
     KILLED = -signal.SIGKILL  # or by any other signal
     HUNG = -signal.SIGALRM  # by its own watchdog
 
@@ -63,7 +63,7 @@ class Exit(IntEnum):
 
     @property
     def asked(self) -> bool:
-        """True if it has ended because it was asked to."""
+        """True if the rank ended on request."""
         return self in (Exit.STOPPED, Exit.UNSTARTED)
 
 

@@ -1,7 +1,7 @@
-"""Continue a prompt with a trained model: `python -m pretrain.generate run=runs/a prompt='def '`.
+"""Continues a prompt with a trained model: `python -m pretrain.generate run=runs/a prompt='def '`.
 
-Alone, one process holds the whole matrix. Under torchrun its rows are split over the ranks and the ids are drawn
-on the shards; the text is the same.
+A single process holds the whole matrix. Under torchrun the rows are split over the ranks, which draw the ids from their
+shards. The text is the same.
 """
 
 from pathlib import Path
@@ -24,11 +24,11 @@ Settings, and their defaults:
 
 
 def main() -> None:
-    """Prints the prompt and its continuation as it comes. Exits 2 with one line on a wrong setting."""
+    """Prints prompt and continuation, token by token. Exits with 2 and one line if a setting is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP + defaults(GenerateConfig))
         settings = settings_of(GenerateConfig, arguments)
-        checkpoint_of(Path(settings.run), settings.step)  # if there is none, torch is not waited for
+        checkpoint_of(Path(settings.run), settings.step)  # a missing checkpoint is reported before torch is imported
         terminal.product()
         from .generation import print_text
         from .rendezvous import NotMet

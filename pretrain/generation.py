@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model. Apart from generate.py, the command, because it needs torch."""
+"""Continues a prompt with a trained model. Not part of generate.py, the command, because it needs torch."""
 
 import codecs
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from .vocab.sampling import sample
 
 
 def print_text(settings: GenerateConfig) -> None:
-    """Prints the prompt and its continuation as it comes, on the first rank."""
+    """Prints prompt and continuation, token by token, on the first rank."""
     with ranks_or_alone() as device:
         for text in generate(settings, device):
             if not dist.is_initialized() or dist.get_rank() == 0:
@@ -32,7 +32,7 @@ def print_text(settings: GenerateConfig) -> None:
 
 
 def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
-    """Yields the prompt, then the text of one token after the other. All ranks of the process group take part."""
+    """Yields the prompt, then the text of each token. Collective: all ranks of the process group call it."""
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
@@ -63,13 +63,13 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
         ids.append(drawn)
         try:
             yield decoder.decode(tokenizer.decode_bytes([drawn]))
-        except DataError:  # a row beyond the tokenizer's: vocab.size may be larger
+        except DataError:  # an id beyond the tokenizer's: vocab.size may be larger
             yield "\ufffd"
     yield decoder.decode(b"", final=True) + "\n"
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
-    """The model in fp32, and the most positions it can see; the matrix split over the ranks, if there are any."""
+    """Loads the model in fp32, the matrix split over the ranks. Returns it and its context length."""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     config = build_config(OmegaConf.create(manifest["config"]))

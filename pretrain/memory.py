@@ -1,6 +1,6 @@
-"""Message of a rank when memory runs out: what was asked for, what was free, and which settings need less.
+"""Error message of a rank that runs out of memory: what was requested, what was free, and which settings need less.
 
-Not part of train.py, which knows no setting of an engine.
+Not part of train.py, which uses no settings of an engine.
 """
 
 import re
@@ -14,17 +14,17 @@ from .config.job import JobConfig
 from .mesh import Mesh
 
 GIB = 2**30
-HOST = "DefaultCPUAllocator"  # torch's own: a RuntimeError that only its text tells from others
+HOST = "DefaultCPUAllocator"  # torch raises a RuntimeError that differs from others only in its text
 ASKED = re.compile(r"tried to allocate (\d+) bytes")
 
 
 class OutOfMemory(Exception):
-    """A rank asked for more memory than its GPU or its host has. The text is the whole line for the user."""
+    """The GPU or the host of a rank is out of memory. The text is the whole line for the user."""
 
 
 @contextmanager
 def shortage_named(config: JobConfig, mesh: Mesh) -> Iterator[None]:
-    """Raises OutOfMemory in place of what torch, CUDA or Python raise when memory runs out."""
+    """Raises OutOfMemory in place of the errors of torch, CUDA and Python when memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -51,7 +51,7 @@ def _host_shortage(error: Exception) -> str:
 
 
 def _need_less(config: JobConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
-    """Settings that need less memory than those of the run, the cheapest in time first."""
+    """Lists settings that need less memory than the run's, the one that costs least time first."""
     engine, on_gpu = config.engine, mesh.device.type == "cuda"
     less = []
     if of_host and on_gpu:

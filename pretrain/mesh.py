@@ -17,7 +17,7 @@ from .rendezvous import has_peers, in_its_words, meet
 from .vocab.collectives import on_host
 
 TIMEOUT = timedelta(minutes=10)
-PATIENCE = timedelta(minutes=1)  # for ranks that may be none: RANK can be left over, as in a pod of a training
+PATIENCE = timedelta(minutes=1)  # for ranks that may not exist: RANK can be left over, as in the pod of a training
 RUN_ALONE_HINT = " (RANK and WORLD_SIZE are set in the environment: unset them to run alone)"
 
 
@@ -28,29 +28,29 @@ AXES = ("dp", "vocab")  # the ranks of the last axis are neighbours
 class Mesh:
     """The ranks, their axes, and the roles that a rank has in them.
 
-    Ranks of one `vocab` group share one copy of the matrix; ranks of one `dp` group hold the same rows. The other
-    modules ask for a role (`data_rank`, `replicas`, `matrix_placements`, ...) and not for an axis, so that a new axis
-    is a matter of this file. `axes` has a dim per axis, `flat` the same ranks in one dim.
+    Ranks of one `vocab` group share one copy of the matrix; ranks of one `dp` group hold the same rows. Other modules
+    ask for a role (`data_rank`, `replicas`, `matrix_placements`, ...) and not for an axis, so a new axis changes only
+    this file.
     """
 
-    axes: DeviceMesh
-    flat: DeviceMesh
+    axes: DeviceMesh  # a dim per axis
+    flat: DeviceMesh  # the same ranks in one dim
     device: torch.device
-    timeout: timedelta
+    timeout: timedelta  # of a collective
 
     @classmethod
     def of(cls, vocab: int, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
-        """The mesh over all ranks of the default group; `vocab` must divide their number. timeout: of a collective."""
+        """Builds the mesh over all ranks of the default group; `vocab` must divide their number."""
         world = dist.get_world_size()
         axes = init_device_mesh(device.type, (world // vocab, vocab), mesh_dim_names=AXES)
         flat = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
         for group in (*axes.get_all_groups(), *flat.get_all_groups()):
-            _set_pg_timeout(timeout, group)  # else NCCL's own, whatever that of the default group is
+            _set_pg_timeout(timeout, group)  # otherwise NCCL's default, whatever the default group has
         return cls(axes, flat, device, timeout)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Ranks of each axis, by its name."""
+        """Number of ranks of each axis, by name."""
         return {axis: self.axes[axis].size() for axis in AXES}
 
     @property
@@ -63,12 +63,12 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """Which part of each global batch this rank reads, in [0, data_world)."""
+        """Part of each global batch that this rank reads, in [0, data_world)."""
         return self.rank
 
     @property
     def data_world(self) -> int:
-        """Parts that a global batch is dealt in."""
+        """Number of parts of a global batch."""
         return self.world
 
     @property
@@ -82,12 +82,12 @@ class Mesh:
 
     @property
     def vocab_size(self) -> int:
-        """p: ranks of the vocab axis."""
+        """Number p of ranks of the vocab axis."""
         return self.axes["vocab"].size()
 
     @property
     def replicas(self) -> int:
-        """Copies of the matrix: ranks that hold the same rows as this one, itself included."""
+        """Number of copies of the matrix: ranks that hold the same rows as this one, itself included."""
         return self.axes["dp"].size()
 
     @property
@@ -97,18 +97,18 @@ class Mesh:
 
     @property
     def first_replica(self) -> bool:
-        """True on the ranks that stand for all copies, for sums in which each row counts once."""
+        """True on the ranks of the first copy, for sums in which each row counts once."""
         return self.axes.get_local_rank("dp") == 0
 
     def sum_replicas(self, tensors: Iterable[Tensor]) -> None:
-        """Sums each tensor over the ranks that hold the same rows, in place. One all-reduce each, if there are any."""
+        """Sums each tensor in place over the ranks with the same rows. One all-reduce per tensor, if replicated."""
         if self.replicas > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.replica_group)
 
     @property
     def matrix_placements(self) -> tuple[Placement, ...]:
-        """How a DTensor on `axes` lies if it is split like the matrix, by rows."""
+        """Placements of a DTensor on `axes` that is split like the matrix, by rows."""
         return tuple(Shard(0) if axis == "vocab" else Replicate() for axis in AXES)
 
     @property
@@ -117,9 +117,9 @@ class Mesh:
         return self.axes.mesh.reshape(-1, self.vocab_size).tolist()
 
     def body(self, replicated: bool) -> tuple[DeviceMesh, int, int]:
-        """The mesh that an engine splits the body over, this rank's place in the split, and how many places there are.
+        """Returns the mesh that an engine shards the body over, this rank's index there, and the number of shards.
 
-        All ranks; if `replicated`, those of one copy of the matrix, and the body has as many copies (HSDP).
+        All ranks; if `replicated`, the ranks of one copy of the matrix: the body has as many copies (HSDP).
         """
         if replicated:
             return self.axes, self.vocab_rank, self.vocab_size
@@ -128,11 +128,11 @@ class Mesh:
 
 @contextmanager
 def ranks(timeout: timedelta = TIMEOUT, patience: timedelta | None = None, remark: str = "") -> Iterator[torch.device]:
-    """Starts the process group of this rank (nccl where there are GPUs, else gloo) and stops it at the end.
+    """Starts the process group of this rank (nccl on GPUs, else gloo) and stops it at the end. Yields the device.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without them this
-    process is a world of one. Yields the rank's device. timeout: of a collective; patience: for all ranks to come, the
-    same if None. Raises NotMet if a rank does not come, or until the first collective has succeeded.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without them this process
+    is the only rank. timeout: of a collective. patience: to wait for all ranks; None: the timeout. Raises NotMet if a
+    rank does not come, and on any error up to the first collective.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -157,10 +157,10 @@ def ranks(timeout: timedelta = TIMEOUT, patience: timedelta | None = None, remar
 
 
 def _gpu_of(local_rank: int) -> int:
-    """Index of this rank's GPU among those it sees. ValueError if there are several, but fewer than ranks."""
+    """Returns the index of this rank's GPU. Raises ValueError if it sees several GPUs, but fewer than ranks."""
     gpus = torch.cuda.device_count()
     if gpus == 1:
-        return 0  # Slurm's --gpus-per-task and --gpu-bind show each task its own GPU alone
+        return 0  # with Slurm's --gpus-per-task and --gpu-bind each task sees only its own GPU
     if local_rank >= gpus:
         raise ValueError(
             f"LOCAL_RANK={local_rank} must be below {gpus}, the GPUs that this rank sees: start one rank per GPU, and"
@@ -171,7 +171,7 @@ def _gpu_of(local_rank: int) -> int:
 
 @contextmanager
 def ranks_or_alone() -> Iterator[torch.device]:
-    """For what needs no ranks: those that torchrun has started, see `ranks`, or this process without a group."""
+    """Yields the device, for work that needs no ranks: starts `ranks` under torchrun, and else no process group."""
     if has_peers():
         with ranks(patience=PATIENCE, remark=RUN_ALONE_HINT) as device:
             yield device
@@ -180,27 +180,27 @@ def ranks_or_alone() -> Iterator[torch.device]:
 
 
 def ranks_of_a_node(device: torch.device) -> int:
-    """Ranks on the node that has fewest, from LOCAL_WORLD_SIZE (unset: all are on one). One all-reduce of a number."""
+    """Returns the smallest number of ranks per node, from LOCAL_WORLD_SIZE (unset: one node). One scalar all-reduce."""
     local_world = torch.full((), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())), device=device)
     dist.all_reduce(local_world, dist.ReduceOp.MIN)
     return int(on_host(local_world))
 
 
 def name_rank(device: torch.device) -> None:
-    """For DeepSpeed, which learns a rank's device from the environment alone."""
+    """Sets the environment from which DeepSpeed reads this rank's device."""
     if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(device.index)  # which differs if this rank sees its own GPU alone
+        os.environ["LOCAL_RANK"] = str(device.index)  # differs from the given one if this rank sees only its own GPU
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """True if a collective failed because another rank is gone; gloo says so in the text alone."""
+    """True if a collective failed because another rank has ended. gloo reports that only in the text."""
     known = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
     return known or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def device_error(error: RuntimeError) -> bool:
-    """True if this rank's own device has failed; NCCL says so in the text alone."""
+    """True if this rank's device has failed. NCCL reports that only in the text."""
     fatal = ("CUDA error", "unhandled cuda error", "Cuda failure", "device-side assert")
     return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in fatal)

@@ -1,4 +1,4 @@
-"""Parts that step together on one rank. Apart from the trainer because hooks are built from it, too."""
+"""Parts that step together on one rank. Not part of the trainer, because hooks are built from them as well."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .optim import VocabOptimizer
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The model of this rank and what changes it."""
+    """The model of this rank and its optimizers."""
 
     engine: Engine  # steps the body
     model: LanguageModel

@@ -1,17 +1,17 @@
-"""How many ranks should share one copy of the matrix: `vocab.parallel=auto`.
+"""Chooses the number of ranks per copy of the matrix: `vocab.parallel=auto`.
 
-An estimate of one step for each size p of the axis. With more ranks a rank holds, sums and updates fewer rows, but its
-group's tokens have to meet all of them:
+Estimates one step for each size p of the axis. With a larger p, a rank holds, sums and updates fewer rows, but more
+ranks exchange their tokens:
 
-    matmuls    6·N·V·D a micro-batch, whatever p is
-    tokens     (p-1)·N·D hidden states out and gradients back, and (p-1)·N·3p statistics, a micro-batch; behind the
-               matmuls on a GPU
-    lookup     (p-1)/p of the distinct rows, about N/3, out and their gradients back, a micro-batch
-    replicas   all-reduce of the gradient of V·D/p, once a step, where there are several copies
-    rows       the optimizer on V·D/p once a step, its compute copy and its gradient once a micro-batch
+    matmuls    6·N·V·D per micro-batch, for every p
+    tokens     (p-1)·N·D hidden states out and gradients back, and (p-1)·N·3p statistics, per micro-batch; overlapped
+               with the matmuls on a GPU
+    lookup     (p-1)/p of the distinct rows, about N/3, out and their gradients back, per micro-batch
+    replicas   all-reduce of the gradient of V·D/p, once per step, if there are several copies
+    rows       the optimizer on V·D/p once per step, its compute copy and its gradient once per micro-batch
 
-Gathering the weights instead, as FSDP does, moves V·D out and back a micro-batch: more than the tokens as long as the
-group has fewer of them than there are rows, M < V. It is shown beside the others, not chosen.
+Gathering the weights instead, as FSDP does, moves V·D out and back per micro-batch: more than the tokens, if the group
+has fewer tokens than rows, M < V. It is shown for comparison, never chosen.
 """
 
 import math
@@ -23,16 +23,16 @@ from .vocab.shard import RowShard
 DISTINCT = 1 / 3  # of the ids in text
 WEIGHT = GRADIENT = STATISTIC = 4  # bytes: fp32
 ID = 8  # bytes: int64
-STATISTICS = 3  # a token and shard: max, sum, and the target's logit; label smoothing needs one more
+STATISTICS = 3  # per token and shard: max, sum, and the target's logit; label smoothing needs one more
 TOUCH = 14  # bytes read and written per number: compute copy and gradient of a micro-batch
-SLOWER = 1.05  # memory decides between sizes that are no slower than this
-CLEARLY_SLOWER, CLEARLY_LARGER = 1.25, 2.0  # than what auto chooses: worth a word
-WORTH_A_WORD = 256 * 2**20  # bytes
+SLOWER = 1.05  # among sizes within this factor of the fastest, memory decides
+CLEARLY_SLOWER, CLEARLY_LARGER = 1.25, 2.0  # factors over auto's choice that are reported
+WORTH_A_WORD = 256 * 2**20  # bytes; less extra memory is not reported
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the matrix has to do in a step."""
+    """Work of the matrix in a step."""
 
     rows: int  # V, padding included
     width: int  # D
@@ -49,25 +49,25 @@ class Workload:
         return WEIGHT + GRADIENT + self.state
 
     def rows_of_a_rank(self, p: int) -> int:
-        """The rows v of a rank, with p ranks to a copy."""
+        """Returns the rows v of a rank, with p ranks per copy."""
         return RowShard(0, p, self.rows).rows_per_rank
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The collectives of one purpose in a step."""
+    """Collectives for one purpose in a step."""
 
     purpose: str
     kind: str  # all-gather, reduce-scatter, all-reduce or all-to-all
     axis: str  # vocab, dp or world
     ranks: int  # on the axis
     calls: int
-    given: int  # bytes that a rank hands to all the calls; to an all-to-all, those for others
-    formula: str  # of the bytes of one call
+    given: int  # bytes that a rank passes to all calls; for an all-to-all, without its own part
+    formula: str  # for the bytes of one call
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends, its own part never counted."""
+        """Bytes that a rank sends to others."""
         others = self.ranks - 1
         times = {"all-gather": others, "reduce-scatter": others / self.ranks, "all-reduce": 2 * others / self.ranks}
         return times.get(self.kind, 1) * self.given
@@ -75,19 +75,19 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the ranks compute and send with. Only the ratios of the speeds matter."""
+    """Speeds of compute and links. Only their ratios matter."""
 
     world: int  # ranks
-    node: int  # ranks of each node
+    node: int  # ranks per node
     flops: float  # of a rank's matmuls, per second
     memory: float  # bytes/s of a rank's memory
     near: float  # bytes/s that a rank sends within its node
     far: float  # bytes/s that a rank sends to other nodes
-    overlaps: bool  # a rank sends behind its matmuls
+    overlaps: bool  # a rank sends while it computes
 
     @classmethod
     def of(cls, device_type: str, world: int, node: int) -> "Machine":
-        """Round numbers: a datacenter GPU with NVLink and one 200 Gb/s card each, or a CPU core with gloo."""
+        """Returns round numbers for a datacenter GPU with NVLink and a 200 Gb/s NIC, or a CPU core with gloo."""
         if device_type == "cuda":
             return cls(world, node, flops=4e14, memory=2e12, near=2e11, far=2.5e10, overlaps=True)
         return cls(world, node, flops=1e11, memory=5e9, near=1e9, far=1e9, overlaps=False)
@@ -95,9 +95,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One step of a rank, with one size of the vocab axis."""
+    """Estimate of one step of a rank, with one size of the vocab axis."""
 
-    ranks: int  # p, those that share a copy
+    ranks: int  # p, per copy
     seconds: float  # of the head, the lookup and the rows' optimizer
     sent: float  # bytes
     held: float  # bytes
@@ -105,14 +105,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The size of the vocab axis that was chosen."""
+    """Chosen size of the vocab axis."""
 
     ranks: int
     why: str  # for the user; "" if there is nothing to say
 
 
 def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
-    """Chooses, if `asked` is "auto", the size that holds least among those about as fast as the fastest.
+    """Returns the size `asked`; for "auto", the size with the least memory among those close to the fastest.
 
     Raises ValueError if `asked` is a number that does not divide the world.
     """
@@ -137,9 +137,9 @@ def choose_parallel(asked: str, work: Workload, machine: Machine) -> Parallel:
 def transfers(
     p: int, work: Workload, world: int, chunks: int = 1, lookup: tuple[int, int] | None = None
 ) -> list[Transfer]:
-    """What the matrix moves in a step, with p ranks to a copy and each micro-batch's loss in that many chunks.
+    """Lists the matrix's transfers in a step, with p ranks per copy. chunks: of each micro-batch's loss.
 
-    lookup: rows that a rank sends to others for their lookups of a step, and that it gets; None: as in text.
+    lookup: rows that a rank sends, and receives, for the lookups of a step; None: as in typical text.
     """
     N, D, v, repeats = work.tokens, work.width, work.rows_of_a_rank(p), work.micro_batches
     moved: list[Transfer] = []
@@ -163,7 +163,7 @@ def transfers(
         "all-reduce",
         work.matrices,
         work.matrices * v * D * GRADIENT,
-        "v · D · 4 a matrix",
+        "v · D · 4 per matrix",
         axis="dp",
         ranks=world // p,
     )
@@ -171,8 +171,8 @@ def transfers(
 
 
 def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
-    """One step with p ranks to a copy."""
-    fits = p <= machine.node and machine.node % p == 0  # or a group lies on several nodes
+    """Estimates one step with p ranks per copy."""
+    fits = p <= machine.node and machine.node % p == 0  # otherwise a group spans nodes
     inside = machine.near if fits else machine.far
     outside = machine.near if machine.world <= machine.node else machine.far
     numbers = work.rows_of_a_rank(p) * work.width * work.matrices
@@ -189,7 +189,7 @@ def estimate(p: int, work: Workload, machine: Machine) -> Estimate:
 
 
 def weights_gathered(work: Workload, machine: Machine) -> Estimate:
-    """The same step with the rows split over the whole world and gathered for each micro-batch, as FSDP does."""
+    """Estimates the step with the rows sharded over all ranks and gathered per micro-batch, as FSDP does."""
     numbers = work.rows * work.width * work.matrices
     others = (machine.world - 1) / machine.world
     sent = work.micro_batches * others * numbers * (work.itemsize + GRADIENT)
@@ -200,7 +200,7 @@ def weights_gathered(work: Workload, machine: Machine) -> Estimate:
 
 
 def update_bytes(state: float) -> float:
-    """Bytes per number that an optimizer's step moves: it reads and writes weight and state, and reads the gradient."""
+    """Returns the bytes per number of an optimizer step: read and write weight and state, read the gradient."""
     return 2 * (WEIGHT + state) + GRADIENT
 
 
@@ -209,16 +209,16 @@ def _matmuls(work: Workload, machine: Machine) -> float:
 
 
 def _table(sizes: list[Estimate], gathered: Estimate, chosen: Estimate) -> str:
-    """A line each; estimates, good for comparing them."""
-    lines = ["  ranks to a copy    head, ms a step    sent, MiB a step    held, MiB"]
+    """Formats a line per size. The figures are estimates, for comparison only."""
+    lines = ["  ranks per copy    head, ms per step    sent, MiB per step    held, MiB"]
     for size in [*sizes, gathered]:
         name = "FSDP's gather" if size is gathered else f"{size.ranks:,}"
         seconds, sent, held = _round(size.seconds * 1e3), _round(size.sent / 2**20), _round(size.held / 2**20)
-        lines.append(f"  {name:>15}{seconds:>19}{sent:>20}{held:>13}" + " <" * (size is chosen))
+        lines.append(f"  {name:>14}{seconds:>21}{sent:>22}{held:>13}" + " <" * (size is chosen))
     return "\n".join(lines)
 
 
 def _round(value: float) -> str:
-    """Two digits are all that an estimate is worth."""
+    """Formats two digits: an estimate is not more precise."""
     digits = max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:,.{min(digits, 2)}f}"

@@ -1,4 +1,4 @@
-"""The dtype that matmuls run in. Apart from config/training.py because it needs torch and the device."""
+"""Dtype of matmuls. Not part of config/training.py, because it needs torch and the device."""
 
 import torch
 
@@ -6,13 +6,13 @@ from .config.training import TrainingConfig
 
 
 def compute_dtype(train: TrainingConfig, device_type: str, bf16: bool | None = None) -> torch.dtype:
-    """Dtype of matmuls. Raises ValueError if bf16 is asked of a processor that only emulates it.
+    """Returns the dtype of matmuls. Raises ValueError if bf16 is requested and the processor only emulates it.
 
-    bf16: whether the device computes it natively; None: this machine's is asked.
+    bf16: native support of the device; None: this machine's device is queried.
     """
     native = bf16 if bf16 is not None else _computes_bf16(device_type)
     if train.precision == "bf16" and not native:
-        raise ValueError(f"train.precision=bf16: this {device_type} does not compute it natively; use fp32 or auto")
+        raise ValueError(f"train.precision=bf16: this {device_type} has no native bf16; use fp32 or auto")
     return torch.bfloat16 if native and train.precision != "fp32" else torch.float32
 
 

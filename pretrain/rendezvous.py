@@ -1,6 +1,7 @@
-"""How the ranks find each other, before there is a process group, and what goes wrong there in the library's own words.
+"""Rendezvous of the ranks, before there is a process group, with readable errors if it fails.
 
-Apart from mesh.py because none of it is of use once the ranks have met. The store is torch's: on rank 0, or torchrun's.
+Not part of mesh.py, because nothing here is used after the ranks have met. The store is torch's, on rank 0 or
+torchrun's.
 """
 
 import os
@@ -15,9 +16,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-SAY_SECONDS = 10.0  # of waiting, then the rank says what it waits for
+SAY_SECONDS = 10.0  # a rank that has waited this long prints what it waits for
 CONNECT_SECONDS = 10.0
-NAME_SECONDS = 20.0  # for a name that does not exist to appear: a new pod's is late
+NAME_SECONDS = 20.0  # to wait for an unknown host name: that of a new pod appears late
 STEP = timedelta(seconds=0.5)
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 HOPELESS = ("Unable to find address for", "no socket interface found", "ncclInvalidUsage")
@@ -26,7 +27,7 @@ BACKTRACE = ("Exception raised from", "C++ CapturedTraceback", "frame #")
 
 
 class NotMet(RuntimeError):
-    """The ranks have not met. hopeless: nor will they at another start with the same settings."""
+    """The ranks have not met. hopeless: another start with the same settings cannot help."""
 
     def __init__(self, message: str, hopeless: bool = False) -> None:
         super().__init__(message)
@@ -34,7 +35,7 @@ class NotMet(RuntimeError):
 
 
 def words(error: BaseException) -> str:
-    """Returns what a library says, in one line: without the place in its source, and without a backtrace."""
+    """Returns a library's error in one line, without source location and backtrace."""
     lines: list[str] = []
     for line in str(error).splitlines():
         if line.startswith(BACKTRACE):
@@ -44,13 +45,13 @@ def words(error: BaseException) -> str:
 
 
 def hopeless(error: BaseException) -> bool:
-    """True if the settings name an interface or a device with which no group of ranks can be made."""
+    """True if the settings name an interface or a device that cannot form a process group."""
     return any(text in str(error) for text in HOPELESS)
 
 
 @contextmanager
 def in_its_words() -> Iterator[None]:
-    """Raises NotMet for what a library raises while the ranks meet."""
+    """Raises NotMet in place of a library's RuntimeError while the ranks meet."""
     try:
         yield
     except (NotMet, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -60,14 +61,15 @@ def in_its_words() -> Iterator[None]:
 
 
 def has_peers() -> bool:
-    """True if this process was started as one of several ranks, as far as the environment says."""
+    """True if the environment says that this process is one of several ranks."""
     return all(os.environ.get(name) for name in PLACE) and os.environ["WORLD_SIZE"] != "1"
 
 
 def meet(patience: timedelta, remark: str = "") -> tuple[dist.Store, int, int]:
-    """Waits until all ranks have come to the store; it, this rank and their number. remark: to say while it waits.
+    """Waits until all ranks have reached the store. Returns the store, this rank, and the number of ranks.
 
-    NotMet if one has not come within `patience`, ValueError if the environment names no place to meet.
+    remark: added to the line printed while waiting. Raises NotMet if a rank does not come within `patience`, ValueError
+    if the environment names no store.
     """
     rank, world, port = (_whole(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     address = os.environ.get("MASTER_ADDR", "")
@@ -86,7 +88,7 @@ def meet(patience: timedelta, remark: str = "") -> tuple[dist.Store, int, int]:
 
 
 class _Wait:
-    """Steps of waiting, up to a limit. Says once what for."""
+    """Waits in steps, up to a limit. Prints once what for."""
 
     def __init__(self, patience: timedelta, what: str) -> None:
         self.start, self.patience, self.what, self.said = time.monotonic(), patience.total_seconds(), what, False
@@ -96,7 +98,7 @@ class _Wait:
         return time.monotonic() - self.start
 
     def on(self, fault: str) -> None:
-        """A step. NotMet at the limit."""
+        """Waits one step. Raises NotMet at the limit."""
         if self.seconds >= self.patience:
             raise NotMet(f"{fault} within {self.patience:g} s: {self.what}")
         if self.seconds >= min(SAY_SECONDS, self.patience / 2) and not self.said:
@@ -106,7 +108,7 @@ class _Wait:
 
 
 def _reach(address: str, port: int, wait: _Wait, connect: bool) -> None:
-    """Waits until the name is known and, with `connect`, until there is something at that port."""
+    """Waits until the name is known and, with `connect`, until the port answers."""
     while True:
         try:
             found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)

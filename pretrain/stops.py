@@ -1,4 +1,4 @@
-"""Why a run stops before its end, and who says so. Imports no torch: the launcher has the same signals."""
+"""Reasons to stop a run before its end, and the signals and deadlines behind them. Imports no torch, for launchers."""
 
 import os
 import select
@@ -11,27 +11,29 @@ from enum import IntEnum
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-MEETING_SECONDS = 30.0  # for a rank that was asked before it came to the meeting place: the others may be on the way
+MEETING_SECONDS = 30.0  # if the signal came before the rank could meet the others: they may still arrive
 
 
 class StopReason(IntEnum):
-    """Why all ranks stop; of several, the highest counts."""
+    """Why all ranks stop. Of several reasons the highest counts."""
 
     NONE = 0
-    TIME_LIMIT = 1  # train.time_limit: this launch is where it was meant to get
-    REQUESTED = 2  # a signal, or the end of the job is near: to be gone on with
+    TIME_LIMIT = 1  # train.time_limit is reached: this launch is complete
+    REQUESTED = 2  # a signal, or the job's deadline is near; meant to be resumed
     UNSAVED = 3  # a save in the background has failed
 
 
-StopCheck = tuple[StopReason, Callable[[], bool]]  # asked by each rank at each step edge: whether there is that reason
+StopCheck = tuple[
+    StopReason, Callable[[], bool]
+]  # called by each rank after each step; True: there is this reason to stop
 
 
 class StopRequests:
-    """Counts the signals that ask to save and stop, while the context lasts. No more than that: a collective in a
-    handler deadlocks. A launcher may have blocked the signals: one that came before the context counts. SIGHUP stays
-    ignored if it was, as under nohup.
+    """Counts the signals that ask to save and stop, while the context lasts. It only counts: a collective in a handler
+    would deadlock. A launcher may have blocked the signals; then one sent before the context counts as well. SIGHUP
+    stays ignored if it was, as under nohup.
 
-    after: what the signals do once the context has ended; None: what they did before.
+    after: handler of the signals after the context; None: the one from before.
     """
 
     def __init__(self, after: signal.Handlers | None = None) -> None:
@@ -41,15 +43,15 @@ class StopRequests:
         return self.count > 0
 
     def sleep(self, seconds: float) -> None:
-        """Not so long if there is a request."""
+        """Sleeps, but returns at the first request."""
         until = time.monotonic() + seconds
         while not self.count and time.monotonic() < until:
             time.sleep(0.05)
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Within it a request calls `end`, in a thread: the main one may wait in C++, where no handler runs. One from
-        before does so after MEETING_SECONDS.
+        """Calls `end` in a thread on a request, while the context lasts: the main thread may wait in C++, where no
+        handler runs. A request from before the context counts after MEETING_SECONDS.
         """
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -58,7 +60,7 @@ class StopRequests:
 
         def wait() -> None:
             while select.select([read], [], [], seconds)[0]:
-                numbers = os.read(read, 1)  # of a signal; none: the context has ended
+                numbers = os.read(read, 1)  # a signal's number; empty: the context has ended
                 if not numbers or numbers[0] in STOP_SIGNALS:
                     break
             else:
@@ -91,9 +93,9 @@ class StopRequests:
 
 
 class Deadline:
-    """Says to stop as long before `at`, a unix time, as it takes: for a step and a save that has to wait for another.
+    """Returns True once fewer than max(reserve, 1.5 * (longest step + 2 * longest save)) seconds remain before `at`.
 
-    Of both it takes the longest so far, and half as much again; but never less than `reserve` seconds.
+    `at` is a unix time. A save may have to wait for the one before, so it counts twice.
     """
 
     def __init__(self, at: float, reserve: float, longest_save: Callable[[], float]) -> None:

@@ -1,6 +1,6 @@
-"""One rank of a training: reads the frozen configuration, builds the parts, fits.
+"""One rank of a training: reads the frozen configuration, builds the parts, trains.
 
-`python -m pretrain.train RUN/config.yaml`, once for each rank, with the environment of torchrun. Users type
+`python -m pretrain.train RUN/config.yaml` runs once per rank, with the environment of torchrun. Users type
 `python launch/local.py` instead.
 """
 
@@ -23,7 +23,7 @@ from data_prep.errors import DataError
 from .announce import announce
 from .build import about, build_model, vocab_parallel
 from .changes import Change, markdown, settings_changed
-from .checkpoint import CheckpointError, DamagedCheckpoint
+from .checkpoint import CheckpointError, DamagedCheckpoint, checkpoints, step_of
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.state import ModelState, TrainState
 from .checks import check_job
@@ -41,13 +41,14 @@ from .locks import RANKS_LOCK, lock_run
 from .memory import OutOfMemory, shortage_named
 from .mesh import TIMEOUT, Mesh, device_error, lost_peer, ranks, ranks_of_a_node
 from .monitor import MetricsLog
+from .monitor.console import since_process_start
 from .parts import ModelParts
 from .rendezvous import NotMet, hopeless, words
 from .stops import StopReason, StopRequests
 from .trainer import Trainer
 from .vocab import VocabParallelEmbedding
 
-LOCK_SECONDS = 180  # to wait for a lock of a start before this one
+LOCK_SECONDS = 180  # to wait for the lock of an earlier start
 
 
 HELP = """One rank of a training, as a launcher starts it. To train: python launch/local.py --help
@@ -55,25 +56,25 @@ HELP = """One rank of a training, as a launcher starts it. To train: python laun
   python -m pretrain.train RUN/config.yaml                                      a single rank
   torchrun --nproc-per-node 2 -m pretrain.train RUN/config.yaml                 on several nodes with torchrun's flags
 
-RUN/config.yaml is what a launcher has frozen. Each rank reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+A launcher has frozen RUN/config.yaml. Each rank reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT, as torchrun sets them. Ends with the codes of pretrain/exits.py: 0 finished, 75 stopped and
 saved, others failed.
 """
 
 
 def main() -> None:
-    """Exits with an `Exit`; where that is neither FINISHED nor STOPPED, with a line on stderr, or a traceback."""
+    """Exits with an `Exit` code; on a failure prints a line or a traceback on stderr."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = os.environ.get("RANK", "0")
     try:
-        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm asks more than once: a rank that ends must not die
+        with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm may send more signals while a rank ends
             config = load_config(_config_path(sys.argv[1:]))
             with ExitStack() as group:
                 with requests.ending(partial(_end_unstarted, rank)):
                     device = group.enter_context(ranks(_timeout(config)))
                 reason = train(config, device, requests)
         sys.exit(Exit.STOPPED if reason is StopReason.REQUESTED else Exit.FINISHED)
-    except (CheckpointError, FloatingPointError) as error:  # of which all ranks know
+    except (CheckpointError, FloatingPointError) as error:  # all ranks raise these
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
         if isinstance(error, DamagedCheckpoint):
@@ -103,13 +104,13 @@ def main() -> None:
 
 
 def _end_unstarted(rank: str) -> None:
-    """Ends this process, from any thread."""
+    """Ends this process. May be called from any thread."""
     print(f"rank {rank} was asked to stop before the ranks had met: nothing to save", file=sys.stderr, flush=True)
     os._exit(Exit.UNSTARTED)
 
 
 def _config_path(arguments: list[str]) -> Path:
-    """The one argument. Prints help and exits 0 if there is none."""
+    """Returns the only argument. Without one prints the help and exits with 0."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP.rstrip())
         sys.exit(0)
@@ -120,7 +121,7 @@ def _config_path(arguments: list[str]) -> Path:
 
 
 def train(config: JobConfig, device: torch.device, requests: StopRequests) -> StopReason:
-    """Trains to the end, or to where this launch stops, saves there, and gives the reason. Every rank calls it."""
+    """Trains up to the last step, or until a reason to stop, and saves. Returns the reason. Every rank calls it."""
     control, world = RunControl(config.train, requests), torch.distributed.get_world_size()
     data = check_job(config, world, device.type, environment=os.environ)
     rows = vocab_rows(config, data)
@@ -146,21 +147,27 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
             control.alive()
             saved = run.manager.save(state)
             run.manager.wait()
-    if mesh.rank == 0:
+    if run.log is not None:
+        print(f"\n{_summary(config, run.log)}\n")
         print(f"{'stopped and saved' if reason else 'saved'}: {saved}", flush=True)
     return reason
 
 
+def _summary(config: JobConfig, log: MetricsLog) -> str:
+    steps = [f"step {step_of(folder):,}" for folder in checkpoints(config.run_dir)]
+    return log.summary().table(config.train.steps, log.first_step, since_process_start(), steps)
+
+
 def _timeout(config: JobConfig) -> timedelta:
-    """The limit of a collective: longer than the watchdog's, whose stacks say more."""
+    """Returns the timeout of collectives: longer than the watchdog's, whose stacks explain more."""
     return TIMEOUT + timedelta(seconds=config.train.hang_timeout)
 
 
 @contextmanager
 def _held(config: JobConfig, mesh: Mesh) -> Iterator[None]:
-    """Holds the run, on the first rank. Raises OSError if another process still does after minutes.
+    """Locks the run, on the first rank. Raises OSError if another process still holds it after LOCK_SECONDS.
 
-    A network file system may be that late to see that the node of a start before this one is gone.
+    A network file system may need that long to notice that the node of an earlier start is down.
     """
     if mesh.rank != 0:
         yield
@@ -185,7 +192,7 @@ def _manager(config: JobConfig, data: Data, parts: ModelParts) -> CheckpointMana
 
 
 def _restore(config: JobConfig, manager: CheckpointManager) -> tuple[TrainState, Path | None]:
-    """The state of the run and the checkpoint it resumes from; a run without one may begin with given weights."""
+    """Returns the state of the run and the checkpoint that it resumes; a new run may start with given weights."""
     state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
     if found is None and config.init_from is not None:
         initialise(config.init_from, manager.model)

@@ -1,4 +1,4 @@
-"""The loop: batches in, steps out, hooks around each step."""
+"""The training loop, with hooks around each step."""
 
 import math
 import time
@@ -38,7 +38,7 @@ class Trainer:
         self.hooks, self.control, self.reason = hooks, control, StopReason.NONE
 
     def fit(self) -> StopReason:
-        """Trains to `loop.last_step`, or to the first step edge where any rank has a reason to stop, and gives it."""
+        """Trains up to `loop.last_step`, or until any rank has a reason to stop. Returns the reason."""
         while self.state.step < self.loop.last_step and not self.must_stop():
             start = time.monotonic()
             batch = next(self.batches)
@@ -52,7 +52,7 @@ class Trainer:
         return self.reason
 
     def must_stop(self) -> bool:
-        """True on all ranks as soon as one of them has a reason to stop. One all-reduce of a number; a sign of life."""
+        """True on all ranks as soon as one has a reason to stop. One scalar all-reduce. Rearms the watchdog."""
         self.control.alive()
         if not self.reason:
             mine = int(self.control.reason())
@@ -62,7 +62,7 @@ class Trainer:
         return self.reason is not StopReason.NONE
 
     def train_step(self, batch: Batch) -> StepReport:
-        """One optimizer step. Besides the model's collectives: the count of targets, and two norms."""
+        """Does one optimizer step. Collectives besides the model's: the count of targets, and two norms."""
         targets = self._sum(batch.n_targets)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for i, micro in enumerate(batch.micro_batches):
@@ -74,8 +74,8 @@ class Trainer:
         norm, factor = clip_factor(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(), self.optim.clip)
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient's norm is {norm} at step {self.state.step + 1}: nothing was changed by this step;"
-                " lower optim.lr or raise optim.warmup_steps, and run again from the last checkpoint"
+                f"the gradient's norm is {norm} at step {self.state.step + 1}: this step changed nothing;"
+                " lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
             )
         lr = lr_at(self.optim, self.state.step, self.loop.steps)
         for hook in self.hooks:
@@ -84,7 +84,7 @@ class Trainer:
         self.vocab_optimizer.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None
         self.state.tokens += targets
-        self.state.samples |= self.batches.state_dict()  # those of other corpora stay
+        self.state.samples |= self.batches.state_dict()  # keeps the positions of other corpora
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
         return StepReport(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
 

@@ -5,15 +5,15 @@ import signal
 import threading
 import time
 
-PAUSE_SECONDS = 5.0  # after SIGTSTP: within them comes the SIGSTOP of a launcher, or of `scontrol suspend`
+PAUSE_SECONDS = 5.0  # the SIGSTOP of a launcher, or of `scontrol suspend`, follows SIGTSTP within this time
 
 
 class Watchdog:
-    """Ends this rank `seconds` after it was last said to be alive, with the stacks of all its threads on stderr.
+    """Ends this rank if `alive` is not called for `seconds`, with the stacks of all its threads on stderr.
 
-    The kernel's timer and faulthandler's handler do it, which need no Python: it works where the interpreter hangs.
-    A launcher that sends SIGALRM has the same. The timer would run on while the process is stopped: SIGTSTP, which a
-    launcher blocks in its ranks and sends before it stops them, sets it back.
+    It uses the kernel's timer and faulthandler's handler, which need no Python, so it works if the interpreter hangs.
+    A launcher can cause the same with SIGALRM. The timer keeps running while the process is stopped. So a launcher
+    sends SIGTSTP, which it blocks in its ranks, before it stops them: that resets the timer.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -22,7 +22,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch_pauses, name="pauses", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)  # then it does what it always does
+        faulthandler.register(
+            signal.SIGALRM, file=2, all_threads=True, chain=True
+        )  # then SIGALRM's default action: the process dies
         self._thread.start()
         return self
 
@@ -34,7 +36,7 @@ class Watchdog:
         faulthandler.unregister(signal.SIGALRM)
 
     def alive(self) -> None:
-        """From the first call on, and until the next one, it watches; 0 seconds are for ever."""
+        """(Re)arms the timer. With seconds=0 the watchdog is off."""
         with self._lock:
             self._armed = True
             self._set()
@@ -44,7 +46,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, self.seconds if running else 0)
 
     def _watch_pauses(self) -> None:
-        """Runs in a thread: the main one may wait in a collective, where Python runs no handler."""
+        """Runs in a thread, because Python runs no handler while the main thread waits in a collective."""
         while True:
             signal.sigwait([signal.SIGTSTP])
             if self._over:
@@ -53,4 +55,4 @@ class Watchdog:
                 with self._lock:
                     self._paused = paused
                     self._set()
-                time.sleep(PAUSE_SECONDS * paused)  # over at once when a longer pause ends
+                time.sleep(PAUSE_SECONDS * paused)  # after a longer pause this time has already passed

@@ -16,8 +16,7 @@ A case records
 - the sha256 of every file of tensors, and of each checkpoint's manifest without what MANIFEST_LEFT_OUT names;
 - for a corpus, the sha256 of its token files and of its tokenizer.
 
-Left out, because two runs of the same code differ in them: `tokens_per_s`, `data_wait` and `lens_seconds` in the
-metrics; times, job and host in `restarts.jsonl`; TensorBoard's files; and in the manifest its date, `rng` (torch seeds
+Left out, because two runs of the same code differ in them: times, rates and memory in the metrics; times, job and host in `restarts.jsonl`; TensorBoard's files; and in the manifest its date, `rng` (torch seeds
 each process randomly, and a run does not use that), `config` (paths of the temporary folder, and new keys), and the
 manifest's own hash, which covers them.
 
@@ -43,7 +42,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300  # seconds; a command should take about ten
 SHOWN = 5  # differences shown per case
-METRICS_LEFT_OUT = {"tokens_per_s", "data_wait", "lens_seconds"}
+METRICS_LEFT_OUT = {
+    "tokens_per_s",
+    "tokens_per_s_per_rank",
+    "step_s",
+    "peak_memory_gib",
+    "data_wait",
+    "lens_seconds",
+}
 MANIFEST_LEFT_OUT = {"date", "rng", "config", "sha256"}
 
 LOOP = (

@@ -8,6 +8,7 @@ from data_prep.command import arguments_or, one_line
 from data_prep.errors import DataError
 from data_prep.formats.layouts import LAYOUTS, Layout
 from data_prep.formats.transfer import export_tokens, import_tokens, is_of_validation
+from data_prep.progress import working
 from data_prep.tokenizer import Tokenizer
 
 HELP = """Converts the token files of other programs to ours and back.
@@ -44,11 +45,13 @@ def run(arguments: list[str]) -> None:
         files = _files(layout, given["in"])
         val = [path for path in files if is_of_validation(path)]
         train = [path for path in files if path not in val]
-        manifest = import_tokens(layout, train, val, _tokenizer(given["tokenizer"]), out)
+        with working("import"):
+            manifest = import_tokens(layout, train, val, _tokenizer(given["tokenizer"]), out)
         print(f"imported: {manifest.summary(out)}")
     elif command == "export":
         given = _given(settings, "to", "in", "out")
-        manifest = export_tokens(_layout("to", given["to"]), Path(given["in"]), Path(given["out"]))
+        with working("export"):
+            manifest = export_tokens(_layout("to", given["to"]), Path(given["in"]), Path(given["out"]))
         print(f"exported: {manifest.summary(Path(given['out']))}")
     else:
         raise DataError(f"{command} must be import or export; see --help")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.durable import durable, sha256_of, sync_folder
+from data_prep.progress import progress
 
 from ..config.checkpoint import CheckpointConfig
 
@@ -132,7 +133,7 @@ def faults(folder: Path, manifest: dict[str, Any], mine: Callable[[int], bool] =
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in manifest["files"]:  # torch's reader would read this file, too
             yield f"{path} is not in the manifest"
-    for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
+    for i, (name, expected) in enumerate(progress(sorted(manifest["files"].items()), f"verify {folder.name}")):
         if not mine(i):
             continue
         path = folder / name

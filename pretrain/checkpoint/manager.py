@@ -95,6 +95,7 @@ class CheckpointManager:
         self.about = about  # added to the manifest: config, tokenizer
         self.hooks: Sequence[Stateful] = ()  # their state is saved and restored with the model's
         self.longest = 0.0  # duration of the longest save so far, in seconds
+        self.written: tuple[Path, float] | None = None  # the newest checkpoint of this process, and its seconds
         self._group = dist.new_group(backend="gloo", timeout=mesh.timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # joined at process exit
         self._pending: Future[None] | None = None
@@ -244,7 +245,8 @@ class CheckpointManager:
             self._on_first_rank(self._prune)
         except CheckpointError as error:
             raise CheckpointError(f"saved {final}, but cannot remove an older one: {error}") from error
-        self.longest = max(self.longest, time.monotonic() - start)
+        self.written = final, time.monotonic() - start
+        self.longest = max(self.longest, self.written[1])
 
     def _begin(self, unfinished: Path) -> None:
         remove_unfinished(self.run)

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_prep.durable import exclusive
+from data_prep.progress import progress
 
 from ..locks import RANKS_LOCK
 from ..mesh import AXES
@@ -106,5 +107,5 @@ def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
         "mesh": dict.fromkeys(AXES, 1),
         "weights_only": True,
         "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
-        "files": {path.name: write_streamed(path, tensors, metadata)},
+        "files": {path.name: write_streamed(path, tensors, metadata, partial(progress, title="import"))},
     }

@@ -58,7 +58,12 @@ def write_slices(path: Path, slices: list[Slice]) -> dict[str, Any]:
     return write_streamed(path, streamed, {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"})
 
 
-def write_streamed(path: Path, tensors: list[Streamed], metadata: dict[str, str]) -> dict[str, Any]:
+def write_streamed(
+    path: Path,
+    tensors: list[Streamed],
+    metadata: dict[str, str],
+    over: Callable[[list[Streamed]], Iterable[Streamed]] = iter,
+) -> dict[str, Any]:
     """Writes the file atomically, synced to the disk. Returns its size and hash. Raises OSError if the disk is full.
 
     Pieces on a device are copied to the host one at a time.
@@ -76,7 +81,7 @@ def write_streamed(path: Path, tensors: list[Streamed], metadata: dict[str, str]
     text += b" " * (-len(text) % 8)
     with durable(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
+        for tensor in over(tensors):
             written = 0
             for piece in tensor.pieces():
                 data = piece.to(tensor.dtype).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.errors import DataError
+from data_prep.progress import working
 from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ class Source:
 def show(settings: LensConfig) -> None:
     """Writes the pictures and the page, and prints a summary, on the first rank."""
     with ranks_or_alone() as device:
-        shown, found = see(settings, device)
+        with working("read the model and measure"):
+            shown, found = see(settings, device)
         if not dist.is_initialized() or dist.get_rank() == 0:
             paths = write_pictures(shown, Path(settings.out))
             print(summary(found))

@@ -62,9 +62,11 @@ class EvalHook(Hook):
         """
         sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
         for corpus, batches in zip(sums, self.batches.values(), strict=True):
-            for micro in batches():
+            for done, micro in enumerate(batches()):
                 if trainer.must_stop():
                     return {}
+                if self.run.log is not None:
+                    self.run.log.console.busy(f"evaluation, batch {done + 1:,}")
                 out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
                 counted_BT = micro.targets_BT != IGNORED  # as an index, this mask would wait for the device
                 text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()

@@ -1,11 +1,17 @@
 """Logging of a run's steps."""
 
+import resource
 from functools import reduce
 from operator import add
 
+import torch
 import torch.distributed as dist
 
+from ..build import flops_per_token
 from ..config.job import JobConfig
+from ..corpora import vocab_rows
+from ..peaks import peak_of
+from ..precision import compute_dtype
 from ..stops import StopReason
 from ..vocab.collectives import on_host
 from ..vocab.lookup import LookupTraffic
@@ -15,35 +21,61 @@ from .base import Hook, Run, StepReport, TrainerView
 class LogHook(Hook):
     """Every few steps, on the last one, and whenever another hook has measured something, or a stop kept it from that.
     Rank 0 holds the log.
+
+    Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
+    their matmuls; None if the peak is unknown.
     """
 
-    def __init__(self, every: int, run: Run) -> None:
-        self.every, self.run = every, run
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0  # since the last logged step
+    def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
+        self.every, self.run, self.capacity = every, run, capacity
+        self._begin()
+
+    def _begin(self) -> None:
+        """Resets the counts, after a logged step."""
+        self.steps, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0.0
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
+        self.steps += 1
         self.tokens += report.tokens
         self.seconds += report.seconds
         self.waited += report.waited
+        if self.run.log is not None:
+            self.run.log.console.stepped(report.step, self.tokens / self.seconds)
         last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
         if report.step % self.every and not report.scalars and not last:
             return
         dist.all_reduce(report.loss)
+        tokens_per_s = self.tokens / self.seconds
         scalars = {
             "step": report.step,
             "loss": float(on_host(report.loss)),
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "tokens": trainer.state.tokens,
-            "tokens_per_s": self.tokens / self.seconds,
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_per_rank": tokens_per_s / trainer.mesh.world,
+            "step_s": self.seconds / self.steps,
+            "peak_memory_gib": _peak_memory(trainer.mesh.device) / 2**30,
+            **({"mfu": tokens_per_s / self.capacity} if self.capacity else {}),
             "data_wait": self.waited / self.seconds,
             **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,
         }
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
+        self._begin()
         if self.run.log is not None:
             self.run.log.write(scalars, report.rows)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Most bytes that any rank has held so far: on its GPU, or resident on its host. One all-reduce of a number."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = torch.full((), held, dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return float(on_host(most))
 
 
 def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:
@@ -64,4 +96,10 @@ def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
 
 
 def build(config: JobConfig, run: Run) -> LogHook:
-    return LogHook(config.log.every, run)
+    """The hook. On a GPU whose peak is known it logs the model FLOPs utilisation, too."""
+    mesh = run.parts.mesh
+    name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    peak = peak_of(name, compute_dtype(config.train, mesh.device.type).itemsize)
+    if peak is None:
+        return LogHook(config.log.every, run)
+    return LogHook(config.log.every, run, mesh.world * peak / flops_per_token(config, vocab_rows(config, run.data)))

@@ -1,15 +1,17 @@
 """Checkpoints on the way."""
 
-from ..checkpoint.manager import CheckpointManager
+from pathlib import Path
+
 from ..config.job import JobConfig
 from .base import Hook, Run, StepReport, TrainerView
 
 
 class CheckpointHook(Hook):
-    """A checkpoint every few steps, 0 for none. An update waits until the save at work has copied what it changes."""
+    """A checkpoint every few steps, 0 for none. An update waits until the pending save has copied what it changes."""
 
-    def __init__(self, every: int, manager: CheckpointManager) -> None:
-        self.every, self.manager = every, manager
+    def __init__(self, every: int, run: Run) -> None:
+        self.every, self.run, self.manager = every, run, run.manager
+        self._said: tuple[Path, float] | None = None
 
     def before_update(self, trainer: TrainerView) -> None:
         self.manager.wait_for_copy()
@@ -17,7 +19,11 @@ class CheckpointHook(Hook):
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         if self.every and report.step % self.every == 0:
             self.manager.save(trainer.state)
+        written = self.manager.written
+        if self.run.log is not None and written is not None and written != self._said:  # ended since the last step
+            self._said = written
+            self.run.log.console.saved(*written)
 
 
 def build(config: JobConfig, run: Run) -> CheckpointHook:
-    return CheckpointHook(config.checkpoint.every, run.manager)
+    return CheckpointHook(config.checkpoint.every, run)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_prep.durable import durable, durable_folder
+from data_prep.progress import progress
 from data_prep.special_tokens import CONFIG, GENERATION, SpecialTokens
 from data_prep.tokenizer_spec import TokenizerSpec
 
@@ -123,12 +124,12 @@ def _write_weights(folder: Path, tensors: list[Streamed]) -> None:
             files.append([])
         files[-1].append(tensor)
     if len(files) == 1:
-        write_streamed(folder / WEIGHTS, tensors, {})
+        write_streamed(folder / WEIGHTS, tensors, {}, partial(progress, title="export"))
         return
     index: dict[str, str] = {}
     for i, part in enumerate(files, start=1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        write_streamed(folder / name, part, {})
+        write_streamed(folder / name, part, {}, partial(progress, title=f"export, file {i} of {len(files)}"))
         index |= dict.fromkeys((tensor.name for tensor in part), name)
     size = sum(tensor.bytes for tensor in tensors)
     _write(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})

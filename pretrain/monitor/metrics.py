@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -17,6 +16,7 @@ from ..config.monitor import LogConfig
 from ..exits import RESTARTS_FILE, restarts_in
 from .append import GrowingFile
 from .board import Board
+from .console import Console, Summary
 
 
 class MetricsLog:
@@ -25,13 +25,12 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
-        self.path, self.steps = run / "metrics.jsonl", steps
+        self.path, self.console, self.first_step = run / "metrics.jsonl", Console(step, steps), step
         with _no_more_than_a_warning():
             self._drop_after(step)
         self._file = GrowingFile(self.path)
         self._file.write(b"")  # it is there from the start
         self._board = Board(run / "tensorboard", step + 1) if config.tensorboard else None
-        self._first_step, self._started = step, time.monotonic()
         with _no_more_than_a_warning():
             self._tell_restarts(run, step)
 
@@ -70,7 +69,17 @@ class MetricsLog:
                 file.write(b"".join(before) + json.dumps(json.loads(last) | scalars).encode() + b"\n")
         self._show({"step": step, **scalars})
 
+    def summary(self) -> Summary:
+        """Best and last values of all logged steps, those of earlier starts included."""
+        found = Summary()
+        with _no_more_than_a_warning(), open(self.path, "rb") as file:
+            for line in file:
+                if _step_of(line) < float("inf"):
+                    found.add(json.loads(line))
+        return found
+
     def close(self) -> None:
+        self.console.close()
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -79,7 +88,7 @@ class MetricsLog:
         step = int(scalars["step"])
         if self._board is not None:
             self._board.scalars({_tag(name): value for name, value in scalars.items() if name != "step"}, step)
-        print(self._line(step, scalars), flush=True)
+        self.console.logged(step, scalars)
 
     def _tell_restarts(self, run: Path, step: int) -> None:
         """All starts before this one, as one table: whoever opens TensorBoard sees why the run stood still."""
@@ -92,15 +101,6 @@ class MetricsLog:
                 how = f"{end['class']}, rank {end['rank']} on {end['host']}: {end['how']}"
                 rows.append(f"| {end['attempt']} | {when} | {end['step']} | {how} | {end['decision']}: {end['why']} |")
         self._board.text("restarts", "\n".join(rows), step)
-
-    def _line(self, step: int, scalars: dict[str, float]) -> str:
-        seconds_a_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
-        left = round(seconds_a_step * (self.steps - step))
-        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
-        for name, form in FORMS.items():
-            if name in scalars:
-                parts.append(form.format(scalars[name]))
-        return "  ".join([*parts, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
 
     def _drop_after(self, step: int) -> None:
         """Steps that a killed run logged after its last checkpoint are about to be done again."""
@@ -138,21 +138,17 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-FORMS = {
-    "loss": "loss {:.4f}",
-    "val_loss": "val loss {:.4f}",
-    "val_bits_per_byte": "val bits/byte {:.4f}",
-    "lr": "lr {:.2e}",
-    "grad_norm": "norm {:.3f}",
-    "tokens_per_s": "{:,.0f} tokens/s",
-}
 GROUPS = ("tie", "grad", "rows", "embedding", "head")  # of tags that have none of their own: grad_cosine is grad/cosine
 TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
     "tokens": "train/tokens",
-    "tokens_per_s": "train/tokens_per_s",
+    "tokens_per_s": "perf/tokens_per_s",
+    "tokens_per_s_per_rank": "perf/tokens_per_s_per_rank",
+    "step_s": "perf/step_s",
+    "peak_memory_gib": "perf/peak_memory_gib",
+    "mfu": "perf/mfu",
     "data_wait": "data/wait",
     "epochs": "data/epochs",
     "lookup_saved": "vocab/lookup_saved",

@@ -1,12 +1,11 @@
-"""How far a run is, and how fast: on a terminal, in a log, and of a run itself."""
+"""Progress of a command: bar, lines in a log, and those of a real run."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from data_prep import app, progress
+from data_prep import app, progress, terminal
 from data_prep.app import TokenizeConfig
 from data_prep.corpus import FilesCorpus
 from data_prep.progress import Progress, clock
@@ -14,7 +13,7 @@ from data_prep.tokenizer import FileTokenizer
 
 
 class Clock:
-    """In place of `time`."""
+    """Stands in for `time`."""
 
     now = 100.0
 
@@ -40,26 +39,43 @@ def test_log_has_one_line_per_minute(time: Clock, capsys: pytest.CaptureFixture[
     )
 
 
-def test_terminal_line_is_updated_and_cleared(
-    time: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress(1000_000) as shown:
-        for half_seconds in (1, 2):
-            time.now = 100.0 + half_seconds / 2
-            shown.show(half_seconds * 250_000, half_seconds * 50_000)
-    first, second, end = capsys.readouterr().err.split("\r\x1b[K")[1:]
-    assert first == "tokenise: 25%, 0 MB of text, 0.1M tokens, 0.5 MB/s, 0.10M tokens/s, 0:00:02 left"
-    assert second == "tokenise: 50%, 0 MB of text, 0.1M tokens, 0.5 MB/s, 0.10M tokens/s, 0:00:01 left"
-    assert end == ""
-
-
-def test_time_left_needs_a_total(time: Clock) -> None:
-    assert Progress(None).line(10, 20_000_000, 5_000_000) == (
-        "tokenise: 20 MB of text, 5.0M tokens, 2.0 MB/s, 0.50M tokens/s"
-    )
-    assert Progress(100).line(10, 0, 0) == "tokenise: 0%, 0 MB of text, 0.0M tokens, 0.0 MB/s, 0.00M tokens/s"
+def test_time_left_needs_a_total(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(None) as shown:
+        time.now += 60
+        shown.show(20_000_000, 5_000_000)
+    with Progress(100) as shown:
+        time.now += 60
+        shown.show(0, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenise: 20 MB of text, 5.0M tokens, 0.3 MB/s, 0.08M tokens/s",
+        "tokenise: 0%, 0 MB of text, 0.0M tokens, 0.0 MB/s, 0.00M tokens/s",
+    ]
     assert clock(3 * 3600 + 62.4) == "3:01:02"
+
+
+def test_items_are_passed_on_and_counted(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    passed = []
+    for item in progress.progress("abcd", "convert"):
+        passed.append(item)
+        time.now += 40
+    assert passed == list("abcd")
+    assert capsys.readouterr().err == "convert: 50%, 2 of 4, 0:01:20 left\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (79, "train  50% | 5/10, 0:00:09 left, 1,234 tokens/s"),
+        (50, "train  50% | 5/10, 0:00:09 left"),
+        (33, "train  50% | 5/10"),
+        (16, "train  50%  5/10"),
+        (8, "train  5"),
+    ],
+)
+def test_narrow_window_keeps_the_first_facts(monkeypatch: pytest.MonkeyPatch, columns: int, line: str) -> None:
+    monkeypatch.setattr(terminal, "plain_ascii", lambda: True)
+    drawn = progress.bar("train", 5, 10, ["5/10", "0:00:09 left", "1,234 tokens/s"], columns)
+    assert len(drawn) <= columns and re.sub(r"#+\d? *", "| ", drawn) == line
 
 
 def test_run_shows_progress(

@@ -1,4 +1,4 @@
-"""The commands that users type, as they type them, and what a run has written."""
+"""Runs commands as users type them, and reads what a run has written."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def command(*arguments: str) -> list[str]:
 def run(
     *arguments: str, timeout: float = 120, environment: dict[str, str] | None = None, cold: bool = False
 ) -> subprocess.CompletedProcess:
-    """Returns what the command has written, and its exit code. cold: a new interpreter runs it, as a user's would."""
+    """Returns the output of the command and its exit code. cold: starts a new interpreter, as for a user."""
     with start(" ".join(arguments), environment, cold) as process:
         try:
             said, errors = process.communicate(timeout=timeout)
@@ -33,7 +33,7 @@ def run(
 
 
 def refused(arguments: str) -> str:
-    """Returns the one line of an error that the launcher says to these settings. They must start nothing."""
+    """Returns the one line with which the launcher refuses these settings. It must start nothing."""
     done = in_process(local.main, *arguments.split())
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
@@ -43,7 +43,7 @@ def refused(arguments: str) -> str:
 def start(
     arguments: str, environment: dict[str, str] | None = None, cold: bool = False, **streams: Any
 ) -> subprocess.Popen:
-    """The process of a command, such as `launch/local.py nproc=2`."""
+    """Starts the process of a command, such as `launch/local.py nproc=2`."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams
     given = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return (subprocess.Popen if cold else Command)(command(arguments), cwd=ROOT, env=given, **streams)

@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as a launcher sees them: small scripts that say what a test has laid down for them."""
+"""Fakes Slurm's commands for a launcher: small scripts that print what a test has prepared."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ SACCT = "cat accounts 2>/dev/null"
 
 
 class FakeSlurm:
-    """refuse: what sbatch says instead of taking the job. states: what squeue says, one after the other, the last for
-    ever; none: that it does not know the job. ended: what scontrol says of it.
+    """Answers as a test prepares them. refuse: sbatch's error, with which it refuses. states: squeue's answers in turn;
+    the last one repeats; none: the job is unknown. ended: scontrol's answer about the job.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ class FakeSlurm:
         (self.folder / "states").unlink(missing_ok=True)
 
     def ended(self, state: str, code: str) -> None:
-        """As Slurm has written it for many years."""
+        """Sets scontrol's answer in Slurm's form."""
         said = f"JobId=12 JobName=a JobState={state} Reason=None Requeue=1 Restarts=1 ExitCode={code} RunTime=00:01:00"
         (self.folder / "job").write_text(f"{said}\n")
 

@@ -1,4 +1,4 @@
-"""How much a real rank on a CPU holds."""
+"""Measures the memory of a real rank on a CPU."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.benchmarks.measure import free_at_once, holding_peak_mib
 
 
 def held_by_rank(rank, world, config, rows, parallel):
-    """MiB of all that a training adds to this process at most."""
+    """Returns the peak memory that a training adds to this process, in MiB."""
     free_at_once()
     small = replace(config, model=replace(config.model, layers=1, width=64, heads=1))
     training(small, world, 1024, parallel)()  # the code of all libraries is in memory
@@ -21,7 +21,7 @@ def held_by_rank(rank, world, config, rows, parallel):
 
 
 def training(config, world, rows, parallel):
-    """A step of the trainer, on the same tokens each time."""
+    """Runs a step of the trainer, each time on the same tokens."""
     mesh = Mesh.of(parallel, torch.device("cpu"))
     engine, model, vocab_optimizer = build_model(config, mesh, rows)
     trainer = trainer_of(model, engine, vocab_optimizer, mesh, config.train, config.optim)

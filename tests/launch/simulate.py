@@ -1,4 +1,4 @@
-"""What the step of launch/rehearsal.py gives to which collectives, and how much it holds."""
+"""Counts the traffic and the memory of a step of launch/rehearsal.py."""
 
 import gc
 import weakref
@@ -38,8 +38,8 @@ KINDS = {
 
 @dataclass
 class Simulated:
-    """calls, given: of each (axis, kind); lookup: rows that this rank sends to others for theirs, and gets for its own;
-    held: bytes at most.
+    """calls, given: per (axis, kind). lookup: rows that this rank sends for others' lookups, and receives for its own.
+    held: peak bytes.
     """
 
     calls: Counter[tuple[str, str]]
@@ -51,8 +51,8 @@ class Simulated:
 def simulate(
     config: JobConfig, rows: int, parallel: int, world: int, kernels: Kernels, bf16: bool | None = None
 ) -> Simulated:
-    """Rank 0's second step on `world` ranks, `parallel` of them to a copy, in a process of its own. Every micro-batch
-    has the same tokens. bf16: whether its tensors are in bf16 if they are fake; None: if this processor computes it.
+    """Runs rank 0's second step on `world` ranks, `parallel` of them per copy, in a separate process. All micro-batches
+    have the same tokens. bf16: dtype of fake tensors is bf16; None: if this processor supports it.
     """
     with ProcessPoolExecutor(1, mp_context=context) as pool:  # DeepSpeed keeps groups beyond their end
         return pool.submit(_simulate, config, rows, parallel, world, kernels, bf16).result()
@@ -78,7 +78,7 @@ def _simulate(
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what this rank gives to each; to an all-to-all, what is for others."""
+    """Counts the bytes that this rank passes to each; for an all-to-all, without its own part."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Held(TorchDispatchMode):
-    """now, most: bytes of all tensors made while this lasts and still alive."""
+    """Counts the bytes of the tensors made while the context lasts: `now` alive, and `most` at once."""
 
     now = most = 0
 

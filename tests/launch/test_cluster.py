@@ -1,4 +1,4 @@
-"""What a cluster is asked for."""
+"""Settings of a cluster, and the job that they make."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from launch.cluster import ClusterConfig
 GPUS = {"gpus_per_node": 8, "gpu": "h100", "time": "1:00:00"}
 
 
-def test_ranks_are_one_a_gpu_or_one_a_node_unless_said():
+def test_ranks_default_to_one_per_gpu_or_node():
     assert ClusterConfig(**GPUS, nodes=4).ranks == 32
     assert ClusterConfig(**GPUS, nodes=4, tasks_per_node=2).ranks == 8
     assert ClusterConfig(time="1:00:00", nodes=3).ranks == 3
@@ -19,7 +19,7 @@ def test_ranks_are_one_a_gpu_or_one_a_node_unless_said():
 @pytest.mark.parametrize(
     "time,minutes", [("0:10:00", 10), ("2:30:00", 150), ("1-12:00:00", 2160), ("0:10:01", 11), ("100:00:00", 6000)]
 )
-def test_a_time_is_minutes_rounded_up(time, minutes):
+def test_time_is_rounded_up_to_minutes(time, minutes):
     assert ClusterConfig(time=time, warn_seconds=30).minutes == minutes
 
 
@@ -35,7 +35,7 @@ def test_settings_reach_sbatch_and_srun():
     assert told["srun_args"] == ["--kill-on-bad-exit=1", "--cpus-per-task=1"]
 
 
-def test_keys_of_sbatch_go_through_and_win():
+def test_sbatch_options_are_passed_and_override():
     keys = {"gres": "gpu:h100:8", "mail_type": "END", "exclusive": True, "contiguous": False}
     told = given(GPUS | {"sbatch": keys, "requeue": False})["additional_parameters"]
     assert told == {
@@ -49,7 +49,7 @@ def test_the_environment_is_quoted_and_may_set_threads():
     assert told["setup"] == ["export OMP_NUM_THREADS=2", "export NCCL_SOCKET_IFNAME='ib0 ib1'", "last"]
 
 
-def test_a_container_sees_the_run_and_its_own_python():
+def test_container_mounts_the_run_and_uses_its_own_python():
     config = ClusterConfig(time="1:00:00", container="/images/torch.sqsh", mounts=["/scratch:/scratch"])
     told = config.parameters("name", [], [Path("/run"), Path("/data")])["srun_args"]
     assert told[-2:] == [
@@ -74,14 +74,14 @@ WRONG = {
     "more ranks than GPUs": (GPUS | {"tasks_per_node": 9}, "cluster.tasks_per_node=9 must not exceed"),
     "memory in words": ({"memory": "all"}, "cluster.memory=all must be a size such as 400G"),
     "an empty partition": ({"partition": ""}, "cluster.partition= must not be empty"),
-    "mounts of no container": ({"mounts": ["/a:/a"]}, "name it with cluster.container"),
-    "a variable of no name": ({"environment": {"A B": "1"}}, "cluster.environment.A B is no name"),
+    "mounts of no container": ({"mounts": ["/a:/a"]}, "need a container: set cluster.container"),
+    "a variable of no name": ({"environment": {"A B": "1"}}, "cluster.environment.A B is not a valid variable name"),
     "a key that is ours": (
         {"sbatch": {"ntasks_per_node": 2}},
-        "cluster.sbatch.ntasks-per-node is not to be given: use",
+        "cluster.sbatch.ntasks-per-node cannot be set: use",
     ),
     "a list for sbatch": ({"sbatch": {"mail-type": ["END"]}}, "cluster.sbatch.mail-type=['END'] must be a word"),
-    "no key of sbatch": ({"sbatch": {"-N": 2}}, "cluster.sbatch.-N is no option of sbatch"),
+    "no key of sbatch": ({"sbatch": {"-N": 2}}, "cluster.sbatch.-N is not an sbatch option"),
 }
 
 

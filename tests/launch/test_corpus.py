@@ -1,4 +1,4 @@
-"""Tokenising as jobs: what is submitted, what waits for what, and what is refused. No Slurm; tests/slurm has one."""
+"""Tokenising as jobs: submissions, dependencies and refusals. Without Slurm; tests/slurm has one."""
 
 import signal
 import subprocess
@@ -43,7 +43,7 @@ def test_the_parts_wait_for_a_tokenizer_and_the_manifest_for_all() -> None:
         (BpeTokenizer(), False, 1, ["manifest"]),  # which is the plain run
     ],
 )
-def test_nothing_is_submitted_for_nothing(
+def test_finished_corpus_submits_no_job(
     tokenizer: TokenizerConfig, prepared: bool, tasks: int, names: list[str]
 ) -> None:
     assert [step.name for step in steps_of(config_of(tokenizer, tasks), prepared)] == names
@@ -61,17 +61,17 @@ def test_a_job_tokenises_as_the_command_says() -> None:
     [
         ({"part": "0/2"}, "verify=, stats= and part= are for data_prep/tokenize.py"),
         ({"out": None, "verify": "data/mine"}, "verify=, stats= and part= are for data_prep/tokenize.py"),
-        ({"cluster": {"nodes": 2}}, "cluster.nodes=2 × 1 tasks must be 1 × 1: what runs side by side is cluster.tasks"),
+        ({"cluster": {"nodes": 2}}, "must be 1 × 1: cluster.tasks sets the number of parallel jobs"),
         ({"cluster": {"tasks_per_node": 3}}, "cluster.nodes=1 × 3 tasks"),
     ],
 )
-def test_what_is_not_for_jobs(settings: dict, message: str) -> None:
+def test_settings_not_for_jobs_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(DataError) as error:
         config_of(**settings)
     assert message in str(error.value)
 
 
-def test_near_its_time_limit_a_task_goes_on_later_if_it_did_something(
+def test_task_near_its_time_limit_requeues_itself_after_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -86,7 +86,7 @@ def test_near_its_time_limit_a_task_goes_on_later_if_it_did_something(
     before = task._done()
 
     def warn() -> list[list[str]]:
-        """A signal that waits for this thread, and no other."""
+        """Sends a signal to this thread only."""
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
         signal.pthread_kill(threading.get_ident(), WARNING)
         task._go_on_later(before)

@@ -1,4 +1,4 @@
-"""What ends a run before its last step, from a signal to a full disk, and how the next start goes on from there."""
+"""Faults that end a run early, from a signal to a full disk, and the resume after each."""
 
 import signal
 import subprocess
@@ -17,12 +17,12 @@ FORTY = f"nproc=2 log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The rank processes of a launcher, sorted by rank: the launcher starts them in that order."""
+    """Returns the rank processes of a launcher, sorted by rank: the launcher starts them in that order."""
     return sorted(psutil.Process(process.pid).children(), key=lambda child: (child.create_time(), child.pid))
 
 
 def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
-    """A signal to rank 1, once the run has logged that step."""
+    """Sends a signal to rank 1 when the run has logged that step."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step") and step in line:
@@ -32,7 +32,7 @@ def send_to_a_rank(process: subprocess.Popen, number: int, step: str) -> None:
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
-    """40 steps on two ranks that nothing happens to, started as users do: each rank has a hash seed of its own."""
+    """Trains 40 steps on two ranks without a fault, started as users do: each rank has its own hash seed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     done = run(f"launch/local.py data.path={data} run.dir={folder} {FORTY}", cold=True)
     assert done.returncode == 0, done.stderr
@@ -44,8 +44,8 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in scalars(folder)]
 
 
-def test_sigterm_saves_and_exits_0_and_the_run_goes_on(data, tmp_path):
-    """SIGINT, SIGHUP and Ctrl-Z are tried in test_terminal.py."""
+def test_sigterm_saves_exits_0_and_the_run_resumes(data, tmp_path):
+    """SIGINT, SIGHUP and Ctrl-Z are in test_terminal.py."""
     folder = tmp_path / "run"
     arguments = f"nproc=2 train.steps=100000 data.path={data} run.dir={folder} log.every=1 optim.schedule=wsd {SMALL}"
     process = start(f"launch/local.py {arguments}")
@@ -65,7 +65,7 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on(data, tmp_path):
     assert [line["step"] for line in scalars(folder)] == list(range(1, step + 4))
 
 
-def test_a_signal_while_the_ranks_start_saves_where_they_stand(data, tmp_path):
+def test_signal_during_start_saves(data, tmp_path):
     process = start(f"launch/local.py data.path={data} run.dir={tmp_path}/run {FORTY}", cold=True)
     while not ranks_of(process):
         assert process.poll() is None
@@ -76,8 +76,8 @@ def test_a_signal_while_the_ranks_start_saves_where_they_stand(data, tmp_path):
     assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == [0]
 
 
-def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp_path):
-    """Where it is not to start by itself; and where it is."""
+def test_kill_9_of_a_rank_ends_the_run_and_a_rerun_resumes(data, straight, tmp_path):
+    """Tries it without and with automatic restarts."""
     folder = tmp_path / "run"
     arguments = f"data.path={data} run.dir={folder} {FORTY}"
     process = start(f"launch/local.py {arguments} restart.max_failures=0")
@@ -103,7 +103,7 @@ def test_kill_9_of_a_rank_ends_the_run_and_the_rerun_goes_on(data, straight, tmp
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41)), "one curve, without overlap"
 
 
-def test_a_rank_that_hangs_is_found_out_and_the_run_goes_on(data, straight, tmp_path):
+def test_hanging_rank_is_detected_and_the_run_resumes(data, straight, tmp_path):
     folder = tmp_path / "run"
     process = start(f"launch/local.py data.path={data} run.dir={folder} {FORTY} train.hang_timeout=8")
     send_to_a_rank(process, signal.SIGSTOP, "10/40")
@@ -125,7 +125,7 @@ def test_a_run_that_diverges_is_not_started_again(data, tmp_path):
 
 
 def test_a_time_limit_stops_the_run_saved(data, tmp_path):
-    """The run's own, and the job's."""
+    """Tries the run's own limit, and the job's."""
     arguments = f"data.path={data} train.steps=100000 optim.schedule=wsd log.every=1 {SMALL}"
     limits = "train.time_limit=10s checkpoint.reserve_seconds=2"
     done = run(f"launch/local.py nproc=2 run.dir={tmp_path}/own {arguments} {limits}")
@@ -142,7 +142,7 @@ def test_a_time_limit_stops_the_run_saved(data, tmp_path):
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
-    """A real full file system: a small tmpfs that the second checkpoint does not fit in."""
+    """Uses a real full file system: a small tmpfs without room for the second checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
@@ -162,8 +162,8 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(data, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_between_two_saves_costs_nothing(data, tmp_path):
-    """Log lines, curves and the launcher's own log lie on it. There is room again before the next save."""
+def test_full_disk_between_saves_loses_no_step(data, tmp_path):
+    """The disk has the metrics, the curves and the launcher's log. It has room again before the next save."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:

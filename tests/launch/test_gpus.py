@@ -1,4 +1,4 @@
-"""When the launcher asks torch for GPUs: if the system may have one; the others need not wait for it."""
+"""The launcher imports torch to count GPUs only if the system may have one."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from launch import local
 
 @pytest.fixture
 def bus(tmp_path, monkeypatch) -> Path:
-    """A PCI bus without devices, on a system without device files."""
+    """Fakes a PCI bus without devices, on a system without device files."""
     monkeypatch.setattr(local, "GPU_DEVICES", (str(tmp_path / "dev" / "nvidia*"),))
     monkeypatch.setattr(local, "PCI_DEVICES", str(tmp_path / "bus" / "*"))
     return tmp_path / "bus"
@@ -21,7 +21,7 @@ def plug_in(device: Path, vendor: str, kind: str) -> None:
     (device / "class").write_text(f"{kind}\n")
 
 
-def test_nothing_is_no_gpu(bus):
+def test_empty_system_has_no_gpu(bus):
     assert not local.has_gpu() and local.gpus() == 0 and local.device_type() == "cpu"
 
 
@@ -48,6 +48,6 @@ def test_device_files_are_enough(bus):
     assert local.has_gpu()
 
 
-def test_a_device_that_cannot_be_read_is_none(bus):
+def test_unreadable_device_is_ignored(bus):
     (bus / "0000:00:1e.0").mkdir(parents=True)
     assert not local.has_gpu()

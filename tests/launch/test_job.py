@@ -1,4 +1,4 @@
-"""The launcher's half of a failure: who ends whom, how fast, and what comes next. Small real processes for ranks."""
+"""The launcher's part of a failure: it ends the other ranks and decides what comes next. Ranks are small processes."""
 
 import os
 import signal
@@ -22,12 +22,12 @@ from pretrain.stops import StopRequests
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['RANK']); here = os.environ['HERE']\n"
-SAYS_SO = "open(f'{here}/{rank}', 'w').write(str(os.getpid()))\n"  # that it is ready, and its pid
+SAYS_SO = "open(f'{here}/{rank}', 'w').write(str(os.getpid()))\n"  # the rank is ready; its process id
 ACCEPTS = (  # a stop, as pretrain.train does
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
 )
-WATCHED = (  # goes on when all ranks can show their stacks: one that still imports cannot
+WATCHED = (  # continues when all ranks can print their stacks: not during imports
     "from pretrain.watchdog import Watchdog\nwatchdog = Watchdog(float(os.environ['SECONDS']))\n"
     "watchdog.__enter__()\nopen(f'{here}/watched-{rank}', 'w').close()\n"
     "while sum(name.startswith('watched-') for name in os.listdir(here)) < int(os.environ['WORLD']):\n"
@@ -36,7 +36,7 @@ WATCHED = (  # goes on when all ranks can show their stacks: one that still impo
 
 
 def ranks(folder: Path, code: str, world: int = 2, requests: StopRequests | None = None, **more: str) -> Supervisor:
-    """A supervisor of so many processes that run this code."""
+    """Makes a supervisor of `world` processes that run this code."""
     environments = {
         rank: os.environ | more | {"RANK": str(rank), "WORLD": str(world), "HERE": str(folder)} for rank in range(world)
     }
@@ -44,7 +44,7 @@ def ranks(folder: Path, code: str, world: int = 2, requests: StopRequests | None
 
 
 def when(ready: Callable[[], bool], then: Callable[[], None]) -> None:
-    """Beside the test: does `then` as soon as it is `ready`."""
+    """Calls `then` in a thread as soon as `ready` returns True."""
 
     def wait() -> None:
         until = time.monotonic() + 30
@@ -69,7 +69,7 @@ def gone(number: int) -> bool:
 
 @pytest.mark.parametrize("fault", ["killed", "failed"])
 def test_the_first_rank_that_fails_ends_the_others_at_once(tmp_path, fault):
-    """With all that they have started, and though they do not listen."""
+    """The others end together with their children, even if they ignore SIGTERM."""
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nhelper = subprocess.Popen(['sleep', '60'])\n"
     says = "open(f'{here}/helper-{rank}', 'w').write(str(helper.pid))\n" + SAYS_SO
     ends = f"if rank == 1 and {fault == 'failed'}:\n    time.sleep(0.5); sys.exit('no more of this')\n"
@@ -92,7 +92,7 @@ def test_the_first_rank_that_fails_ends_the_others_at_once(tmp_path, fault):
 
 
 def test_a_rank_that_nccl_aborts_has_lost_another_one(tmp_path):
-    """As NCCL's own watchdog does in each rank that waits for one that is gone; else their nodes would be blamed."""
+    """NCCL's watchdog aborts each rank that waits for a lost one. Otherwise their nodes would be blamed."""
     aborts = "sys.stderr.write('[rank0]: ProcessGroupNCCL.cpp:670 ...\\n'); sys.stderr.flush(); os.abort()\n"
     (record,) = ranks(tmp_path, aborts, world=1).run()
     assert (record.ending, record.code) == (Exit.LOST_PEER, -signal.SIGABRT)
@@ -114,7 +114,7 @@ case "$*" in requeue*) test $(grep -c requeue $SAID) -gt 2 ;; *hostnames*) echo 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Slurm's answers, laid down; what scontrol was told."""
+    """Prepares Slurm's answers. Returns the calls of scontrol."""
     for name, script in SLURM_OF_SCRIPTS.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -130,8 +130,8 @@ def slurm(tmp_path, monkeypatch):
     return lambda: [line for line in (tmp_path / "said").read_text().splitlines() if "show" not in line]
 
 
-def test_a_start_that_never_was_is_a_start_without_progress(slurm, tmp_path, monkeypatch):
-    """srun could not launch it, or it was told to stop before it could listen. Slurm is asked until it does it."""
+def test_start_without_ranks_counts_as_without_progress(slurm, tmp_path, monkeypatch):
+    """srun could not launch it, or it was stopped early, without handlers. The requeue is repeated until it works."""
     run = tmp_path / "run"
     run.mkdir()
     assert close(run, RestartConfig(max_failures=2, delay=9.5))
@@ -145,7 +145,7 @@ def test_a_start_that_never_was_is_a_start_without_progress(slurm, tmp_path, mon
 
 
 @pytest.mark.parametrize("nodes,excluded", [(1, True), (2, False)])
-def test_a_bad_node_is_excluded_where_enough_of_its_kind_answer(slurm, tmp_path, monkeypatch, nodes, excluded):
+def test_bad_node_is_excluded_if_enough_similar_nodes_remain(slurm, tmp_path, monkeypatch, nodes, excluded):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
     attempt = Attempt.of_job(tmp_path / "run")
     attempt.begin()
@@ -157,7 +157,7 @@ def test_a_bad_node_is_excluded_where_enough_of_its_kind_answer(slurm, tmp_path,
 
 
 def test_a_request_to_stop_waits_for_a_rank_that_is_still_starting(tmp_path):
-    """The signal comes before its handlers are there."""
+    """The signal arrives before the rank has its handlers."""
     with StopRequests() as requests:
         when(lambda: said(tmp_path, "0", "1"), lambda: os.kill(os.getpid(), signal.SIGUSR1))
         wait = f"while not os.path.exists('{tmp_path}/later'): time.sleep(0.01)\n"
@@ -191,7 +191,7 @@ WAITING = "import os, signal, time\ndef all_reduce(stops=False):\n    stops and 
 
 
 def collectives(folder: Path) -> str:
-    """Code that imports a module from where torch's collectives would be: its `all_reduce` waits."""
+    """Returns code that imports a module with the path of torch's collectives. Its `all_reduce` waits."""
     waits = folder / "torch" / "distributed"
     waits.mkdir(parents=True)
     (waits / "collectives.py").write_text(WAITING + "    time.sleep(60)\n")
@@ -199,7 +199,7 @@ def collectives(folder: Path) -> str:
 
 
 def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait_for(tmp_path, capfd):
-    """Rank 1 is lost in thought, rank 0 waits for it in a collective."""
+    """Rank 1 sleeps; rank 0 waits for it in a collective."""
     code = (
         WATCHED + collectives(tmp_path) + "def lost_in_thought():\n    time.sleep(60)\n"
         "watchdog.alive()\ncollectives.all_reduce() if rank == 0 else lost_in_thought()\n"
@@ -215,7 +215,7 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
 
 
 def lost_in_thought(waits: str) -> str:
-    """Code of a rank 0 that waits for rank 1 in this way, and of a rank 1 that is elsewhere."""
+    """Returns code in which rank 0 waits for rank 1 in this way, and rank 1 sleeps."""
     return (
         WATCHED
         + "from functools import partial\nfrom threading import Event, Thread\nfrom types import SimpleNamespace\n"
@@ -232,21 +232,21 @@ def lost_in_thought(waits: str) -> str:
     ids=["training", "the checkpoint's thread"],
 )
 def test_a_host_that_reads_from_the_gpu_waits_for_the_rank_elsewhere(tmp_path, waits):
-    """With NCCL no collective blocks the host: the next read does."""
+    """NCCL's collectives do not block the host: the next read does."""
     records = ranks(tmp_path, lost_in_thought(waits), SECONDS="1", PYTHONPATH=str(ROOT)).run()
     assert {record.rank: record.waits for record in records} == {0: True, 1: False}
     assert cause(records).rank == 1 and cause(records).how.startswith("hung in lost_in_thought, <string>")
 
 
-def test_a_rank_whose_own_thread_hangs_is_not_excused(tmp_path):
-    """Its main thread waits for a thread that reads a file, say."""
+def test_rank_with_hanging_thread_is_at_fault(tmp_path):
+    """The main thread waits for another thread, which reads a file for example."""
     waits = "Thread(target=time.sleep, args=[60], daemon=True).start(); Event().wait()"
     records = ranks(tmp_path, lost_in_thought(waits), world=1, SECONDS="1", PYTHONPATH=str(ROOT)).run()
     assert [(record.ending, record.waits) for record in records] == [(Exit.HUNG, False)]
 
 
-def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_path):
-    """Within a collective; who ends the job continues it, as Slurm does, and it tells its stack."""
+def test_stopped_rank_is_at_fault_even_if_it_waits(tmp_path):
+    """It is stopped inside a collective. The end of the job continues it, as Slurm does, so it prints its stack."""
     waits = "watchdog.alive()\ncollectives.all_reduce(stops=rank == 1)\n"
     code = WATCHED + collectives(tmp_path) + SAYS_SO + waits
     when(
@@ -262,10 +262,10 @@ def test_a_rank_that_was_stopped_is_the_one_that_hangs_though_it_waits_too(tmp_p
     assert (first.rank, first.code) == (
         1,
         -signal.SIGALRM,
-    ) and first.how == "hung in a stop, by SIGSTOP or a like signal"
+    ) and first.how == "hung in a stop, by SIGSTOP or a similar signal"
 
 
-def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, monkeypatch):
+def test_rank_without_stack_is_at_fault(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.supervisor.DUMP_SECONDS", 0.5)
     frozen = "if rank == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\nwatchdog.alive()\ntime.sleep(60)\n"
     code = WATCHED + frozen
@@ -275,7 +275,7 @@ def test_a_rank_that_cannot_even_tell_its_stack_is_the_one_that_hangs(tmp_path, 
 
 
 def test_supervisors_on_several_nodes_end_their_ranks_when_one_has_failed(tmp_path, monkeypatch):
-    """Each in a process of its own, over a shared folder; the rank is killed with kill -9."""
+    """Runs each supervisor in its own process, over a shared folder. The rank is killed with kill -9."""
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     code = """
 import os, sys
@@ -299,7 +299,7 @@ Supervisor(command, environments, requests, record=attempt.record, elsewhere=att
         time.sleep(0.01)
     attempt = Attempt(tmp_path / "run", "7-0")
     assert {(record.rank, record.ending, record.last) for record in attempt.records()} == {
-        (rank, Exit.KILLED, "gone without a word") for rank in range(3)
+        (rank, Exit.KILLED, "no exit status") for rank in range(3)
     }
     os.kill(pid(tmp_path, "2"), signal.SIGKILL)
     assert [node.wait(10) for node in nodes] == [0, 0, 0]
@@ -316,7 +316,7 @@ def test_a_supervisor_needs_no_torch():
 
 
 THREE = RestartConfig()
-DECISIONS = [  # ending, progress, failed starts in a row without it, settings -> decision
+DECISIONS = [  # ending, progress, consecutive failed starts without it, settings -> decision
     (Exit.FINISHED, False, 1, THREE, Decision.DONE),
     (Exit.REFUSED, True, 0, THREE, Decision.GIVE_UP),
     (Exit.DIVERGED, True, 0, THREE, Decision.GIVE_UP),
@@ -341,7 +341,7 @@ DECISIONS = [  # ending, progress, failed starts in a row without it, settings -
 
 
 @pytest.mark.parametrize("ending,progress,fruitless,config,decision", DECISIONS)
-def test_the_policy(ending, progress, fruitless, config, decision):
+def test_restart_policy(ending, progress, fruitless, config, decision):
     assert decide(ending, progress, fruitless, config)[0] is decision
 
 
@@ -355,8 +355,8 @@ def record(rank: int, ending: Exit, host: str = "a", at: float = 0.0, waits: boo
     return Record(rank, ending, 1, host=host, time=at, waits=waits)
 
 
-def test_who_began_it():
-    """The first to fail on its own, though another was earlier to notice that it had lost a peer."""
+def test_cause_is_the_first_failing_rank():
+    """It is the first that failed by its own fault, even if another noticed earlier that it had lost a peer."""
     lost, killed, late = record(0, Exit.LOST_PEER, at=1), record(1, Exit.KILLED, at=2), record(2, Exit.DEVICE, at=3)
     ended, stopped = record(3, Exit.ENDED, at=0), record(4, Exit.STOPPED, at=0)
     assert cause([lost, killed, late, ended, stopped]) is killed
@@ -387,7 +387,7 @@ def test_exit_codes():
     ]
 
 
-def test_starts_without_progress_in_a_row_are_counted(tmp_path):
+def test_consecutive_starts_without_progress_are_counted(tmp_path):
     history = History(tmp_path)
     failed, stopped = record(1, Exit.KILLED), record(1, Exit.STOPPED)
 
@@ -411,8 +411,8 @@ def test_starts_without_progress_in_a_row_are_counted(tmp_path):
     assert (line["class"], line["rank"], line["host"], line["decision"]) == ("KILLED", 1, "a", "give up")
 
 
-def test_starts_are_counted_though_they_cannot_be_written_down(tmp_path, capsys):
-    """They are kept in memory, and written with the first line that can be."""
+def test_unwritten_starts_are_counted(tmp_path, capsys):
+    """They stay in memory, and are written with the next line that succeeds."""
     history = History(tmp_path)
     history.path.mkdir()
     for count in range(1, 3):
@@ -426,15 +426,15 @@ def test_starts_are_counted_though_they_cannot_be_written_down(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("line", ["5", "[]", "{}", '{"decision": "restart"}', "\x00\x00", "null"])
-def test_a_line_that_is_not_ours_counts_as_none(tmp_path, line):
+def test_foreign_lines_are_ignored(tmp_path, line):
     history = History(tmp_path)
     history.path.write_bytes(line.encode() + b"\xff\n" + line.encode() + b"\n")
     history.write("local-1", -1, -1, record(1, Exit.KILLED), Decision.RESTART, "why")
     assert history.fruitless() == 1
 
 
-def test_a_launcher_that_cannot_write_gives_up_all_the_same(tmp_path, monkeypatch, capsys):
-    """A full disk: every start ends without a checkpoint, and no line of it can be kept."""
+def test_launcher_on_a_full_disk_gives_up(tmp_path, monkeypatch, capsys):
+    """The disk is full: each start ends without a checkpoint, and its line cannot be written."""
     History(tmp_path).path.mkdir()
     starts = []
 
@@ -450,11 +450,11 @@ def test_a_launcher_that_cannot_write_gives_up_all_the_same(tmp_path, monkeypatc
     config = SimpleNamespace(run_dir=tmp_path, path=tmp_path / "config.yaml", run=SimpleNamespace(dir=str(tmp_path)))
     assert local.run_ranks(config, 1, RestartConfig(max_failures=3)) == 1
     assert starts == [0, 1, 2]
-    assert "3 starts in a row without a newer checkpoint" in capsys.readouterr().err
+    assert "3 consecutive starts without a newer checkpoint" in capsys.readouterr().err
 
 
-def test_a_job_that_cannot_write_is_not_requeued_for_ever(slurm, tmp_path, monkeypatch, capsys):
-    """It is known how often Slurm has requeued it: no fewer than the starts in a row without progress."""
+def test_job_on_a_full_disk_is_not_requeued_endlessly(slurm, tmp_path, monkeypatch, capsys):
+    """Slurm counts the requeues: no fewer than the consecutive starts without progress."""
     run = tmp_path / "run"
     History(run).path.mkdir(parents=True)
     (run / "attempts").write_text("no folder")
@@ -476,7 +476,7 @@ def test_progress_is_a_newer_finished_checkpoint(tmp_path):
     assert newest_step(tmp_path) == 10
 
 
-def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypatch):
+def test_lost_attempt_is_reported_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     assert Attempt(tmp_path, "6-0").begun() == (-1, 1) and not Attempt(tmp_path, "6-0").records(), "it never began"
@@ -487,15 +487,15 @@ def test_a_start_whose_end_nobody_saw_is_told_of_by_the_next(tmp_path, monkeypat
         attempt.record(Record(1, Exit.LOST_PEER, 5))
     (line,) = History(tmp_path).lines()
     assert (line["job"], line["rank"], line["class"], line["decision"]) == ("7-0", 0, "KILLED", "left to Slurm")
-    assert line["last"] == "gone without a word"
+    assert line["last"] == "no exit status"
     monkeypatch.setattr("launch.job.RECORD_SECONDS", 0)
     assert {one.rank for one in _all_records(attempt, ranks=3)} == {0, 1, 2}
     assert attempt.begun() == (-1, 2)
 
 
 @pytest.mark.parametrize("node,tasks", [(0, 4), (1, 4), (2, 3)])
-def test_a_rank_finds_the_others(monkeypatch, node, tasks):
-    """Out of what Slurm and submitit put into the environment alone: in a container there is nobody to ask."""
+def test_rendezvous_variables_come_from_slurm(monkeypatch, node, tasks):
+    """They come only from the environment: a container may have no commands of Slurm."""
     slurm = {"JOB_ID": 4711, "RESTART_COUNT": 2, "PROCID": 9, "NTASKS": 11, "LOCALID": 1, "NODEID": node}
     slurm |= {"STEP_TASKS_PER_NODE": "4(x2),3", "JOB_NODELIST": "gpu[07-08],big", "JOB_END_TIME": 1_800_000_000}
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -511,7 +511,7 @@ def test_a_rank_finds_the_others(monkeypatch, node, tasks):
 
 
 def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):
-    """Newer Slurms say it in the environment; of older ones squeue is asked, which has no time for it."""
+    """Newer versions of Slurm set a variable. For older ones squeue is asked, which reports no end here."""
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
     assert job_end() == 1.8e9
     monkeypatch.delenv("SLURM_JOB_END_TIME")

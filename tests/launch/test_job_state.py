@@ -1,4 +1,4 @@
-"""What is made of Slurm's answers about a job."""
+"""Reads Slurm's answers about a job."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from launch import job_state
 from tests.launch.fake_slurm import SACCT
 
 
-def test_a_job_lives_until_it_has_ended_or_is_forgotten(fake_slurm):
+def test_job_is_alive_until_it_has_ended_or_is_unknown(fake_slurm):
     for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
         fake_slurm.states(state)
         assert job_state.alive("12"), state
@@ -17,7 +17,7 @@ def test_a_job_lives_until_it_has_ended_or_is_forgotten(fake_slurm):
     assert job_state.state("12") is None and not job_state.alive("12")
 
 
-def test_a_slurm_that_does_not_answer_is_an_error(fake_slurm):
+def test_unanswered_squeue_is_an_error(fake_slurm):
     fake_slurm.command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(OSError, match=r"job 12 does: .*Unable to contact"):
         job_state.alive("12")
@@ -34,12 +34,12 @@ def test_a_slurm_that_does_not_answer_is_an_error(fake_slurm):
         ("NODE_FAIL", "0:0", 1),
     ],
 )
-def test_how_a_job_has_ended(fake_slurm, state, code, ours):
+def test_exit_code_of_a_job(fake_slurm, state, code, ours):
     fake_slurm.ended(state, code)
     assert job_state.exit_code("12") == ours
 
 
-def test_a_forgotten_job_is_asked_of_the_accounts_where_there_are_any(fake_slurm):
+def test_exit_code_of_an_unknown_job_comes_from_sacct(fake_slurm):
     assert job_state.exit_code("12") is None
     fake_slurm.command("sacct", SACCT)
     assert job_state.exit_code("12") is None, "accounts that know nothing of it"

@@ -1,4 +1,4 @@
-"""launch/local.py as users type it: real processes, real files. Its stops and its faults are in test_faults.py."""
+"""launch/local.py as users type it, with real processes and files. Stops and faults are in test_faults.py."""
 
 import fcntl
 import importlib
@@ -25,7 +25,7 @@ from tests.pretrain.tiny import write_tokens
 
 
 def bits_per_byte(folder: Path, data: Path) -> float:
-    """The truth: dense, in one process and fp32, over the whole validation split."""
+    """Computes the truth: dense, in one process and fp32, over the whole validation split."""
     corpus = open_corpus(data)
     model, context = load_model(checkpoints(folder)[-1], torch.device("cpu"))
     nats, text_bytes = 0.0, 0
@@ -42,7 +42,7 @@ def bits_per_byte(folder: Path, data: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """A run of 12 steps on two ranks."""
+    """Trains 12 steps on two ranks."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     settings = f"train.steps=12 log.every=4 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=2 {SMALL}"
     done = run(f"launch/local.py nproc=2 data.path={data} run.dir={folder} {settings}")
@@ -56,12 +56,27 @@ def test_a_run_leaves_config_metrics_curves_and_a_checkpoint(trained, data):
     assert [line["step"] for line in scalars(trained)] == [4, 8, 12]
     assert scalars(trained)[-1]["val_bits_per_byte"] == pytest.approx(bits_per_byte(trained, data), rel=1e-4)
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
+    keys |= {"tokens_per_s_per_rank", "step_s", "peak_memory_gib"}
     assert keys <= scalars(trained)[0].keys() and {"val_loss", "val_bits_per_byte"} <= scalars(trained)[-1].keys()
     assert scalars(trained)[-1]["tokens"] == 12 * 8 * 32
+    assert "mfu" not in scalars(trained)[-1], "the peak of a CPU is not known"
+    for line in scalars(trained):
+        assert line["tokens_per_s"] == pytest.approx(8 * 32 / line["step_s"])
+        assert line["tokens_per_s_per_rank"] == line["tokens_per_s"] / 2 and line["peak_memory_gib"] > 0.05
     assert [folder.name for folder in checkpoints(trained)] == ["step-00000012"]
     assert not list(trained.rglob("*.pt")) and not list(trained.rglob(".metadata"))
     assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
     assert (trained / "config.yaml").is_file() and (trained / "tokenizer" / "spec.json").is_file()
+
+
+def test_a_log_has_plain_lines_and_a_table(trained):
+    said = (trained.parent / "said").read_text()
+    assert "\x1b" not in said and "\r" not in said and said.count("first step: done ") == 1
+    table = said.split("\n\n")[1].splitlines()
+    assert table[0] == "steps          12 of 12" and table[-1] == "checkpoints    1, the newest is step 12"
+    assert [line.split("  ")[0] for line in table] == [
+        "steps", "tokens", "loss", "val loss", "val bits/byte", "time", "speed", "peak memory", "checkpoints"
+    ]  # fmt: skip
 
 
 def test_the_same_command_resumes_and_another_number_of_ranks_may_take_over(trained, data, tmp_path):
@@ -87,7 +102,7 @@ def test_a_run_says_how_the_matrix_is_split_and_what_the_lookup_saves(trained, d
 
 
 def test_deepspeed_trains_as_fsdp2_does_and_is_quiet(trained, data, tmp_path):
-    """With evaluation, and every parameter cut. That a run resumes exactly is shown with the engines."""
+    """Evaluates, and shards every parameter. The exact resume is tested with the engines."""
     settings = f"train.steps=12 log.every=4 train.precision=fp32 optim.lr=1e-2 optim.warmup_steps=2 {SMALL}"
     engine = "engine=deepspeed engine.zero_stage=3 engine.extra.zero_optimization.stage3_param_persistence_threshold=0"
     arguments = f"nproc=2 data.path={data} run.dir={tmp_path / 'run'} {settings}"
@@ -111,7 +126,7 @@ def test_generating_alone_and_on_two_ranks_gives_the_same_text(trained):
 
 @pytest.fixture(scope="module")
 def longer(trained, data, tmp_path_factory) -> Path:
-    """The same run, gone on with to step 16."""
+    """Continues the same run to step 16."""
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("longer") / "run"))
     settings = f"nproc=2 data.path={data} run.dir={folder} train.steps=16 log.every=4 train.precision=fp32 {SMALL}"
     done = run(f"launch/local.py {settings}")
@@ -152,8 +167,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(longer, data,
     assert (folder / "config.yaml").read_bytes() == frozen and scalars(folder)[-1]["step"] == 16
 
 
-def test_where_no_checkpoint_is_whole_the_ranks_say_so(trained, data, tmp_path):
-    """The launcher reads manifests, the ranks the files."""
+def test_run_without_a_whole_checkpoint_is_refused(trained, data, tmp_path):
+    """The launcher reads manifests; the ranks read the files."""
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     (only,) = checkpoints(folder)
@@ -196,7 +211,7 @@ BAD = {
         "engine.extra.train_batch_size must not be set: use train.global_batch",
     ),
     "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none on a CPU"),
-    "a clip that is no number": ("optim.clip=nan", "optim.clip=nan must be a number"),
+    "a clip that is not a number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
     "a sweep": ("--multirun", "--multirun is not possible here"),
     "no data": ("data.path=", "data.path is missing"),
@@ -216,7 +231,7 @@ def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(data, tmp
 
 
 def test_a_process_with_a_wrong_setting_says_one_line_and_exits_with_2(tmp_path):
-    """All that a shell sees: no warning of a library beside it."""
+    """Compares all output: there is no warning of a library."""
     done = run(f"launch/local.py data.path=/nowhere run.dir={tmp_path}/run {SMALL}", cold=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: data.path=/nowhere is neither") and not (tmp_path / "run").exists()
@@ -261,7 +276,7 @@ def test_a_run_is_not_continued_as_another_model(trained, data, change, message)
 
 
 def test_a_run_is_not_continued_with_another_tokenizer(trained, data, tmp_path):
-    """As many rows, but another split pattern: other tokens."""
+    """The other tokenizer has as many rows, but another split pattern, so other tokens."""
     settings = "tokenizer=bpe tokenizer.vocab_size=400 tokenizer.pattern=gpt2 val_fraction=0.1"
     texts = data.parent / "texts.jsonl"
     arguments = f"corpus=files corpus.paths=[{texts}] {settings} workers=1 out={tmp_path}/other"

@@ -1,4 +1,4 @@
-"""Memory that runs out on one rank ends the run, and says what would help."""
+"""Out of memory on one rank: the run ends, and names settings that need less."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from tests.pretrain.tiny import tiny_config, write_tokens
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=8 train.micro_batch=4"
 CUDA = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.25 GiB is free."
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of"
+    " which 1.25 GiB is free."
     " If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF."
 )
 HELP = "To need less: train.micro_batch=2, or engine.activation_checkpointing=block, or vocab.parallel=2"
@@ -35,7 +36,7 @@ FAULTS = {
 
 
 def short_of_memory(folder: Path, error: str) -> dict[str, str]:
-    """An environment in which rank 1 gets this error for its weights, and would then hang in Python's shutdown."""
+    """Returns an environment in which rank 1 gets this error for its weights, and then hangs in Python's shutdown."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('RANK') == '1':\n    import atexit, time, torch\n"
@@ -46,7 +47,7 @@ def short_of_memory(folder: Path, error: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_shortage_is_named_with_what_would_help(tmp_path, fault):
+def test_each_shortage_names_settings_that_need_less(tmp_path, fault):
     error, message = FAULTS[fault]
     config = tiny_config(tmp_path, tmp_path / "run", train__global_batch=8, train__micro_batch=4)
     mesh = SimpleNamespace(device=torch.device("cpu"), world=2, replicas=2)

@@ -1,4 +1,4 @@
-"""Every process of a run imports the code of the command that was typed, whatever the current folder holds."""
+"""Each process of a run imports the code of the typed command, whatever the current folder contains."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ SHADOWS = (*PACKAGES, "torch", "yaml", "numpy", "tokenize", "socket")
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A folder with modules that have the names of ours, and of those that ours import."""
+    """Makes a folder with modules named as ours and as those that ours import."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     for name in SHADOWS:
@@ -37,7 +37,7 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("path", ["", ":", "{cwd}"], ids=["no PYTHONPATH", "an empty entry", "the folder itself"])
 def test_ranks_run_the_launchers_code(elsewhere, monkeypatch, path):
-    """An empty entry of PYTHONPATH is the current folder."""
+    """An empty entry of PYTHONPATH means the current folder."""
     for name in set(SHADOWS) - set(PACKAGES):
         (elsewhere / f"{name}.py").unlink()
     monkeypatch.chdir(elsewhere)
@@ -65,7 +65,7 @@ def test_workers_start_from_a_folder_with_modules_of_the_same_names(elsewhere, t
 
 @pytest.mark.parametrize("command", ["launch/local.py", "data_prep/tokenize.py"])
 def test_a_command_of_another_checkout_runs_its_own_code(tmp_path, command):
-    """One of them is on PYTHONPATH, the other was named: with an editable install both are on the path."""
+    """One checkout is on PYTHONPATH, the other is named: with an editable install both are on the path."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         for name in PACKAGES:

@@ -1,4 +1,4 @@
-"""launch/plan.py: its bytes against the counted ones, its memory against the measured, and the command."""
+"""launch/plan.py: planned against counted bytes, planned against measured memory, and the command."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ GPU = TorchKernels(slab_bytes=2**25, memory_mib=896)  # chunks about as a GPU's,
 
 
 def told(step, lookup):
-    """calls and bytes of each (axis, kind), an axis of all ranks being the world."""
+    """Sums calls and bytes per (axis, kind). An axis of all ranks counts as the world."""
     calls, given = Counter(), Counter()
     for one in [*step.of_matrix(lookup), *step.of_body()]:
         axis = "world" if one.ranks == step.world else one.axis
@@ -64,7 +64,7 @@ def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, setting
     assert told(step, seen.lookup) == (seen.calls, seen.given)
 
 
-def test_a_look_of_the_lens_holds_the_states_of_its_rows():
+def test_lens_holds_the_states_of_its_rows():
     plain, looked = (
         step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.lens_every=100"])
     )
@@ -77,7 +77,7 @@ def test_a_look_of_the_lens_holds_the_states_of_its_rows():
 
 
 def test_a_watched_matrix_has_a_second_gradient():
-    """Its input side's, where one matrix has both."""
+    """It is the lookup's, if one matrix has both uses."""
     plain, watched = (
         step_of(configured(*SMALL, *settings), 5000, 2, 4, GPU) for settings in ([], ["monitor.embedding_every=100"])
     )
@@ -91,7 +91,7 @@ def test_a_watched_matrix_has_a_second_gradient():
 
 @pytest.mark.parametrize("name", list(CASES)[:3])
 def test_a_rank_holds_what_the_plan_says(name):
-    """Within 10 %, and up to now always less, by 13 to 33 MiB: gloo's and malloc's own."""
+    """The plan is within 10 %. So far it was always 13 to 33 MiB below, the memory of gloo and malloc."""
     case = CASES[name]
     if name == "gpt2":
         case = case._replace(settings=f"{case.settings} model.layers=4")  # all blocks are alike
@@ -109,7 +109,7 @@ def test_a_rank_holds_what_the_plan_says(name):
     ids=["selective", "hsdp"],
 )
 def test_the_tensors_of_a_large_step_are_those_of_the_plan(settings, monkeypatch):
-    """In bf16, whatever this processor computes: in fp32 a plan for a GPU's kernels is up to 12 % above."""
+    """Uses bf16 on every processor: in fp32 a plan for a GPU's kernels is up to 12 % above."""
     monkeypatch.setattr(precision, "_computes_bf16", lambda device_type: True)
     config = configured(*settings, "model.layers=2", "train.global_batch=256")
     step = step_of(config, 50_257, 8, 16, GPU)
@@ -124,8 +124,8 @@ def test_the_command_prints_the_plan_and_draws_it(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("1 node × 8 ranks on a100-80gb")
     assert lines[1].startswith("model: 124.4M parameters, 38.6M of them in 1 matrix of 50,257 rows (tied; untied: 163")
-    assert lines[2] == "vocab.parallel=auto: 8 to a copy of the matrix"
-    assert lines[-1].startswith("fits: ") and "GiB stay empty; no larger train.micro_batch" in lines[-1], lines
+    assert lines[2] == "vocab.parallel=auto: 8 ranks per copy of the matrix"
+    assert lines[-1].startswith("fits: ") and "GiB stay unused; no larger train.micro_batch" in lines[-1], lines
     for name in ("weights", "moments", "gradients", "gathered", "activations", "head", "lookup", "all"):
         assert any(line.startswith(name) for line in lines)
     assert [line.split()[0] for line in lines if line.endswith("<")] == ["8"]
@@ -151,15 +151,15 @@ def test_a_wrong_setting_is_one_line(arguments, message):
 
 @pytest.mark.parametrize("cluster,model", [("a100-80gb", "gpt2_xl"), ("h100", "gpt2"), ("h200", "gpt2_medium")])
 def test_auto_is_about_as_fast_as_anything_on_that_gpu(cluster, model):
-    """It goes by round numbers for any GPU."""
+    """auto uses round numbers for any GPU."""
     config = configured(f"model={model}", "train.micro_batch=8", "train.global_batch=2048")
     planned = plan(config, 128_256, 64, 8, HARDWARE[cluster])
     assert planned.seconds <= 1.05 * min(sum(size.seconds) for size in planned.sizes)
     assert planned.chosen.ranks == 8 and planned.peak_bytes < HARDWARE[cluster].memory
 
 
-def test_what_leaves_a_node():
-    """A ring of 64 ranks goes out of each of 8 nodes once; a vocab group of 8 stays in its own."""
+def test_traffic_between_nodes():
+    """A ring of 64 ranks leaves each of 8 nodes once; a vocab group of 8 stays in its node."""
     config = configured("model=gpt2", "train.global_batch=2048")
     sizes = {size.ranks: size for size in plan(config, 128_256, 64, 8, HARDWARE["h100"]).sizes}
     for size in sizes.values():
@@ -221,7 +221,7 @@ def test_the_fewest_changes_that_fit_are_proposed(settings, room, keys):
     assert {setting.split("=")[0] for setting in fit.settings} == keys and fit.bytes <= room * GIB, fit
 
 
-def test_where_nothing_fits_it_says_so():
+def test_plan_that_cannot_fit_says_so():
     config = configured("model=llama_8b", "train.global_batch=8", "train.micro_batch=1", "train.seq_len=8192")
     planned = partial(plan, rows=2**24, world=1, node=1, hardware=HARDWARE["h100"])
     told = refusal(config, 1, planned, "h100", HARDWARE["h100"])
@@ -248,6 +248,6 @@ def test_a_process_prints_the_same_plan_or_exits_with_2():
     assert done.stderr.count("\n") == 1
 
 
-def test_a_schedule_that_cannot_be_is_refused():
+def test_impossible_schedule_is_refused():
     done = in_process(main, "+cluster=cpu", "model=nano", "vocab.size=257", "optim.warmup_steps=60", "train.steps=50")
     assert done.returncode == 2 and "optim.warmup_steps=60 must be below train.steps=50" in done.stderr

@@ -1,4 +1,4 @@
-"""launch/rehearsal.py: what can be trained is let through, what would fail on the cluster is told before."""
+"""launch/rehearsal.py accepts what can be trained, and reports what would fail on the cluster."""
 
 from dataclasses import dataclass, replace
 
@@ -30,7 +30,7 @@ def test_a_step_goes_through(parallel, world, settings):
 
 @dataclass
 class Clashing(GPT2Config):
-    """A norm over more numbers than a token has."""
+    """Fakes a norm over more numbers than a token has."""
 
     def body(self) -> Body:
         body = super().body()
@@ -39,7 +39,7 @@ class Clashing(GPT2Config):
 
 
 class Reading(Body):
-    """A check in a way of its own."""
+    """Checks in another way than the others."""
 
     def forward(self, hidden_BTD, starts_BT=None):
         if (hidden_BTD == 0).all():
@@ -53,7 +53,7 @@ class ReadingConfig(GPT2Config):
         return Reading(self)
 
 
-def test_a_check_that_bypasses_the_seam_is_named():
+def test_check_outside_of_violated_is_named():
     config = configured("model=nano", "train.seq_len=64", "train.global_batch=64")
     reading = replace(config, model=ReadingConfig(layers=1, width=64, heads=1, context=64))
     with pytest.raises(ValueError, match=r"reads a condition.*check it with pretrain\.vocab\.checks\.violated"):

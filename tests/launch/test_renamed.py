@@ -1,4 +1,4 @@
-"""A setting's old name still works: typed, and in the files of an old run."""
+"""A setting's old name still works on the command line and in the files of an old run."""
 
 import json
 from dataclasses import fields
@@ -75,11 +75,11 @@ def test_the_files_of_an_old_run_are_read(frozen, tmp_path):  # noqa: F811
     assert settings_changed(frozen, step) == [{"key": "train.hang_timeout", "was": 77.0, "is": 78.0}]
 
 
-def test_a_file_with_an_old_name_is_told_the_new_one():
+def test_error_about_an_old_name_has_the_new_one():
     assert unknown("train.hang_after", ["hang_timeout"]) == "train.hang_after is now called train.hang_timeout"
 
 
-def test_a_sweep_of_an_old_name_goes_on_where_it_was(tmp_path):
+def test_sweep_by_an_old_name_resumes_its_folders(tmp_path):
     jobs = [[f"monitor.embedding_every={n}", "seed=1"] for n in (0, 50)]
     assert [folder.name for folder in folders(tmp_path, jobs)] == [f"monitor.embedding_every-{n}" for n in (0, 50)]
     (tmp_path / "monitor.embedding-50").mkdir()

@@ -1,4 +1,4 @@
-"""A run that goes on with other settings, with its own, or that has nothing left to do."""
+"""Resumes of a run: with its own settings, with other ones, and of a finished run."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL += " train.precision=fp32 log.every=1 eval.every=0 vocab.size=307"
 
 @pytest.fixture
 def frozen(tmp_path) -> Path:
-    """A run of another family and engine than the defaults, as a launcher has frozen it."""
+    """Freezes a run with another family and engine than the defaults, as a launcher does."""
     register_groups()
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     tokens, folder = write_tokens(tmp_path / "tokens"), tmp_path / "run"
@@ -84,7 +84,7 @@ def test_resume_of_no_run_is_named(tmp_path):
 
 
 def test_resume_and_another_folder_are_refused(frozen, tmp_path):
-    with pytest.raises(ValueError, match="a run is resumed where it is"):
+    with pytest.raises(ValueError, match="a run cannot be resumed in another folder"):
         resumed([f"resume={frozen}", f"run.dir={tmp_path}/other"])
 
 
@@ -123,14 +123,14 @@ def test_changes_are_those_since_the_checkpoint(frozen, tmp_path):
     assert changes_at_start(frozen) == []
 
 
-def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path):
+def test_resume_prints_changes_and_a_finished_run_is_not_started(tmp_path):
     folder = tmp_path / "run"
     begin = f"data.path={write_tokens(tmp_path / 'tokens')} run.dir={folder} train.steps=6 {SMALL}"
     done = run(f"launch/local.py nproc=1 {begin} train.stop_after=2")
     assert done.returncode == 0, done.stderr
     done = in_process(local.main, "nproc=1", f"run.dir={folder}")
     assert done.returncode == 0, done.stderr
-    assert f"{folder} has reached train.stop_after=2 (step 2 of 6); train.stop_after=null goes further" in done.stdout
+    assert f"{folder} has reached train.stop_after=2 (step 2 of 6); train.stop_after=null continues it" in done.stdout
     done = run(f"launch/local.py nproc=1 resume={folder} train.stop_after=null optim.lr=5e-3 train.global_batch=8")
     assert done.returncode == 0, done.stderr
     rows = ["setting", "optim.lr", "train.global_batch", "train.stop_after"]
@@ -147,6 +147,6 @@ def test_a_resume_tells_what_changed_and_a_finished_run_is_not_started(tmp_path)
     for again in (f"resume={folder}", f"resume={folder} train.steps=5"):
         done = in_process(local.main, "nproc=1", *again.split())
         assert done.returncode == 0, done.stderr
-        assert f"{folder} is finished (6 of" in done.stdout and "a larger train.steps goes further" in done.stdout
+        assert f"{folder} is finished (6 of" in done.stdout and "a larger train.steps continues it" in done.stdout
         assert len((folder / "restarts.jsonl").read_text().splitlines()) == 2, "no rank was started"
     assert not (folder / "config-0002.yaml").exists()

@@ -1,4 +1,4 @@
-"""launch/site.py: the Python that cluster.setup chooses, and partitions that can never start a job."""
+"""launch/site.py: the Python that cluster.setup activates, and partitions that can never start a job."""
 
 import sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_job_that_can_start_is_left_alone(fake_slurm, capsys, asked):
 
 
 def test_nodes_that_sinfo_hides_may_have_the_gpus(fake_slurm):
-    """A cloud's nodes are not shown while they are off."""
+    """Cloud nodes are hidden while they are off."""
     fake_slurm.command("scontrol", PARTITIONS)
     fake_slurm.command("sinfo", 'echo "4|gpu:h100:8"')
     site.check(gpus(8, nodes=5), dry_run=False)
@@ -82,7 +82,7 @@ def test_a_limit_that_a_qos_may_lift_is_a_warning(fake_slurm, capsys):
 
 
 @pytest.mark.parametrize("answer", ["exit 1", "echo slurm is confused", "echo PartitionName=debug Default=YES", None])
-def test_a_slurm_that_does_not_tell_stops_no_job(fake_slurm, capsys, answer):
+def test_unreadable_answer_of_slurm_refuses_no_job(fake_slurm, capsys, answer):
     if answer is None:
         (fake_slurm.folder / "scontrol").unlink()
     else:
@@ -102,7 +102,7 @@ def test_a_slurm_that_does_not_tell_stops_no_job(fake_slurm, capsys, answer):
         "module load cuda/12 python/3.11",
     ],
 )
-def test_a_setup_that_does_not_change_the_python_is_warned_of(capsys, line):
+def test_setup_that_does_not_change_python_has_a_warning(capsys, line):
     site.check(cluster(setup=["module load cuda", line]), dry_run=True)
     warned = capsys.readouterr().err
     assert len(warned.splitlines()) == 1 and f"`{line}`" in warned
@@ -111,7 +111,7 @@ def test_a_setup_that_does_not_change_the_python_is_warned_of(capsys, line):
     assert "it runs python3 of the container" in capsys.readouterr().err
 
 
-def test_a_setup_that_has_its_effect_is_not_warned_of(capsys):
+def test_effective_setup_has_no_warning(capsys):
     own = f"source {Path(sys.executable).parent}/activate"
     site.check(cluster(setup=[own, "module load cuda nccl", "export A=activate"]), dry_run=True)
     site.check(cluster(setup=["source /shared/env/bin/activate"], python="python"), dry_run=True)

@@ -1,4 +1,4 @@
-"""launch/slurm.py as it is typed. A Slurm of small scripts says what a test lays down; tests/slurm/ has a real one."""
+"""launch/slurm.py as users type it, on a fake Slurm of small scripts; tests/slurm/ has a real one."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ class Said:
 
     @property
     def error(self) -> str:
-        """The one line on stderr."""
+        """The only line on stderr."""
         assert self.code == 2 and self.err.startswith("error: ") and len(self.err.splitlines()) == 1, self
         return self.err
 
@@ -45,7 +45,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_files_that_are_links_are_mounted_where_they_lie(tmp_path):
-    """As in a cache of the hub: snapshots/REV/config.json -> ../../blobs/…"""
+    """The links are those of a hub cache: snapshots/REV/config.json -> ../../blobs/…"""
     (tmp_path / "blobs").mkdir()
     (snapshot := tmp_path / "snapshots" / "rev").mkdir(parents=True)
     (tmp_path / "blobs" / "0f").write_text("{}")
@@ -61,7 +61,7 @@ def code() -> Snapshot:
 
 @pytest.fixture
 def command(data, code, monkeypatch, capsys):
-    """The command in this process, for importing torch takes longer than all it does."""
+    """Runs the command in this process, because importing torch takes longer than the rest."""
     monkeypatch.setattr(job_state, "ASK_EVERY", 0.01)
     monkeypatch.setattr(job_state, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(Snapshot, "take", lambda: code)
@@ -80,14 +80,14 @@ def command(data, code, monkeypatch, capsys):
 
 
 def split(printed: str) -> tuple[str, str]:
-    """What dry_run prints: the script, and the settings."""
+    """Splits the output of dry_run: the script, and the settings."""
     script, settings = printed.split("\n# /", 1)
     return script, settings.split("\n", 1)[1]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_the_script_of_each_cluster(command, code, name, tmp_path, monkeypatch):
-    """Without Slurm, and without a trace."""
+    """Needs no Slurm, and leaves no file."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(tmp_path)
     said = command(f"+cluster={name} run.dir=/shared/runs/a dry_run=true")
@@ -130,7 +130,7 @@ def test_what_is_submitted_is_what_dry_run_shows(command, fake_slurm, tmp_path):
     assert f"-m launch.job close {run} 5 0.0 || exit 1' EXIT" in script
 
 
-def test_paths_are_whole_wherever_the_command_is_given(command, fake_slurm, data, tmp_path, monkeypatch):
+def test_paths_are_absolute(command, fake_slurm, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = command(f"+cluster=cpu run.dir=a data.path={os.path.relpath(data, tmp_path)}")
     assert said.code == 0, said
@@ -138,18 +138,18 @@ def test_paths_are_whole_wherever_the_command_is_given(command, fake_slurm, data
     assert frozen["run"]["dir"] == f"{tmp_path}/a" and frozen["data"]["path"] == str(data)
 
 
-def test_a_job_that_has_not_ended_holds_the_run(command, fake_slurm, tmp_path):
+def test_run_is_refused_while_its_job_has_not_ended(command, fake_slurm, tmp_path):
     arguments = f"+cluster=cpu run.dir={tmp_path}/a"
     assert command(arguments).code == 0
     fake_slurm.states("PENDING")
-    assert f"run.dir={tmp_path}/a is held by job 12" in command(arguments).error and fake_slurm.submissions == 1
+    assert f"run.dir={tmp_path}/a is in use by job 12" in command(arguments).error and fake_slurm.submissions == 1
     fake_slurm.states("FAILED")
     assert command(arguments).code == 0, "the same command again resumes"
     fake_slurm.forget()
     assert command(arguments).code == 0 and fake_slurm.submissions == 3
 
 
-def test_what_setup_and_partition_cannot_do_is_said_before_the_submit(command, fake_slurm, tmp_path, monkeypatch):
+def test_setup_and_partition_are_checked_before_the_submit(command, fake_slurm, tmp_path, monkeypatch):
     fake_slurm.command("scontrol", 'echo "PartitionName=debug Default=YES MaxNodes=UNLIMITED TotalNodes=2"')
     refused = command(f"+cluster=cpu cluster.nodes=4 run.dir={tmp_path}/a")
     assert "cluster.nodes=4 must be at most 2: partition debug has no more nodes" in refused.error
@@ -199,7 +199,7 @@ def test_a_sweep_is_one_array(command, fake_slurm, tmp_path):
     assert "job: 12 (2 times 1 node × 1 rank, at most 4:00:00)" in said.out and f"--logdir {base}\n" in said.out
     fake_slurm.states("RUNNING")
     more = sweep.replace("1e-3,2e-3", "4e-3,1e-3")
-    assert f"run.dir={runs[0]} is held by job 12_0" in command(more).error and not (base / "optim.lr-0.004").exists()
+    assert f"run.dir={runs[0]} is in use by job 12_0" in command(more).error and not (base / "optim.lr-0.004").exists()
 
 
 def test_a_log_is_followed_through_a_requeue(command, fake_slurm, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_log_is_followed_through_a_requeue(command, fake_slurm, tmp_path, monk
 
 
 class Shown:
-    """Looks at the log as launch/slurm.py does, while the job still writes to it."""
+    """Follows the log as launch/slurm.py does, while the job writes it."""
 
     def __init__(self, show, log: Path) -> None:
         self.show, self.log, self.calls = show, log, 0
@@ -237,11 +237,11 @@ def test_tail_exits_as_the_job_did(command, fake_slurm, tmp_path):
     (fake_slurm.folder / "job").unlink()
     fake_slurm.forget()
     said = command(f"+cluster=cpu run.dir={tmp_path}/a tail=true")
-    assert said.code == 2 and f"Slurm has forgotten job 12; its log: {tmp_path}/a/slurm/12_0_log.out" in said.err
+    assert said.code == 2 and f"Slurm no longer knows job 12; its log: {tmp_path}/a/slurm/12_0_log.out" in said.err
 
 
 def test_the_gpu_is_that_of_the_cluster(command):
-    """bf16 and offload to the CPU are asked of the cluster's GPUs, whatever this machine has."""
+    """bf16 and offload to the CPU are checked for the cluster's GPUs, whatever this machine has."""
     settings = "run.dir=/shared/runs/a dry_run=true train.precision=bf16"
     assert command(f"+cluster=a100x8 {settings} engine.offload=cpu").code == 0
     assert "engine.offload=cpu must be none on a CPU" in command(f"+cluster=cpu {settings} engine.offload=cpu").error
@@ -272,9 +272,9 @@ WRONG = {
     "no data": ("+cluster=cpu data.path=", "data.path is missing"),
     "data that is not there": ("+cluster=cpu data.path=/nowhere", "data.path=/nowhere is neither"),
     "no run": ("+cluster=cpu run.dir=", "run.dir is missing"),
-    "a run that Slurm would misread": ("+cluster=cpu run.dir=/tmp/%j", "run.dir=/tmp/%j must hold letters, digits"),
+    "a run that Slurm would misread": ("+cluster=cpu run.dir=/tmp/%j", "run.dir=/tmp/%j may have letters, digits"),
     "a sweep of clusters": ("--multirun +cluster=cpu cluster.nodes=1,2", "--multirun is for settings of the training"),
-    "a sweep of runs": ("--multirun +cluster=cpu run.dir=/tmp/a,/tmp/b", "run.dir is not to be swept"),
+    "a sweep of runs": ("--multirun +cluster=cpu run.dir=/tmp/a,/tmp/b", "run.dir cannot be swept"),
     "a sweep that is followed": ("--multirun +cluster=cpu seed=1,2 tail=true", "tail=true follows one job"),
     "a sweep of the same": ("--multirun +cluster=cpu seed=1,1", "two jobs of this sweep"),
     "a sweep with one wrong value": ("--multirun +cluster=cpu optim.lr=1e-3,-1", "optim.lr=-1.0 must be positive"),
@@ -288,7 +288,7 @@ def test_a_wrong_setting_is_one_clear_error_before_anything_is_written(command, 
     assert not list(tmp_path.iterdir()) and fake_slurm.submissions == 0
 
 
-def test_as_a_script_from_anywhere(tmp_path, data):
+def test_script_runs_from_any_folder(tmp_path, data):
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HYDRA"))}
     arguments = f"+cluster=cpu run.dir={tmp_path}/a data.path={data} vocab.size={VOCAB} {SMALL} dry_run=true".split()
     done = subprocess.run(
@@ -303,9 +303,11 @@ def test_as_a_script_from_anywhere(tmp_path, data):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_there_is_no_slurm_it_says_so(command, tmp_path, monkeypatch):
+def test_missing_slurm_is_an_error(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "sbatch is not here: run this on a login node" in command(f"+cluster=cpu run.dir={tmp_path}/a").error
+    assert (
+        "sbatch is not installed here: run this on a login node" in command(f"+cluster=cpu run.dir={tmp_path}/a").error
+    )
     assert not list(tmp_path.iterdir())
 
 

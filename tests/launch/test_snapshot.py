@@ -1,4 +1,4 @@
-"""The code that a run keeps: whole, named by its content, and what the job's Python imports."""
+"""Snapshots of the code: complete, named by content, and imported by the job's Python."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from launch.snapshot import COMMIT, DIFF, FOLDERS, Snapshot, import_from
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A small house: a file in each folder, and what is no code."""
+    """Makes a small tree: a file per folder, and files that are not code."""
     for folder in FOLDERS:
         (tmp_path / "house" / folder / "__pycache__").mkdir(parents=True)
         (tmp_path / "house" / folder / "__init__.py").write_text(f"here = '{folder}'\n")
@@ -56,7 +56,7 @@ def test_in_a_checkout_commit_and_difference_are_kept(root, tmp_path):
     assert (root / "launch" / "__init__.py").read_text() == "changed = 1\n", "the difference can be applied"
 
 
-def test_installed_within_another_repository_it_is_not_that_one(root):
+def test_enclosing_repository_is_not_recorded(root):
     git(root.parent, "init")
     (root.parent / "notes").write_text("theirs")
     git(root.parent, "add", "notes")
@@ -95,7 +95,7 @@ def test_two_launchers_at_once_keep_one(root, tmp_path):
     assert [path.name for path in (tmp_path / "code").iterdir()] == [taken.name]
 
 
-def test_a_job_imports_it_and_nothing_of_its_current_folder(root, tmp_path):
+def test_job_imports_the_snapshot_only(root, tmp_path):
     saved = Snapshot.take(root).save(tmp_path / "code")
     (root / "launch" / "__init__.py").write_text("here = 'edited since'\n")
     python = f"{import_from(saved)}; {sys.executable} -c 'import launch; print(launch.here)'"

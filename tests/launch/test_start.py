@@ -1,4 +1,4 @@
-"""What is wrong with a start is one line before any work, and nothing is left behind."""
+"""A wrong start is reported in one line before any work, and leaves no files."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_a_launcher_under_torchrun_is_refused_and_leaves_nothing(tokens, tmp_pat
 
 
 def test_a_launcher_under_srun_is_refused(tmp_path):
-    """Not in a batch script, and not where the variables are left over from elsewhere."""
+    """It is not refused in a batch script, nor if the variables are left over."""
     stepd = tmp_path / "slurmstepd"
     stepd.symlink_to(sys.executable)
     started = [sys.executable, "-c", "from launch.alone import alone; alone()"]
@@ -134,6 +134,17 @@ def test_a_rank_without_a_configuration_prints_help(monkeypatch, capsys, argumen
     said = capsys.readouterr()
     assert ended.value.code == 0 and not said.err and "launch/local.py" in said.out
     assert "torchrun --nproc-per-node 2 -m pretrain.train RUN/config.yaml" in said.out
+
+
+def test_an_unfinished_run_prints_how_to_resume_it(monkeypatch, tokens, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = tiny_config(tokens, tmp_path, train__steps=6)
+    said = farewell(config, nproc=2).splitlines()
+    assert said[2] == f"resume: python launch/local.py nproc=2 run.dir={tmp_path}"
+    manifest = tmp_path / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    assert not any(line.startswith("resume:") for line in farewell(config, nproc=2).splitlines())
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "docs"])
@@ -158,7 +169,7 @@ def test_the_printed_sample_command_runs_this_code_from_the_current_folder(monke
         ("{run}/bytes.yaml", "is not YAML"),
     ],
 )
-def test_what_is_no_configuration_is_one_line(tmp_path, monkeypatch, capsys, given, message):
+def test_wrong_configuration_path_is_one_line(tmp_path, monkeypatch, capsys, given, message):
     (tmp_path / "list.yaml").write_text("[1, 2]\n")
     (tmp_path / "torn.yaml").write_text("a: [1,\n")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a: \x80\n")

@@ -1,9 +1,9 @@
-"""A job as Slurm is handed it."""
+"""Jobs as they are submitted to Slurm."""
 
 from launch.cluster import ClusterConfig
 
 
-def test_a_job_submitted_from_within_another_is_none_of_its(fake_slurm, tmp_path, monkeypatch):
+def test_job_submitted_inside_a_job_inherits_no_settings(fake_slurm, tmp_path, monkeypatch):
     fake_slurm.command("sbatch", "env | grep ^S > environment; echo Submitted batch job 12")
     job = ClusterConfig(time="1:00:00").job(tmp_path / "slurm", "name", [], [], [int])
     for variables, passed in (

@@ -1,9 +1,10 @@
-"""A training and its terminal, with real ranks: the window that is closed, the reader that goes away, Ctrl-C."""
+"""A training on a terminal, with real ranks: bar, closed window, lost reader, Ctrl-Z and Ctrl-C."""
 
 import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pretrain.checkpoint import checkpoints, step_of
 from pretrain.compose import write_config
 from pretrain.exits import Exit
 from tests.pretrain.tiny import tiny_config, write_tokens
+from tests.screen import lines_on_screen, on_a_terminal
 from tests.warm import Command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def launch(data, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts the launcher, run.dir=tmp_path/run. At the end of the test it is gone, and its ranks with it."""
+    """Starts the launcher, run.dir=tmp_path/run. The end of the test ends it and its ranks."""
     started: list[subprocess.Popen] = []
 
     def start(settings: str, **streams: object) -> subprocess.Popen:
@@ -57,7 +59,7 @@ def launch(data, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 def until(process: subprocess.Popen, text: bytes) -> None:
-    """Reads what it prints up to a line with that text."""
+    """Reads the output up to a line with that text."""
     for line in process.stdout:
         if text in line:
             return
@@ -71,7 +73,7 @@ def restarts(run: Path) -> list[tuple[str, str]]:
 
 @contextmanager
 def terminal_window() -> Iterator[tuple[int, dict[str, object]]]:
-    """A terminal's side of its window, and how to start a process that has it as its own."""
+    """Yields a terminal's window, and arguments that give a process this terminal as its own."""
     window, terminal = pty.openpty()
 
     def take() -> None:
@@ -93,7 +95,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 
 def test_closing_the_terminals_window_saves_the_training(launch, tmp_path):
-    """SIGHUP to the launcher, and nothing can be written from then on."""
+    """The launcher gets SIGHUP, and nothing can be written any more."""
     with terminal_window() as (window, streams):
         process = launch("nproc=2 train.steps=100000", **streams)
         until(process, b"step      2/")
@@ -105,7 +107,7 @@ def test_closing_the_terminals_window_saves_the_training(launch, tmp_path):
 
 
 def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
-    """For longer than train.hang_timeout."""
+    """The pause is longer than train.hang_timeout."""
     process = launch("nproc=2 train.steps=100000 train.hang_timeout=8")
     until(process, b"step      2/")
     process.stdout.close()
@@ -123,8 +125,28 @@ def test_ctrl_z_stops_the_ranks_and_fg_goes_on(launch, tmp_path):
     assert restarts(tmp_path / "run") == [("STOPPED", "stop")]
 
 
-def test_a_rank_that_waits_for_the_others_ends_when_it_is_asked_to(tmp_path):
-    """This test is the meeting place, and never answers."""
+@pytest.mark.parametrize("columns", [100, 40])
+def test_a_terminal_shows_a_bar_that_mixes_with_nothing(data, tmp_path, columns):
+    """Runs the command as users type it, with checkpoints on the way."""
+    steps = "train.steps=40 checkpoint.every=16 optim.warmup_steps=30"
+    own = f"data.path={data} vocab.size=97 run.dir={tmp_path}/run log.every=10 train.precision=fp32 {SMALL} {steps}"
+    code, written = on_a_terminal([sys.executable, "launch/local.py", "nproc=2", *own.split()], columns)
+    lines = lines_on_screen(written)
+    assert code == 0, written
+    assert [line.partition("  loss ")[0] for line in lines if "  loss " in line] == [
+        "step 10/40", "step 20/40", "step 30/40", "step 40/40"
+    ]  # fmt: skip
+    saved = [line.partition(" in ")[0] for line in lines if line.startswith("saved:")]
+    assert saved == [f"saved: {tmp_path}/run/checkpoints/step-000000{step}" for step in (16, 32, 40)]
+    assert sum(line.startswith("first step: done ") for line in lines) == 1
+    assert "steps        40 of 40" in lines and lines[-2].startswith("sample: ")
+    drawn = [re.sub(r"\x1b\[\d+m", "", bar) for bar in re.findall(r"\x1b\[K(train .*?)\r", written)]
+    assert len(drawn) > 5 and all(len(bar) < columns for bar in drawn)
+    assert not any(line.startswith("train") or "█" in line for line in lines), "no bar is left"
+
+
+def test_waiting_rank_ends_on_request(tmp_path):
+    """The test itself is the store, and never answers."""
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run")
     write_config(config, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -149,7 +171,7 @@ def test_a_rank_that_waits_for_the_others_ends_when_it_is_asked_to(tmp_path):
 
 
 def test_a_training_outlives_the_reader_of_its_output_and_ctrl_c_saves_it(launch, tmp_path):
-    """Stands for `2>&1 | tee log`, where Ctrl-C ends tee first."""
+    """Reproduces `2>&1 | tee log`: Ctrl-C ends tee first."""
     process = launch("nproc=2 train.steps=100000", stderr=subprocess.STDOUT)
     until(process, b"step      2/")
     process.stdout.close()

@@ -1,7 +1,7 @@
 """A real Slurm of two nodes on this machine: its own daemons, ports and folders, on loopback.
 
-Nothing of the system's own Slurm, munge or MariaDB is read, written or started. Only the names n1 and n2 must be
-known to every process of a job, so they stand in /etc/hosts while the cluster does.
+It does not read, write or start the system's Slurm, munge or MariaDB. Each process of a job must know the names n1
+and n2, so they are in /etc/hosts while the cluster runs.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd", "mariadb-install-db")
 PACKAGES = "slurm-wlm slurmdbd munge mariadb-server-core mariadb-client-core"
 NODES = ("n1", "n2")
-CPUS = 2  # a node says that it has so many, whatever the machine has
+CPUS = 2  # reported by each node, whatever the machine has
 HOSTS = Path("/etc/hosts")
 PR_SET_PDEATHSIG = 1
-PATIENCE = 60.0  # seconds, for whatever should take a few
+PATIENCE = 60.0  # seconds, for anything that should take a few
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
 
 CONFIG = """
@@ -91,7 +91,7 @@ LogFile={folder}/slurmdbd.log
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Returns why a cluster cannot run here, or None."""
     if os.geteuid():
         return "a Slurm of two nodes needs root"
     absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
@@ -103,7 +103,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A running cluster. `environment` is what a user's shell has on its login node."""
+    """A running cluster. `environment`: of a user's shell on the login node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -134,7 +134,7 @@ class Slurm:
         self.wait_until(lambda: self.call("sinfo", "-h", "-p", "low", "-o", "%t").split() == ["idle"])
 
     def call(self, *command: str) -> str:
-        """What a command of Slurm says. CalledProcessError with its words in it if it fails."""
+        """Returns the output of a Slurm command. Raises CalledProcessError with it if the command fails."""
         done = subprocess.run(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
         )
@@ -145,20 +145,20 @@ class Slurm:
         self._start("slurmd", "-D", "-N", node, name=node)
 
     def lose_node(self, node: str) -> None:
-        """kill -9 of its slurmd and of all that runs under it, as if the power were gone; the cluster is told so."""
+        """Kills the node's slurmd and its children with kill -9, like a power failure, and marks the node as down."""
         for process in [psutil.Process(self.daemons.pop(node).pid), *self.on_node(node)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def on_node(self, node: str) -> list[psutil.Process]:
-        """The job's processes on that node, and the slurmstepd above them."""
+        """Returns the job's processes on the node, and their slurmstepd."""
         tasks = [process for process in self.processes() if environment_of(process).get("SLURMD_NODENAME") == node]
         steps = {parent for task in tasks for parent in parents(task) if parent.name().startswith("slurmstepd")}
         return [*steps, *tasks]
 
     def processes(self) -> list[psutil.Process]:
-        """All that the cluster has started, and their children: every one was handed our SLURM_CONF.
+        """Returns the processes that the cluster has started, and their children: all have our SLURM_CONF.
 
         A slurmstepd writes its title over its environment, so it is known by its folder.
         """
@@ -181,7 +181,7 @@ class Slurm:
         return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
     def stop(self) -> None:
-        """Ends what was started, and nothing else."""
+        """Ends the started processes only."""
         for signal_number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
             ours = self.processes()
             for process in ours:
@@ -192,7 +192,7 @@ class Slurm:
             daemon.wait(PATIENCE)
 
     def _start(self, program: str, *arguments: str, name: str | None = None) -> None:
-        """A daemon in the foreground of its own session; what it says goes to a log."""
+        """Starts a daemon in its own session, with its output in a log."""
         found = shutil.which(program, path=PATH)
         assert found is not None
         with open(self.folder / f"{name or program}.out.log", "a") as log:
@@ -217,7 +217,7 @@ class Slurm:
         self.wait_until((self.folder / "munge.socket").exists)
 
     def _database(self) -> str:
-        """Starts MariaDB, writes slurmdbd's settings; those that slurmctld needs."""
+        """Starts MariaDB, and writes slurmdbd's settings. Returns slurmctld's."""
         data, (storage, port) = self.folder / "mariadb", free_ports(2)
         options = [f"--datadir={data}", "--user=root"]
         log = subprocess.run(
@@ -248,7 +248,7 @@ class Slurm:
 
 @contextmanager
 def running(accounting: bool = True) -> Iterator[Slurm]:
-    """A cluster, gone without a trace afterwards."""
+    """Yields a cluster, and removes all of it afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path: a socket's may have 107 characters
     folder.chmod(0o755)
     with names_in_hosts(folder.name):
@@ -263,7 +263,7 @@ def running(accounting: bool = True) -> Iterator[Slurm]:
 
 @contextmanager
 def names_in_hosts(owner: str) -> Iterator[None]:
-    """A line of our own, so that several clusters may come and go."""
+    """Adds a line for this cluster, so that several clusters can share the file."""
     line = f"\n127.0.0.1 {' '.join(NODES)} # {owner}\n"
     with open(HOSTS, "a") as hosts:
         hosts.write(line)
@@ -274,7 +274,7 @@ def names_in_hosts(owner: str) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Even if the tests are killed."""
+    """Ends the child even if the tests are killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

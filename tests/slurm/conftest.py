@@ -1,4 +1,4 @@
-"""One cluster for all tests of the session; without Slurm they are skipped by name."""
+"""One cluster for all tests of the session. Without Slurm they are skipped."""
 
 import pytest
 

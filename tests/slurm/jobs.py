@@ -1,4 +1,4 @@
-"""A run as a job of the cluster: submitted by the command that users type, watched, and let go on without the wait."""
+"""A run as a job of the cluster: submitted by the user's command, watched, and restarted without Slurm's delay."""
 
 import json
 import os
@@ -33,7 +33,7 @@ CLUSTER = f"+cluster=cpu cluster.nodes={RANKS} cluster.cpus_per_task=1 cluster.t
 
 
 def command(typed: str, environment: dict[str, str] | None = None) -> str:
-    """Returns what a command of ours says, once it has ended well."""
+    """Runs one of our commands. Returns its output; it must succeed."""
     with Command(
         [sys.executable, *typed.split()],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def command(typed: str, environment: dict[str, str] | None = None) -> str:
 
 
 class Job:
-    """A training in `run`, on two nodes unless `settings` say otherwise."""
+    """A training in `run`, by default on two nodes."""
 
     def __init__(self, slurm: Slurm, data: Path, run: Path, settings: str = "", flags: str = "") -> None:
         self.slurm, self.run = slurm, run
@@ -64,11 +64,11 @@ class Job:
 
     @property
     def restarts(self) -> list[dict]:
-        """What the run itself says of its starts."""
+        """The run's records of its starts."""
         return [json.loads(line) for line in (self.run / RESTARTS_FILE).read_text().splitlines()]
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, in the order of their ranks; at least one is alive."""
+        """Returns the rank processes, sorted by rank; at least one is alive."""
         found = {}
         for process in self.slurm.processes():
             variables = environment_of(process)
@@ -78,22 +78,22 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def train_on(self, steps: int = 15) -> None:
-        """Until it has logged so many steps more."""
+        """Waits until the run has logged that many further steps."""
         goal = steps_logged(self.run) + steps
         self.slurm.wait_until(lambda: steps_logged(self.run) >= goal or self.state in ENDED, PATIENCE)
         assert steps_logged(self.run) >= goal, f"job {self.id} is {self.state}"
 
     def wait_for_requeue(self) -> None:
-        """Until it is to be started once more; Slurm then holds it for two minutes."""
+        """Waits until the job is requeued; Slurm then holds it for two minutes."""
         self.slurm.wait_until(lambda: self._squeue("%T %r") == "PENDING BeginTime" or self.state in ENDED, PATIENCE)
         assert self.state == "PENDING", f"job {self.id} is {self.state}"
 
     def go_on(self) -> None:
-        """Soon, but not at once: slurmd takes a start in the second of the requeue for the job that was ended."""
+        """Starts the job soon, but not in the second of the requeue: slurmd would take it for the ended job."""
         self.slurm.call("scontrol", "update", f"JobId={self.id}", "StartTime=now+2")
 
     def end(self) -> str:
-        """Its last state."""
+        """Waits for the end. Returns the last state."""
         self.slurm.wait_until(lambda: self.state in ENDED, PATIENCE)
         return self.state
 
@@ -112,7 +112,7 @@ class Job:
 
 @contextmanager
 def frozen(processes: list[psutil.Process]) -> Iterator[None]:
-    """Stands still, as a machine that is far too slow."""
+    """Freezes the processes, like a machine that is far too slow."""
     for process in processes:
         process.send_signal(signal.SIGSTOP)
     try:
@@ -124,6 +124,6 @@ def frozen(processes: list[psutil.Process]) -> Iterator[None]:
 
 
 def signal_waits(process: psutil.Process) -> bool:
-    """Whether a frozen process was sent a signal meanwhile."""
+    """True if a frozen process has a pending signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return any(int(pending, 16) for pending in re.findall(r"^S[hi][dg]Pnd:\s+(\w+)", status, re.MULTILINE))

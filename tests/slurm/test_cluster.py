@@ -5,7 +5,7 @@ import time
 from tests.slurm.cluster import HOSTS, NODES, running
 
 
-def test_two_nodes_run_a_job_and_sacct_tells_of_it(slurm, tmp_path):
+def test_two_nodes_run_a_job_and_sacct_reports_it(slurm, tmp_path):
     said = tmp_path / "said"
     slurm.call(
         "sbatch", "-N2", "--ntasks-per-node=1", f"--output={said}", "--wait", "--wrap=srun printenv SLURMD_NODENAME"
@@ -14,7 +14,7 @@ def test_two_nodes_run_a_job_and_sacct_tells_of_it(slurm, tmp_path):
     slurm.wait_until(lambda: "COMPLETED" in slurm.call("sacct", "-n", "-X", "-o", "State"))
 
 
-def test_a_cluster_without_accounting_ends_without_a_trace(installed, tmp_path):
+def test_cluster_without_accounting_leaves_no_process(installed, tmp_path):
     hosts = HOSTS.read_text()
     with running(accounting=False) as cluster:
         cluster.call("sbatch", "-N2", "--ntasks-per-node=1", "--wrap=srun sleep 600", f"--chdir={tmp_path}")

@@ -45,13 +45,13 @@ def states(slurm: Slurm, ids: str) -> list[str]:
     return slurm.call("squeue", "--noheader", "--states=all", "--array", f"--jobs={ids}", "--format=%T").split()
 
 
-def test_the_bytes_of_a_plain_run_even_without_one_part(slurm: Slurm, submit, tmp_path: Path) -> None:
+def test_token_files_equal_a_local_run_even_if_a_part_fails(slurm: Slurm, submit, tmp_path: Path) -> None:
     submitted = submit()
     assert submitted.returncode == 0, submitted.stderr
     parts, manifest = job("parts", submitted.stdout), job("manifest", submitted.stdout)
     slurm.call("scancel", f"{parts}_1")
     again = submit()
-    assert again.returncode == 2 and f"out=out is held by job {manifest}" in again.stderr
+    assert again.returncode == 2 and f"out=out is in use by job {manifest}" in again.stderr
 
     slurm.wait_until(lambda: states(slurm, manifest) == ["COMPLETED"], PATIENCE)
     assert set(states(slurm, parts)) == {"COMPLETED"}
@@ -63,7 +63,7 @@ def test_the_bytes_of_a_plain_run_even_without_one_part(slurm: Slurm, submit, tm
     assert verify(tmp_path / "out") == []
 
 
-def test_without_a_tokenizer_nothing_runs(slurm: Slurm, submit, tmp_path: Path) -> None:
+def test_no_part_runs_without_a_tokenizer(slurm: Slurm, submit, tmp_path: Path) -> None:
     submitted = submit("tokenizer.pattern='('", "tail=true")
     assert "tokenizer.pattern='(' must be a regular expression" in submitted.stdout, submitted
     ids = [job(name, submitted.stdout) for name in ("prepare", "parts", "manifest")]

@@ -1,7 +1,7 @@
-"""What is done to a run on a real cluster of two nodes, and what comes of it; the tally is in docs/reliability.md.
+"""Faults of a run on a real cluster of two nodes; docs/reliability.md has the results.
 
-Whatever it is, the run goes on by itself, and ends with the losses and the weights of the run that nothing happened to,
-bit for bit. The one thing done here by hand is to shorten the two minutes for which Slurm holds a job it requeues.
+After each fault the run resumes by itself, and ends with the losses and weights of a run without faults, bit for bit.
+The tests only shorten the two minutes for which Slurm holds a requeued job.
 """
 
 import shutil
@@ -21,14 +21,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory):
-    """The run of this machine alone, without Slurm."""
+    """Trains on this machine alone, without Slurm."""
     run = tmp_path_factory.mktemp("straight") / "run"
     command(f"launch/local.py nproc={RANKS} data.path={data} run.dir={run} {TRAINING}")
     return run
 
 
 def told(job):
-    """How each start of the run ended, and what was decided then, as the run itself has it."""
+    """Returns how each start of the run ended, and the decision."""
     return [(line["class"], line["decision"]) for line in job.restarts]
 
 
@@ -44,7 +44,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def submit(slurm, data, tmp_path):
-    """Submits a run; what is left of it is cancelled, and after a failure pytest shows its logs."""
+    """Submits a run. At the end cancels its job and prints its logs, which pytest shows after a failure."""
     jobs = []
 
     def submit(settings="", flags="", cluster=slurm, run=tmp_path / "run"):
@@ -57,7 +57,7 @@ def submit(slurm, data, tmp_path):
         job.slurm.call("scancel", "--quiet", job.id)
 
 
-def test_a_job_is_the_run_of_one_machine(submit, straight):
+def test_job_equals_a_local_run(submit, straight):
     job = submit("tail=true")
     assert f"step {STEPS}/{STEPS}" in job.said, "tail=true shows the log, and returns when the job has ended"
     assert job.end() == "COMPLETED" and told(job) == [("FINISHED", "done")]
@@ -66,7 +66,7 @@ def test_a_job_is_the_run_of_one_machine(submit, straight):
 
 
 def test_stop_requests(submit, straight):
-    """By hand, by a partition of higher priority, and before the time limit: saved, requeued, resumed, each time."""
+    """Stops the run by hand, by preemption and near the time limit. Each time it is saved, requeued and resumed."""
     job = submit("cluster.partition=low cluster.warn_seconds=90")
     job.train_on()
     job.slurm.call("scancel", "--signal=USR1", job.id)
@@ -106,7 +106,7 @@ def test_lost_nodes(submit, straight):
     compare(job.run, straight, STEPS)
 
 
-def test_a_killed_rank_goes_on_on_another_node(submit, straight):
+def test_killed_rank_resumes_on_another_node(submit, straight):
     job = submit(f"cluster.nodes=1 cluster.tasks_per_node={RANKS}")
     job.train_on()
     job.ranks()[1].kill()

@@ -21,7 +21,7 @@ from pretrain.monitor.rows import BINS, EDGES, MAX_LISTED_ROWS, SMALL, Rows
 from pretrain.monitor.spectrum import TOP
 from pretrain.optim import VocabOptimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
-from tests.pretrain.helpers import padded_rows
+from tests.pretrain.helpers import TIMES, padded_rows
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
@@ -233,7 +233,7 @@ def test_what_was_seen_goes_on_at_any_split(data, watched, tmp_path, stop, world
     run_ranks(world, train_rank, tiny_config(data, run, **SETTINGS | changed))
     assert torch.equal(saved_tensors(run)["monitor.seen"], saved_tensors(watched)["monitor.seen"])
     exact = (world, parallel) == (2, 1)
-    timed = {"tokens_per_s", "data_wait", "lookup_saved", "lookup_balance"}
+    timed = {*TIMES, "lookup_saved", "lookup_balance"}
     for one, other in zip(lines_of(run), lines_of(watched), strict=True):
         keys = other.keys() - timed - {"rows"}
         assert {key: one[key] for key in keys} == pytest.approx(

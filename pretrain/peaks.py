@@ -1,0 +1,21 @@
+"""Peaks of GPUs by the makers' data sheets: FLOP/s of dense matmuls, without sparsity. Imports no torch."""
+
+import re
+
+PEAKS = {  # by the first of these that the GPU's name contains: in bf16, in fp32
+    "GH200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+}
+
+
+def peak_of(name: str, itemsize: int) -> float | None:
+    """Peak of a GPU with this name, as in "NVIDIA H100 80GB HBM3", with numbers of `itemsize` bytes; None: unknown."""
+    for word, (bf16, fp32) in PEAKS.items():
+        if re.search(rf"\b{word}\b", name):
+            return {2: bf16, 4: fp32}.get(itemsize)
+    return None
