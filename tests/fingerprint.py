@@ -16,9 +16,10 @@ A case records
 - the sha256 of every file of tensors, and of each checkpoint's manifest without what MANIFEST_LEFT_OUT names;
 - for a corpus, the sha256 of its token files and of its tokenizer.
 
-Left out, because two runs of the same code differ in them: times, rates and memory in the metrics; times, job and host in `restarts.jsonl`; TensorBoard's files; and in the manifest its date, `rng` (torch seeds
-each process randomly, and a run does not use that), `config` (paths of the temporary folder, and new keys), and the
-manifest's own hash, which covers them.
+Left out, because two runs of the same code differ in them: times, rates and memory in the metrics; times, job and host
+in `restarts.jsonl`; TensorBoard's files; and in the manifest its date, `rng` (torch seeds each process randomly, and a
+run does not use that), `config` (paths of the temporary folder, and new keys), and the manifest's own hash, which
+covers them.
 
 The bits depend on the machine and its packages: make both files on one machine. `engine.offload=cpu` runs only with
 DeepSpeed (FSDP2 refuses it on a CPU), bf16 only if the processor computes it natively.
