@@ -19,7 +19,7 @@ def test_job_is_alive_until_it_has_ended_or_is_unknown(fake_slurm):
 
 def test_unanswered_squeue_is_an_error(fake_slurm):
     fake_slurm.command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(OSError, match=r"job 12 does: .*Unable to contact"):
+    with pytest.raises(OSError, match=r"squeue failed for job 12: .*Unable to contact"):
         job_state.alive("12")
 
 
