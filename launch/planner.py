@@ -78,7 +78,7 @@ class Plan:
         return "\n".join(aligned([header, *rows], left=(0, -1)))
 
     def _links(self) -> str:
-        rows = [["a rank sends, MiB a step", "axis", "calls", "", "", ""]]
+        rows = [["a rank sends, MiB per step", "axis", "calls", "", "", ""]]
         for link in self.links:
             sent = f"{link.sent / MIB:,.1f}"
             rows.append(
@@ -87,10 +87,10 @@ class Plan:
         return "\n".join(aligned(rows, left=(0, 4, 5)))
 
     def _sizes(self) -> str:
-        header = ["ranks to a copy"]
+        header = ["ranks per copy"]
         for axis in AXES:
             header += [f"{axis}: in node", "between"]
-        rows = [[*header, "ms a step", "tokens/s a rank", "peak MiB", ""]]
+        rows = [[*header, "ms per step", "tokens/s per rank", "peak MiB", ""]]
         for size in self.sizes:
             row = [f"{size.ranks:,}"]
             for axis in AXES:
