@@ -82,7 +82,7 @@ def test_split_run_shows_its_drift(runs):
 
 
 def test_other_differences_are_warnings(runs):
-    """Only settings that could change a loss: not `monitor`, nor how long a rank may hang."""
+    """Warns about settings that can change a loss, not about `monitor` or `train.hang_timeout`."""
     assert list(warnings(*pair(runs, tied="plain"))) == [
         "Another setting differs: seed is 8 in the tied run, 7 in the untied run.",
         "The tied run has no measures of gradients and rows: monitor.embedding_every was 0.",
