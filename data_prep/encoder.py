@@ -162,7 +162,7 @@ def scheme_for(tokenizer: Tokenizer, folder: Path, sample: Iterable[Document | L
     try:
         documents = sample_of(sample)
         if not documents:
-            return None, "gigatoken is not used: there is no text to compare it with tiktoken"
+            return None, "gigatoken is not used: without text it cannot be compared with tiktoken"
         with muted():
             same = encode_batch(gigatoken_of(folder, scheme), [document.data for document in documents])
             for document, ids in zip(documents, same, strict=True):

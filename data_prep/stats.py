@@ -1,6 +1,6 @@
-"""Statistics of a folder of token files: a page of numbers, and the same drawn. Reads every token, one thread per core.
+"""Counts a folder of token files, as text, as a page and as a picture. Reads every token, one thread per core.
 
-FOLDER/statistics.txt    documents, tokens, bytes a token; lengths; the rows that are used most, and never
+FOLDER/statistics.txt    documents, tokens, bytes per token; lengths; the most frequent rows, and rows never used
 FOLDER/statistics.html   the same as a page with charts, which needs no network
 FOLDER/statistics.png    lengths, and how often each row is used; needs matplotlib
 """
@@ -26,13 +26,13 @@ TEXT_FILE, PAGE_FILE, PICTURE_FILE = "statistics.txt", "statistics.html", "stati
 BINS = 31  # of document lengths: [2^k, 2^(k + 1)) tokens
 ROWS_SHOWN = 20
 NO_TOKEN = "no token has this id"
-RARE = 100  # a row that is seen less often has hardly been trained
+RARE = 100  # uses; a row with fewer is hardly trained
 SHARES = (0.5, 0.9, 0.99, 0.999)
 
 
 @dataclass
 class Counts:
-    """Counts of some documents. Lengths are in tokens, the end-of-document id included."""
+    """Counts of some documents. Lengths are in tokens and include the end-of-document id."""
 
     uses_V: np.ndarray  # how often each row is used
     text_bytes: int = 0
@@ -98,7 +98,7 @@ def count(folder: Path) -> dict[str, Counts]:
 
 
 def count_file(file: TokenFile, vocab_size: int) -> Counts:
-    """All but the bytes of text, which only the manifest has."""
+    """Counts one file, except its bytes of text, which only the manifest has."""
     counts = Counts(np.zeros(vocab_size, np.int64))
     for start in range(0, file.size, PIECE):
         ids = file.tokens[start : start + PIECE]
@@ -128,27 +128,27 @@ def whole(by_split: dict[str, Counts]) -> Counts:
 
 
 def page(folder: Path, by_split: dict[str, Counts], tokenizer: Tokenizer) -> Iterator[str]:
-    """Lines."""
+    """Yields the lines of the page."""
     total = whole(by_split)
     yield f"{folder}: {len(total.uses_V):,} rows, tokenizer {tokenizer.spec.name} {tokenizer.fingerprint[:12]}"
     yield ""
     yield from aligned(fact_rows(by_split))
     yield ""
-    yield from aligned([["tokens a document", "documents", "of all", "tokens in them"], *length_rows(total)])
+    yield from aligned([["tokens per document", "documents", "of all", "tokens in them"], *length_rows(total)])
     yield ""
     yield from used_rows(total, tokenizer)
 
 
 def fact_rows(by_split: dict[str, Counts]) -> list[list[str]]:
-    """A table of each split, and of all; the first row is its head."""
+    """A table with one column per split, and one for all; the first row is the head."""
     columns = by_split if len(by_split) == 1 else {**by_split, "all": whole(by_split)}
     return [
         ["", *columns],
         ["documents", *(f"{counts.documents:,}" for counts in columns.values())],
         ["tokens", *(f"{counts.tokens:,}" for counts in columns.values())],
         ["bytes of text", *(f"{counts.text_bytes:,}" for counts in columns.values())],
-        ["bytes a token", *(f"{counts.text_bytes / counts.tokens:.3f}" for counts in columns.values())],
-        ["tokens a document", *(f"{counts.tokens / counts.documents:,.1f}" for counts in columns.values())],
+        ["bytes per token", *(f"{counts.text_bytes / counts.tokens:.3f}" for counts in columns.values())],
+        ["tokens per document", *(f"{counts.tokens / counts.documents:,.1f}" for counts in columns.values())],
         ["shortest", *(f"{counts.shortest:,}" for counts in columns.values())],
         ["longest", *(f"{counts.longest:,}" for counts in columns.values())],
     ]
@@ -177,13 +177,13 @@ def used_rows(total: Counts, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def usage_lines(total: Counts) -> Iterator[str]:
-    """How many rows are used, and how evenly."""
+    """Says how many rows are used, and how evenly."""
     uses = np.sort(total.uses_V)[::-1]
     reached = np.cumsum(uses) / total.tokens
     rare, never = int(((uses > 0) & (uses < RARE)).sum()), int((uses == 0).sum())
     shares = ", ".join(f"{share:.1%} in {int(np.searchsorted(reached, share)) + 1:,}" for share in SHARES)
-    yield f"rows that are used: {int((uses > 0).sum()):,}; of all tokens {shares}"
-    yield f"rows that are used less than {RARE} times: {rare:,}; never: {never:,}"
+    yield f"rows used: {int((uses > 0).sum()):,}; of all tokens {shares}"
+    yield f"rows used less than {RARE} times: {rare:,}; never: {never:,}"
 
 
 def most_used_rows(total: Counts, tokenizer: Tokenizer) -> list[list[str]]:
@@ -213,7 +213,7 @@ def shown(id: int, tokenizer: Tokenizer) -> str:
 
 
 def draw(by_split: dict[str, Counts]) -> bytes:
-    """A PNG. ImportError without matplotlib."""
+    """Draws a PNG. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     total = whole(by_split)

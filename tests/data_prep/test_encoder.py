@@ -147,7 +147,7 @@ def test_gigatoken_is_compared_on_the_start_of_long_documents(tmp_path: Path) ->
     assert text.startswith(document.text) and len(document.text) > 900_000 and max(read) < 1_100_000 < len(text)
     assert scheme_for(tokenizer, tmp_path, [LongDocument("a", pieces)])[0] == SCHEMES[PATTERNS["gpt2"]]
     many = iter([Document("a", one, one.encode()) for one in ["x" * (1 << 20)] * 5])
-    why_not = "gigatoken is not used: there is no text to compare it with tiktoken"
+    why_not = "gigatoken is not used: without text it cannot be compared with tiktoken"
     assert scheme_for(tokenizer, tmp_path, many) == (None, why_not) and len(list(many)) == 3
 
 

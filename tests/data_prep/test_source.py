@@ -65,7 +65,7 @@ def test_links_are_followed_and_each_file_is_listed_once(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("name", ["data", "data/*", "data/**/*.jsonl", "data/*/*.jsonl", "data/x.jsonl"])
 def test_dangling_link_is_named(tmp_path: Path, name: str) -> None:
-    """For example a cache without its files, or a disk that is not mounted."""
+    """Covers a cache without its files, or a disk that is not mounted."""
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "data").symlink_to(tmp_path)
     (tmp_path / "x.jsonl").symlink_to("nowhere")

@@ -33,10 +33,10 @@ def test_page_has_all_numbers(tmp_path: Path) -> None:
     text = write_statistics(tmp_path)
     for line in [
         "documents             2    2    4",
-        "bytes a token     0.600  0.600  0.600",
+        "bytes per token 0.600  0.600  0.600",
         "2 to 3                     4  100.00%         100.00%",
-        "rows that are used: 4; of all tokens 50.0% in 2, 90.0% in 4, 99.0% in 4, 99.9% in 4",
-        "rows that are used less than 100 times: 4; never: 256",
+        "rows used: 4; of all tokens 50.0% in 2, 90.0% in 4, 99.0% in 4, 99.9% in 4",
+        "rows used less than 100 times: 4; never: 256",
         "              259     4  40.00%  '<|endoftext|>'",
         "             0  '\\x00'",
         "and 236 more",
@@ -76,6 +76,6 @@ def test_id_outside_the_vocabulary_is_refused(tmp_path: Path, id: int) -> None:
 def test_command_prints_and_writes_statistics(tmp_path: Path) -> None:
     make_folder(tmp_path / "made")
     done = tokenize(f"stats={tmp_path / 'made'}")
-    assert done.returncode == 0 and "rows that are used: 4" in done.stdout and not done.stderr
+    assert done.returncode == 0 and "rows used: 4" in done.stdout and not done.stderr
     assert_one_error(tokenize_here(f"stats={tmp_path / 'none'}"), "manifest.json is missing")
     assert_one_error(tokenize_here(f"stats={tmp_path / 'made'}", "out=x"), "stats=FOLDER")
