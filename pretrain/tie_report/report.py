@@ -130,7 +130,7 @@ def warnings(tied: ReportRun, untied: ReportRun) -> Iterator[str]:
             " run): compare the curves, not these values."
         )
     for run in (tied, untied):
-        if not run.looked:
+        if not run.last_measures:
             yield f"The {run.kind} run has no measures of gradients and rows: monitor.embedding_every was 0."
 
 
@@ -159,9 +159,8 @@ def _over_time(runs: list[ReportRun], scalar: str, use: str = "", dashed: bool =
 
 
 def _by_bin(run: ReportRun, scalar: str) -> list[Point]:
-    return [
-        (float(i), run.looked[f"{scalar}/{name}"]) for i, name in enumerate(BINS) if f"{scalar}/{name}" in run.looked
-    ]
+    keys = [(float(i), f"{scalar}/{name}") for i, name in enumerate(BINS)]
+    return [(x, run.last_measures[key]) for x, key in keys if key in run.last_measures]
 
 
 def _training(tied: ReportRun, untied: ReportRun) -> Section:
@@ -177,16 +176,16 @@ def _training(tied: ReportRun, untied: ReportRun) -> Section:
 
 
 def _gradients(*runs: ReportRun) -> Section:
-    watched = [run for run in runs if run.looked]
-    norms = _over_time(watched, "grad_input", ", input") + _over_time(watched, "grad_output", ", output", dashed=True)
+    measured = [run for run in runs if run.last_measures]
+    norms = _over_time(measured, "grad_input", ", input") + _over_time(measured, "grad_output", ", output", dashed=True)
     norms = [line._replace(points=[point for point in line.points if point[1] > 0]) for line in norms]
     charts = [
         Chart("Norms", "all rows, before clipping", norms, log=True),
-        Chart("Input's share", "input norm / (input norm + output norm)", _over_time(watched, "grad_input_share")),
-        Chart("Cosine", "between the two gradients, all rows as one vector", _over_time(watched, "grad_cosine")),
+        Chart("Input's share", "input norm / (input norm + output norm)", _over_time(measured, "grad_input_share")),
+        Chart("Cosine", "between the two gradients, all rows as one vector", _over_time(measured, "grad_cosine")),
     ]
     for title, scalar in (("Input's share", "grad_input_share"), ("Cosine", "grad_cosine")):
-        lines = [Line(run.kind, COLOURS[run.kind], _by_bin(run, scalar)) for run in watched]
+        lines = [Line(run.kind, COLOURS[run.kind], _by_bin(run, scalar)) for run in measured]
         charts.append(Chart(f"{title} by frequency", "at the last measurement", lines, x="bins"))
     note = (
         "A tied row gets the sum of two gradients: as input, from each use of its token, and as output, from every"
@@ -202,7 +201,8 @@ def _rows(tied: ReportRun, untied: ReportRun) -> Section:
         (untied, "embedding", "untied, input", UNTIED),
         (untied, "head", "untied, output", HEAD),
     ]
-    runs, matrices = [run for run in (tied, untied) if run.looked], [matrix for matrix in matrices if matrix[0].looked]
+    runs = [run for run in (tied, untied) if run.last_measures]
+    matrices = [matrix for matrix in matrices if matrix[0].last_measures]
 
     def each(scalar: str) -> list[Line]:
         return [Line(name, colour, run.points(f"{key}_{scalar}")) for run, key, name, colour in matrices]
@@ -215,7 +215,7 @@ def _rows(tied: ReportRun, untied: ReportRun) -> Section:
         for row in _odd(run, key, name, kind)
     ]
     for run in runs:
-        never = [f"{run.looked[f'rows_never_{use}']:,.0f} never as {use}" for use in ("input", "target")]
+        never = [f"{run.last_measures[f'rows_never_{use}']:,.0f} never as {use}" for use in ("input", "target")]
         rows.append([f"{run.kind}: not used so far", "", ", ".join(never)])
     charts = [
         Chart("Mean norm of a row", "all rows", each("norm")),
@@ -238,14 +238,14 @@ def _rows(tied: ReportRun, untied: ReportRun) -> Section:
 
 
 def _spectrum(run: ReportRun, key: str) -> list[Point]:
-    shares = {top: run.looked.get(f"{key}_spectrum/top{top}pct") for top in TOPS}
+    shares = {top: run.last_measures.get(f"{key}_spectrum/top{top}pct") for top in TOPS}
     return [(float(top), share) for top, share in shares.items() if share is not None]
 
 
 def _odd(run: ReportRun, key: str, name: str, kind: str) -> Iterator[list[str]]:
     """Yields a row of the table if the run has measured this kind: the count, and the first twenty with their text."""
-    count = run.looked.get(f"{key}_{kind}")
+    count = run.last_measures.get(f"{key}_{kind}")
     if count is not None:
-        ids = run.looked.get("rows", {}).get(f"{key}_{kind}", [])
+        ids = run.last_measures.get("rows", {}).get(f"{key}_{kind}", [])
         listed = ", ".join(run.text(row) for row in ids[:20]) + (", …" if count > 20 else "")
         yield [f"{name}: {kind.replace('_', ' ')}", f"{count:,.0f}", listed]

@@ -98,7 +98,7 @@ class ReportRun:
         return mean(values[-max(1, len(values) // 10) :]) if values else None
 
     @cached_property
-    def looked(self) -> dict[str, Any]:
+    def last_measures(self) -> dict[str, Any]:
         """The last line with measures of the rows; empty if there is none."""
         return next((line for line in reversed(self.lines) if "grad_output" in line), {})
 

@@ -163,7 +163,7 @@ def owner(
     return vocab
 
 
-def rank_looks(rank, world, softcap, embed_scale):
+def lens_on_rank(rank, world, softcap, embed_scale):
     results = {}
     for family in BODIES:
         body, weight, tokens, targets = problem(family)
@@ -177,7 +177,7 @@ def rank_looks(rank, world, softcap, embed_scale):
 @pytest.mark.parametrize("world,softcap,embed_scale", [(1, None, 1.0), (2, 2.5, 1.7), (4, None, 1.0)])
 def test_views_match_the_dense_truth(world, softcap, embed_scale):
     """Compares every family, input, norm and decoder, at every point."""
-    results = run_ranks(world, rank_looks, softcap, embed_scale, timeout=120)
+    results = run_ranks(world, lens_on_rank, softcap, embed_scale, timeout=120)
     for family, method in results[0]:
         truth = dense(family, method, softcap, embed_scale)
         for rank in range(world):

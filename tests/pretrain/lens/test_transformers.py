@@ -112,7 +112,7 @@ def dense(model: nn.Module, family: str, method: Method) -> dict[str, Tensor]:
     }
 
 
-def rank_looks(rank, world, folders):
+def lens_on_rank(rank, world, folders):
     results = {}
     for name, folder in folders.items():
         model = load_model(HFModel(folder), torch.device("cpu"), torch.float64)
@@ -127,7 +127,7 @@ def test_views_match_for_every_norm(world, tmp_path):
     """Compares GPT-2 and Llama, tied and untied."""
     names = list(product(FAMILIES, (True, False)))
     models = {(family, tied): saved(tmp_path / f"{family}-{tied}", family, tied) for family, tied in names}
-    results = run_ranks(world, rank_looks, {(f, t): tmp_path / f"{f}-{t}" for f, t in names}, timeout=120)
+    results = run_ranks(world, lens_on_rank, {(f, t): tmp_path / f"{f}-{t}" for f, t in names}, timeout=120)
     for name, model in models.items():
         for method in METHODS:
             truth = dense(model, name[0], method)
