@@ -99,7 +99,7 @@ def see(settings: LensConfig, device: torch.device) -> tuple[LensTable, LensResu
         memory_mib=settings.memory_mib,
     )
     title, facts = _summary(settings, source, text, found, columns)
-    return lens_table(found, title, facts, columns, window.start, source.text_of, vocab.shard.vocab_size), found
+    return lens_table(found, title, facts, columns, window.start, source.text_of), found
 
 
 def _summary(

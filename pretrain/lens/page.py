@@ -32,18 +32,18 @@ def page(shown: LensTable) -> str:
         "colours": COLOURS,
         "views": [
             {
-                "key": view.key,
-                "title": view.title,
-                "about": view.about,
-                "unit": view.unit,
-                "colours": view.colours,
-                "values": rounded(view.values.tolist()),
-                "low": view.low,
-                "high": view.high,
-                "scale": view.scale,
-                "log": view.log,
+                "key": heatmap.view.key,
+                "title": heatmap.view.title,
+                "about": heatmap.view.about,
+                "unit": heatmap.view.unit,
+                "colours": heatmap.view.colours,
+                "values": rounded(heatmap.values.tolist()),
+                "low": heatmap.low,
+                "high": heatmap.high,
+                "scale": heatmap.scale,
+                "log": heatmap.log,
             }
-            for view in shown.views
+            for heatmap in shown.views
         ],
     }
     body, script, style = (read(f"page.{kind}", HERE) for kind in ("html", "js", "css"))

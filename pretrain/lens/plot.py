@@ -39,12 +39,12 @@ def write_pictures(shown: LensTable, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for view in shown.views:
+    for heatmap in shown.views:
         picture = BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in the picture; the page has the text
-            draw(shown, view).savefig(picture, dpi=DPI)
-        files[folder / f"{view.key}.png"] = picture.getvalue()
+            draw(shown, heatmap).savefig(picture, dpi=DPI)
+        files[folder / f"{heatmap.key}.png"] = picture.getvalue()
     files[folder / "lens.html"] = page(shown).encode()
     for path, content in files.items():
         with durable(path) as file:
@@ -52,9 +52,9 @@ def write_pictures(shown: LensTable, folder: Path) -> list[Path]:
     return list(files)
 
 
-def draw(shown: LensTable, view: Heatmap) -> Figure:
+def draw(shown: LensTable, heatmap: Heatmap) -> Figure:
     """Draws the input layer below and the output on top; a long text goes on in bands below each other."""
-    R, N = view.values.shape
+    R, N = heatmap.values.shape
     written = N <= MOST_WRITTEN
     bands = -(-N // BAND) if written else 1
     width = -(-N // bands)
@@ -65,38 +65,37 @@ def draw(shown: LensTable, view: Heatmap) -> Figure:
     FigureCanvasAgg(figure)
     left = (0.15 + 0.085 * max(map(len, (*shown.layers, "next token")))) / WIDTH
     right = 1 - (0.15 if written else 0.3) / WIDTH
-    norm = LogNorm(view.low, view.high) if view.log else Normalize(view.low, view.high)
-    colours = ScalarMappable(norm, _map(view))
+    norm = LogNorm(heatmap.low, heatmap.high) if heatmap.log else Normalize(heatmap.low, heatmap.high)
+    colours = ScalarMappable(norm, _map(heatmap))
     for k, start in enumerate(range(0, N, width)):
         columns = range(start, min(start + width, N))
         top = height - head - k * (band + 0.12) - (LINE if written else 0)
         box = (left, (top - band + texts) / height, (right - left) * len(columns) / width, (band - texts) / height)
         axes = figure.add_axes(box)
-        values = np.clip(view.values[:, columns.start : columns.stop], view.low, view.high)
-        axes.imshow(values, _map(view), norm, aspect="auto", origin="lower", interpolation="nearest")
+        values = np.clip(heatmap.values[:, columns.start : columns.stop], heatmap.low, heatmap.high)
+        axes.imshow(values, _map(heatmap), norm, aspect="auto", origin="lower", interpolation="nearest")
         _label(axes, shown, columns, written)
         if written:
             _write_guesses(axes, shown, columns, colours.to_rgba(values))
-    _head(figure, shown, view)
+    _head(figure, shown, heatmap)
     bar = figure.add_axes((left, 0.42 / height, 3.4 / WIDTH, 0.11 / height))
     figure.colorbar(colours, cax=bar, orientation="horizontal").outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2, colors=SOFT)
-    bar.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if view.log else "{x:,.3g}"))
-    key = f"{view.scale} Frame: the output's guess. ✓: the guess is right." if written else view.scale
+    bar.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if heatmap.log else "{x:,.3g}"))
+    key = f"{heatmap.scale} Frame: the output's guess. ✓: the guess is right." if written else heatmap.scale
     figure.text(left + 3.6 / WIDTH, 0.42 / height, textwrap.fill(key, 66), fontsize=8, color=SOFT, va="center")
     return figure
 
 
-def _map(view: Heatmap) -> Colormap:
-    return LinearSegmentedColormap.from_list(view.key, COLOURS[view.colours]["light"])
+def _map(heatmap: Heatmap) -> Colormap:
+    return LinearSegmentedColormap.from_list(heatmap.key, COLOURS[heatmap.view.colours]["light"])
 
 
-def _head(figure: Figure, shown: LensTable, view: Heatmap) -> None:
+def _head(figure: Figure, shown: LensTable, heatmap: Heatmap) -> None:
     """Writes the view's name and the summary: model, step, method."""
     height = figure.get_figheight()
-    unit = ", nats" if view.unit == "nats" else ""
     at = 0.15 / WIDTH
-    figure.text(at, 1 - 0.2 / height, f"{view.title}{unit}", fontsize=12, fontweight="bold", color=INK, va="center")
+    figure.text(at, 1 - 0.2 / height, heatmap.title, fontsize=12, fontweight="bold", color=INK, va="center")
     figure.text(at, 1 - 0.45 / height, shown.title, fontsize=8.5, color=SOFT, va="center", parse_math=False)
 
 

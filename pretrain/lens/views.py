@@ -12,6 +12,7 @@ from .method import INPUTS
 
 Facts = list[tuple[str, str]]  # names and what stands for them
 CAP = 99  # percentile of the values at which the colours end
+LEAST_RANK = 10  # at which the colours of a rank may end
 COLOURS = {  # from a view's low end to its high end, on light and on dark pages
     "guess": {
         "light": ["#f3f7f4", "#cfe8dc", "#93cfc0", "#55b0ae", "#2f8a9c", "#2b6384", "#293e66", "#1b1d3f"],
@@ -25,21 +26,112 @@ COLOURS = {  # from a view's low end to its high end, on light and on dark pages
 
 
 @dataclass(frozen=True)
-class Heatmap:
-    """A number per cell, [R, N]. Colours run from `low` to `high`, on a logarithmic scale with `log`; `scale` says this
-    in words.
-    """
+class View:
+    """A measure of the lens, and how it is shown. values: [R, N] of a result."""
 
     key: str
     title: str
     about: str
-    unit: str
-    colours: str
+    unit: str  # probability, logit, rank or nats
+    values: Callable[[LensResult], Tensor]
+    low: float | None = 0.0  # the value at which colours begin; None: a low percentile
+
+    @property
+    def colours(self) -> str:
+        return "guess" if self.unit in ("probability", "logit") else "distance"
+
+
+VIEWS = (
+    View(
+        "probability",
+        "Top guess: probability",
+        "The probability of the layer's top guess.",
+        "probability",
+        lambda found: found.probabilities[..., 0],
+    ),
+    View(
+        "logit",
+        "Top guess: logit",
+        "The logit of the layer's top guess.",
+        "logit",
+        lambda found: found.reading.top_logits[..., 0],
+        low=None,
+    ),
+    View(
+        "rank_final",
+        "Rank of the output's guess",
+        "The place of the output's top guess among the layer's guesses; 1 is the top.",
+        "rank",
+        lambda found: found.reading.ranks[..., FINAL],
+    ),
+    View(
+        "kl_final",
+        "KL(output ‖ layer)",
+        "How far the layer's distribution is from the output's; 0 is the same.",
+        "nats",
+        lambda found: found.reading.kl_from[..., FROM_OUTPUT],
+    ),
+    View(
+        "kl_input",
+        "KL(input ‖ layer)",
+        "How far the layer's distribution is from the input's; 0 is the same.",
+        "nats",
+        lambda found: found.reading.kl_from[..., FROM_INPUT],
+    ),
+    View(
+        "rank_input",
+        "Rank of the input token",
+        "The place of the token below the column among the layer's guesses; 1 is the top.",
+        "rank",
+        lambda found: found.reading.ranks[..., TOKEN],
+    ),
+    View(
+        "kl_final_reverse",
+        "KL(layer ‖ output)",
+        "As KL(output ‖ layer), weighted by the layer's probabilities.",
+        "nats",
+        lambda found: found.reading.kl_to[..., FROM_OUTPUT],
+    ),
+    View(
+        "kl_input_reverse",
+        "KL(layer ‖ input)",
+        "As KL(input ‖ layer), weighted by the layer's probabilities.",
+        "nats",
+        lambda found: found.reading.kl_to[..., FROM_INPUT],
+    ),
+    View(
+        "entropy",
+        "Entropy",
+        "How unsure the layer is: 0 is certain; ln(vocabulary) is a blind guess.",
+        "nats",
+        lambda found: found.reading.entropy,
+        low=None,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A number per cell, [R, N]. Colours run from `low` to `high`; `scale` says this in words."""
+
+    view: View
     values: np.ndarray
     low: float
     high: float
     scale: str
-    log: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.view.key
+
+    @property
+    def title(self) -> str:
+        """The view's name, with its unit if it has one."""
+        return self.view.title + (", nats" if self.view.unit == "nats" else "")
+
+    @property
+    def log(self) -> bool:
+        return self.view.unit == "rank"
 
 
 @dataclass(frozen=True)
@@ -75,71 +167,13 @@ def lens_table(
     columns: list[int],
     first: int,
     name: Callable[[int], str],
-    vocab_size: int,
 ) -> LensTable:
     """The chosen columns of a result that begins at position `first`. `name`: an id's text."""
-    reading = found.reading
 
     def of(values: Tensor) -> np.ndarray:
         return values[:, columns].cpu().numpy()
 
     tokens, targets = found.tokens.tolist(), found.targets.tolist()
-    logits, probabilities, agrees = of(reading.top_logits), of(found.probabilities), of(reading.ranks[..., FINAL]) == 1
-    ranks = reading.ranks
-    kl_from, kl_to = reading.kl_from, reading.kl_to
-    guess = {
-        "probability": ("Top guess: probability", probabilities[..., 0], "The probability of the layer's top guess."),
-        "logit": ("Top guess: logit", logits[..., 0], "The logit of the layer's top guess."),
-    }
-    rank = {
-        "rank_final": (
-            "Rank of the output's guess",
-            of(ranks[..., FINAL]),
-            "The place of the output's top guess among the layer's guesses; 1 is the top.",
-        ),
-        "rank_input": (
-            "Rank of the input token",
-            of(ranks[..., TOKEN]),
-            "The place of the token below the column among the layer's guesses; 1 is the top.",
-        ),
-    }
-    kl = {
-        "kl_final": (
-            "KL(output ‖ layer)",
-            of(kl_from[..., FROM_OUTPUT]),
-            "How far the layer's distribution is from the output's; 0 is the same.",
-        ),
-        "kl_input": (
-            "KL(input ‖ layer)",
-            of(kl_from[..., FROM_INPUT]),
-            "How far the layer's distribution is from the input's; 0 is the same.",
-        ),
-        "kl_final_reverse": (
-            "KL(layer ‖ output)",
-            of(kl_to[..., FROM_OUTPUT]),
-            "As KL(output ‖ layer), weighted by the layer's probabilities.",
-        ),
-        "kl_input_reverse": (
-            "KL(layer ‖ input)",
-            of(kl_to[..., FROM_INPUT]),
-            "As KL(input ‖ layer), weighted by the layer's probabilities.",
-        ),
-    }
-    views = {
-        "probability": _fitted("probability", *guess["probability"], "probability", "guess", low=0.0),
-        "logit": _fitted("logit", *guess["logit"], "logit", "guess"),
-        **{key: _ranks(key, *rank[key]) for key in rank},
-        **{key: _fitted(key, *kl[key], "nats", "distance", low=0.0) for key in kl},
-        "entropy": _fitted(
-            "entropy",
-            "Entropy",
-            of(reading.entropy),
-            f"How unsure the layer is: 0 is certain, {math.log(vocab_size):.3g} knows nothing.",
-            "nats",
-            "distance",
-        ),
-    }
-    order = ("probability", "logit", "rank_final", "kl_final", "kl_input", "rank_input", "kl_final_reverse")
     return LensTable(
         title,
         facts,
@@ -148,45 +182,36 @@ def lens_table(
         [name(tokens[column]) for column in columns],
         [name(targets[column]) if targets[column] >= 0 else "" for column in columns],
         found.right[columns].cpu().numpy(),
-        [[[name(id) for id in cell] for cell in row] for row in of(reading.top_ids).tolist()],
-        logits,
-        probabilities,
-        agrees,
+        [[[name(id) for id in cell] for cell in row] for row in of(found.reading.top_ids).tolist()],
+        of(found.reading.top_logits),
+        of(found.probabilities),
+        of(found.reading.ranks[..., FINAL]) == 1,
         of(found.losses),
-        [views[key] for key in (*order, "kl_input_reverse", "entropy")],
+        [heatmap(view, of(view.values(found))) for view in VIEWS],
     )
 
 
-def _fitted(
-    key: str, title: str, values: np.ndarray, about: str, unit: str, colours: str, low: float | None = None
-) -> Heatmap:
-    """Colours from `low`, or a low percentile, to a high one, of the layers above the input: the input, and a few far
-    values, are so different that they would pale all others.
+def heatmap(view: View, values: np.ndarray) -> Heatmap:
+    """Fits the colours to the layers above the input, without their largest percent.
+
+    The input, and a few far values, are so different that they would pale all others.
     """
-    fitted = _above_input(values)
+    fitted = values[1:] if len(values) > 1 else values
     fitted = fitted[np.isfinite(fitted)]
     if not fitted.size:
-        return Heatmap(key, title, about, unit, colours, values, 0.0, 1.0, "No value is finite.")
-    start = float(np.percentile(fitted, 100 - CAP)) if low is None else low
+        return Heatmap(view, values, 0.0, 1.0, "No value is finite.")
     end, most = float(np.percentile(fitted, CAP)), float(values[np.isfinite(values)].max())
-    if end - start < 1e-6 * max(1.0, abs(start)):
-        scale = f"All values above the input are {start:.3g}."
-        return Heatmap(key, title, about, unit, colours, values, start, start + 1.0, scale)
-    begin = f"{start:.3g}, the {100 - CAP}st percentile" if low is None else f"{start:.3g}"
-    scale = f"Colours begin at {begin}, and end at the {CAP}th percentile above the input: {end:.3g}."
-    return Heatmap(key, title, about, unit, colours, values, start, end, f"{scale} The largest value is {most:.3g}.")
-
-
-def _ranks(key: str, title: str, values: np.ndarray, about: str) -> Heatmap:
-    """Colours on a logarithmic scale from 1, the top guess."""
-    end, most = max(10, math.ceil(np.percentile(_above_input(values), CAP))), int(values.max())
-    at = f"the {CAP}th percentile above the input: " if end > 10 else ""
-    scale = f"Logarithmic colours begin at 1, and end at {at}{end:,}. The largest rank is {most:,}."
-    return Heatmap(key, title, about, "rank", "distance", values, 1, end, scale, log=True)
-
-
-def _above_input(values: np.ndarray) -> np.ndarray:
-    return values[1:] if len(values) > 1 else values
+    cap = f"the {CAP}th percentile above the input: "
+    if view.unit == "rank":
+        high = max(LEAST_RANK, math.ceil(end))
+        scale = f"Logarithmic colours begin at 1, and end at {cap if high > LEAST_RANK else ''}{high:,}."
+        return Heatmap(view, values, 1, high, f"{scale} The largest rank is {most:,.0f}.")
+    low = float(np.percentile(fitted, 100 - CAP)) if view.low is None else view.low
+    if end - low < 1e-6 * max(1.0, abs(low)):
+        return Heatmap(view, values, low, low + 1.0, f"All values above the input are {low:.3g}.")
+    begin = f"{low:.3g}, the {100 - CAP}st percentile" if view.low is None else f"{low:.3g}"
+    scale = f"Colours begin at {begin}, and end at {cap}{end:.3g}. The largest value is {most:.3g}."
+    return Heatmap(view, values, low, end, scale)
 
 
 def visible(data: bytes) -> str:

@@ -19,7 +19,7 @@ from pretrain.lens.page import page
 from pretrain.lens.plot import draw, write_pictures
 from pretrain.lens.views import Heatmap, LensTable, lens_table, visible
 from tests.browser import CONTRAST, DARK, NARROW, SIDEWAYS, dumped, evaluated, screenshot
-from tests.pretrain.lens.test_lens import VOCAB, owner, problem
+from tests.pretrain.lens.test_lens import owner, problem
 
 NASTY = "</script><b>&amp;$x_2$"  # a token may look like a tag, an entity or a formula
 KEYS = ["probability", "logit", "rank_final", "kl_final", "kl_input"]
@@ -38,7 +38,7 @@ def seen() -> tuple[LensResult, LensTable]:
     found = run_lens(owner(0, 1, weight), body, body, tokens, targets[:1], Method(), k=3)
     columns = [n for n in range(tokens.shape[1]) if n != 5]
     facts = [("prompt", NASTY), ("model", "tiny, 1.0M parameters"), ("step", "450")]
-    return found, lens_table(found, f"a model {NASTY}", facts, columns, 0, named, VOCAB)
+    return found, lens_table(found, f"a model {NASTY}", facts, columns, 0, named)
 
 
 def views_of(shown: LensTable) -> dict[str, Heatmap]:
@@ -73,7 +73,7 @@ class Cells(HTMLParser):
 def numbers_of(text: str, shown: LensTable, r: int, n: int) -> None:
     """Asserts that a text of the page has all numbers of the cell."""
     for view in shown.views:
-        number = re.search(re.escape(view.title) + r"(?:, nats)?\s*([\d.,e-]+)", text)
+        number = re.search(re.escape(view.title) + r"\s*([\d.,e-]+)", text)
         assert number, (view.title, text)
         assert math.isclose(float(number[1].replace(",", "")), float(view.values[r, n]), rel_tol=6e-3, abs_tol=1e-9)
 
@@ -105,14 +105,14 @@ def test_address_selects_view_and_cell(browser, seen, tmp_path):
     results = evaluated(browser, page(shown), code, tmp_path)
     assert [key for key, *_ in results] == KEYS
     for (key, title, pressed, text, cap), view in zip(results, shown.views, strict=True):
-        assert title == f"{view.title} · Logit lens" and pressed == [key] and cap == view.scale
+        assert title == f"{view.view.title} · Logit lens" and pressed == [key] and cap == view.scale
         assert f"{shown.layers[1]} · position {shown.positions[3]} · pinned" in text and shown.guesses[1][3][2] in text
         numbers_of(text, shown, 1, 3)
 
 
 @pytest.fixture(scope="module")
 def long(seen) -> LensTable:
-    return lens_table(seen[0], "long", [], [n % 11 for n in range(1000)], 0, named, VOCAB)
+    return lens_table(seen[0], "long", [], [n % 11 for n in range(1000)], 0, named)
 
 
 def test_thousand_tokens_never_scroll_sideways(browser, long, tmp_path):
@@ -198,7 +198,7 @@ def test_page_needs_no_network(seen):
 def test_page_of_diverged_model_opens(browser, tmp_path):
     body, weight, tokens, targets = problem("gpt2")
     found = run_lens(owner(0, 1, weight * math.nan), body, body, tokens[:1], targets[:1], Method(), k=2)
-    write_pictures(lens_table(found, "nan", [], list(range(4)), 0, named, VOCAB), tmp_path)
+    write_pictures(lens_table(found, "nan", [], list(range(4)), 0, named), tmp_path)
     dom = dumped(browser, (tmp_path / "lens.html").as_uri() + "#view=entropy&row=0&column=0", tmp_path).stdout
     assert "<dt>Entropy, nats</dt><dd>–</dd>" in dom and "No value is finite." in dom
 
@@ -234,7 +234,7 @@ def test_pictures_are_visible(browser, seen, tmp_path):
 
 def test_long_text_goes_on_in_bands(seen, long):
     """Bands of even width, with texts; a text that is much longer is one band of colours."""
-    wide = lens_table(seen[0], "", [], [n % 11 for n in range(25)], 0, named, VOCAB)
+    wide = lens_table(seen[0], "", [], [n % 11 for n in range(25)], 0, named)
     figure = draw(wide, views_of(wide)["kl_final"])
     assert [axes.get_xlim()[1] - axes.get_xlim()[0] for axes in figure.axes[:3]] == [9, 9, 7]
     figure = draw(long, views_of(long)["kl_final"])
