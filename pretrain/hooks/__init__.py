@@ -1,4 +1,4 @@
-"""Hooks around the steps of a run: a module per hook, and the registry of those that a run has."""
+"""Hooks around the steps of a run: one module per hook, and the registry that selects and orders them."""
 
 from .base import Hook, Run, StepReport
 

@@ -1,4 +1,4 @@
-"""Interface of a hook: the moments at which it is called, and what it is built from."""
+"""Interface of a hook: when it is called, and what it is built from."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,16 +22,16 @@ from ..vocab.lookup import LookupTraffic
 
 @dataclass
 class StepReport:
-    """Measurements of one step, and what hooks add for the log: the same on all ranks."""
+    """Measurements of one step, and values that hooks add for the log. Equal on all ranks."""
 
     step: int
-    loss: Tensor  # this rank's part: the sum over ranks is the loss of the batch
+    loss: Tensor  # this rank's part; the sum over all ranks is the loss of the batch
     grad_norm: float
     lr: float
     tokens: int  # targets in the global batch
     lookups: list[LookupTraffic] = field(default_factory=list)  # of this vocab group
     seconds: float = 0.0  # wall time of the step without hooks
-    waited: float = 0.0  # of which waiting for the batch
+    waited: float = 0.0  # part of `seconds` that the step waited for its batch
     scalars: dict[str, float] = field(default_factory=dict)  # added by hooks: numbers
     rows: dict[str, list[int]] = field(default_factory=dict)  # added by hooks: ids of rows of the matrix
     micro_batches: list[MicroBatch] = field(default_factory=list)  # of this rank
@@ -53,39 +53,39 @@ class TrainerView(Protocol):
 
 
 class Hook:
-    """Takes part in a run at the moments that a subclass overrides. All ranks call them together, in the order of the
-    registry, so a hook may have collectives.
+    """Acts at the moments of a run that a subclass overrides. All ranks call the hooks together, in the order of the
+    registry, so a hook may run collectives.
     """
 
     def before_training(self, trainer: TrainerView) -> None:
-        """Once per start, the log is open; also if no step is left."""
+        """Called once per start, after the log was opened; also if no step is left."""
 
     def before_step(self, trainer: TrainerView) -> None:
-        """Before forward and backward; `trainer.state.step` steps are done."""
+        """Called before forward and backward. `trainer.state.step` steps are done."""
 
     def before_update(self, trainer: TrainerView) -> None:
-        """Between backward and update: the gradients are summed and not yet clipped, no weight has changed."""
+        """Called between backward and update: gradients are summed and not yet clipped, no weight has changed."""
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
-        """After the update. Adds to the report what is to be logged."""
+        """Called after the update. Adds values for the log to the report."""
 
     def state_dict(self) -> HookState:
-        """Returns what must survive, by names that begin with `monitor.`: DTensors, and numbers for the manifest.
+        """Returns the state to save, by names that begin with `monitor.`: DTensors, and numbers for the manifest.
 
-        Called at each save, and before a load, which fills its tensors in place. A save may read them until the update
-        of the next step: they must not be changed in place.
+        Called at each save, and before a load, which fills the tensors in place. A save may read them until the update
+        of the next step, so do not change them in place.
         """
         return {}
 
     def load_state_dict(self, state: HookState) -> None:
-        """Takes what the checkpoint has of `state_dict`: its tensors filled in place, and numbers. Not called if it has
-        nothing of it.
+        """Restores the parts of `state_dict` that the checkpoint has: tensors filled in place, and numbers. Not called
+        if it has none.
         """
 
 
 @dataclass
 class Run:
-    """Parts of this rank's run that hooks are built from."""
+    """Parts of this rank's run from which hooks are built."""
 
     data: Data
     parts: ModelParts

@@ -1,4 +1,4 @@
-"""Is the tie hurting? The gradients of the matrix's two uses side by side, and what becomes of its rows."""
+"""Monitor of the matrix: the gradients of its two uses side by side, and the state of its rows."""
 
 import torch
 from torch import Tensor
@@ -14,17 +14,17 @@ from .seen import Seen
 
 
 class EmbeddingHealth(Hook):
-    """Every n steps: what the gradients of that step were, and the rows after it. See docs/tie.md for each measure.
+    """Measures the gradients of every n-th step, and the rows after it. See docs/tie.md for each measure.
 
-    On the steps it samples of a tied matrix the lookup's gradient is also kept in a buffer of its own. It changes no
-    bit of the training. Sampled steps: an all-reduce of that buffer over `dp`, one of 2·V counts over all ranks; over
-    the vocab group a few of sums (of D² numbers for each matrix) and gathers of ids.
+    If the matrix is tied, a sampled step also keeps the lookup's gradient in a separate buffer. The training stays
+    bit-identical. Traffic of a sampled step: an all-reduce of that buffer over `dp`, one of 2·V counts over all ranks;
+    over the vocab group a few all-reduces of sums (D² numbers per matrix) and gathers of ids.
     """
 
     def __init__(self, every: int, vocab: VocabParallelEmbedding, vocab_optimizer: VocabOptimizer, mesh: Mesh) -> None:
         self.every, self.vocab, self.mesh, self.seen = every, vocab, mesh, Seen(vocab.shard, mesh)
         self.sampled = False
-        self.uses_v3: Tensor | None = None  # of the step at hand, if it is sampled
+        self.uses_v3: Tensor | None = None  # of the present step, if it is sampled
         vocab_optimizer.observers.append(self.observe)
 
     def before_step(self, trainer: TrainerView) -> None:
@@ -44,14 +44,14 @@ class EmbeddingHealth(Hook):
         self.seen.load_state_dict(state)
 
     def observe(self) -> None:
-        """Keeps, for each row and before the clip, the squares of both uses' gradients and their product."""
+        """Keeps per row, before the clip, the squares of both uses' gradients and their product."""
         if not self.sampled:
             return
         vocab, entering_vD = self.vocab, self.vocab.input_grad_vD
         vocab.input_grad_vD = None
         grad_vD = vocab.weight.grad
         assert grad_vD is not None
-        two = vocab.head_weight is not None  # from the start, or since this step
+        two = vocab.head_weight is not None  # untied from the start, or since this step
         if two:
             entering_vD = grad_vD
         assert entering_vD is not None

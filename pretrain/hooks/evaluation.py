@@ -31,12 +31,12 @@ class EvalHook(Hook):
         self.config, self.batches, self.bytes_of_ids_V, self.run = config, batches, bytes_of_ids_V, run
 
     def before_training(self, trainer: TrainerView) -> None:
-        """Catches up on the evaluation that a stop has cut short, if one has."""
+        """Repeats the evaluation that a stop has cut short, if there was one."""
         state = trainer.state
         missing = state.step and state.val_loss is None and self._due(trainer)
         measured = self._measured(trainer) if missing else {}
         if measured:
-            self.run.manager.save(state)  # it is there; now its loss is known
+            self.run.manager.save(state)  # the checkpoint exists; now its loss is known
         if measured and self.run.log is not None:
             self.run.log.complete(state.step, measured)
 
@@ -68,7 +68,7 @@ class EvalHook(Hook):
                 if self.run.log is not None:
                     self.run.log.console.busy(f"evaluation, batch {done + 1:,}")
                 out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
-                counted_BT = micro.targets_BT != IGNORED  # as an index, this mask would wait for the device
+                counted_BT = micro.targets_BT != IGNORED  # indexing with this mask would wait for the device
                 text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
                 corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
         dist.all_reduce(sums)

@@ -19,8 +19,8 @@ from .base import Hook, Run, StepReport, TrainerView
 
 
 class LogHook(Hook):
-    """Every few steps, on the last one, and whenever another hook has measured something, or a stop kept it from that.
-    Rank 0 holds the log.
+    """Logs every few steps, the last step, and each step on which another hook has measured something or a stop has
+    kept it from measuring. Rank 0 holds the log.
 
     Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
     their matmuls; None if the peak is unknown.
@@ -79,7 +79,7 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:
-    """How often the data has been gone through; of several corpora, each."""
+    """Epochs of the data; with several corpora, of each."""
     return (
         {f"epochs/{title}": gone for title, gone in epochs.items()}
         if len(epochs) > 1
@@ -88,7 +88,7 @@ def _of_corpora(epochs: dict[str, float]) -> dict[str, float]:
 
 
 def _of_lookups(lookups: list[LookupTraffic]) -> dict[str, float]:
-    """How much less crossed the ranks than gather + reduce-scatter would move, and how evenly owners were asked."""
+    """Traffic saved against gather + reduce-scatter, and how evenly the owners of the rows were asked."""
     if not lookups or not any(lookup.gathered for lookup in lookups):
         return {}  # one rank has the whole matrix
     step = reduce(add, lookups)

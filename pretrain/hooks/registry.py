@@ -1,4 +1,4 @@
-"""Which hooks a run has, and in which order they are called."""
+"""Registry of the hooks, in the order in which they are called."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ BUILDERS: tuple[Callable[[JobConfig, Run], Hook | None], ...] = (
     untie.build,
     embedding.build,
     lens.build,
-    log.build,  # after all that add to the report of a step
+    log.build,  # after all hooks that add to the report of a step
     save.build,  # last: what was evaluated goes into the checkpoint
 )
 

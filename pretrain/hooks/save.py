@@ -1,4 +1,4 @@
-"""Checkpoints on the way."""
+"""Checkpoints during the run."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from .base import Hook, Run, StepReport, TrainerView
 
 
 class CheckpointHook(Hook):
-    """A checkpoint every few steps, 0 for none. An update waits until the pending save has copied what it changes."""
+    """A checkpoint every few steps, 0 for none. An update waits until a running save has copied the tensors."""
 
     def __init__(self, every: int, run: Run) -> None:
         self.every, self.run, self.manager = every, run, run.manager

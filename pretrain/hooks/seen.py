@@ -1,4 +1,4 @@
-"""How often each row of the matrix was used since the run began: as input, and as target."""
+"""Counts of how often each row of the matrix was used since the run began: as input, and as target."""
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,9 @@ SEEN = "monitor.seen"  # its name in a checkpoint
 
 
 class Seen(Hook):
-    """Counts ids on every rank, and brings them to the owners of their rows when `gather` is called.
+    """Counts ids on every rank. `gather` brings the counts to the owners of the rows.
 
-    counts_v2: of my rows, up to the last `gather`: as input, as target, in float64, exact up to 2^53.
+    counts_v2: uses of this rank's rows up to the last `gather`, as input and as target. float64, exact up to 2^53.
     """
 
     def __init__(self, shard: VocabShard, mesh: Mesh) -> None:
@@ -37,15 +37,15 @@ class Seen(Hook):
         self.counts_v2 = counts.to_local()
 
     def add(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
-        """Ids of this rank; a target below 0 is ignored. Local."""
+        """Counts ids of this rank; ignores targets below 0. No traffic."""
         for mine_V, ids in zip(self._mine_2V, (tokens_BT.flatten(), targets_BT.flatten()), strict=True):
             valid = ids >= 0
             mine_V.index_add_(0, torch.where(valid, ids, 0), valid.long())
 
     def gather(self) -> Tensor:
-        """`counts_v2`, up to now. One all-reduce of 2·V numbers over all ranks."""
+        """Returns `counts_v2` up to now. One all-reduce of 2·V numbers over all ranks."""
         dist.all_reduce(self._mine_2V)
         new_v2 = self._mine_2V[:, self.shard.start : self.shard.stop].T
-        self.counts_v2 = self.counts_v2 + new_v2  # not in place: a save may still be reading what was
+        self.counts_v2 = self.counts_v2 + new_v2  # not in place: a save may still be reading the old tensor
         self._mine_2V.zero_()
         return self.counts_v2

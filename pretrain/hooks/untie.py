@@ -1,4 +1,4 @@
-"""Splits a tied matrix in two in the middle of a run, and measures how far its halves move apart."""
+"""Splits a tied matrix in two during a run, and measures how far the two move apart."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,11 @@ from .base import Hook, Run, StepReport, TrainerView
 
 
 class UntieHook(Hook):
-    """Splits the matrix before step vocab.untie_at + 1: a checkpoint of step untie_at still has it whole.
+    """Splits the matrix before step vocab.untie_at + 1: the checkpoint of step untie_at still has one matrix.
 
     Every few steps from then on it adds `tie_distance`, ‖head - embedding‖ / ‖embedding‖, and `tie_cosine`, the mean
-    over the rows of the cosine between a row of one and that of the other. What a checkpoint needs is in its tensors:
-    one that has the head's makes `VocabParallelEmbedding.match` split the matrix on a resume.
+    over the rows of the cosine between a row of one and that of the other. A checkpoint keeps no other
+    state: if it has a tensor of the head, `VocabParallelEmbedding.match` splits the matrix at the resume.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class UntieHook(Hook):
 
     def before_step(self, trainer: TrainerView) -> None:
         if self.vocab.config.untie_at == trainer.state.step and self.vocab.head_weight is None:
-            self.wait_for_copy()  # a save at work asks for the matrices by name
+            self.wait_for_copy()  # a running save asks for the matrices by name
             self.vocab_optimizer.add_copy(self.vocab.untie(), self.vocab.weight)
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
@@ -59,7 +59,7 @@ class UntieHook(Hook):
 
 
 def build(config: JobConfig, run: Run) -> UntieHook | None:
-    """The hook, if the matrix is to be split at some step."""
+    """The hook, if vocab.untie_at is set."""
     if config.vocab.untie_at is None:
         return None
     return UntieHook(run.parts.model.vocab, run.parts.vocab_optimizer, config.log.every, run.manager.wait_for_copy)

@@ -1,4 +1,4 @@
-"""Metrics that a run reports while it trains."""
+"""Metrics of a run: how they are measured on the matrix, named, and written to files."""
 
 from .metrics import MetricsLog
 from .rows import BINS, EDGES, Rows, blocks

@@ -1,4 +1,4 @@
-"""A file that grows while a run trains: apart from what is written to it, since a log must never end a training."""
+"""A file that grows during a run. An error while writing it must never end the training."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-KEPT_BYTES = 16 << 20  # in memory, of what cannot be written
+KEPT_BYTES = 16 << 20  # of records that cannot be written, kept in memory
 
 
 class GrowingFile:
-    """Appends whole records. If that fails (disk full, folder removed, permission), one warning is printed, the records
-    are kept in memory, the oldest dropped beyond KEPT_BYTES, and written as soon as that is possible again.
+    """Appends whole records. If that fails (disk full, folder removed, permission), it prints one warning, keeps the
+    records in memory, drops the oldest beyond KEPT_BYTES, and writes the rest as soon as it can.
 
-    The file is opened, and its folder made, with the first record. header: what a new file begins with.
+    The first record opens the file and makes its folder. header: the first bytes of a new file.
     """
 
     def __init__(self, path: Path, header: Callable[[], bytes] = bytes) -> None:
@@ -29,7 +29,7 @@ class GrowingFile:
             self._write_all()
         except OSError as error:
             if not self._failing:
-                self._say(f"{error.strerror}; training goes on, and what is to be written is kept in memory")
+                self._say(f"{error.strerror}; training goes on, and the records are kept in memory")
             self._failing = True
             while sum(map(len, self._waiting)) > KEPT_BYTES:
                 self._waiting.popleft()
@@ -45,7 +45,7 @@ class GrowingFile:
         self._release()
 
     def _write_all(self) -> None:
-        """OSError if not all could be written: the others wait."""
+        """Writes all waiting records. Raises OSError if some could not be written; they keep waiting."""
         descriptor = self._open()
         if os.fstat(descriptor).st_size == 0:
             _append(descriptor, self._header())
@@ -54,7 +54,7 @@ class GrowingFile:
             self._waiting.popleft()
 
     def _open(self) -> int:
-        """The file of that name, which may have been removed or replaced since the last record."""
+        """Opens the file again if it was removed or replaced since the last record."""
         if self._descriptor is not None:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
@@ -75,7 +75,7 @@ class GrowingFile:
 
 
 def _append(descriptor: int, record: bytes) -> None:
-    """All of it or, with OSError, nothing."""
+    """Appends the whole record. On an error, raises OSError and leaves nothing of it in the file."""
     size, left = os.fstat(descriptor).st_size, memoryview(record)
     try:
         while left:

@@ -1,6 +1,6 @@
 """Measures of the rows of a matrix, and of the gradients of its two uses.
 
-All is exact on the shards: sums over rows are all-reduced over the vocab group, and no row leaves its rank.
+All measures are exact: sums over rows are all-reduced over the vocab group, and no row leaves its rank.
 """
 
 import math
@@ -15,21 +15,21 @@ from ..vocab import VocabShard
 from ..vocab.collectives import on_host
 from .spectrum import isotropy
 
-BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row, of a million
+BINS = ("never", "0-1ppm", "1-10ppm", "10-100ppm", "100-1000ppm", "1000ppm-up")  # uses of a row in a million
 EDGES = (1.0, 10.0, 100.0, 1000.0)
-SMALL = 0.1  # of the mean norm: padding rows are zero, and nothing moves a row that is as good as one
-MAX_LISTED_ROWS = 50  # ids of a kind
-BLOCK = 2**20  # numbers of a matrix that are worked on at once
+SMALL = 0.1  # of the mean norm: padding rows are zero, and gradients hardly move a row near zero
+MAX_LISTED_ROWS = 50  # ids of each kind
+BLOCK = 2**20  # numbers of a matrix in one piece of work
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows, of at most `BLOCK` numbers each: what is computed of a slice needs little memory."""
+    """Yields slices of rows of at most `BLOCK` numbers each, so that work on one slice needs little memory."""
     height = max(1, BLOCK // width)
     return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
 
 class Rows:
-    """The rows of the vocabulary and their counts, split over `group`; measures of them, the same on all its ranks."""
+    """The rows of the vocabulary and their counts, split over `group`. All measures are equal on all its ranks."""
 
     def __init__(self, shard: VocabShard, group: dist.ProcessGroup | None, counts_v2: Tensor) -> None:
         self.shard, self.group = shard, group
@@ -41,8 +41,8 @@ class Rows:
         self.bin_v = torch.where(self.uses_v > 0, 1 + torch.bucketize(frequency_v, edges, right=True), 0)
 
     def gradients(self, uses_v3: Tensor) -> dict[str, float]:
-        """grad_input, grad_output: norms; grad_input_share: the input's part of their sum; grad_cosine: between the
-        two, all numbers of the rows as one vector. Of all rows, and of each bin with the rows there are.
+        """Norms grad_input and grad_output; grad_input_share, the input's part of their sum; grad_cosine between the
+        two, all numbers of the rows as one vector. For all rows, and for each bin that has rows.
         """
         bins_b3 = self._host_sum(self._by_bin(uses_v3[: self.valid]))
         scalars: dict[str, float] = {}
@@ -56,20 +56,20 @@ class Rows:
         return scalars
 
     def unseen(self) -> dict[str, float]:
-        """How many rows were never an input, never a target; and how many are in each bin."""
+        """Counts the rows that were never an input, never a target, and the rows in each bin."""
         never = self._host_sum((self.counts_v2 == 0).sum(0).double()).tolist()
         bins = self._host_sum(self._by_bin(torch.ones_like(self.counts_v2[:, :1]))).squeeze(1).tolist()
         scalars = dict(zip(("rows_never_input", "rows_never_target"), never, strict=True))
         return scalars | {f"rows_of_bin/{name}": count for name, count in zip(BINS, bins, strict=True)}
 
     def of_matrix(self, weight_vD: Tensor) -> tuple[dict[str, float], dict[str, list[int]]]:
-        """Measures one matrix: numbers, and the lowest ids of rows that are damaged, small, or like those never seen.
+        """Measures one matrix: numbers, and the lowest ids of rows that are damaged, small, or look unseen.
 
-        norm: mean of the rows', by bin too. norm_by_count: its correlation with log count, of rows seen. Shape: see
-        `isotropy`. damaged: rows with a number that is not finite, or all zero; no other measure has them. small: below
-        a tenth of the mean norm, near the padding rows, which are zero. like_unseen: rows seen, yet no farther from
-        the centroid of those never seen than the farthest of these (glitch candidates: Land & Bartolo,
-        arXiv:2405.05417).
+        norm: mean norm of the rows, also by bin. norm_by_count: its correlation with the log of the count, over rows
+        that were used. Shape: see `isotropy`. damaged: rows with a number that is not finite, or with only zeros; no
+        other measure includes them. small: below a tenth of the mean norm, near the padding rows, which are zero.
+        like_unseen: rows that were used, but are no farther from the centroid of the unused rows than the farthest of
+        these (glitch candidates: Land & Bartolo, arXiv:2405.05417).
         """
         weight_vD = weight_vD.detach()[: self.valid]
         D, device = weight_vD.shape[1], weight_vD.device
@@ -114,7 +114,7 @@ class Rows:
         return good_v & (self.bin_v > 0) & (distance_v <= farthest)
 
     def _correlation(self, counted_v: Tensor, norm_v: Tensor) -> dict[str, float]:
-        """Pearson's, of norm and log count."""
+        """Pearson's correlation of norm and log count."""
         x_v = torch.where(counted_v, self.uses_v, 1.0).log()
         y_v = torch.where(counted_v, norm_v, 0.0)
         n, x, y = self._host_sum(torch.stack([counted_v.double().sum(), x_v.sum(), y_v.sum()])).tolist()
@@ -125,7 +125,7 @@ class Rows:
         return {"norm_by_count": xy / math.sqrt(xx * yy)} if xx > 0 and yy > 0 else {}
 
     def _listed(self, marked_v: Tensor) -> tuple[float, list[int]]:
-        """How many rows are marked, and the lowest ids of them, -1 for none."""
+        """Returns how many rows are marked, and the lowest of their ids."""
         mine = on_host(marked_v).nonzero().squeeze(1)[:MAX_LISTED_ROWS] + self.shard.start
         padded = F.pad(mine, (0, MAX_LISTED_ROWS - len(mine)), value=-1).to(marked_v.device)
         found = [padded]
@@ -136,11 +136,11 @@ class Rows:
         return float(self._host_sum(marked_v.sum().double())), ids[ids >= 0][:MAX_LISTED_ROWS].tolist()
 
     def _by_bin(self, values_vk: Tensor) -> Tensor:
-        """[bins, k]: this rank's sums."""
+        """Sums this rank's values by bin, [bins, k]."""
         return values_vk.new_zeros(len(BINS), values_vk.shape[1]).index_add_(0, self.bin_v, values_vk)
 
     def _named(self, bins_bk: Tensor) -> list[tuple[str, list[float]]]:
-        """Sums over all rows, then of each bin that has any."""
+        """Returns the sums over all rows, then of each bin that has any."""
         of_bins = [(f"/{name}", sums) for name, sums in zip(BINS, bins_bk.tolist(), strict=True) if any(sums)]
         return [("", bins_bk.sum(0).tolist()), *of_bins]
 

@@ -1,20 +1,20 @@
-"""Measures of the shape of all rows, and of their directions, from their D × D Gram matrix."""
+"""Measures of the shape of all rows and of their directions, from their D × D Gram matrix."""
 
 import torch
 from torch import Tensor
 
 from ..vocab.collectives import on_host
 
-TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # parts of the directions
+TOP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # fractions of the directions
 
 
 def isotropy(gram_DD: Tensor, sum_D: Tensor, unit_sum_D: Tensor, n: float) -> dict[str, float]:
     """Measures n rows w, none zero, from Σ w·wᵀ, Σ w and Σ w/‖w‖, float64. Empty for fewer than two rows.
 
-    mean_share: the part of Σ‖w‖² that lies in the rows' mean. mean_cosine: of two different rows, over all pairs
-    (Ethayarajh, arXiv:1909.00512). Of the rows' covariance, eigenvalues λ: effective_rank, e to the entropy of λ/Σλ
-    (Roy & Vetterli, EUSIPCO 2007); isotropy, (Σλ)² / (D·Σλ²), 1 where all directions are alike; spectrum/topNpct, the
-    part of Σλ in the largest N % of the directions. One eigenvalue problem of size D.
+    mean_share: the part of Σ‖w‖² that lies in the mean row. mean_cosine: mean cosine of two different rows, over all
+    pairs (Ethayarajh, arXiv:1909.00512). λ are the eigenvalues of the rows' covariance. effective_rank: e to the
+    entropy of λ/Σλ (Roy & Vetterli, EUSIPCO 2007). isotropy: (Σλ)² / (D·Σλ²), 1 if all directions are alike.
+    spectrum/topNpct: the part of Σλ in the largest N % of the directions. Solves one eigenvalue problem of size D.
     """
     if n < 2:
         return {}

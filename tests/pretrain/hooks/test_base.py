@@ -1,4 +1,4 @@
-"""A hook of one's own: its moments, and what of it survives in checkpoints."""
+"""A hook of your own: its moments, and the state that survives in checkpoints."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Counter(Hook):
 
 
 def train_counting(rank: int, world: int, config: JobConfig) -> tuple[list[str], int, list[float]]:
-    """Its moments, and what it has counted in the end."""
+    """Returns the moments it saw, and its counts at the end."""
     counters: list[Counter] = []
 
     def build(config: JobConfig, run: Run) -> Counter:
@@ -85,7 +85,7 @@ def test_a_hook_sees_every_moment_and_its_state_survives(data, tmp_path):
 
 
 @pytest.mark.parametrize("first,second", [(train_rank, train_counting), (train_counting, train_rank)])
-def test_a_hook_with_state_may_come_and_go(data, tmp_path, first, second):
+def test_a_hook_with_state_can_be_added_and_removed(data, tmp_path, first, second):
     settings = {"train__steps": STEPS, "eval__every": 0}
     run_ranks(1, first, tiny_config(data, tmp_path / "run", train__stop_after=STOP, **settings))
     (result,) = run_ranks(1, second, tiny_config(data, tmp_path / "run", **settings))

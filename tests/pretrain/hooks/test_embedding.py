@@ -1,4 +1,4 @@
-"""What is told of the matrix on its shards is what a dense computation tells, in float64."""
+"""Measures of the matrix on its shards match a dense computation, in float64."""
 
 import json
 import math
@@ -30,7 +30,7 @@ LAYOUTS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 2), (4, 4)]  # world, ranks to a 
 
 
 def counts(seed: int = 0) -> Tensor:
-    """[V, 2]: every bin has rows, some are never an input and some never a target."""
+    """Counts [V, 2]: every bin has rows, some are never an input and some never a target."""
     generator = torch.Generator().manual_seed(seed)
     counts_V2 = (10 ** (7 * torch.rand(ROWS, 1, generator=generator, dtype=torch.float64))).floor()
     counts_V2 = (counts_V2 * torch.rand(ROWS, 2, generator=generator, dtype=torch.float64)).floor()
@@ -39,7 +39,7 @@ def counts(seed: int = 0) -> Tensor:
 
 
 def bins_of(counts_V2: Tensor) -> list[Tensor]:
-    """Of each bin, which rows are in it."""
+    """Masks of the rows of each bin."""
     uses = counts_V2.sum(1)
     frequency = uses / uses.sum() * 1e6
     edges = [0.0, *EDGES, math.inf]
@@ -97,7 +97,7 @@ def dense_of_matrix() -> tuple[dict[str, float], dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_the_rows_are_the_dense_matrixs(world):
+def test_rows_match_the_dense_matrix(world):
     truth, ids = dense_of_matrix()
     assert ids["damaged"] == [60, 61, 202] and {50, 200} <= set(ids["small"]) and 40 in ids["like_unseen"]
     never = (counts() == 0).sum(0).tolist()
@@ -109,7 +109,7 @@ def test_the_rows_are_the_dense_matrixs(world):
 
 
 def problem(world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight [V, D], mixer [D, D], and tokens and targets [steps, micro-batches, world, B, T]."""
+    """Builds weight [V, D], mixer [D, D], and tokens and targets [steps, micro-batches, world, B, T]."""
     generator = torch.Generator().manual_seed(world)
     weight, mixer = (torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (ROWS, WIDTH))
     tokens, targets = torch.randint(ROWS, (2, 2, 2, world, 2, 5), generator=generator)
@@ -118,7 +118,7 @@ def problem(world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str, float], bool]:
-    """What the second of two steps tells, and whether the buffer is gone after it."""
+    """Scalars of the second of two steps, and whether the buffer is freed after it."""
     weight, mixer, tokens, targets = problem(world)
     mesh = Mesh.of(parallel, torch.device("cpu"))
     shard = VocabShard.of(mesh.vocab_rank, parallel, ROWS, MULTIPLE)
@@ -180,7 +180,7 @@ def dense_gradients(world: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 @pytest.mark.parametrize("world,parallel", LAYOUTS)
-def test_the_two_uses_gradients_are_the_dense_ones(world, parallel, tie):
+def test_gradients_of_both_uses_match_dense(world, parallel, tie):
     truth = dense_gradients(world)
     assert truth["grad_input/never"] == 0 < truth["grad_output/never"] and "grad_cosine/never" not in truth
     for scalars, gone in run_ranks(world, gradients, parallel, tie):
@@ -209,8 +209,8 @@ def watched(data, tmp_path_factory) -> Path:
     return run
 
 
-def test_a_run_that_is_watched_trains_as_one_that_is_not(data, watched, tmp_path):
-    """To the last bit; two replicas."""
+def test_the_monitor_changes_no_bit_of_the_training(data, watched, tmp_path):
+    """The loss and all tensors are bit-identical, with two replicas."""
     run_ranks(
         2,
         train_rank,
@@ -226,7 +226,7 @@ def test_a_run_that_is_watched_trains_as_one_that_is_not(data, watched, tmp_path
 
 
 @pytest.mark.parametrize("stop,world,parallel", [(4, 2, 1), (6, 3, 3), (5, 4, 2)])
-def test_what_was_seen_goes_on_at_any_split(data, watched, tmp_path, stop, world, parallel):
+def test_counts_continue_at_any_split(data, watched, tmp_path, stop, world, parallel):
     run = tmp_path / "run"
     run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS, vocab__parallel=1, train__stop_after=stop))
     changed = {"vocab__parallel": parallel, "train__micro_batch": 2 if world == 3 else 3}
@@ -244,8 +244,8 @@ def test_what_was_seen_goes_on_at_any_split(data, watched, tmp_path, stop, world
 
 
 @pytest.mark.parametrize("first,second", [(0, 3), (3, 0)])
-def test_the_monitor_may_come_and_go(data, tmp_path, first, second):
-    """Counts begin when it comes, and are left out when it goes."""
+def test_the_monitor_can_be_turned_on_and_off(data, tmp_path, first, second):
+    """Counts begin when the monitor is turned on, and are left out after it is turned off."""
     run = tmp_path / "run"
     run_ranks(
         2, train_rank, tiny_config(data, run, **SETTINGS | {"monitor__embedding_every": first}, train__stop_after=4)
@@ -255,8 +255,8 @@ def test_the_monitor_may_come_and_go(data, tmp_path, first, second):
     assert has == [bool(first)] * 4 + [bool(second)] * 5
 
 
-def test_a_split_run_is_watched_on_both_sides_of_the_split(data, tmp_path):
-    """Sampled at the split, and after."""
+def test_a_split_run_is_measured_before_and_after_the_split(data, tmp_path):
+    """Samples the step of the split, and steps after it."""
     run = tmp_path / "run"
     run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"vocab__untie_at": 5, "monitor__embedding_every": 2}))
     lines = {line["step"]: line for line in lines_of(run)}

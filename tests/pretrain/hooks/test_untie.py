@@ -1,4 +1,4 @@
-"""A matrix that is split in the middle of a run: both halves are copies, and train as a dense process's would."""
+"""A matrix that is split during a run: both halves are copies, and train as in a dense process."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ class Truth(NamedTuple):
 
 
 def dense_untied_training(config: JobConfig) -> Truth:
-    """In float64, AdamW written out: what is copied at the split is seen."""
+    """Trains in float64 with AdamW written out, so that the copies of the split are visible."""
     model = DenseModel(config, torch.float64)
     parameters: dict[str, Tensor] = dict(model.body.named_parameters()) | {"embedding.weight": model.weight}
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -86,7 +86,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
-    """Two ranks, several micro-batches, split on the way."""
+    """Trains on two ranks with several micro-batches, and splits during the run."""
     run = tmp_path_factory.mktemp("straight") / "run"
     run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS))
     return run
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_the_step_of_the_split_is_whole_and_the_next_has_two_mat
 
 
 def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
-    """Whether the two halves, and their moments, are the same bits when the step after the split begins."""
+    """True if both halves and their moments have the same bits when the step after the split begins."""
     from pretrain.trainer import Trainer
 
     seen: list[bool] = []
@@ -147,7 +147,7 @@ def test_both_halves_begin_as_the_same_bits(data, tmp_path):
 
 
 def assert_same_run(run: Path, straight: Path) -> None:
-    """To the last bit."""
+    """Compares bits."""
     keys = ("loss", "grad_norm", "tie_distance", "tie_cosine")
     for one, other in zip(lines_of(run), lines_of(straight), strict=True):
         assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
@@ -167,7 +167,7 @@ def test_resuming_is_exact_before_at_and_after_the_split(data, straight, tmp_pat
 
 @pytest.mark.parametrize("engine", [{"name": "fsdp2"}, ZERO3])
 def test_resuming_at_the_split_is_exact_in_bf16_and_by_either_engine(data, tmp_path, engine):
-    """In bf16 where there is one."""
+    """Uses bf16 if the device has it."""
     settings = SETTINGS | {"train__precision": "auto", "engine": engine}
     for run, stops in (("straight", [STEPS]), ("parts", [AT, STEPS])):
         for stop in stops:
@@ -187,7 +187,7 @@ def test_resuming_at_another_world_size_and_engine(data, straight, tmp_path, sto
 
 
 def forked(straight: Path, run: Path, step: int) -> Path:
-    """The run as it was at that step."""
+    """Copies the run as it was at that step."""
     for folder in checkpoints(straight):
         if read_manifest(folder)["step"] <= step:
             shutil.copytree(folder, run / "checkpoints" / folder.name)
@@ -217,7 +217,7 @@ def test_a_split_may_be_put_off_but_not_undone(data, straight, tmp_path, step, c
 
 
 def test_a_tied_run_can_be_split_later_on(data, straight, tmp_path):
-    """What was tied so far is the run that was to be split all the time."""
+    """A run tied so far, then split, equals the run with the split planned from the start."""
     run = tmp_path / "run"
     run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS | {"vocab__untie_at": None}, train__stop_after=AT))
     run_ranks(2, train_rank, tiny_config(data, run, **SETTINGS))
