@@ -59,7 +59,7 @@ def main() -> None:
         f"-m pretrain.lens run={RUN} example=repetition out={RUN / 'lens'}",
     )
     print(f"""
-The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, tensorboard.
+The run is in {RUN}: checkpoints, metrics.jsonl, config.yaml, TensorBoard's event files.
   lens        {RUN}/lens/lens.html
   curves      .venv/bin/tensorboard --logdir runs
   continue    .venv/bin/python {train.replace(f"train.steps={STEPS}", f"train.steps={2 * STEPS}")}

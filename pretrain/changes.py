@@ -51,6 +51,14 @@ def settings_changed(run: Path, checkpoint: Path | None) -> list[Change]:
     return [] if manifest.get("weights_only") else list(_changes(dict(_flat(manifest["config"])), dict(_flat(now))))
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """All settings of RUN/config.yaml by their dotted keys; none if it cannot be read."""
+    try:
+        return dict(_flat(yaml.safe_load((run / CONFIG_FILE).read_bytes())))
+    except (OSError, AttributeError, yaml.YAMLError):
+        return {}
+
+
 def table(changes: list[Change]) -> list[str]:
     """Formats lines of text in three columns."""
     rows = [

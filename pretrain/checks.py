@@ -117,8 +117,7 @@ def _check_with_torch(
 def check_logs(config: JobConfig) -> None:
     """Raises DataError if the run could not write its logs. For launchers: a running training continues without."""
     key, run = f"run.dir={config.run.dir}", config.run_dir
-    for folder in (TOKENIZER_FOLDER, *(["tensorboard"] if config.log.tensorboard else [])):
-        check_folder(key, run / folder)
+    check_folder(key, run / TOKENIZER_FOLDER)
     for file in (CONFIG_FILE, "metrics.jsonl", RESTARTS_FILE, LAUNCH_LOCK, RANKS_LOCK):
         check_file(key, run / file)
 

@@ -22,7 +22,7 @@ from data_prep.errors import DataError
 
 from .announce import announce
 from .build import about, build_model, vocab_parallel
-from .changes import Change, markdown, settings_changed
+from .changes import Change, markdown, settings_changed, settings_of
 from .checkpoint import CheckpointError, DamagedCheckpoint, checkpoints, step_of
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.state import ModelState, TrainState
@@ -137,7 +137,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
         if mesh.rank == 0:
             changes = settings_changed(config.run_dir, found)
             announce(config, data, loader.samples, parts.model, mesh, parallel, state, found, changes)
-            run.log = _log(config, state.step, changes)
+            run.log = _log(config, data, state.step, changes)
         control.watch_saves(run.manager, config.checkpoint.reserve_seconds, os.environ)
         with closing(run), closing(loader):
             trainer = Trainer(parts, loader, config.train, config.optim, state, hooks, control)
@@ -200,10 +200,11 @@ def _restore(config: JobConfig, manager: CheckpointManager) -> tuple[TrainState,
     return state, found
 
 
-def _log(config: JobConfig, step: int, changes: list[Change]) -> MetricsLog:
+def _log(config: JobConfig, data: Data, step: int, changes: list[Change]) -> MetricsLog:
     log = MetricsLog(config.run_dir, config.log, step, config.train.steps)
+    log.describe(settings_of(config.run_dir), data.tokenizer)
     if changes:
-        log.text("settings changed", markdown(changes), step)
+        log.tell("settings changed", markdown(changes), step)
     return log
 
 

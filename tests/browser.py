@@ -27,7 +27,7 @@ FLAGS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
@@ -70,10 +70,10 @@ CONTRAST = """(selector) => {
 }"""
 
 
-def screenshot(browser: str, address: str, folder: Path) -> Path:
+def screenshot(browser: str, address: str, folder: Path, *flags: str) -> Path:
     """A PNG of what a visitor sees."""
     path = folder / "screenshot.png"
-    done = _run(browser, f"--screenshot={path}", address, folder)
+    done = _run(browser, f"--screenshot={path}", address, folder, *flags)
     assert path.exists(), done.stderr[-2000:]
     return path
 

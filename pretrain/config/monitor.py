@@ -8,7 +8,7 @@ class LogConfig:
     """Scalars in RUN/metrics.jsonl, in TensorBoard and on the terminal."""
 
     every: int = 10  # steps between log entries
-    tensorboard: bool = True  # also write the scalars to RUN/tensorboard
+    tensorboard: bool = True  # also write event files for TensorBoard to the run's folder
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -1,4 +1,4 @@
-"""The lens while a model trains: every n steps, on held-out windows that stay the same."""
+"""The lens while a model trains: every n steps, on validation windows that stay the same."""
 
 import json
 import math
@@ -23,24 +23,29 @@ from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, run_l
 from ..lens.method import Method
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog
+from ..monitor.scalars import map_tag
 from ..vocab.collectives import on_host
 from .base import Hook, Run, StepReport, TrainerView
 
 ROWS = ("kl_final", "kl_input", "entropy", "rank_final", "rank_input", "loss")  # measured of each row
 BY_FREQUENCY = ("kl_input", "rank_input")  # of these also by the input token's bin
-HEAT_MAPS = ("kl_final", "kl_input", "loss")
-PRESERVED_TOP = 10  # an input is preserved in a row where its token is among so many
-COUNTED, AT_ONCE = 2**22, 2**16  # training tokens that frequencies are counted from, and those read in one place
+HEAT_MAPS = {
+    "kl_final": "KL(output ‖ layer), nats",
+    "kl_input": "KL(input ‖ layer), nats",
+    "loss": "loss of each layer, nats/token",
+}
+PRESERVED_TOP = 10  # an input is preserved in a row if its token is among the top 10 there
+COUNTED, AT_ONCE = 2**22, 2**16  # training tokens from which frequencies are counted, and tokens read in one piece
 MEMORY_MIB = 64
-BINS = ("uncounted", *BINS_OF_ROWS[1:])  # of a sample nobody can say "never"
+BINS = ("uncounted", *BINS_OF_ROWS[1:])  # a sample cannot show that a token never occurs
 
 
 def fixed_windows(
     of_corpora: list[Windows], most: int, rank: int, world: int, vocab_size: int
 ) -> tuple[MicroBatch, int]:
-    """This rank's part of `most` windows, of the corpora in turn, and how many are its own. On the host.
+    """Returns this rank's part of `most` windows, taken from the corpora in turn, and their number, on the host.
 
-    Every rank gets as many: the first window fills up, without targets.
+    Every rank gets the same number: copies of the first window, without targets, fill up.
     """
     in_turn = ((windows, i) for i in range(max(map(len, of_corpora))) for windows in of_corpora if i < len(windows))
     places = list(islice(in_turn, most))
@@ -51,9 +56,9 @@ def fixed_windows(
 
 
 def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> Tensor:
-    """The bin of each id, [B, T], by its share of the training tokens: an even sample of up to `COUNTED` of them.
+    """Returns the bin of each id, [B, T], by its share of an even sample of up to `COUNTED` training tokens.
 
-    See `BINS`, whose first has the ids that are not in the sample.
+    See `BINS`. Its first bin has the ids that are not in the sample.
     """
     sizes = [file.size for file in files]
     counts = np.zeros(vocab_size, np.int64)
@@ -68,26 +73,22 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
 
 
 class LensMonitor(Hook):
-    """Adds to the log, as means over all positions of all windows, the same for any number of ranks:
+    """Adds means over all positions of all windows to the log. They are the same on any number of ranks.
 
-    of each row, `lens_kl_final/ROW`, KL(final ‖ row); `lens_kl_input`, KL(input ‖ row); `lens_entropy`; `lens_loss`;
-    `lens_rank_final` and `lens_rank_input`, geometric means of the ranks of the final guess and of the input token. The
-    KL and the rank of the input also by the token's frequency.
-    Of all rows, and by frequency: `lens_commitment`, how far up, from 0, the input, to 1, the guess becomes the final
-    one for good; `lens_preserved`, the part of the rows between input and output where the input token is among the
-    ten likeliest. `lens_seconds`: what this took.
+    `pretrain/monitor/scalars.py` describes each scalar `lens_…`. Those with /ROW are logged for each row; KL and rank
+    of the input, commitment and preserved also by the frequency of the input token.
 
-    Where the run must stop a look is given up. Collectives: for each of a rank's windows, one after the other, whether
-    to stop, a forward of the model and `Readout.read` in the vocab group; one all-reduce of sums.
+    If the run must stop, the measurement is abandoned. Collectives: for each of a rank's windows, one after the other,
+    the decision to stop, a forward of the model, and `Readout.read` in the vocab group; then one all-reduce of sums.
     """
 
     def __init__(self, every: int, batch: MicroBatch, bins_BT: Tensor, run: Run) -> None:
-        """`bins_BT`: of the tokens; -1: of a window that only fills up."""
+        """bins_BT: the bin of each token; -1 in a window that only fills up."""
         self.every, self.batch, self.bins_BT, self.run = every, batch, bins_BT, run
         self.maps: HeatMaps | None = None
 
     def before_training(self, trainer: TrainerView) -> None:
-        """Reads what the log has for heat maps, if there is a board that takes them."""
+        """Reads earlier measurements for the heat maps, if TensorBoard is on."""
         log = self.run.log
         self.maps = HeatMaps(log) if log is not None and log.has_board else None
 
@@ -103,7 +104,7 @@ class LensMonitor(Hook):
         report.scalars.update(scalars, lens_seconds=time.monotonic() - start)
 
     def measure(self, trainer: TrainerView) -> dict[str, float] | None:
-        """Sums first, over all windows and ranks, then means. None where the run must stop: the save comes first."""
+        """Sums over all windows and ranks, then divides. Returns None if the run must stop: the save comes first."""
         model = trainer.model
         of_windows = []
         for b, bins_T in enumerate(self.bins_BT):
@@ -134,17 +135,17 @@ class LensMonitor(Hook):
 
 
 def _sums(found: LensResult, bins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over all positions, and by bin, b in all: of each row [R, m, b], of all [w, b], and of positions [2, b]."""
+    """Sums over all positions, then by bin, b sums in all: per row [R, m, b], of columns [w, b], counts [2, b]."""
     values_RNm, whole_Nw = _measured(found)
     known_N = found.targets >= 0
     bins_Nb = F.one_hot(bins_N + 1, 1 + len(BINS)).double()
-    bins_Nb[:, 0] = 1 - bins_Nb[:, 0]  # all, but what only fills up
+    bins_Nb[:, 0] = 1 - bins_Nb[:, 0]  # all positions, except in windows that only fill up
     sums_Rmb = torch.einsum("rnm,nb->rmb", values_RNm, bins_Nb)
     return sums_Rmb, whole_Nw.T @ bins_Nb, torch.stack([bins_Nb.sum(0), (bins_Nb * known_N.unsqueeze(1)).sum(0)])
 
 
 def _measured(found: LensResult) -> tuple[Tensor, Tensor]:
-    """Each row's in the order of `ROWS`, [R, N, m], 0 where there is none; commitment and preserved, [N, 2]."""
+    """Values per row in the order of `ROWS`, [R, N, m], 0 if there is none; commitment and preserved, [N, 2]."""
     reading, R = found.reading, len(found.rows)
     ranks_RNJ = reading.ranks
     of_row = {
@@ -182,16 +183,16 @@ def _named(
 
 
 def _tag(row: str) -> str:
-    return row.replace(" ", "_")  # TensorBoard takes no spaces
+    return row.replace(" ", "_")
 
 
 class HeatMaps:
-    """Row × step, in TensorBoard; of a resumed run, too, whose log has what was measured before."""
+    """Pictures of row × step for TensorBoard. A resumed run takes the earlier columns from metrics.jsonl."""
 
     def __init__(self, log: MetricsLog) -> None:
         self.log = log
         self.measured: dict[int, dict[str, float]] = {}
-        with suppress(OSError, ValueError):  # a log that cannot be read costs columns of the picture, no more
+        with suppress(OSError, ValueError):  # a log that cannot be read costs only columns
             for line in log.path.read_bytes().splitlines():
                 if b'"lens_kl_final/' in line:
                     scalars = json.loads(line)
@@ -199,31 +200,36 @@ class HeatMaps:
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         self.measured[step] = scalars
-        for name in HEAT_MAPS:
+        for name, title in HEAT_MAPS.items():
             begin = f"lens_{name}/"
             rows = [key for key in scalars if key.startswith(begin)]
             table = [[values.get(key, math.nan) for values in self.measured.values()] for key in rows]
             labels = [key.removeprefix(begin) for key in rows]
-            self.log.image(f"lens/{name}", heat_map(np.array(table), labels, list(self.measured), name), step)
+            self.log.image(map_tag(name), heat_map(np.array(table), labels, list(self.measured), title), step)
 
 
 def heat_map(values: np.ndarray, rows: list[str], steps: list[int], title: str) -> np.ndarray:
-    """A picture [height, width, 3] of bytes; the input row below."""
+    """Draws a picture [height, width, 3] of bytes: the input row below, a column for the steps up to each measurement,
+    colours from the smallest to the largest value. TensorBoard shrinks it to about 300 pixels: large lettering.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.0, max(2.4, 1.2 + 0.16 * len(rows))), dpi=100)
+    figure = Figure(figsize=(4.8, 3.0), dpi=100)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.13, 0.2, 0.8, 0.68))
-    gap = steps[-1] - steps[-2] if len(steps) > 1 else steps[-1]
-    edges = np.append(steps, steps[-1] + gap)
-    image = axes.pcolormesh(edges - gap / 2, np.arange(len(rows) + 1) - 0.5, values, cmap="magma_r", vmin=0)
-    shown = range(0, len(rows), max(1, len(rows) // 12))
-    axes.set_yticks(shown, [rows[r] for r in shown], fontsize=7)
-    axes.set_xlabel("step", fontsize=8)
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(axis="x", labelsize=7)
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).ax.tick_params(labelsize=7)
+    axes = figure.add_axes((0.19, 0.19, 0.65, 0.69))
+    begin = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
+    image = axes.pcolormesh([begin, *steps], np.arange(len(rows) + 1) - 0.5, values, cmap="viridis", rasterized=True)
+    shown = sorted({round(r) for r in np.linspace(0, len(rows) - 1, min(len(rows), 7))})
+    axes.set_yticks(shown, [rows[r].replace("_", " ") for r in shown])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlim(begin, steps[-1])
+    axes.set_xlabel(f"step (the last: {steps[-1]:,})", fontsize=11)
+    axes.set_title(title, fontsize=12)
+    axes.tick_params(labelsize=10)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.86, 0.19, 0.03, 0.69)))
+    bar.ax.tick_params(labelsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,52 +16,73 @@ from data_prep.durable import durable
 from ..config.monitor import LogConfig
 from ..exits import RESTARTS_FILE, restarts_in
 from .append import GrowingFile
-from .board import Board
+from .board import Board, replace_settings, text_summary
+from .charts import Charts
 from .console import Console, Summary
+from .hparams import session, table
+from .older_board import move_older
+from .scalars import ABOUT, BEST, tag_of
+from .tokens import TokenTexts
 
 
 class MetricsLog:
-    """One object a logged step, floats in full precision; a resumed run goes on after `step`, without overlap. A file
-    that cannot be written is a warning, see `GrowingFile`.
+    """Writes one object per logged step, floats in full precision. A resumed run continues after `step`, without
+    overlap. A file that cannot be written is only a warning, see `GrowingFile`.
     """
 
     def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
-        self.path, self.console, self.first_step = run / "metrics.jsonl", Console(step, steps), step
+        self._run, self.path = run, run / "metrics.jsonl"
+        self.console, self.first_step = Console(step, steps), step
         with _no_more_than_a_warning():
             self._drop_after(step)
         self._file = GrowingFile(self.path)
-        self._file.write(b"")  # it is there from the start
-        self._board = Board(run / "tensorboard", step + 1) if config.tensorboard else None
+        self._file.write(b"")  # so that the file exists from the start
+        self._board: Board | None = None
+        if config.tensorboard:
+            with _no_more_than_a_warning():
+                move_older(run)
+            self._board = Board(run, step + 1)
+        self._charts, self._best, self._listed = Charts(()), dict[str, float](), set[str]()
+        self._tokens = TokenTexts(None)
+        self._read_back()
         with _no_more_than_a_warning():
             self._tell_restarts(run, step)
 
+    def describe(self, settings: dict[str, Any], tokenizer: Path | None) -> None:
+        """Shows all settings in TensorBoard: as a table, and for its comparison of runs. `tokenizer`: names the tokens
+        in lists of rows.
+        """
+        self._tokens = TokenTexts(tokenizer)
+        if self._board is not None:
+            with _no_more_than_a_warning():
+                replace_settings(self._run, [text_summary(f"{ABOUT}/settings", table(settings)), *session(settings)])
+
     def write(self, scalars: dict[str, float], rows: dict[str, list[int]] | None = None) -> None:
-        """`scalars` has "step", and whatever else was measured there; `rows`: ids of rows of the matrix, by what they
-        are, which go under "rows", and as text into TensorBoard.
+        """Logs one step. `scalars` has "step" and everything that was measured there. `rows`: ids of rows of the
+        matrix by what they are; they go under "rows" into the file, and as text with their tokens into TensorBoard.
         """
         self._file.write(json.dumps(scalars | ({"rows": rows} if rows else {})).encode() + b"\n")
         self._show(scalars)
         for name, ids in (rows or {}).items():
-            if self._board is not None:
-                self._board.text(f"rows/{name}", ", ".join(map(str, ids)) or "none", int(scalars["step"]))
+            self._list(name, ids, scalars)
 
     @property
     def has_board(self) -> bool:
         """True if there is a TensorBoard, for pictures."""
         return self._board is not None
 
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """Into TensorBoard, if there is one."""
+    def tell(self, title: str, markdown: str, step: int) -> None:
+        """Writes a text about the run into TensorBoard, if there is one."""
         if self._board is not None:
-            self._board.text(tag, markdown, step)
+            self._board.text(f"{ABOUT}/{title}", markdown, step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """Into TensorBoard, where there is one: [height, width, 3] bytes."""
+        """Writes into TensorBoard, if there is one. pixels: [height, width, 3] bytes."""
         if self._board is not None:
             self._board.image(tag, pixels, step)
 
     def complete(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds to the last line, that of `step`, what a stop kept from it."""
+        """Adds scalars to the last line, that of `step`, if a stop came before they were measured."""
         with _no_more_than_a_warning():
             *before, last = self.path.read_bytes().splitlines(keepends=True) or [b""]
             if _step_of(last) != step:
@@ -87,29 +109,61 @@ class MetricsLog:
     def _show(self, scalars: dict[str, float]) -> None:
         step = int(scalars["step"])
         if self._board is not None:
-            self._board.scalars({_tag(name): value for name, value in scalars.items() if name != "step"}, step)
+            self._plot(self._board, {key: value for key, value in scalars.items() if key != "step"}, step)
         self.console.logged(step, scalars)
 
+    def _plot(self, board: Board, scalars: dict[str, float], step: int) -> None:
+        points = {tag_of(key): value for key, value in scalars.items()}
+        for key, tag in BEST.items():
+            if key in scalars:
+                self._best[key] = points[tag] = min(self._best.get(key, scalars[key]), scalars[key])
+        board.scalars(points, step)
+        self._charts.add(scalars)
+        if self._charts.changed:
+            board.summary(self._charts.summary(), step)
+
+    def _list(self, name: str, ids: list[int], scalars: dict[str, float]) -> None:
+        """Shows rows as text in TensorBoard. An empty list is shown only if the one before had rows."""
+        if self._board is None or not (ids or name in self._listed):
+            return
+        (self._listed.add if ids else self._listed.discard)(name)
+        count = max(int(scalars.get(name, 0)), len(ids))
+        some = f", the first {len(ids)} by id" if count > len(ids) else ""
+        rows = ", ".join(self._tokens.named(row) for row in ids)
+        self._board.text(f"rows/{name}", f"{count:,} rows{some}: {rows}" if ids else "none", int(scalars["step"]))
+
+    def _read_back(self) -> None:
+        """Takes from the steps that are kept which charts there are, what was best, and which rows were listed."""
+        with suppress(OSError):
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if _step_of(line) < float("inf"):
+                    scalars = json.loads(line)
+                    self._charts.add(scalars)
+                    for key in BEST.keys() & scalars.keys():
+                        self._best[key] = min(self._best.get(key, scalars[key]), scalars[key])
+                    for name, ids in scalars.get("rows", {}).items():
+                        (self._listed.add if ids else self._listed.discard)(name)
+
     def _tell_restarts(self, run: Path, step: int) -> None:
-        """All starts before this one, as one table: whoever opens TensorBoard sees why the run stood still."""
+        """Shows all starts before this one as one table: TensorBoard then says why the run stood still."""
         if self._board is None or not (run / RESTARTS_FILE).exists():
             return
         rows = ["| start | ended | at step | how | then |", "| --: | --- | --: | --- | --- |"]
         for end in restarts_in(run):
-            with suppress(ValueError, KeyError, TypeError):  # of an unknown form
+            with suppress(ValueError, KeyError, TypeError):  # lines of an unknown form
                 when = datetime.fromtimestamp(end["time"]).isoformat(" ", "seconds")
                 how = f"{end['class']}, rank {end['rank']} on {end['host']}: {end['how']}"
                 rows.append(f"| {end['attempt']} | {when} | {end['step']} | {how} | {end['decision']}: {end['why']} |")
-        self._board.text("restarts", "\n".join(rows), step)
+        self._board.text(f"{ABOUT}/restarts", "\n".join(rows), step)
 
     def _drop_after(self, step: int) -> None:
-        """Steps that a killed run logged after its last checkpoint are about to be done again."""
+        """Drops steps that a killed run logged after its last checkpoint: they will be done again."""
         if not self.path.exists():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= step]
         if kept == lines[: len(kept)]:
-            os.truncate(self.path, sum(map(len, kept)))  # takes no room on the disk
+            os.truncate(self.path, sum(map(len, kept)))  # needs no space on the disk
         else:
             with durable(self.path) as file:
                 file.write(b"".join(kept))
@@ -123,39 +177,9 @@ def _no_more_than_a_warning() -> Iterator[None]:
         print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-def _tag(name: str) -> str:
-    """Tag of a scalar. One of a corpus keeps its title, as in val/loss/web; one of a bin of rows, its bin's."""
-    head, slash, title = name.partition("/")
-    group, _, rest = head.partition("_")
-    return TAGS.get(head, f"{group}/{rest}" if group in GROUPS else head) + slash + title
-
-
 def _step_of(line: bytes) -> float:
-    """A line cut short by a kill counts as beyond every step."""
+    """Returns the step of a line; infinity if a kill has cut the line short."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-GROUPS = ("tie", "grad", "rows", "embedding", "head")  # of tags that have none of their own: grad_cosine is grad/cosine
-TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "tokens": "train/tokens",
-    "tokens_per_s": "perf/tokens_per_s",
-    "tokens_per_s_per_rank": "perf/tokens_per_s_per_rank",
-    "step_s": "perf/step_s",
-    "peak_memory_gib": "perf/peak_memory_gib",
-    "mfu": "perf/mfu",
-    "data_wait": "data/wait",
-    "epochs": "data/epochs",
-    "lookup_saved": "vocab/lookup_saved",
-    "lookup_balance": "vocab/lookup_balance",
-    "val_loss": "val/loss",
-    "val_bits_per_byte": "val/bits_per_byte",
-    "lens_commitment": "lens/commitment",
-    "lens_preserved": "lens/preserved",
-    "lens_seconds": "lens/seconds",
-}

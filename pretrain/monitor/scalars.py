@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 TRAINING, DATA, MATRIX, LENS = "1 training", "2 data", "3 matrix", "4 lens"
 DETAILS = "details"
+ABOUT = "about"  # group of the texts about the run: before `rows`
 CORPUS, BIN, ROW = "/CORPUS", "/BIN", "/ROW"
 
 

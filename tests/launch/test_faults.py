@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.checkpoint import checkpoints, step_of
+from pretrain.monitor.scalars import tag_of
 from tests.launch.commands import SMALL, restarts, run, scalars, start
 
 FORTY = f"nproc=2 log.every=1 checkpoint.every=4 train.steps=40 {SMALL}"
@@ -97,10 +98,10 @@ def test_kill_9_of_a_rank_ends_the_run_and_a_rerun_resumes(data, straight, tmp_p
     *killed, finished = [(end["class"], end["rank"], end["decision"]) for end in restarts(folder)]
     assert killed == [("KILLED", 1, "give up"), ("KILLED", 1, "restart")]
     assert (finished[0], finished[2]) == ("FINISHED", "done"), "whichever rank was first"
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    *_, newest = events.Tensors("restarts/text_summary")
+    events = EventAccumulator(str(folder)).Reload()
+    *_, newest = events.Tensors("about/restarts/text_summary")
     assert newest.tensor_proto.string_val[0].decode().count("KILLED, rank 1 on ") == 2
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41)), "one curve, without overlap"
+    assert [event.step for event in events.Scalars(tag_of("loss"))] == list(range(1, 41)), "one curve, without overlap"
 
 
 def test_hanging_rank_is_detected_and_the_run_resumes(data, straight, tmp_path):
@@ -188,7 +189,7 @@ def test_full_disk_between_saves_loses_no_step(data, tmp_path):
         assert process.returncode == 0 and not errors, errors
         steps = [line["step"] for line in scalars(disk / "run")]
         assert steps == list(range(1, step_of(checkpoints(disk / "run")[-1]) + 1))
-        events = EventAccumulator(str(disk / "run" / "tensorboard")).Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == steps
+        events = EventAccumulator(str(disk / "run")).Reload()
+        assert [event.step for event in events.Scalars(tag_of("loss"))] == steps
     finally:
         subprocess.run(["umount", "-l", disk], check=True)

@@ -65,7 +65,7 @@ def test_a_run_leaves_config_metrics_curves_and_a_checkpoint(trained, data):
         assert line["tokens_per_s_per_rank"] == line["tokens_per_s"] / 2 and line["peak_memory_gib"] > 0.05
     assert [folder.name for folder in checkpoints(trained)] == ["step-00000012"]
     assert not list(trained.rglob("*.pt")) and not list(trained.rglob(".metadata"))
-    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    assert list(trained.glob("events.out.tfevents.*"))
     assert (trained / "config.yaml").is_file() and (trained / "tokenizer" / "spec.json").is_file()
 
 

@@ -140,7 +140,7 @@ def test_resume_prints_changes_and_a_finished_run_is_not_started(tmp_path):
     changes.append({"key": "train.stop_after", "was": 2, "is": None})
     lines = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
     assert [line.get("changes") for line in lines] == [None, changes]
-    board = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
+    board = b"".join(path.read_bytes() for path in folder.glob("events.*"))
     assert b"settings changed" in board and b"| train.global_batch | 4 | 8 |" in board
     old = load_config(folder / "config-0001.yaml")
     assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (6e-4, 4, 2)

@@ -53,7 +53,7 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "tokenizer", "."])
+@pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "."])
 @pytest.mark.parametrize(("make", "message"), FOLDERS.values(), ids=FOLDERS.keys())
 def test_a_folder_that_cannot_be_written_is_found_at_the_start(tokens, tmp_path, name, make, message):
     run = tmp_path / "run"

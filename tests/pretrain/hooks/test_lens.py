@@ -1,4 +1,4 @@
-"""`monitor.lens_every`: it logs what a dense float64 model of the same weights says, and training does not notice."""
+"""`monitor.lens_every` logs what a dense float64 model of the same weights computes, and does not change training."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from pretrain.hooks import Run, lens
 from pretrain.hooks.lens import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.lens.lens import run_lens
 from pretrain.monitor import MetricsLog
+from pretrain.monitor.scalars import map_tag, tag_of
 from tests.pretrain.helpers import make_corpus, write_tokens
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -40,7 +41,7 @@ RUNS: dict[str, dict] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Random ids, in documents of which a window has three or four."""
+    """Random ids, in documents: three or four per window."""
     folder = make_corpus(tmp_path_factory.mktemp("corpus"))
     manifest = Manifest.load(folder)
     entries = []
@@ -76,7 +77,7 @@ def lens_of(line: dict) -> dict[str, float]:
 
 
 def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
-    """The tokens of each document, or of each window where documents are not told apart."""
+    """The tokens of each document, or of each window if documents are not masked."""
     if batch.starts_BT is None:
         return list(batch.tokens_BT)
     lengths = [starts_T.unique_consecutive(return_counts=True)[1].tolist() for starts_T in batch.starts_BT]
@@ -84,7 +85,7 @@ def read_apart(batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def dense(config: JobConfig) -> dict[str, float]:
-    """Of the newest checkpoint, by whole float64 logits."""
+    """Measures of the newest checkpoint from whole float64 logits."""
     corpora = open_data(config.data)
     rows = vocab_rows(config, corpora)
     windows = list(validation_windows(config, corpora).values())
@@ -156,7 +157,7 @@ def dense(config: JobConfig) -> dict[str, float]:
         (2, "zero 3", 1),
     ],
 )
-def test_it_is_the_dense_truth(data, tmp_path, world, run, split):
+def test_the_lens_matches_dense(data, tmp_path, world, run, split):
     """Every measure of every row and bin, for both engines; of ranks that share the matrix and of replicas; of whole
     windows, and of documents that do not see each other.
     """
@@ -168,7 +169,7 @@ def test_it_is_the_dense_truth(data, tmp_path, world, run, split):
     assert lines[STEPS]["lens_seconds"] > 0
 
 
-def test_training_does_not_notice(data, tmp_path):
+def test_the_lens_changes_no_bit_of_the_training(data, tmp_path):
     for name, every in (("with", EVERY), ("without", 0)):
         run_ranks(2, train_rank, config_of(data, tmp_path / name, monitor__lens_every=every, vocab__parallel="2"))
     keys = ("loss", "grad_norm")
@@ -181,7 +182,7 @@ def test_training_does_not_notice(data, tmp_path):
 
 
 def stopped_at_the_first_window(rank: int, world: int, config: JobConfig) -> int:
-    """How many windows it has looked at."""
+    """Counts the windows that were measured."""
     results = []
 
     def signalled(*given, **settings):
@@ -195,7 +196,7 @@ def stopped_at_the_first_window(rank: int, world: int, config: JobConfig) -> int
     return len(results)
 
 
-def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
+def test_a_measurement_is_abandoned_if_the_run_must_stop(data, tmp_path):
     config = config_of(data, tmp_path / "a")
     assert run_ranks(2, stopped_at_the_first_window, config) == [1, 1]  # of 2 each
     lines = logged(tmp_path / "a")
@@ -204,7 +205,7 @@ def test_a_look_is_given_up_where_the_run_must_stop(data, tmp_path):
 
 
 def time_left_at_each_window(rank: int, world: int, config: JobConfig) -> list[float]:
-    """Seconds of the watchdog's, of which every window takes half."""
+    """Seconds left on the watchdog at each window. Every window takes half of them."""
     left = []
 
     def slow(*given, **settings):
@@ -217,39 +218,40 @@ def time_left_at_each_window(rank: int, world: int, config: JobConfig) -> list[f
     return left
 
 
-def test_every_window_is_a_sign_of_life(data, tmp_path):
+def test_every_window_resets_the_watchdog(data, tmp_path):
     config = config_of(data, tmp_path / "a", train__hang_timeout=10_000.0, monitor__lens_windows=6)
     for left in run_ranks(2, time_left_at_each_window, config):
         assert len(left) == 2 * 3 and min(left) > 5_000  # at step 3 and 6
 
 
 def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
-    """Also of a run that was stopped and resumed: the picture of the last step has a column for each measured step."""
+    """The picture of the last step has a column for each measured step, also after a resume."""
     config = config_of(data, tmp_path / "a", log__tensorboard=True, train__stop_after=4)
     run_ranks(1, train_rank, config)
     config.train.stop_after = None
     run_ranks(1, train_rank, config)
-    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "a"), size_guidance={"images": 0}).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"lens_{name}/{row}" for name in ROWS for row in ("positions", "block_0", "block_1", "output")} <= tags
-    assert {"lens/commitment", "lens/preserved", "lens/seconds"} <= tags
+    rows = ("positions", "block_0", "block_1", "output")
+    assert {tag_of(f"lens_{name}/{row}") for name in ROWS for row in rows} <= tags
+    assert {tag_of(f"lens_{name}") for name in ("commitment", "preserved", "seconds")} <= tags
     for name in ("kl_final", "kl_input", "loss"):
-        assert [event.step for event in events.Images(f"lens/{name}")] == [EVERY, STEPS]
+        assert [event.step for event in events.Images(map_tag(name))] == [EVERY, STEPS]
     lines = logged(tmp_path / "a")
-    assert [event.value for event in events.Scalars("lens_kl_final/block_0")] == [
+    assert [event.value for event in events.Scalars(tag_of("lens_kl_final/block_0"))] == [
         pytest.approx(lines[step]["lens_kl_final/block_0"]) for step in (EVERY, STEPS)
     ]
 
 
-def test_a_heat_map_has_a_column_a_step_and_a_row_a_layer():
-    values = np.array([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
-    picture = heat_map(values, ["below", "above"], [10, 20, 30], "kl")
-    dark = picture.astype(int).sum(-1) < 120  # magma_r ends in black
-    inside = dark[70:180, 100:560]  # the axes, without their lettering
-    height, width = inside.shape
-    assert inside[: height // 2, : width // 3].mean() > 0.7, "top left"
-    assert inside[height // 2 :, -width // 3 :].mean() > 0.7, "bottom right"
-    assert inside[height // 2 :, : width // 3].mean() < 0.3 and inside[: height // 2, -width // 3 :].mean() < 0.3
+def test_a_heat_map_ends_at_the_last_step_with_colours_of_its_data():
+    values = np.array([[7.0, 7.0, 9.0], [9.0, 7.0, 7.0]])
+    picture = heat_map(values, ["below", "above"], [10, 20, 30], "kl").astype(int)
+    inside = picture[45:235, 95:400]  # the axes, without their lettering
+    bright = inside[..., 0] > 200  # viridis ends in yellow, and begins in violet
+    assert (inside[..., 0] < 100).mean() > 0.6 and (inside.min(-1) < 200).all(), "no white: every step has a column"
+    height, width = bright.shape
+    assert bright[: height // 2 - 2, : width // 3 - 2].all() and bright[height // 2 + 2 :, 2 - width // 3 :].all()
+    assert bright.mean() < 0.4
 
 
 def test_bins_are_shares_of_the_training_tokens(tmp_path):
@@ -260,7 +262,7 @@ def test_bins_are_shares_of_the_training_tokens(tmp_path):
     assert [BINS[b] for b in bins[0]] == ["1000ppm-up", "1000ppm-up", "10-100ppm", "0-1ppm", "uncounted"]
 
 
-def test_every_corpus_has_its_turn_and_windows_are_dealt_alike(tmp_path):
+def test_corpora_take_turns_and_ranks_get_equal_numbers_of_windows(tmp_path):
     windows = []
     for name, count in (("a", 65), ("b", 17), ("c", 33)):  # 4 windows, 1, 2
         write_tokens(tmp_path / name, np.full(count, len(windows)), 307)
@@ -286,13 +288,13 @@ def test_no_heat_maps_without_a_board(tmp_path):
         log.close()
 
 
-def test_a_log_that_cannot_be_read_costs_columns_alone(tmp_path):
+def test_an_unreadable_log_costs_only_columns(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     log = MetricsLog(tmp_path, LogConfig(), 0, 1)
     assert HeatMaps(log).measured == {}
 
 
-def test_what_cannot_be_is_named(data, tmp_path):
+def test_wrong_settings_are_named(data, tmp_path):
     with pytest.raises(ValueError, match=r"monitor\.lens_every=-1 must not be negative"):
         config_of(data, tmp_path / "a", monitor__lens_every=-1)
     with pytest.raises(ValueError, match=r"monitor\.lens_windows=0 must be at least 1"):
