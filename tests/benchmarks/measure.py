@@ -63,7 +63,7 @@ def extra_peak_mib(step: Step) -> float:
 def holding_peak_mib(build: Callable[[], Step]) -> float:
     """The peak memory of the process during a step, in MiB above its memory before `build`: it includes what is built.
 
-    A first, uncounted step allocates what is kept, such as moments.
+    A first, uncounted step allocates what is kept, for example moments.
     """
     before = status_mib("VmRSS")
     step = build()

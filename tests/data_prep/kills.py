@@ -1,4 +1,4 @@
-"""Kills a run with signal 9 at random moments, many times; the output must match that of an undisturbed run.
+"""Kills a run with signal 9 at random moments, many times; the output must match an undisturbed run.
 
 python -m tests.data_prep.kills 20 [seed]
 """
@@ -76,4 +76,4 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> list[int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         units = killed_again_and_again(Path(name), int(sys.argv[1]), int((sys.argv[2:] or ["0"])[0]))
-        print(f"{len(units)} kills; units done at each: {units}; the bytes match those of a plain run")
+        print(f"{len(units)} kills; units done at each: {units}; the bytes match a plain run")

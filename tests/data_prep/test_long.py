@@ -1,4 +1,4 @@
-"""Tests documents that are not held in memory: their ids match those of the whole text, wherever they are cut."""
+"""Tests documents that are not held in memory: their ids match the whole text, wherever they are cut."""
 
 import gzip
 import io

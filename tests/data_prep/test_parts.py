@@ -1,4 +1,4 @@
-"""Tests parts of a run, concurrent and killed: the bytes match those of a plain run. Real processes, real files."""
+"""Tests parts of a run, concurrent and killed: the bytes match a plain run. Real processes, real files."""
 
 import os
 import signal

@@ -79,7 +79,7 @@ def test_output_is_written_in_order():
 
 
 def test_stopped_reader_does_not_block_the_process():
-    """The reader, such as a pager, later gets the complete text up to the point at which it stopped."""
+    """The reader (a pager) later gets the complete text up to the point at which it stopped."""
     code = "from data_prep import terminal; terminal.PATIENCE = 0.1; terminal.begin()\n"
     code += "for i in range(30_000): print('line', i)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
