@@ -43,10 +43,13 @@ class Meter:
         """Seconds since the beginning."""
         return time.monotonic() - self._start
 
-    def show(self, done: float, facts: Sequence[str]) -> None:
-        """Draws the bar, or writes a line on stderr, if the last one is old enough. facts: the most important first."""
+    def show(self, done: float, facts: Sequence[str], at_once: bool = False) -> None:
+        """Draws the bar, or writes a line on stderr, if the last one is old enough. facts: the most important first.
+
+        at_once: even if it is not.
+        """
         now, columns = time.monotonic(), terminal.status_columns()
-        if now - self._shown < (TERMINAL_SECONDS if columns else LOG_SECONDS):
+        if not at_once and now - self._shown < (TERMINAL_SECONDS if columns else LOG_SECONDS):
             return
         self._shown = now
         if columns:

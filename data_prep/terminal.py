@@ -56,6 +56,8 @@ class Output(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Accepts all bytes. Raises BrokenPipeError or OSError only for a product, and only once."""
         size = len(memoryview(data).cast("B"))
+        if not size:  # as by print(…, end="") if Python is unbuffered
+            return 0
         left = memoryview(self._framed(bytes(data)) if self.draws else data).cast("B")
         try:
             while left and self._takes_more():

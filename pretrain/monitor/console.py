@@ -31,12 +31,12 @@ class Console:
         self._step, self._rate = step, f"{tokens_per_s:,.0f} tokens/s"
         self.busy()
 
-    def busy(self, doing: str = "") -> None:
+    def busy(self, doing: str = "", at_once: bool = False) -> None:
         """Draws the bar on a terminal. doing: the work between two steps, such as an evaluation."""
         if terminal.status_columns():
             left = f"{self.left(self._step)} left" if self._edges else ""
             facts = [f"{self._step:,}/{self.steps:,}", left, doing or self._rate]
-            self._meter.show(self._step, list(filter(None, facts)))
+            self._meter.show(self._step, list(filter(None, facts)), at_once)
 
     def left(self, step: int) -> str:
         """Formats the time to the last step of the schedule, by the mean of the last steps, evaluations included."""
@@ -46,7 +46,8 @@ class Console:
         return clock((end - start) / max(1, last - first) * (self.steps - step))
 
     def logged(self, step: int, scalars: dict[str, float]) -> None:
-        """Prints one line."""
+        """Prints one line. The bar below it is of the same step."""
+        self.busy(at_once=True)
         parts = [terminal.in_colour(f"step {step:>{len(str(self.steps))}}/{self.steps}", "bold")]
         parts += [form.format(scalars[name]) for name, form in FORMS.items() if name in scalars]
         say("  ".join([*parts, f"{self.left(step)} left"]))

@@ -123,6 +123,14 @@ def test_two_processes_share_a_terminal(unbuffered):
     assert len(lines) == len(steps) + len(others) + 1 and lines[-1] == ""
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_bar_is_drawn_again_after_a_line(unbuffered):
+    code = "from data_prep import terminal; terminal.begin(); terminal.status('first')\n"
+    code += "print('line\\n', end='', flush=True); terminal.status('second'); terminal.status('')"
+    written = run(code, PYTHONUNBUFFERED=unbuffered)
+    assert written.replace("\r\n", "\n").split("\r\x1b[K")[1:] == ["first\r", "line\nfirst\r", "second\r", ""]
+
+
 def test_the_bar_of_a_killed_process_is_removed():
     written = run(KILLED)
     assert "bar xxx" in written and lines_on_screen(written) == ["error: rank 1 failed", ""]

@@ -141,7 +141,8 @@ def test_a_terminal_shows_a_bar_that_mixes_with_nothing(data, tmp_path, columns)
     assert sum(line.startswith("first step: done ") for line in lines) == 1
     assert "steps        40 of 40" in lines and lines[-2].startswith("sample: ")
     drawn = [re.sub(r"\x1b\[\d+m", "", bar) for bar in re.findall(r"\x1b\[K(train .*?)\r", written)]
-    assert len(drawn) > 5 and all(len(bar) < columns for bar in drawn)
+    assert len(drawn) >= 5 and all(len(bar) < columns for bar in drawn), "at the start, and with each line"
+    assert drawn[0].endswith(" 0/40, first step") and " 40/40" in drawn[-1]
     assert not any(line.startswith("train") or "█" in line for line in lines), "no bar is left"
 
 
