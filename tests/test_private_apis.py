@@ -23,6 +23,7 @@ PUBLIC = {
 }  # Python's own, documented
 
 PRIVATE = [  # the path in the other package; our use
+    ("atexit._run_exitfuncs", "a rank's end, which skips Python's own shutdown"),
     (
         "torch.distributed.distributed_c10d._set_pg_timeout",
         "a collective's timeout, set after the ranks have connected",
