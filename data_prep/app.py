@@ -54,20 +54,21 @@ PREPARE = "prepare"
 class TokenizeConfig:
     """The settings that `conf/tokenize.yaml` composes."""
 
-    corpus: CorpusConfig
-    tokenizer: TokenizerConfig
+    corpus: CorpusConfig  # the text to read
+    tokenizer: TokenizerConfig  # the tokenizer
     out: str | None = None  # folder to write
-    verify: str | None = None  # folder to check, instead of out
-    stats: str | None = None  # folder to count, instead of out
-    val_fraction: float = 0.02  # share of the documents for validation, chosen by the hash of their text
-    unit_mib: float = 16.0  # MiB of text per work unit, and so per token file
-    clean: CleanConfig = field(default_factory=CleanConfig)
-    max_document_mib: float = LARGEST_DOCUMENT / 2**20  # MiB; larger documents are quarantined
-    document_seconds: float = 600.0  # seconds of tokenising; documents that take longer are quarantined
-    max_quarantined: int = 1000  # quarantined documents; one more stops the run
-    gigatoken: bool = True  # use gigatoken if it is installed and encodes as tiktoken does
+    verify: str | None = None  # instead of out: folder to check
+    stats: str | None = None  # instead of out: folder to print statistics of
+    val_fraction: float = 0.02  # fraction of the documents for validation, chosen by the hash of their text
+    unit_mib: float = 16.0  # MiB of text per work unit, which makes one token file
+    clean: CleanConfig = field(default_factory=CleanConfig)  # documents to leave out
+    max_document_mib: float = LARGEST_DOCUMENT / 2**20  # MiB; a larger document is quarantined
+    document_seconds: float = 600.0  # seconds; a document that takes the tokenizer longer is quarantined
+    max_quarantined: int = 1000  # quarantined documents; one more ends the run
+    gigatoken: bool = True  # use gigatoken if it is installed and its output matches tiktoken's
     workers: int = 0  # processes; 0: one per core
-    part: str | None = None  # K/N: only the units K, K + N, ..., no manifest; prepare: the work before all parts
+    #: K/N: only units K, K + N, ..., without the manifest; prepare: only what precedes all parts; null: everything
+    part: str | None = None
 
     def __post_init__(self) -> None:
         if [self.out, self.verify, self.stats].count(None) != 2:

@@ -1,9 +1,11 @@
 """Runs commands: a wrong command line is one line on stderr and exit code 2, in every command."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 import hydra
@@ -12,12 +14,13 @@ from hydra._internal.utils import get_args_parser  # the only list of Hydra's ow
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep import terminal
+from data_prep.describe import describe, type_name
 from data_prep.errors import headline
-from data_prep.mistakes import CONF, check_bases, mistake
+from data_prep.mistakes import CONF, check_bases, mistake, unknown
 from data_prep.overrides import expand_home, in_full, readable
 from data_prep.renamed import renamed
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
@@ -46,6 +49,10 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
         return function(config)
 
     try:
+        if asked := _keys_asked_for(sys.argv[1:]):
+            terminal.product()
+            print(_help(config_name, asked))
+            return
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
     except (HydraException, OmegaConfBaseException) as error:  # only these: our own bugs keep their traceback
@@ -57,6 +64,48 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _keys_asked_for(arguments: list[str]) -> list[str]:
+    """Returns the keys after --help, as in `--help optim.lr`."""
+    if not {"-h", "--help"} & set(arguments):
+        return []
+    return [word for word in get_args_parser().parse_args(arguments).overrides if "=" not in word and word[0] != "~"]
+
+
+def _help(config_name: str, keys: list[str]) -> str:
+    """Returns value, type and text of each key, with the settings of the command line. Raises ValueError if unknown."""
+    parsed = get_args_parser().parse_args(sys.argv[1:])
+    name = parsed.config_name or config_name
+    config = compose_settings(name, [word for word in parsed.overrides if word not in keys])
+    return "\n".join(line for key in keys for line in _lines(config, name, key))
+
+
+def _lines(config: DictConfig, config_name: str, key: str) -> Iterator[str]:
+    """Yields the lines of a key; of a group, those of all its keys."""
+    above, _, last = key.rpartition(".")
+    parent = OmegaConf.select(config, above) if above else config
+    if not isinstance(parent, DictConfig) or last not in set(parent):  # also one that must be given
+        raise ValueError(unknown(key, [str(name) for name in parent] if isinstance(parent, DictConfig) else []))
+    value = "" if OmegaConf.is_missing(parent, last) else parent[last]
+    if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
+        for inner in map(str, value):
+            yield from _lines(config, config_name, f"{key}.{inner}")
+        return
+    kind = OmegaConf.get_type(parent)
+    known = describe(kind) if is_dataclass(kind) else {}
+    text = known[last].text if last in known else _comment(config_name, last)
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    yield f"{key}={value}  {type_name(known[last].type) if last in known else ''}".rstrip()
+    yield f"    {text}"
+
+
+def _comment(config_name: str, key: str) -> str:
+    """Returns the comment beside a key at the top of conf/CONFIG_NAME.yaml, or of conf/train.yaml."""
+    texts = ((CONF / f"{name}.yaml").read_text() for name in (config_name, "train"))
+    found = (re.search(rf"^{re.escape(key)}: .*?  # (.+)$", text, re.MULTILINE) for text in texts)
+    return next((match[1] for match in found if match), "")
 
 
 def _checked(arguments: list[str], sweeps: bool) -> list[str]:

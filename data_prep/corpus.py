@@ -247,7 +247,7 @@ class HubCorpus(CorpusConfig):
     kind: ClassVar[str] = "hub"
     name: str  # USER/DATASET
     config: str | None = None  # the subset, as the dataset's page names it; null: the default one
-    split: str = "train"
+    split: str = "train"  # split to read
     text_key: str = "text"  # the column of the text
     revision: str | None = None  # a branch, tag or commit; null: the newest
 

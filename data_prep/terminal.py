@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells count
@@ -27,6 +27,7 @@ ERASE = b"\r\x1b[K"  # the cursor to the start of its line, and nothing behind i
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1}  # codes of the terminal
 FAULT = re.compile(rb"^((error)|warning)\b[^:\n]*:", re.MULTILINE)  # how lines about a fault begin
 COLUMNS = 80  # of a terminal that does not say how wide it is
+INSTALL = "run `make setup`, then `source .venv/bin/activate`; see docs/install.md"
 
 
 class Output(io.RawIOBase):
@@ -111,7 +112,8 @@ _outputs: dict[int, Output] = {}  # by descriptor, once `begin` was called
 
 def begin() -> None:
     """Prepares the terminal; called before a command's heavy imports. Standard output and error then accept any text,
-    from Python and from C; until `loaded`, Ctrl-C ends the process with one line and exit code 130.
+    from Python and from C; until `loaded`, Ctrl-C ends the process with one line and exit code 130, and a missing
+    package is one line.
     """
     if _outputs:
         return
@@ -130,6 +132,7 @@ def begin() -> None:
     os.register_at_fork(after_in_child=_forget_status)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
+    sys.excepthook = _failed_to_load
 
 
 def begin_if_command() -> None:
@@ -140,7 +143,9 @@ def begin_if_command() -> None:
 
 
 def loaded() -> None:
-    """Makes Ctrl-C raise KeyboardInterrupt from now on."""
+    """Makes Ctrl-C raise KeyboardInterrupt from now on, and errors print their traceback."""
+    if sys.excepthook is _failed_to_load:
+        sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -200,6 +205,15 @@ def _in_colour(text: bytes, colour: str) -> bytes:
 def _forget_status() -> None:
     """The line is the parent's."""
     _status.text, _status.shared = b"", True
+
+
+def _failed_to_load(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Names a package that is not installed and says how to install it; leaves any other error to Python."""
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not missing or missing in OWN_PACKAGES:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"error: the package {missing} is missing: {INSTALL}", file=sys.stderr)
 
 
 def product() -> None:

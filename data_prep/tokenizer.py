@@ -180,8 +180,8 @@ class BpeTokenizer(TokenizerConfig):
     """A byte-level BPE trained on an even sample of the corpus."""
 
     kind: ClassVar[str] = "bpe"
-    vocab_size: int = 8192  # rows, <|endoftext|> included
-    pattern: str = "cl100k"  # a name in bpe.PATTERNS, or a regular expression
+    vocab_size: int = 8192  # tokens, <|endoftext|> included
+    pattern: str = "cl100k"  # split pattern: cl100k, gpt2 or a regular expression
     sample_mib: float = 16.0  # MiB of text to train on
     sample_within_mib: float = 4096.0  # MiB at the start of the corpus from which the sample is drawn evenly
 
@@ -206,7 +206,7 @@ class NamedTokenizer(TokenizerConfig):
     """One of tiktoken's own encodings."""
 
     kind: ClassVar[str] = "named"
-    name: str
+    name: str  # name of the encoding
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return Tokenizer.named(self.name)
@@ -219,9 +219,9 @@ class FileTokenizer(TokenizerConfig):
     """
 
     kind: ClassVar[str] = "file"
-    path: str
-    pattern: str = ""  # for a bare file: a name in bpe.PATTERNS, or a regular expression
-    end_of_document: int | None = None  # the id of <|endoftext|>, for a bare file or without a config.json
+    path: str  # the folder or file
+    pattern: str = ""  # of a bare file: cl100k, gpt2 or a regular expression
+    end_of_document: int | None = None  # id of <|endoftext|>, for a bare file or without config.json
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         path = Path(self.path)

@@ -48,27 +48,27 @@ OWNED_KEYS = {  # sbatch's keys that we or submitit write, and the setting to us
 class ClusterConfig:
     """Resources that a job requests from Slurm."""
 
-    nodes: int = 1
-    gpus_per_node: int = 0
-    gpu: str | None = None  # type of the GPUs, a name in launch/hardware.py; null: no GPUs
+    nodes: int = 1  # number of nodes
+    gpus_per_node: int = 0  # GPUs asked of each node; 0: ranks compute on CPUs
+    gpu: str | None = None  # model of the GPUs, a name in launch/hardware.py; null: no GPU
     tasks_per_node: int | None = None  # ranks per node; null: one per GPU, or one without GPUs
     cpus_per_task: int = 1  # CPU cores per rank
-    tasks: int = 1  # parallel jobs, for tokenising only
-    memory: str = "0"  # per node, such as 400G; 0: all
-    time: str = ""  # Slurm's time limit, such as 1-12:00:00
-    partition: str | None = None  # as sbatch's; null: the cluster's default
-    account: str | None = None  # as sbatch's; null: the user's default
-    qos: str | None = None  # as sbatch's; null: the default
-    constraint: str | None = None  # as sbatch's; null: none
-    exclude: str | None = None  # nodes not to use, as sbatch's; null: none
-    container: str | None = None  # an image for Slurm's --container-image (pyxis); null: none
-    mounts: list[str] = field(default_factory=list)  # further mounts of the container, as FROM:TO
-    python: str | None = None  # Python's command in a task; null: this one, or python3 in a container
-    setup: list[str] = field(default_factory=list)  # shell lines of the job's script, before the ranks start
-    environment: dict[str, str] = field(default_factory=dict)  # variables for every rank
-    warn_seconds: int = 120  # how long before the time limit the job is asked to save
-    requeue: bool = True  # Slurm may start the job again
-    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
+    tasks: int = 1  # array jobs that tokenise side by side; a training ignores it
+    memory: str = "0"  # host memory per node, such as 400G; 0: all of it
+    time: str = ""  # time limit of the job, HH:MM:SS or days-HH:MM:SS, such as 1-12:00:00; must be given
+    partition: str | None = None  # sbatch's --partition; null: the cluster's default
+    account: str | None = None  # sbatch's --account; null: the user's default
+    qos: str | None = None  # sbatch's --qos; null: the default
+    constraint: str | None = None  # sbatch's --constraint: features that nodes must have; null: none
+    exclude: str | None = None  # sbatch's --exclude: nodes not to use, such as n[3-5],n9; null: none
+    container: str | None = None  # image for srun's --container-image (pyxis); null: no container
+    mounts: list[str] = field(default_factory=list)  # FROM:TO, mounted in the container besides the run and the data
+    python: str | None = None  # command that starts Python in a task; null: this Python, or python3 in a container
+    setup: list[str] = field(default_factory=list)  # shell lines of the job's script before the ranks start
+    environment: dict[str, str] = field(default_factory=dict)  # environment variables of every rank
+    warn_seconds: int = 120  # seconds before the time limit at which the job saves and stops
+    requeue: bool = True  # requeue the job after a time limit, a preemption or a failure
+    sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, such as exclusive: true
 
     def __post_init__(self) -> None:
         leasts = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "tasks": 1}

@@ -49,9 +49,9 @@ LONGER_THAN_SLURM_WAITS = 86_400.0  # seconds, between the signals TERM and KILL
 class TokenizeJobConfig(TokenizeConfig):
     """Settings of the command: the corpus to tokenise, the cluster, and how to submit."""
 
-    cluster: ClusterConfig = MISSING
-    dry_run: bool = False
-    tail: bool = False
+    cluster: ClusterConfig = MISSING  # the cluster, chosen with +cluster=NAME
+    dry_run: bool = False  # print the scripts and the settings, and write nothing
+    tail: bool = False  # follow the logs until the jobs have ended, and exit with their code
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,10 +45,10 @@ from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
 class LaunchConfig:
     """Settings of the command besides the training."""
 
-    cluster: ClusterConfig = MISSING
-    restart: RestartConfig = field(default_factory=RestartConfig)
-    dry_run: bool = False
-    tail: bool = False
+    cluster: ClusterConfig = MISSING  # the cluster, chosen with +cluster=NAME
+    restart: RestartConfig = field(default_factory=RestartConfig)  # when a failed run is started again
+    dry_run: bool = False  # print the script and the settings, and write nothing
+    tail: bool = False  # follow the log until the job has ended for good, and exit with its code
 
 
 @dataclass

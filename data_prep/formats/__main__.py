@@ -28,6 +28,13 @@ HELP = """Converts the token files of other programs to ours and back.
                 tiktoken knows. A sample is decoded and encoded again to check it
   out=          a new folder, which appears when it is complete. Nothing is overwritten
 """
+KEYS = {
+    "from": "import: format of the files: megatron, llmc, datatrove or nanogpt",
+    "to": "export: format to write: the same",
+    "in": "files to read: a file, a pattern, a folder or a list; export: a folder of token files",
+    "tokenizer": "import: tokenizer of the tokens: a folder that has one, or a name that tiktoken knows",
+    "out": "new folder to write",
+}
 
 
 def main() -> None:

@@ -36,6 +36,13 @@ HELP = """Lists, verifies and prunes the checkpoints of a run.
 
 prune is refused while the run is training. It keeps damaged checkpoints and folders named damaged-….
 """
+KEYS = {
+    "run": "folder of the run",
+    "step": "list, verify: only the checkpoint of this step; default: all",
+    "keep": "prune: newest checkpoints to keep, instead of checkpoint.keep",
+    "keep_every": "prune: also keep multiples of this step, instead of checkpoint.keep_every",
+    "keep_best": "prune: also keep this many with the lowest validation loss, instead of checkpoint.keep_best",
+}
 RULES = ("keep", "keep_every", "keep_best")
 
 
@@ -128,7 +135,7 @@ COMMANDS: dict[str, Callable[[Settings], int]] = {"list": show, "verify": verify
 
 
 def _settings(arguments: list[str]) -> Settings:
-    given = key_values(arguments, ("run", "step", *RULES), f"run=, step=, {'=, '.join(RULES)}=")
+    given = key_values(arguments, KEYS, f"{'=, '.join(KEYS)}=")
     if not given.get("run"):
         raise ValueError("run is missing; give the folder of a run, such as run=runs/a")
     numbers = {key: count_of(key, given[key]) for key in ("step", *RULES) if key in given}

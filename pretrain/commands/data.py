@@ -20,6 +20,12 @@ from ..data import open_data
 from ..data.dataset import Windows
 from ..data.samples import Samples
 
+KEYS = {
+    "run": "folder of the run; without it, give the settings of a training",
+    "step": "step whose batch to show, from 1 on; default: 1",
+    "rank": "show only the part of this rank; default: the whole batch",
+    "world": "number of ranks, for rank; default: 1",
+}
 NUMBERS = ("step", "rank", "world")
 MOST_STEPS = 2**40  # times a batch, it is still a valid number of samples
 HELP = """Shows what the model saw at a step.
@@ -59,7 +65,7 @@ def main() -> None:
 
 def _request(arguments: list[str]) -> Request:
     given = key_values(arguments)
-    settings = [argument for argument in arguments if argument.partition("=")[0] not in ("run", *NUMBERS)]
+    settings = [argument for argument in arguments if argument.partition("=")[0] not in KEYS]
     numbers = {key: count_of(key, given[key]) for key in NUMBERS if key in given}
     step, rank, world = numbers.get("step", 1), numbers.get("rank"), numbers.get("world", 1)
     for key, number in (("step", step), ("world", world)):

@@ -32,6 +32,17 @@ HELP = f"""Imports and exports Hugging Face models: {NAMES}; safetensors only, n
 dtype: fp32 (the main weights unchanged), bf16 or fp16. materialize_head: writes the output matrix of a tied model, too,
 for readers that expect one. To continue training a model, init_from=hf:DIR in launch/local.py is enough.
 """
+IMPORT_KEYS = {
+    "hf": "folder of the model: config.json and safetensors",
+    "run": "folder of the run to write; it must not be a run already",
+}
+EXPORT_KEYS = {
+    "run": "folder of the run",
+    "out": "folder to write",
+    "step": "step of the checkpoint; default: the newest",
+    "dtype": "type of the weights: fp32 (default), bf16 or fp16",
+    "materialize_head": "true: write lm_head.weight for a tied model, too; default: false",
+}
 DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
 SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
 
@@ -48,13 +59,12 @@ def main() -> None:
 
 def import_model(arguments: list[str]) -> Iterator[str]:
     """Imports a folder as a run; yields what to print."""
-    keys = ("hf", "run")
     given = key_values(arguments, form="hf=, run=")
     source, run = Path(_needed(given, "hf")), Path(_needed(given, "run"))
     check_free(run, LAUNCH_LOCK)
     found = HFModel(source)
     tokenizer = tokenizer_of(found)
-    config = training(found, run, [one for one in arguments if one.partition("=")[0] not in keys])
+    config = training(found, run, [one for one in arguments if one.partition("=")[0] not in IMPORT_KEYS])
     with lock_run(run, LAUNCH_LOCK):
         refuse_run(run, config.path)
         from .convert import import_folder  # needs torch
@@ -88,8 +98,7 @@ def refuse_run(run: Path, config: Path) -> None:
 
 def export_model(arguments: list[str]) -> Iterator[str]:
     """Exports a checkpoint of a run; yields what to print."""
-    keys = ("run", "out", "step", "dtype", "materialize_head")
-    given = key_values(arguments, keys, f"{'=, '.join(keys)}=")
+    given = key_values(arguments, EXPORT_KEYS, f"{'=, '.join(EXPORT_KEYS)}=")
     run, out = Path(_needed(given, "run")), Path(_needed(given, "out"))
     dtype, head = given.get("dtype", "fp32"), given.get("materialize_head", "false")
     if dtype not in DTYPES:

@@ -16,13 +16,18 @@ HELP = """What does the tie cost? Compares a tied and an untied run on one page,
 `untied` may be a run that began tied and was split (vocab.untie_at). If both runs had monitor.embedding_every=N, the
 page also has the gradients of the two uses and the health of the rows. Default: out=tie_report.html
 """
+KEYS = {
+    "tied": "folder of the tied run",
+    "untied": "folder of the untied run, or of one that was split on the way",
+    "out": "HTML file to write; default: tie_report.html",
+}
 
 
 def main() -> None:
     """Runs the command. Exits with 0, or with 2 and one line if the command is wrong."""
     with one_line(CheckpointError):
         arguments = arguments_or(HELP)
-        given = key_values(arguments, ("tied", "untied", "out"), "tied=, untied= or out=")
+        given = key_values(arguments, KEYS, "tied=, untied= or out=")
         for key in ("tied", "untied"):
             if not given.get(key):
                 raise ValueError(f"{key} is missing: name the folder of a run, such as {key}=runs/{key}")

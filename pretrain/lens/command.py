@@ -18,16 +18,17 @@ class LensConfig:
     hf: str = ""  # folder of a Hugging Face model, instead of run
     text: str = ""  # the prompt; read after <|endoftext|>, or after bos of a Hugging Face model
     file: str = ""  # a file with the prompt, instead of text
-    example: str = ""  # a built-in prompt, instead of text
+    example: str = ""  # a built-in prompt, instead of text: rare_word, repetition or commas
     out: str = "lens"  # folder for the pictures and the page
     window: str | None = None  # positions to show, START:STOP; null: all
     only: str = ""  # show only positions whose token has this text; empty: all
-    points: list[str] = field(default_factory=lambda: ["block"])  # see Method
-    input: str = "positions"  # see Method
-    norm: str = "full"  # see Method
-    decoder: str = "none"  # see Method
-    stride: int = 1  # see Method
-    guesses: int = 5  # most likely tokens kept per cell
+    #: states to show of each block, any of attention, mlp and block: after its attention, after its MLP, its output
+    points: list[str] = field(default_factory=lambda: ["block"])
+    input: str = "positions"  # first row: positions, the input of the first block; embedding, the tokens' rows alone
+    norm: str = "full"  # final norm: full; plain, without its learned scale and bias; none
+    decoder: str = "none"  # none; block: a state first passes the last block; mlp: only that block's MLP
+    stride: int = 1  # show every n-th block; the output is always shown
+    guesses: int = 5  # most likely tokens kept per cell, at most 100
     memory_mib: int = 256  # memory for logits per rank, MiB
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Reads the Markdown of the documentation: its code blocks, headings and links."""
 
+import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -58,3 +59,22 @@ def _anchor(title: str) -> str:
 
 def _tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text())
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The commands of a block in the shell, as words. Raises ValueError for a quotation that does not end."""
+    found, unread = [], ""
+    for line in block.text.splitlines():
+        unread = f"{unread}\n{line}" if unread else line
+        if line.endswith("\\"):
+            unread = unread[:-1]
+            continue
+        try:
+            words = shlex.split(unread, comments=True)
+        except ValueError:  # a quotation that goes over several lines
+            continue
+        found += [words] if words else []
+        unread = ""
+    if unread:
+        raise ValueError(f"{block.page}:{block.line}: {unread} does not end")
+    return found

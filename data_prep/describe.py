@@ -1,13 +1,16 @@
 """Reads the comments beside the fields of a dataclass, for help texts and settings pages.
 
-Separate from the dataclasses because it is used for all of them, also for the commands' settings.
+In data_prep because commands without torch show their settings, too.
 """
 
 import inspect
 import io
 import tokenize
-from dataclasses import MISSING, fields
-from typing import Any, NamedTuple
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+TYPES = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "any", NoneType: "null"}
 
 
 class Setting(NamedTuple):
@@ -20,15 +23,28 @@ class Setting(NamedTuple):
 
 def describe(kind: type) -> dict[str, Setting]:
     """Returns type, default and text of each field. The text is the comment on its line, or the `#:` lines above it."""
-    texts = _comments(inspect.getsource(kind))
+    types, texts = get_type_hints(kind), dict[str, str]()
+    for base in reversed(kind.__mro__):
+        texts |= _comments(inspect.getsource(base)) if is_dataclass(base) else {}
     return {
         item.name: Setting(
-            item.type,
+            types[item.name],
             item.default if item.default_factory is MISSING else item.default_factory(),
             texts.get(item.name, ""),
         )
         for item in fields(kind)
     }
+
+
+def type_name(kind: Any) -> str:
+    """The type in words, such as `integer or null`."""
+    if isinstance(kind, UnionType):
+        return " or ".join(map(type_name, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"list of {type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return " to ".join(["map", *map(type_name, get_args(kind))]).replace("map to", "map of")
+    return TYPES.get(kind, "")
 
 
 def _comments(source: str) -> dict[str, str]:

@@ -1,0 +1,135 @@
+"""Every command of the documentation runs, as it is written there, but small: on what it reads, made for it."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from launch import console
+from tests.docs.pages import ROOT, Block, blocks, commands, pages
+from tests.docs.small import absolute_inside, program, provide, script, small
+from tests.warm import Command, torchrun
+
+NOT_RUN = {  # the beginnings of commands that no test runs, and why; each is in the documentation
+    "make demo": "trains for minutes",
+    "make setup": "downloads",
+    "source .venv/bin/activate": "changes the shell that it is typed in",
+    "python3 -m venv": "needs no test of ours",
+    "pip install": "downloads; tests/test_wheel.py installs the wheel",
+    "pip wheel": "downloads; tests/test_wheel.py builds the wheel",
+    "uv ": "downloads",
+    "conda ": "downloads",
+    "docker ": "downloads",
+    "make test": "runs this test",
+    "tensorboard --logdir": "serves until it is stopped; tests/pretrain/monitor looks at its page",
+    "torchrun --nproc-per-node 2 examples/": "tests/examples runs each",
+    "python -m tests.data_prep.kills": "takes minutes; tests/data_prep kills, too",
+    "python tests/reliability.py": "takes an hour; tests/test_reliability.py runs a smaller one",
+    "python -m tests.pretrain.lens.memory": "takes minutes; tests/pretrain/lens runs the first",
+    "python -m tests.pretrain.interop.memory": "takes minutes",
+}
+BLOCKS = [block for page in pages() for block in blocks(page) if block.language == "sh"]
+
+
+def reason(words: list[str]) -> str | None:
+    """The beginning in NOT_RUN that the command has."""
+    return next((start for start in NOT_RUN if " ".join(words).startswith(start)), None)
+
+
+def runnable() -> list[Block]:
+    return [block for block in BLOCKS if not all(map(reason, commands(block)))]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus in several forms, its token files, a tied and an untied run of a tiny GPT-2, and its export."""
+    folder = tmp_path_factory.mktemp("template")
+    lines = [f"document {i}: " + " ".join(f"{i} times {j} is {i * j}." for j in range(40)) for i in range(80)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), folder / "a.parquet")
+    (folder / "texts").mkdir()
+    for i, line in enumerate(lines):
+        (folder / "texts" / f"{i}.txt").write_text(line.upper())
+    data = "data_prep/tokenize.py corpus=files corpus.paths=a.jsonl tokenizer=bpe val_fraction=0.2 out=data"
+    same = f"tokenizer=file tokenizer.path={folder}/data/tokenizer"
+    train = f"launch/local.py model=gpt2 data.path={folder}/data checkpoint.every=2 monitor.embedding_every=1 run.dir="
+    for arguments in (
+        data,
+        f"data_prep/tokenize.py corpus=files corpus.paths=texts {same} out=other",
+        f"{train}run",
+        f"{train}untied vocab.tie=untied",
+        "-m pretrain.interop.hf export run=run out=hf",
+        "-m data_prep.formats export to=llmc in=data out=llmc",
+        "-m data_prep.formats export to=datatrove in=data out=datatrove",
+    ):
+        execute(["python", *arguments.split()], folder, folder)
+    return folder
+
+
+def execute(words: list[str], folder: Path, template: Path) -> None:
+    """Runs a command in `folder`; it must exit with 0."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if words[0].startswith("rowshard-"):
+        same = re.search("as `(.+?)` does", getattr(console, words[0].removeprefix("rowshard-")).__doc__)
+        words = [*same[1].split(), *words[1:]]
+    words = [absolute_inside(word, folder) for word in words]
+    world = 0
+    if words[0] == "torchrun":
+        world = int(words[words.index("--nproc-per-node") + 1])
+        words = ["python", *words[words.index("--nproc-per-node") + 2 :]]
+    assert words[0] == "python", f"no way to run {words}: teach it, or give a reason in NOT_RUN"
+    part = next((word for word in words if word.startswith("part=") and word != "part=prepare"), None)
+    if part and not (folder / _value(words, "out")).exists():  # the page prepares in a block of its own
+        execute([word if word != part else "part=prepare" for word in words], folder, template)
+    words = small(words, template)
+    provide(words, folder, template)
+    if world:
+        done = torchrun(world, *script(words[1:]), cwd=folder)
+    else:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with Command(script(words), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams) as process:
+            out, error = process.communicate(timeout=120)
+        done = subprocess.CompletedProcess(words, process.returncode, out, error)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def _value(words: list[str], key: str) -> str:
+    return next(word for word in words if word.startswith(f"{key}=")).partition("=")[2]
+
+
+@pytest.mark.parametrize("block", runnable(), ids=lambda block: f"{block.page}:{block.line}")
+def test_runs(block: Block, template: Path, tmp_path: Path) -> None:
+    for words in commands(block):
+        if reason(words) is None:
+            execute(words, tmp_path, template)
+
+
+def test_reasons_are_of_commands() -> None:
+    used = {reason(words) for block in BLOCKS for words in commands(block)}
+    assert used - {None} == NOT_RUN.keys()
+
+
+def test_programs_exist() -> None:
+    """Checks commands that are not run as well."""
+    targets = (ROOT / "Makefile").read_text()
+    for words in (words for block in BLOCKS for words in commands(block)):
+        if words[0] == "make":
+            assert all(re.search(rf"^{word}( [\w-]+)*:", targets, re.MULTILINE) for word in words[1:]), words
+        elif words[0] == "python":
+            name = program(words).removeprefix("-m ")
+            path = ROOT / name.replace(".", "/") if "-m" in words[1] else ROOT / name
+            there = (path, path.with_suffix(".py"), path / "__main__.py")
+            assert any(file.is_file() for file in there), words
+
+
+def test_python_blocks_compile() -> None:
+    for page in pages():
+        for block in blocks(page):
+            if block.language == "python":
+                compile("\n" * (block.line - 1) + block.text, block.page, "exec")
