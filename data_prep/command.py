@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -26,6 +27,7 @@ from data_prep.renamed import renamed
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 EXIT_ERROR = 2
+HELP_FLAGS = {"-h", "--help"}
 
 
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: bool = False) -> None:
@@ -68,14 +70,19 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
 
 def _keys_asked_for(arguments: list[str]) -> list[str]:
     """Returns the keys after --help, as in `--help optim.lr`."""
-    if not {"-h", "--help"} & set(arguments):
+    if not HELP_FLAGS & set(arguments):
         return []
-    return [word for word in get_args_parser().parse_args(arguments).overrides if "=" not in word and word[0] != "~"]
+    return [word for word in _without_help(arguments).overrides if "=" not in word and word[0] != "~"]
+
+
+def _without_help(arguments: list[str]) -> Namespace:
+    """Parses the other arguments: argparse takes no positional ones on both sides of a flag."""
+    return get_args_parser().parse_args([word for word in arguments if word not in HELP_FLAGS])
 
 
 def _help(config_name: str, keys: list[str]) -> str:
     """Returns value, type and text of each key, with the settings of the command line. Raises ValueError if unknown."""
-    parsed = get_args_parser().parse_args(sys.argv[1:])
+    parsed = _without_help(sys.argv[1:])
     name = parsed.config_name or config_name
     config = compose_settings(name, [word for word in parsed.overrides if word not in keys])
     return "\n".join(line for key in keys for line in _lines(config, name, key))

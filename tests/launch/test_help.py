@@ -1,0 +1,33 @@
+"""`--help KEY`: value, type and text of a setting."""
+
+import pytest
+
+from data_prep import app
+from launch import local
+from tests.in_process import in_process
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "expected"),
+    [
+        (local.main, "--help optim.lr", "optim.lr=0.0006  number\n    peak learning rate\n"),
+        (local.main, "optim.lr=1e-3 --help optim.lr", "optim.lr=0.001  number\n    peak learning rate\n"),
+        (local.main, "--help seed", "seed=0\n    seed of the initial weights and of the order of the samples\n"),
+        (app.main, "--help corpus.paths corpus=files", "corpus.paths=  list of text\n    files, globs, folders"),
+    ],
+)
+def test_help_shows_value_type_and_text(main, arguments, expected):
+    done = in_process(main, *arguments.split())
+    assert done.returncode == 0 and done.stdout.startswith(expected), done.stdout + done.stderr
+
+
+def test_help_on_a_group_shows_all_its_keys():
+    done = in_process(local.main, "--help", "checkpoint")
+    assert [line.partition("=")[0] for line in done.stdout.splitlines()[::2]] == [
+        f"checkpoint.{key}" for key in ("every", "asynchronous", "keep", "keep_every", "keep_best", "reserve_seconds")
+    ]
+
+
+def test_help_on_an_unknown_key_is_one_line():
+    done = in_process(local.main, "--help", "optim.lrr")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown key optim.lrr; did you mean optim.lr?")
