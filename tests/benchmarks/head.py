@@ -2,7 +2,7 @@
 
     python tests/benchmarks/head.py [--vocab 50304 ...] [--tokens 4096 ...] [--width 1024]
     python tests/benchmarks/head.py --ranks 2        on ranks that split the rows, with errors against float64
-    python tests/benchmarks/head.py --sweep          for several vocabularies; writes docs/head.png
+    python tests/benchmarks/head.py --sweep          for several vocabularies
 
 Prints Markdown. Times are medians of interleaved repetitions in one process, as ratios to the three matmuls that every
 implementation needs. Memory is measured in a fresh process for each. Run it on a quiet machine.
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the rivals, besides the bare matmuls")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--plot", type=Path, default=Path("docs/head.png"))
     options = parser.parse_args()
     known = RIVALS if options.ranks == 1 else RANK_RIVALS
     if options.sweep and len(options.tokens) > 1:
@@ -60,8 +59,6 @@ def main() -> None:
     for size in sizes:
         figures[size] = {name: (seconds[size][name], memory(name, size)) for name in names}
         print(table(size, figures[size]), flush=True)
-    if options.sweep:
-        plot(figures, options.plot)
 
 
 def times(names: list[str], size: Size, repeats: int) -> dict[str, float]:
@@ -134,39 +131,6 @@ def times_on_rank(rank: int, world: int, size: Size, repeats: int, names: list[s
 
 def memory_on_rank(rank: int, world: int, size: Size, name: str) -> float:
     return extra_peak_mib(RANK_RIVALS[name](Problem.draw(*size, "cpu"), rank, world))
-
-
-# --- over the vocabulary ----------------------------------------------------------------------------------------------
-
-
-def plot(figures: dict[Size, Figures], path: Path) -> None:
-    """Plots time as a multiple of the matmuls, and extra memory, against V."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    picture, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    vocabularies = [vocab for _, _, vocab in figures]
-    for name in next(iter(figures.values())):
-        seconds = [of_size[name][0] / of_size[LIMIT][0] for of_size in figures.values()]
-        memory = [of_size[name][1] / 1024 for of_size in figures.values()]
-        width = 3 if name == "Rowshard" else 1.5
-        left.plot(vocabularies, seconds, marker="o", label=name, linewidth=width)
-        right.plot(vocabularies, memory, marker="o", label=name, linewidth=width)
-    for axes, title in ((left, "time, × three bare matmuls"), (right, "extra peak memory, GiB")):
-        axes.set(xscale="log", xlabel="rows of the vocabulary", title=title)
-        axes.set_xticks(vocabularies, [f"{vocab:,}" for vocab in vocabularies])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
-    right.legend(fontsize=8)
-    picture.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=150)
-    print(f"\n{path}")
 
 
 if __name__ == "__main__":

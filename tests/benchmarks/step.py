@@ -1,9 +1,10 @@
 """Measures a whole training step on ranks against FSDP2 with the embedding inside: tokens/s and peak memory per rank.
 
     python tests/benchmarks/step.py [--vocab 131072 ...] [--width 512] [--layers 2] [--sequences 4] [--length 256]
-    python tests/benchmarks/step.py --summary [--only NAME ...]       one line per size; the table of the README
+    python tests/benchmarks/step.py --summary [--only NAME ...]       one table over all sizes
+    python tests/benchmarks/step.py --memory --ranks 1 2 4 8          peak memory alone, over the ranks
 
-Prints Markdown. All systems have the same body, tokens (drawn by Zipf's law, as in text), AdamW and clip, in bf16 with
+Prints Markdown. All systems have the same body, tokens (drawn by Zipf's law, as in text), AdamW and clip, and
 fp32 main weights. They differ in who holds the matrix and how the loss is computed. Times are medians of interleaved
 steps. Memory is measured in separate processes; it is all that the training adds to a process: weights, moments,
 gradients and the needs of a step. Run it on a quiet machine.
@@ -42,7 +43,7 @@ from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.benchmarks.rivals import lacks
 from tests.ranks import run_ranks
 
-BF16 = torch.bfloat16
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # fp32 for CPUs whose bf16 matmuls are slow
 Step = Callable[[], float]  # -> loss
 
 
@@ -53,21 +54,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=4, help="per rank and step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"among {list(SYSTEMS)}; {RIVAL} is always measured")
     parser.add_argument("--summary", action="store_true", help="one table: a line per vocabulary, width and system")
+    parser.add_argument("--memory", action="store_true", help="peak memory alone, for each of the --ranks")
     options = parser.parse_args()
     if unknown := set(options.only or []) - set(SYSTEMS):
         parser.error(f"--only {sorted(unknown)} must be among {list(SYSTEMS)}")
     names = [name for name in SYSTEMS if options.only is None or name in (*options.only, RIVAL)]
     names = [name for name in names if not (name == FUSED and lacks("cut-cross-entropy"))]
-    if not options.summary:
-        for width in options.width:
-            for vocab in options.vocab:
-                print(table(options, vocab, width, names), flush=True)
-        return
     sizes = [(vocab, width) for width in options.width for vocab in options.vocab]
+    if options.memory:
+        for vocab, width in sizes:
+            print(memory_table(options, vocab, width, names), flush=True)
+        return
+    if len(options.ranks) > 1:
+        parser.error(f"--ranks {options.ranks} must be one number, but with --memory")
+    if not options.summary:
+        for vocab, width in sizes:
+            print(table(options, vocab, width, names), flush=True)
+        return
     rows = [
         [f"{vocab:,} × {width:,}", f"{share_of_matrix(options, vocab, width):.0%}", *line[:5]]
         for vocab, width in sizes
@@ -86,9 +94,29 @@ def table(options: argparse.Namespace, vocab: int, width: int, names: list[str])
     return title + markdown(HEADER, lines_of(options, vocab, width, names))
 
 
+def memory_table(options: argparse.Namespace, vocab: int, width: int, names: list[str]) -> str:
+    """Measures the memory of all systems on each number of ranks. A rank always has the same tokens."""
+    setting = model_of(options, width), vocab, options.sequences, DTYPES[options.precision]
+    rows = []
+    for ranks in options.ranks:
+        row = [str(ranks)]
+        for name in names:
+            progress(f"{vocab:,} rows of width {width}, {ranks} ranks: memory of {name}")
+            row.append(f"{max(run_ranks(ranks, memory_on_rank, *setting, name, timeout=900)):,.0f}")
+        rows.append(row)
+    tokens, body = f"{options.sequences * options.length:,} tokens", f"{options.layers} blocks of width {width}"
+    title = (
+        f"\nCPU, {options.precision}, {tokens} per rank and step, {body}, {vocab:,} rows, tied; peak MiB per rank\n\n"
+    )
+    return title + markdown(["ranks", *names], rows)
+
+
 def setting_of(options: argparse.Namespace) -> str:
-    tokens = options.ranks * options.sequences * options.length
-    return f"{options.ranks} ranks, CPU, 1 thread each, bf16, {tokens:,} tokens per step, {options.layers} blocks"
+    (ranks,) = options.ranks
+    tokens = ranks * options.sequences * options.length
+    return (
+        f"{ranks} ranks, CPU, 1 thread each, {options.precision}, {tokens:,} tokens per step, {options.layers} blocks"
+    )
 
 
 def model_of(options: argparse.Namespace, width: int) -> GPT2Config:
@@ -104,14 +132,15 @@ def share_of_matrix(options: argparse.Namespace, vocab: int, width: int) -> floa
 
 def lines_of(options: argparse.Namespace, vocab: int, width: int, names: list[str]) -> list[list[str]]:
     """Measures all systems at one size. Returns a line per system, in the order of HEADER."""
-    setting = model_of(options, width), vocab, options.sequences
+    setting = model_of(options, width), vocab, options.sequences, DTYPES[options.precision]
+    (ranks,) = options.ranks
     progress(f"{vocab:,} rows of width {width}: time")
-    seconds, losses = run_ranks(options.ranks, times_on_rank, *setting, options.repeats, names, timeout=3600)[0]
-    tokens = options.ranks * options.sequences * options.length
+    seconds, losses = run_ranks(ranks, times_on_rank, *setting, options.repeats, names, timeout=3600)[0]
+    tokens = ranks * options.sequences * options.length
     mib = {}
     for name in names:
         progress(f"{vocab:,} rows of width {width}: memory of {name}")
-        mib[name] = max(run_ranks(options.ranks, memory_on_rank, *setting, name, timeout=900))
+        mib[name] = max(run_ranks(ranks, memory_on_rank, *setting, name, timeout=900))
     lines = []
     for name in names:
         faster, smaller = seconds[RIVAL] / seconds[name], mib[name] / mib[RIVAL]
@@ -131,17 +160,17 @@ def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[
 # --- the systems ------------------------------------------------------------------------------------------------------
 
 
-def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
+def rowshard(model: GPT2Config, vocab: int, sequences: int, dtype: torch.dtype) -> Step:
     """The trainer's own step. It includes the planning of the lookup, which the loader normally does ahead of time."""
     optim = OptimConfig(lr=1e-4, warmup_steps=0)
     mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
     shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, vocab)
     matrix = VocabParallelEmbedding(
-        VocabConfig(), shard, model.width, seed=0, group=mesh.vocab_group, compute_dtype=BF16
+        VocabConfig(), shard, model.width, seed=0, group=mesh.vocab_group, compute_dtype=dtype
     )
     with torch.device("meta"):
         body = model.body()
-    engine = FSDP2Engine(FSDP2Config(), optim, BF16, 0)
+    engine = FSDP2Engine(FSDP2Config(), optim, dtype, 0)
     loop = TrainingConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
     language = LanguageModel(matrix, engine.wrap(body, mesh))
     rows = VocabOptimizer(matrix.parameters(), optim, mesh)
@@ -149,7 +178,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 
     def step() -> float:
-        plan = plan_lookup([part[:, :-1].flatten() for part in ids], shard, BF16)
+        plan = plan_lookup([part[:, :-1].flatten() for part in ids], shard, dtype)
         mine = ids[mesh.rank]
         micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         report = trainer.train_step(Batch([micro], sequences * model.context))
@@ -159,6 +188,7 @@ def rowshard(model: GPT2Config, vocab: int, sequences: int) -> Step:
     return step
 
 
+Build = Callable[[GPT2Config, int, int, torch.dtype], Step]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], targets [N] -> sum over targets
 
 
@@ -195,12 +225,12 @@ class Whole(nn.Module):
         return self.loss(hidden_ND, self.embedding.weight, targets_BT.flatten())
 
 
-def fsdp2(model: GPT2Config, vocab: int, sequences: int, loss: Loss) -> Step:
+def fsdp2(model: GPT2Config, vocab: int, sequences: int, dtype: torch.dtype, loss: Loss) -> Step:
     mesh = Mesh.of(1, torch.device("cpu"))
     optim = OptimConfig(lr=1e-4, warmup_steps=0)
     with torch.device("meta"):
         whole = Whole(model, vocab, loss)
-    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*whole.body.blocks, whole):
         fully_shard(module, mesh=mesh.flat, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
@@ -230,7 +260,7 @@ def fsdp2(model: GPT2Config, vocab: int, sequences: int, loss: Loss) -> Step:
 
 
 RIVAL, FUSED = "FSDP2", "FSDP2, fused loss"
-SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
+SYSTEMS: dict[str, Build] = {
     "Rowshard": rowshard,
     RIVAL: partial(fsdp2, loss=cross_entropy),
     "FSDP2, logits in fp32": partial(fsdp2, loss=partial(cross_entropy, cast=True)),
@@ -243,11 +273,18 @@ SYSTEMS: dict[str, Callable[[GPT2Config, int, int], Step]] = {
 
 
 def times_on_rank(
-    rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, repeats: int, names: list[str]
+    rank: int,
+    world: int,
+    model: GPT2Config,
+    vocab: int,
+    sequences: int,
+    dtype: torch.dtype,
+    repeats: int,
+    names: list[str],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds per step, and the loss of the last step, by name."""
     torch.set_num_threads(1)
-    steps = {name: SYSTEMS[name](model, vocab, sequences) for name in names}
+    steps = {name: SYSTEMS[name](model, vocab, sequences, dtype) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
     for turn in range(repeats + 1):
@@ -260,9 +297,11 @@ def times_on_rank(
     return {name: statistics.median(values) for name, values in seconds.items()}, losses
 
 
-def memory_on_rank(rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, name: str) -> float:
+def memory_on_rank(
+    rank: int, world: int, model: GPT2Config, vocab: int, sequences: int, dtype: torch.dtype, name: str
+) -> float:
     torch.set_num_threads(1)
-    return holding_peak_mib(lambda: SYSTEMS[name](model, vocab, sequences))
+    return holding_peak_mib(lambda: SYSTEMS[name](model, vocab, sequences, dtype))
 
 
 if __name__ == "__main__":
