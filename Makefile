@@ -22,6 +22,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/english.py
 
 # Strict: a link, anchor or picture that leads nowhere, or a page that the index leaves out, is an error.
 docs: setup-dev

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `conf/` stays at the top of the checkout and is installed as data of `data_prep`."""
+"""Adds what pyproject.toml has no key for: `conf/` stays at the top of the checkout and is installed in `data_prep`."""
 
 from setuptools import find_packages, setup
 
