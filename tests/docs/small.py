@@ -65,6 +65,7 @@ def _training(name: str, arguments: list[str], typed: dict[str, str]) -> dict[st
     local = name == "launch/local.py"
     if "resume" in typed or not ({"data.path", "vocab.size"} & set(typed) or "data.corpora" in " ".join(typed)):
         changed = {"train.steps": "5"} if "train.steps" in typed else {}
+        changed |= {} if local else {"train.global_batch": "64"}  # the template's batch is for two ranks
     else:
         register_groups()
         chosen = [word for word in arguments if re.match(r"\+?(model|recipe)=", word)]
