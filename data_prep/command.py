@@ -52,8 +52,9 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
 
     try:
         if asked := _keys_asked_for(sys.argv[1:]):
-            terminal.product()
-            print(_help(config_name, asked))
+            with one_line():
+                terminal.product()
+                print(_help(config_name, asked))
             return
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
@@ -72,7 +73,7 @@ def _keys_asked_for(arguments: list[str]) -> list[str]:
     """Returns the keys after --help, as in `--help optim.lr`."""
     if not HELP_FLAGS & set(arguments):
         return []
-    return [word for word in _without_help(arguments).overrides if "=" not in word and word[0] != "~"]
+    return [word for word in _without_help(arguments).overrides if "=" not in word and word[:1] not in ("", "~")]
 
 
 def _without_help(arguments: list[str]) -> Namespace:

@@ -78,10 +78,12 @@ def _readable(argument: str, known: dict[str, str], sweeps: bool) -> str:
     signed, value = found.groups()
     key = signed.lstrip("+")
     parsed = _parsed(argument)
-    if key.startswith("hydra") or (parsed is not None and sweeps and parsed.is_sweep_override()):
+    if key.startswith("hydra"):
         return argument
-    if signed in WITHOUT_DEFAULT:
-        signed = f"+{signed}"
+    plus = "+" if signed in WITHOUT_DEFAULT else ""
+    if parsed is not None and sweeps and parsed.is_sweep_override():
+        return f"{plus}{argument}"
+    signed = f"{plus}{signed}"
     kind = TEXT if known.get(key.rpartition(".")[0]) == NAMED_TEXTS else known.get(key, OTHER)
     if kind == TEXTS:
         return f"{signed}={_list(value)}"

@@ -42,8 +42,7 @@ class Output(io.RawIOBase):
         self.draws = self.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.coloured = self.draws and not os.environ.get("NO_COLOR")  # https://no-color.org
         self.within_line = False  # the last text did not end its line
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._target = _without_waiting(descriptor) if self.isatty() else descriptor
 
     def writable(self) -> bool:
         return True
@@ -62,7 +61,8 @@ class Output(io.RawIOBase):
         left = memoryview(self._framed(bytes(data)) if self.draws else data).cast("B")
         try:
             while left and self._takes_more():
-                left = left[os.write(self._descriptor, left[:PIECE]) :]
+                with suppress(BlockingIOError):  # a terminal that had room for less
+                    left = left[os.write(self._target, left[:PIECE]) :]
         except OSError as error:
             if self.product:
                 self.product = False
@@ -73,9 +73,9 @@ class Output(io.RawIOBase):
 
     def draw(self, text: bytes) -> None:
         """Replaces the status line. Skipped if the terminal takes nothing at the moment, or a text is in its line."""
-        if not self.within_line and self._poll.poll(0):
-            with suppress(OSError):
-                os.write(self._descriptor, ERASE + text)
+        with suppress(OSError):
+            if not self.within_line and self._ready(0):
+                os.write(self._target, ERASE + text)
 
     def columns(self) -> int:
         """Width of the terminal now."""
@@ -94,9 +94,25 @@ class Output(io.RawIOBase):
 
     def _takes_more(self) -> bool:
         """Waits once for a reader that has stopped. Until it reads again, later text is dropped without waiting."""
-        ready = bool(self._poll.poll(None if self.product else 1000 * self._patience))
+        ready = self._ready(None if self.product else 1000 * self._patience)
         self._patience = PATIENCE if ready else 0.0
         return ready
+
+    def _ready(self, milliseconds: float | None) -> bool:
+        """True if there is room for some bytes. Threads may call it at the same time: each polls on its own."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        return bool(poll.poll(milliseconds))
+
+
+def _without_waiting(descriptor: int) -> int:
+    """Opens a terminal once more, such that a write that finds no room returns. The flag of the descriptor itself is
+    shared with other processes. Returns the descriptor if that is not possible.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return descriptor
 
 
 class _Status:

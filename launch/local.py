@@ -187,11 +187,12 @@ def farewell(config: JobConfig, nproc: int = 0) -> str:
     sample = shown(*command, f"run={run}", "prompt=def ")
     curves = shown("tensorboard", "--logdir", str(config.run_dir.parent))
     lines = [f"run: {run}", f"curves: {curves}"]
-    if newest_step(config.run_dir) < config.train.steps:
+    if (step := newest_step(config.run_dir)) < config.train.steps:
         script = "launch/local.py" if here else str(ROOT / "launch" / "local.py")
         again = ["rowshard-train"] if INSTALLED else ["python", script]
         ranks = [f"nproc={nproc}"] if nproc else []
-        lines.append(f"resume: {shown(*again, *ranks, f'run.dir={run}')}")
+        further = ["train.stop_after=null"] if step >= config.train.last_step else []
+        lines.append(f"resume: {shown(*again, *ranks, f'run.dir={run}', *further)}")
     return "\n".join([*lines, f"sample: {own}{sample}"])
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +33,7 @@ NOTICE_SECONDS = 0.5  # for the watchdog thread of a rank to notice that the ran
 DUMP_SECONDS = 5.0  # for the ranks to write their stacks after one hung
 KEPT_BYTES = 1 << 18  # kept of a rank's stderr
 NO_EXIT_STATUS = "no exit status"
+NO_EXIT_STATUS_BEFORE = "gone without a word"  # english: quoted; in records of earlier versions
 STACKS = b"(most recent call first):"  # printed by faulthandler, as is the next pattern
 INNERMOST = re.compile(r'^(Current thread|Thread) .*\n  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 HOST_READ = ("/pretrain/vocab/collectives.py", "on_host")  # NCCL does not block the host; this read blocks soon after
@@ -68,7 +69,8 @@ class Record:
 
     @classmethod
     def of_dict(cls, fields: dict[str, Any]) -> "Record":
-        return cls(**fields | {"ending": Exit[fields["ending"]]})
+        record = cls(**fields | {"ending": Exit[fields["ending"]]})
+        return replace(record, last=NO_EXIT_STATUS) if record.last == NO_EXIT_STATUS_BEFORE else record
 
     @property
     def how(self) -> str:

@@ -14,7 +14,11 @@ PEAKS = {  # by the first of these that the GPU's name contains: in bf16, in fp3
 
 
 def peak_of(name: str, itemsize: int) -> float | None:
-    """Peak of a GPU with this name, as in "NVIDIA H100 80GB HBM3", with numbers of `itemsize` bytes; None: unknown."""
+    """Peak of a GPU with this name, as in "NVIDIA H100 80GB HBM3", with numbers of `itemsize` bytes; None if it is
+    unknown or a slice of a GPU (MIG).
+    """
+    if re.search(r"\bMIG\b", name):
+        return None
     for word, (bf16, fp32) in PEAKS.items():
         if re.search(rf"\b{word}\b", name):
             return {2: bf16, 4: fp32}.get(itemsize)

@@ -148,14 +148,19 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
             saved = run.manager.save(state)
             run.manager.wait()
     if run.log is not None:
-        print(f"\n{_summary(config, run.log)}\n")
+        _print_summary(config, run.log, state)
         print(f"{'stopped and saved' if reason else 'saved'}: {saved}", flush=True)
     return reason
 
 
-def _summary(config: JobConfig, log: MetricsLog) -> str:
-    steps = [f"step {step_of(folder):,}" for folder in checkpoints(config.run_dir)]
-    return log.summary().table(config.train.steps, log.first_step, since_process_start(), steps)
+def _print_summary(config: JobConfig, log: MetricsLog, state: TrainState) -> None:
+    """Prints the table at the end of a run. Everything is saved by now, so a fault of the table fails no run."""
+    try:
+        saved = [f"step {step_of(folder):,}" for folder in checkpoints(config.run_dir)]
+        done = state.step, state.tokens
+        print(f"\n{log.summary().table(config.train.steps, log.first_step, *done, since_process_start(), saved)}\n")
+    except Exception as error:
+        print(f"warning: no summary of this run: {error}", file=sys.stderr, flush=True)
 
 
 def _timeout(config: JobConfig) -> timedelta:

@@ -59,7 +59,7 @@ class FSDP2Config:
     name: str = "fsdp2"  # fsdp2 or deepspeed
     #: free a block's gathered weights after forward and gather them again in backward
     reshard_after_forward: bool = True
-    #: shard over the vocab axis only and replicate over dp: all-gathers stay within a vocab group (by default a node),
+    #: shard over the vocab axis only and replicate over dp: all-gathers stay within a vocab group,
     #: and each group holds the whole body
     hsdp: bool = False
     offload: str = "none"  # cpu: keep and step main weights, gradients and optimizer states in host memory; none: off

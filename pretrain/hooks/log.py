@@ -100,6 +100,10 @@ def build(config: JobConfig, run: Run) -> LogHook:
     mesh = run.parts.mesh
     name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     peak = peak_of(name, compute_dtype(config.train, mesh.device.type).itemsize)
-    if peak is None:
+    rounded = (
+        compute_dtype(config.train, mesh.device.type).itemsize == 4
+        and torch.get_float32_matmul_precision() != "highest"
+    )
+    if peak is None or rounded:  # matmuls of fp32 in TF32 have another peak
         return LogHook(config.log.every, run)
     return LogHook(config.log.every, run, mesh.world * peak / flops_per_token(config, vocab_rows(config, run.data)))

@@ -8,7 +8,8 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from data_prep.durable import durable
+from data_prep.durable import DurableFile, durable
 
 from .append import GrowingFile
 
@@ -71,8 +72,19 @@ def text_summary(tag: str, markdown: str) -> Summary:
 def replace_settings(run: Path, summaries: Iterable[Summary]) -> None:
     """Writes the file of what belongs to the latest start: TensorBoard keeps the first of several such summaries."""
     events = [Event(file_version="brain.Event:2"), *(Event(summary=value) for value in summaries)]
-    with durable(run / SETTINGS_FILE) as file:
+    with whole(run / SETTINGS_FILE) as file:
         file.write(records(*events))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[DurableFile]:
+    """Writes an event file so that TensorBoard sees all of it or nothing: it reads each file with `tfevents` in its
+    name, so a temporary name must not have that.
+    """
+    waiting = path.with_name("board.part")
+    with durable(waiting) as file:
+        yield file
+    waiting.replace(path)
 
 
 def records(*events: Event) -> bytes:

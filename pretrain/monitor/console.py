@@ -9,6 +9,7 @@ from data_prep import terminal
 from data_prep.columns import aligned
 from data_prep.progress import Meter, clock
 
+LOADED = time.monotonic()  # when this module was
 RECENT = 50  # steps whose mean duration gives the time left, so that a slow start is soon forgotten
 
 
@@ -50,7 +51,7 @@ class Console:
         self.busy(at_once=True)
         parts = [terminal.in_colour(f"step {step:>{len(str(self.steps))}}/{self.steps}", "bold")]
         parts += [form.format(scalars[name]) for name, form in FORMS.items() if name in scalars]
-        say("  ".join([*parts, f"{self.left(step)} left"]))
+        say("  ".join([*parts, *([f"{self.left(step)} left"] if self._edges else [])]))
 
     def saved(self, folder: Path, seconds: float) -> None:
         """Prints one line."""
@@ -74,11 +75,13 @@ class Summary:
         for name in RESULTS.keys() & scalars.keys():
             self.best[name] = min(self.best.get(name, (float("inf"), 0.0)), (scalars[name], scalars["step"]))
 
-    def table(self, steps: int, started_at: int, seconds: float, checkpoints: list[str]) -> str:
-        """Formats the table of a run of `steps`. This start began at step `started_at` and took `seconds`."""
-        last, step = self.last, int(self.last.get("step", 0))
+    def table(self, steps: int, started_at: int, step: int, tokens: int, seconds: float, checkpoints: list[str]) -> str:
+        """Formats the table of a run of `steps` that has done `step` of them, with `tokens`. This start began at step
+        `started_at` and took `seconds`.
+        """
+        last = self.last
         here = f", {step - started_at:,} of them in this start" if started_at else ""
-        rows = [["steps", f"{step:,} of {steps:,}{here}"], ["tokens", f"{last.get('tokens', 0):,.0f}"]]
+        rows = [["steps", f"{step:,} of {steps:,}{here}"], ["tokens", f"{tokens:,}"]]
         for name, (title, form) in RESULTS.items():
             if name in self.best:
                 best, at = self.best[name]
@@ -100,9 +103,12 @@ def say(line: str) -> None:
 
 
 def since_process_start() -> float:
-    """Seconds since this process was started, its imports included."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    """Seconds since this process was started, its imports included; without them if the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.monotonic() - LOADED
 
 
 FORMS = {

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from data_prep.durable import durable
-
-from .board import records
+from .board import records, whole
 from .scalars import ABOUT, BY_KEY, map_tag, tag_of
 
 FOLDER = "tensorboard"
@@ -31,17 +31,28 @@ KEYS = {  # of old tags that do not follow from the key
 def move_older(run: Path) -> None:
     """Rewrites the files of RUN/tensorboard to RUN with today's tags, so that each curve goes on, and removes them.
 
-    Points keep their times, texts and pictures stay. A file that is cut short is kept up to there.
+    Points keep their times, texts and pictures stay. A file that is cut short is kept up to there. A damaged one stays
+    where it is: raises OSError, after the others are moved.
     """
+    damaged = None
     for path in sorted((run / FOLDER).glob("*tfevents*")):
-        with durable(run / path.name) as file:
-            for event in events_in(path):
-                for value in event.summary.value:
-                    value.tag = new_tag(value.tag, value.HasField("image"))
-                file.write(records(event))
-        path.unlink()
+        try:
+            _move(path, run)
+        except (DecodeError, ValueError) as error:
+            damaged = OSError(f"{path} is damaged, and stays as it is: {error}")
     with suppress(OSError):
         (run / FOLDER).rmdir()  # unless something else lies there
+    if damaged is not None:
+        raise damaged
+
+
+def _move(path: Path, run: Path) -> None:
+    with whole(run / path.name) as file:
+        for event in events_in(path):
+            for value in event.summary.value:
+                value.tag = new_tag(value.tag, value.HasField("image"))
+            file.write(records(event))
+    path.unlink()
 
 
 def new_tag(old: str, image: bool = False) -> str:
@@ -59,10 +70,14 @@ def new_tag(old: str, image: bool = False) -> str:
 
 
 def events_in(path: Path) -> Iterator[Event]:
-    """The events of a file, up to its end or to a record that is cut short."""
+    """The events of a file, up to its end or to a record that is cut short. Raises ValueError or DecodeError if a
+    record is damaged.
+    """
     with open(path, "rb") as file:
         while len(head := file.read(12)) == 12:  # the length, and its checksum
-            (length,) = struct.unpack("<Q", head[:8])
+            length, checksum = struct.unpack("<QI", head)
+            if masked_crc32c(head[:8]) != checksum:
+                raise ValueError("the checksum of a record's length does not match")
             record = file.read(length + 4)  # the event, and its checksum
             if len(record) < length + 4:
                 return

@@ -182,3 +182,11 @@ def test_command_takes_an_unquoted_path(tmp_path, spec_folder):
 def test_quoted_items_are_split_correctly():
     assert quoted("a\\") == "'a\\\\'" and quoted("a'b") == r"'a\'b'"
     assert items_of("[a, 'b,c']") == ["a", "'b,c'"]
+
+
+def test_sweeps_over_a_group_without_default_get_a_plus():
+    assert readable(["recipe=a,b", "+cluster=c,d", "seed=1,2"], sweeps=True) == [
+        "+recipe=a,b",
+        "+cluster=c,d",
+        "seed=1,2",
+    ]

@@ -1,5 +1,7 @@
 """The status line on a real terminal, beside text of several processes."""
 
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -134,6 +136,21 @@ def test_bar_is_drawn_again_after_a_line(unbuffered):
 def test_the_bar_of_a_killed_process_is_removed():
     written = run(KILLED)
     assert "bar xxx" in written and lines_on_screen(written) == ["error: rank 1 failed", ""]
+
+
+def test_a_terminal_that_nobody_reads_holds_up_no_bar():
+    """Its buffer is full after some kilobytes; a write that waits for room would never return."""
+    master, slave = pty.openpty()
+    draws = "from data_prep import terminal\nterminal.begin()\n"
+    draws += "for step in range(5000):\n    terminal.status(f'bar {step} ' + 'x' * 400)\n"
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", draws], stdout=slave, cwd=ROOT, env=environment) as process:
+        try:
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+            os.close(slave)
+            os.close(master)
 
 
 def test_ctrl_c_leaves_a_clean_line():

@@ -28,6 +28,11 @@ def test_help_on_a_group_shows_all_its_keys():
     ]
 
 
+def test_help_on_an_empty_key_is_the_whole_help():
+    done = in_process(local.main, "--help", "")
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+
+
 def test_help_on_an_unknown_key_is_one_line():
     done = in_process(local.main, "--help", "optim.lrr")
     assert done.returncode == 2 and done.stderr.startswith("error: unknown key optim.lrr; did you mean optim.lr?")

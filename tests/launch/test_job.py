@@ -522,3 +522,8 @@ def test_the_end_of_a_job_without_a_limit(monkeypatch, tmp_path):
     for answer, end in (("N/A", None), ("2027-01-15T08:00:00", time.mktime((2027, 1, 15, 8, 0, 0, 0, 0, -1)))):
         monkeypatch.setenv("ANSWER", answer)
         assert job_end() == end
+
+
+def test_records_of_earlier_versions_without_an_exit_status_are_known():
+    record = Record.silent(1, "n2")
+    assert Record.of_dict(record.as_dict() | {"last": "gone without a word"}) == record  # english: quoted

@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
         ("NVIDIA H200", 989e12, 67e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA A100X1", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
         ("NVIDIA GeForce RTX 4090", None, None),
         ("cpu", None, None),
     ],

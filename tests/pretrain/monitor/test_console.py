@@ -45,7 +45,7 @@ def test_the_table_has_last_and_best_of_all_starts(tmp_path):
     log.write({"step": 30, "loss": 2.5, "tokens": 1500, "tokens_per_s": 4000.0, "tokens_per_s_per_rank": 2000.0})
     log.write({"step": 40, "loss": 2.25, "tokens": 2000, "tokens_per_s": 4000.0, "mfu": 0.5, "peak_memory_gib": 1.5})
     log.close()
-    assert log.summary().table(40, 20, 3661.0, ["step 20", "step 40"]).splitlines() == [
+    assert log.summary().table(40, 20, 40, 2000, 3661.0, ["step 20", "step 40"]).splitlines() == [
         "steps          40 of 40, 20 of them in this start",
         "tokens         2,000",
         "loss           2.2500 (best 2.0000 at step 20)",
@@ -61,5 +61,5 @@ def test_the_table_has_last_and_best_of_all_starts(tmp_path):
 def test_the_table_of_a_run_without_steps_is_short(tmp_path):
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 40)
     log.close()
-    table = log.summary().table(40, 0, 1.0, [])
+    table = log.summary().table(40, 0, 0, 0, 1.0, [])
     assert table.splitlines() == ["steps        0 of 40", "tokens       0", "time         0:00:01", "checkpoints  0"]
