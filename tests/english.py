@@ -22,7 +22,7 @@ EXCUSE = "english: quoted"
 EXAMPLES = ("tests/english.py", "tests/test_english.py")  # hold the phrases themselves
 PHRASES = {  # what to look for, and what to write
     r"Errors? where\b": "Raises XError if …",
-    r"\bwhere it\b": "if it",
+    r"\bwhere it\b(?! (?:is|was)\b)": "if it",
     r"\bof which\b": "two sentences",
     r"\bso many\b": "the number",
     r"\bwhoever\b": "if you …, or a user that …",
