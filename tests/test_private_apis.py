@@ -18,6 +18,7 @@ PUBLIC = {
     "_replace",
     "_asdict",
     "__deepcopy__",
+    "__excepthook__",
     *dir(type),
     *dir(BaseException),
 }  # Python's own, documented

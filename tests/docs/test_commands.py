@@ -25,7 +25,6 @@ NOT_RUN = {  # the beginnings of commands that no test runs, and why; each is in
     "uv ": "downloads",
     "conda ": "downloads",
     "docker ": "downloads",
-    "make test": "runs this test",
     "tensorboard --logdir": "serves until it is stopped; tests/pretrain/monitor looks at its page",
     "torchrun --nproc-per-node 2 examples/": "tests/examples runs each",
     "python -m tests.data_prep.kills": "takes minutes; tests/data_prep kills, too",
