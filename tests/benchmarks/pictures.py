@@ -75,7 +75,7 @@ def scaling() -> Path:
     ticks(axes.xaxis, ranks, "{:g}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    axes.text(0, -0.22, text, transform=axes.transAxes, fontsize=9, color="0.35")
+    axes.text(0, -0.22, text.removesuffix("; peak MiB per rank"), transform=axes.transAxes, fontsize=9, color="0.35")
     return saved(figure, "scaling.png")
 
 
