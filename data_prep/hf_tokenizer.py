@@ -32,7 +32,7 @@ def from_hf(path: Path, end: int | None = None) -> TokenizerSpec:
     name it (`SpecialTokens.end_of_document`).
 
     Qwen's tokenizer normalises text to NFC first; that step is left out, so text that is not in NFC gets other ids.
-    Raises DataError if there is no tokenizer, or if tiktoken cannot represent it: it must be a byte-level BPE whose ids
+    Raises DataError if there is no tokenizer, or if tiktoken cannot represent it. It must be a byte-level BPE whose ids
     are in the order of its merges, every token must come from merges, and both must give the same ids for a test text.
     """
     folder, file = (path.parent, path) if path.is_file() else (path, path / TOKENIZER)

@@ -1,5 +1,5 @@
-"""Makes standard output, standard error and Ctrl-C safe for every command: work continues if a text cannot be written,
-and Ctrl-C while a command loads prints one line. A separate module, because it must be imported before heavy ones.
+"""Makes standard output, standard error and Ctrl-C safe for every command. Work continues if output cannot be written.
+Ctrl-C while a command loads prints one line. A separate module, because it must be imported before heavy ones.
 
 It also draws the status line, the last line of a terminal, in which progress.py shows its bar. Several processes may
 write to one terminal, and the terminal keeps each write whole. So each write erases the status line first, and ends at
@@ -179,7 +179,7 @@ def status(text: str) -> None:
 
 
 def status_columns() -> int:
-    """How many characters fit into the status line now; 0: there is no terminal that could draw one."""
+    """Number of characters that fit into the status line now; 0 if there is no terminal for it."""
     output = _drawing()
     return output.columns() - 1 if output is not None else 0  # a full line would make some terminals begin the next
 

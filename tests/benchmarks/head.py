@@ -52,13 +52,9 @@ def main() -> None:
         return
     wanted = RIVALS if options.only is None else (LIMIT, *options.only)
     names = [name for name in RIVALS if name in wanted and not lacks(name)]
-    seconds = {
-        size: times(names, size, options.repeats) for size in sizes
-    }  # all times first; noise does not change memory
-    figures = {}
-    for size in sizes:
-        figures[size] = {name: (seconds[size][name], memory(name, size)) for name in names}
-        print(table(size, figures[size]), flush=True)
+    seconds = [times(names, size, options.repeats) for size in sizes]  # all times first; noise does not change memory
+    for size, of_size in zip(sizes, seconds, strict=True):
+        print(table(size, {name: (of_size[name], memory(name, size)) for name in names}), flush=True)
 
 
 def times(names: list[str], size: Size, repeats: int) -> dict[str, float]:

@@ -43,6 +43,7 @@ def test_committed_pictures_are_current(tmp_path: Path) -> None:
         committed = (DOCS / path.name).read_text(encoding="utf-8")
         version = re.search(r"Matplotlib v([\d.]+)", committed)
         assert version, path.name
-        if version[1] != matplotlib.__version__:
-            pytest.skip(f"{path.name} was drawn by matplotlib {version[1]}: python docs/pictures.py draws it again")
-        assert path.read_text(encoding="utf-8") == committed, f"{path.name} is out of date: python docs/pictures.py"
+        drawn = path.read_text(encoding="utf-8")
+        if version[1] != matplotlib.__version__:  # which may place a line elsewhere; the texts are the same
+            drawn, committed = ("\n".join(re.findall(r"<!-- .* -->", svg)) for svg in (drawn, committed))
+        assert drawn == committed, f"{path.name} is out of date: python docs/pictures.py"
