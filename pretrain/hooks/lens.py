@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from ..corpora import validation_windows
 from ..data import IGNORED, Windows
 from ..data.loader import MicroBatch, read
 from ..lens.lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult, run_lens
-from ..lens.method import Method
+from ..lens.method import Method, layer_name
 from ..monitor import BINS as BINS_OF_ROWS
 from ..monitor import EDGES, MetricsLog
 from ..monitor.scalars import map_tag
@@ -75,8 +76,8 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
 class LensMonitor(Hook):
     """Adds means over all positions of all windows to the log. They are the same on any number of ranks.
 
-    `pretrain/monitor/scalars.py` describes each scalar `lens_…`. Those with /ROW are logged for each row; KL and rank
-    of the input, commitment and preserved also by the frequency of the input token.
+    `pretrain/monitor/scalars.py` describes each scalar `lens_…`. Those with /LAYER are logged for each layer; KL and
+    rank of the input, commitment and preserved also by the frequency of the input token.
 
     If the run must stop, the measurement is abandoned. Collectives: for each of a rank's windows, one after the other,
     the decision to stop, a forward of the model, and `Readout.read` in the vocab group; then one all-reduce of sums.
@@ -183,7 +184,12 @@ def _named(
 
 
 def _tag(row: str) -> str:
-    return row.replace(" ", "_")
+    return layer_name(row).replace(" ", "_")
+
+
+def older(key: str) -> str:
+    """Today's key of one that an earlier version may have written: it named the input by its kind."""
+    return re.sub(r"^(lens_.*)/positions$", r"\1/input", key)
 
 
 class HeatMaps:
@@ -195,7 +201,7 @@ class HeatMaps:
         with suppress(OSError, ValueError):  # a log that cannot be read costs only columns
             for line in log.path.read_bytes().splitlines():
                 if b'"lens_kl_final/' in line:
-                    scalars = json.loads(line)
+                    scalars = {older(key): value for key, value in json.loads(line).items()}
                     self.measured[scalars["step"]] = scalars
 
     def add(self, step: int, scalars: dict[str, float]) -> None:

@@ -50,3 +50,8 @@ class Method:
 
 def name_of(block: int, point: str) -> str:
     return f"block {block}" if point == "block" else f"block {block} {point}"
+
+
+def layer_name(row: str) -> str:
+    """The name of a row on pages, pictures and curves: "input" for what enters the first block."""
+    return "input" if row in INPUTS else row

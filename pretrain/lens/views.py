@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .lens import FINAL, FROM_INPUT, FROM_OUTPUT, TOKEN, LensResult
-from .method import INPUTS
+from .method import layer_name
 
 Facts = list[tuple[str, str]]  # names and what stands for them
 CAP = 99  # percentile of the values at which the colours end
@@ -153,11 +153,6 @@ class LensTable:
     agrees: np.ndarray
     losses: np.ndarray  # [R, N]
     views: list[Heatmap]
-
-
-def layer_name(row: str) -> str:
-    """The name of a row of the lens on pages and pictures: "input" for what enters the first block."""
-    return "input" if row in INPUTS else row
 
 
 def lens_table(

@@ -8,7 +8,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import metadata
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from .scalars import BIN, BY_KEY, CORPUS, DETAILS, ROW, SCALARS, Scalar
+from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, SCALARS, Scalar
 
 OVERVIEW = {
     "Loss, nats/token": ("loss", "val_loss"),
@@ -23,8 +23,8 @@ CATEGORIES = {  # by the form of the key
     CORPUS: "Corpora",
     BIN: "Rows and tokens by frequency",
     "/topNpct": "Spectrum of the matrix",
-    ROW: "Lens by layer",
-    BIN + ROW: "Lens by frequency and layer",
+    LAYER: "Lens by layer",
+    BIN + LAYER: "Lens by frequency and layer",
 }
 
 

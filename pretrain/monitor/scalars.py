@@ -10,7 +10,7 @@ from dataclasses import dataclass
 TRAINING, DATA, MATRIX, LENS = "1 training", "2 data", "3 matrix", "4 lens"
 DETAILS = "details"
 ABOUT = "about"  # group of the texts about the run: before `rows`
-CORPUS, BIN, ROW = "/CORPUS", "/BIN", "/ROW"
+CORPUS, BIN, LAYER = "/CORPUS", "/BIN", "/LAYER"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scalar:
     meaning: str
     healthy: str
     card: str = ""  # tag in TensorBoard of the key alone; "": it is a detail
-    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN and ROW stand for names
+    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN and LAYER stand for names
 
     @property
     def tag(self) -> str:
@@ -346,17 +346,17 @@ SCALARS = (
         "lens_kl_final",
         "Lens: KL from the output",
         "nats",
-        "KL(output ‖ row), of what each layer would predict.",
+        "KL(output ‖ layer), of what each layer would predict.",
         "Falls from the input to the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_kl_input",
         "Lens: KL from the input",
         "nats",
-        "KL(input ‖ row), of what each layer would predict.",
+        "KL(input ‖ layer), of what each layer would predict.",
         "Rises from the input to the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_entropy",
@@ -364,7 +364,7 @@ SCALARS = (
         "nats",
         "Entropy of what each layer would predict.",
         "Falls in training, most at the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_loss",
@@ -372,7 +372,7 @@ SCALARS = (
         "nats/token",
         "Loss on the next token, of what each layer would predict.",
         "Falls in training, and from the input to the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_rank_final",
@@ -380,7 +380,7 @@ SCALARS = (
         "rank",
         "Geometric mean of the rank, in each layer, of the output's top guess. 1 is the top.",
         "Falls to 1 at the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_rank_input",
@@ -388,7 +388,7 @@ SCALARS = (
         "rank",
         "Geometric mean of the rank, in each layer, of the input token. 1 is the top.",
         "Rises from the input to the output.",
-        forms=(ROW,),
+        forms=(LAYER,),
     ),
     Scalar(
         "lens_kl_input_by_frequency",
@@ -396,7 +396,7 @@ SCALARS = (
         "nats",
         "lens_kl_input by the frequency of the input token.",
         "As lens_kl_input.",
-        forms=(BIN + ROW,),
+        forms=(BIN + LAYER,),
     ),
     Scalar(
         "lens_rank_input_by_frequency",
@@ -404,7 +404,7 @@ SCALARS = (
         "rank",
         "lens_rank_input by the frequency of the input token.",
         "As lens_rank_input.",
-        forms=(BIN + ROW,),
+        forms=(BIN + LAYER,),
     ),
 )
 

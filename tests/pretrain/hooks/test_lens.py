@@ -138,7 +138,7 @@ def dense(config: JobConfig) -> dict[str, float]:
         for name, values in measures.items():
             if where and name not in ("kl_input", "rank_input"):
                 continue
-            for r, row in enumerate(["positions", *(f"block_{i}" for i in range(R - 2)), "output"]):
+            for r, row in enumerate(["input", *(f"block_{i}" for i in range(R - 2)), "output"]):
                 mean = values[r, chosen & (targets >= 0) if name == "loss" else chosen].mean().item()
                 key = f"lens_{name}_by_frequency/{where}/{row}" if where else f"lens_{name}/{row}"
                 truth[key] = math.exp(mean) if name.startswith("rank") else mean
@@ -232,7 +232,7 @@ def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
     run_ranks(1, train_rank, config)
     events = EventAccumulator(str(tmp_path / "a"), size_guidance={"images": 0}).Reload()
     tags = set(events.Tags()["scalars"])
-    rows = ("positions", "block_0", "block_1", "output")
+    rows = ("input", "block_0", "block_1", "output")
     assert {tag_of(f"lens_{name}/{row}") for name in ROWS for row in rows} <= tags
     assert {tag_of(f"lens_{name}") for name in ("commitment", "preserved", "seconds")} <= tags
     for name in ("kl_final", "kl_input", "loss"):
@@ -241,6 +241,16 @@ def test_tensorboard_has_curves_and_heat_maps_of_the_whole_run(data, tmp_path):
     assert [event.value for event in events.Scalars(tag_of("lens_kl_final/block_0"))] == [
         pytest.approx(lines[step]["lens_kl_final/block_0"]) for step in (EVERY, STEPS)
     ]
+
+
+def test_heat_maps_read_the_input_of_an_earlier_version(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 5, "lens_kl_final/positions": 1.5, "lens_kl_final/output": 0.0}\n'
+    )
+    log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 5, 10)
+    measured = HeatMaps(log).measured
+    log.close()
+    assert measured == {5: {"step": 5, "lens_kl_final/input": 1.5, "lens_kl_final/output": 0.0}}
 
 
 def test_a_heat_map_ends_at_the_last_step_with_colours_of_its_data():

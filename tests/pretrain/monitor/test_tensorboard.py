@@ -20,13 +20,13 @@ from PIL import Image
 from pretrain.config.monitor import LogConfig
 from pretrain.hooks.lens import HeatMaps
 from pretrain.monitor import BINS, MetricsLog
-from pretrain.monitor.scalars import BIN, CORPUS, DETAILS, ROW, SCALARS, tag_of
+from pretrain.monitor.scalars import BIN, CORPUS, DETAILS, LAYER, SCALARS, tag_of
 from tests.browser import DARK, dumped, screenshot
 
 STEPS, EVERY = 30, 10
-ROWS = ("positions", "block_0", "block_1", "output")
-PARTS = {"": [""], CORPUS: ["/web", "/code"], BIN: [f"/{name}" for name in BINS], ROW: [f"/{row}" for row in ROWS]}
-PARTS |= {BIN + ROW: [f"/{name}/{row}" for name in BINS for row in ROWS], "/topNpct": ["/top1pct", "/top50pct"]}
+ROWS = ("input", "block_0", "block_1", "output")
+PARTS = {"": [""], CORPUS: ["/web", "/code"], BIN: [f"/{name}" for name in BINS], LAYER: [f"/{row}" for row in ROWS]}
+PARTS |= {BIN + LAYER: [f"/{name}/{row}" for name in BINS for row in ROWS], "/topNpct": ["/top1pct", "/top50pct"]}
 FIRST = ["loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm"]
 RARE = {"val_loss", "val_bits_per_byte"}
 
