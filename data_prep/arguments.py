@@ -4,8 +4,9 @@ command.py runs a command; overrides.py knows Hydra's grammar.
 """
 
 from collections.abc import Container, Iterable
-from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from data_prep.describe import columns, describe, shown
 
 Settings = TypeVar("Settings")
 
@@ -61,10 +62,5 @@ def _read(key: str, value: str, kind: Any) -> Any:
 
 
 def defaults(kind: type) -> str:
-    """Lists the fields with their defaults, one line each, for --help."""
-    lines = []
-    for item in fields(kind):
-        value = item.default if item.default_factory is MISSING else item.default_factory()
-        value = ",".join(value) if isinstance(value, list) else value
-        lines.append(f"  {item.name}={'null' if value is None else value}")
-    return "\n".join(lines)
+    """Lists the fields with their defaults and texts, for --help."""
+    return columns((f"{name}={shown(setting.default)}", setting.text) for name, setting in describe(kind).items())

@@ -1,12 +1,10 @@
 """Runs commands: a wrong command line is one line on stderr and exit code 2, in every command."""
 
 import os
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 import hydra
@@ -19,22 +17,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep import terminal
-from data_prep.describe import describe, type_name
 from data_prep.errors import headline
-from data_prep.mistakes import CONF, check_bases, mistake, unknown
+from data_prep.help_text import Help
+from data_prep.mistakes import CONF, check_bases, mistake
 from data_prep.overrides import expand_home, in_full, readable
 from data_prep.renamed import renamed
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 EXIT_ERROR = 2
 HELP_FLAGS = {"-h", "--help"}
+Frozen = Callable[[DictConfig, list[str]], tuple[DictConfig, str]]
 
 
-def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: bool = False) -> None:
+def _none_frozen(composed: DictConfig, overrides: list[str]) -> tuple[DictConfig, str]:
+    return OmegaConf.create(), ""
+
+
+def run_hydra(
+    function: Callable[[DictConfig], Any], config_name: str, sweeps: bool = False, frozen: Frozen = _none_frozen
+) -> None:
     """Calls the function with the settings that Hydra composes from conf/CONFIG_NAME.yaml and the command line.
 
     Expands `~`. A mistake in the settings ends the command with one line. sweeps: --multirun is allowed, and calls
-    the function once per job.
+    the function once per job. frozen: returns the settings of the run to resume, and their file, for --help.
     """
     terminal.loaded()
     # Hydra copies the whole store for each group that --help lists (one second in all), besides each node it loads.
@@ -54,8 +59,9 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, sweeps: b
         if asked := _keys_asked_for(sys.argv[1:]):
             with one_line():
                 terminal.product()
-                print(_help(config_name, asked))
+                print(_help(config_name, frozen, asked))
             return
+        _add_settings_to_help(config_name, frozen)
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
     except (HydraException, OmegaConfBaseException) as error:  # only these: our own bugs keep their traceback
@@ -81,39 +87,29 @@ def _without_help(arguments: list[str]) -> Namespace:
     return get_args_parser().parse_args([word for word in arguments if word not in HELP_FLAGS])
 
 
-def _help(config_name: str, keys: list[str]) -> str:
-    """Returns value, type and text of each key, with the settings of the command line. Raises ValueError if unknown."""
+def _help(config_name: str, frozen: Frozen, keys: list[str]) -> str:
+    """Returns the help on the keys, with the settings of the command line."""
     parsed = _without_help(sys.argv[1:])
+    typed = [word for word in parsed.overrides if word not in keys]
+    typed = readable(_with_new_names(typed), sweeps=False)
     name = parsed.config_name or config_name
-    config = compose_settings(name, [word for word in parsed.overrides if word not in keys])
-    return "\n".join(line for key in keys for line in _lines(config, name, key))
+    return _help_of(_composed(name, typed), name, typed, frozen).on(keys)
 
 
-def _lines(config: DictConfig, config_name: str, key: str) -> Iterator[str]:
-    """Yields the lines of a key; of a group, those of all its keys."""
-    above, _, last = key.rpartition(".")
-    parent = OmegaConf.select(config, above) if above else config
-    if not isinstance(parent, DictConfig) or last not in set(parent):  # also one that must be given
-        raise ValueError(unknown(key, [str(name) for name in parent] if isinstance(parent, DictConfig) else []))
-    value = "" if OmegaConf.is_missing(parent, last) else parent[last]
-    if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
-        for inner in map(str, value):
-            yield from _lines(config, config_name, f"{key}.{inner}")
-        return
-    kind = OmegaConf.get_type(parent)
-    known = describe(kind) if is_dataclass(kind) else {}
-    text = known[last].text if last in known else _comment(config_name, last)
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
-    yield f"{key}={value}  {type_name(known[last].type) if last in known else ''}".rstrip()
-    yield f"    {text}"
+def _help_of(config: DictConfig, name: str, typed: list[str], frozen: Frozen) -> Help:
+    keys = {override.partition("=")[0].lstrip("+~") for override in typed}
+    return Help(config, name, keys, *frozen(config, typed))
 
 
-def _comment(config_name: str, key: str) -> str:
-    """Returns the comment beside a key at the top of conf/CONFIG_NAME.yaml, or of conf/train.yaml."""
-    texts = ((CONF / f"{name}.yaml").read_text() for name in (config_name, "train"))
-    found = (re.search(rf"^{re.escape(key)}: .*?  # (.+)$", text, re.MULTILINE) for text in texts)
-    return next((match[1] for match in found if match), "")
+def _add_settings_to_help(config_name: str, frozen: Frozen) -> None:
+    """Lets the help texts of conf/ contain `${settings:}`, the settings as chosen."""
+
+    def settings(*, _root_: DictConfig) -> str:
+        parsed = _without_help(sys.argv[1:])
+        text = _help_of(_root_, parsed.config_name or config_name, parsed.overrides, frozen).on_all()
+        return text.replace("$", "$$")  # Hydra substitutes its own $NAMES next
+
+    OmegaConf.register_new_resolver("settings", settings, replace=True)
 
 
 def _checked(arguments: list[str], sweeps: bool) -> list[str]:
@@ -146,8 +142,12 @@ def compose_settings(config_name: str, overrides: list[str]) -> DictConfig:
     """Composes the settings as `run_hydra` does, for a command that also has settings of its own. Raises Hydra's
     errors.
     """
+    return _composed(config_name, readable(_with_new_names(overrides), sweeps=False))
+
+
+def _composed(config_name: str, overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        config = hydra.compose(config_name, readable(_with_new_names(overrides), sweeps=False))
+        config = hydra.compose(config_name, overrides)
     expand_home(config)
     return config
 

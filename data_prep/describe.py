@@ -5,11 +5,14 @@ In data_prep because commands without torch show their settings, too.
 
 import inspect
 import io
+import textwrap
 import tokenize
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+LINE = 120  # characters of a line of --help
 TYPES = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "any", NoneType: "null"}
 
 
@@ -45,6 +48,31 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) is dict:
         return " to ".join(["map", *map(type_name, get_args(kind))]).replace("map to", "map of")
     return TYPES.get(kind, "")
+
+
+def columns(settings: Iterable[tuple[str, str]]) -> str:
+    """Lists settings, `key=value`, and their texts in two columns. Long texts are wrapped."""
+    rows = list(settings)
+    width = 2 + min(max(len(setting) for setting, _ in rows), LINE // 3)
+    lines = []
+    for setting, text in rows:
+        wrapped = textwrap.wrap(text, LINE - width - 2) or [""]
+        if len(setting) > width - 2:
+            wrapped.insert(0, "")
+        lines += [
+            f"  {left:<{width}}{line}".rstrip()
+            for left, line in zip([setting, *[""] * (len(wrapped) - 1)], wrapped, strict=True)
+        ]
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A value as --help shows it and a command line takes it."""
+    if isinstance(value, list):
+        return ",".join(value)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
 
 
 def _comments(source: str) -> dict[str, str]:

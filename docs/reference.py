@@ -40,14 +40,15 @@ ALTERNATIVES = {"engine": ENGINES, "optim": OPTIMIZERS, "model": {name: f.config
 SETTINGS = """# Settings
 
 Every key of every command, with its type, its default and its meaning. A key is given as `key=value`; a text with
-spaces or commas needs quotes of the shell. `null` means that the key is not set. `--help` shows the values as
-chosen, and `--help KEY` shows one key: `python launch/local.py --help optim.lr`.
+spaces or commas needs quotes of the shell. `null` means that the key is not set. `--help` lists all keys with
+the values as chosen, and `--help KEY` shows one: `python launch/local.py --help optim.lr`. With `resume=RUN`, or
+`run.dir=RUN` of a run that exists, these are the values of that run, changed by the command line.
 
 """
 METRICS = """# Metrics
 
 Every scalar that a run writes: `key` in `RUN/metrics.jsonl`, one JSON object per logged step, and its tag in
-TensorBoard (`tensorboard --logdir runs`). `/CORPUS`, `/BIN` and `/ROW` in a key stand for the name of a corpus, a
+TensorBoard (`tensorboard --logdir runs`). `/CORPUS`, `/BIN` and `/LAYER` in a key stand for the name of a corpus, a
 frequency bin or a layer; such a scalar is written once per name.
 
 """

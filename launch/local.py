@@ -56,7 +56,7 @@ def main() -> None:
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     with one_line():
         sys.argv[1:] = resume.in_full(sys.argv[1:])
-    run_hydra(_composed, "local")
+    run_hydra(_composed, "local", frozen=resume.settings)
 
 
 def _composed(composed: DictConfig) -> None:

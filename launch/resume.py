@@ -41,9 +41,23 @@ def in_full(arguments: list[str]) -> list[str]:
 
 def apply(composed: DictConfig, overrides: list[str]) -> None:
     """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones."""
-    run = composed.pop("resume", None)
+    frozen = _changed(composed, overrides)
+    composed.pop("resume", None)
+    for name in map(str, frozen):
+        composed[name] = frozen[name]
+
+
+def settings(composed: DictConfig, overrides: list[str]) -> tuple[DictConfig, str]:
+    """Returns the settings of the run to resume, overridden by the typed ones, and the file that has them."""
+    run = composed.get("resume")
+    return _changed(composed, overrides), "" if run is None else str(Path(run) / CONFIG_FILE)
+
+
+def _changed(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """The settings of the run, overridden by the typed ones; empty if no run is resumed."""
+    run = composed.get("resume")
     if run is None:
-        return
+        return OmegaConf.create()
     frozen = _frozen(run)
     if recipe := next((override for override in overrides if _key(override) == RECIPE), None):
         raise ValueError(
@@ -65,8 +79,7 @@ def apply(composed: DictConfig, overrides: list[str]) -> None:
             f"run.dir={frozen.run.dir} must be left out, or be resume={run}: a run cannot be resumed in another folder"
         )
     frozen.run.dir = run
-    for name in map(str, frozen):
-        composed[name] = frozen[name]
+    return frozen
 
 
 def _key(argument: str) -> str:

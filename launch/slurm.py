@@ -61,7 +61,7 @@ def compose() -> list[tuple[DictConfig, list[str]]]:
     first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
     with TemporaryDirectory() as scratch:  # Hydra writes a file there
         sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # Hydra needs all overrides together
-        run_hydra(keep, "slurm", sweeps=True)
+        run_hydra(keep, "slurm", sweeps=True, frozen=resume.settings)
     return composed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.arguments import defaults, settings_of
 from data_prep.command import arguments_or, one_line
+from data_prep.describe import columns
 from data_prep.durable import check_folder
 
 from ..checkpoint import CheckpointError, checkpoint_of
@@ -14,7 +15,6 @@ from ..exits import leave
 from ..interop.folder import HFModel
 from ..lens.command import LensConfig
 from ..lens.examples import EXAMPLES
-from ..lens.method import DECODERS, INPUTS, NORMS, POINTS
 
 HELP = """Shows what each layer of a model would guess if it were the last one (the logit lens).
 
@@ -24,21 +24,19 @@ HELP = """Shows what each layer of a model would guess if it were the last one (
   torchrun --nproc-per-node 2 -m pretrain.lens run=runs/a file=a.txt window=100:150     the matrix split over two ranks
 
 Writes one PNG per view, and lens.html: a page with all views and numbers, which needs no network.
-Examples: {examples}
 
-points: {points}, or several with commas; input: {inputs}; norm: {norms}; decoder: {decoders}; only: a token's text.
+Examples:
+{examples}
 
-Settings and their defaults:
+Settings, and their defaults:
 """
 
 
 def main() -> None:
     """Runs the command. Exits with 0, or with 2 and one line if a setting is wrong."""
-    examples = "".join(f"\n  {name:<12}{example.about}" for name, example in EXAMPLES.items())
-    choices = {"points": POINTS, "inputs": INPUTS, "norms": NORMS, "decoders": DECODERS}
-    listed = {name: " | ".join(known) for name, known in choices.items()}
+    examples = columns((f"example={name}", example.about) for name, example in EXAMPLES.items())
     with one_line(CheckpointError):
-        arguments = arguments_or(HELP.format(examples=examples, **listed) + defaults(LensConfig))
+        arguments = arguments_or(HELP.format(examples=examples) + defaults(LensConfig))
         settings = settings_of(LensConfig, arguments)
         check_folder(f"out={settings.out}", Path(settings.out))
         if settings.run:  # reports a wrong folder before the imports of torch

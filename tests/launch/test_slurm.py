@@ -322,7 +322,7 @@ def test_help_names_the_keys(monkeypatch, capsys):
         "tail",
         "--multirun",
         "cluster: a100x8, cpu",
-        "restart:",
+        "restart.delay=",
         "global_batch",
     ):
         assert word in shown

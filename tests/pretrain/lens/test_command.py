@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.describe import describe, shown
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 from pretrain.commands import hf
@@ -107,9 +108,12 @@ def test_exported_model_gives_the_same_views(run, tmp_path):
         assert np.allclose(a.values, b.values, rtol=1e-5, atol=1e-6), a.key
 
 
-def test_help_lists_examples_and_choices():
+def test_help_has_each_example_and_each_key_with_its_text():
     done = lens("--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in (*EXAMPLES, "full | plain | none"))
+    assert done.returncode == 0 and all(f"example={name}" in done.stdout for name in EXAMPLES)
+    said = " ".join(done.stdout.split())
+    for key, setting in describe(program.LensConfig).items():
+        assert f" {key}={shown(setting.default)} {setting.text}" in said
 
 
 def test_text_after_the_window_does_not_matter(run):
