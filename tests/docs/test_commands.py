@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,8 +71,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def execute(words: list[str], folder: Path, template: Path) -> None:
-    """Runs a command in `folder`; it must exit with 0."""
+def execute(words: list[str], folder: Path, template: Path) -> str:
+    """Runs a command in `folder` and returns its output; it must exit with 0."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if words[0].startswith("rowshard-"):
@@ -96,6 +97,7 @@ def execute(words: list[str], folder: Path, template: Path) -> None:
             out, error = process.communicate(timeout=120)
         done = subprocess.CompletedProcess(words, process.returncode, out, error)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
 
 
 def _value(words: list[str], key: str) -> str:
@@ -127,8 +129,18 @@ def test_programs_exist() -> None:
             assert any(file.is_file() for file in there), words
 
 
-def test_python_blocks_compile() -> None:
-    for page in pages():
-        for block in blocks(page):
-            if block.language == "python":
-                compile("\n" * (block.line - 1) + block.text, block.page, "exec")
+PYTHON = [block for page in pages() for block in blocks(page) if block.language == "python"]
+ELSEWHERE = ("docs/how-it-works.md", "docs/library.md")  # run by tests/pretrain/vocab/test_examples.py
+TOKENS = 'b"(path", b"\\x8d", b"splay"'  # of the demo's tokenizer
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
+def test_python_blocks_run(block: Block, template: Path, tmp_path: Path) -> None:
+    text = block.text.replace(TOKENS, 'b"1", b"\\x8d"')
+    compile(text, block.page, "exec")
+    if block.page in ELSEWHERE:
+        return
+    for source, name in (("hf", "exported/a"), ("run", "runs/demo"), ("data", "data/stdlib")):
+        shutil.copytree(template / source, tmp_path / name)
+    (tmp_path / "block.py").write_text(text)
+    assert execute(["python", "block.py"], tmp_path, template), "a block prints what it computes"

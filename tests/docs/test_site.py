@@ -1,11 +1,13 @@
 """`make docs`: the pages are whole, and a fault in one fails the build."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pretrain import vocab
 from tests.docs.pages import DOCS, ROOT, anchors, blocks, links, pages
 
 
@@ -14,13 +16,37 @@ def build(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_builds_without_a_warning(tmp_path: Path) -> None:
-    done = build(DOCS, tmp_path, "-b", "html")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a warning fails the build."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(DOCS, folder, "-b", "html")
     assert done.returncode == 0, done.stderr
-    built = {page.stem for page in tmp_path.glob("*.html")}
+    return folder
+
+
+def test_has_every_page(site: Path) -> None:
+    built = {page.stem for page in site.glob("*.html")}
     assert {page.stem for page in DOCS.glob("*.md")} <= built
-    index = (tmp_path / "index.html").read_text()
+    index = (site / "index.html").read_text()
     assert all(f'href="{page.stem}.html"' in index for page in DOCS.glob("*.md") if page.stem != "index")
+
+
+LOADED = re.compile(r'<(?:script|img|iframe)\b[^>]*\bsrc="([^"]+)"|<link\b[^>]*\bhref="([^"]+)"')
+
+
+def test_needs_no_network(site: Path) -> None:
+    for page in site.glob("*.html"):
+        names = [src or href for src, href in LOADED.findall(page.read_text())]
+        assert names and not [name for name in names if "//" in name], page.name
+    formulas = (site / "how-it-works.html").read_text()
+    assert formulas.count("<math ") > 100 and "\\frac" not in formulas
+
+
+def test_api_has_every_public_name(site: Path) -> None:
+    page = (site / "api.html").read_text()
+    assert all(f'id="pretrain.vocab.{name}"' in page for name in vocab.__all__)
+    assert 'id="pretrain.vocab.VocabParallelEmbedding.loss"' in page and "&gt;&gt;&gt; " in page
 
 
 def test_each_kind_of_fault_fails(tmp_path: Path) -> None:
