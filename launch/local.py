@@ -62,14 +62,16 @@ def main() -> None:
 def _composed(composed: DictConfig) -> None:
     with one_line():
         OmegaConf.set_struct(composed, False)
-        asked = composed.pop("nproc")
+        asked, only_freeze = composed.pop("nproc"), composed.pop("freeze")
         restart: RestartConfig = OmegaConf.to_object(composed.pop("restart"))  # type: ignore[assignment]
         resume.apply(composed, list(HydraConfig.get().overrides.task))
         config = build_config(composed)
         check_nproc(asked)
+        if not isinstance(only_freeze, bool):
+            raise ValueError(f"freeze={only_freeze} must be true or false")
         check_free(config.run_dir, LAUNCH_LOCK, RANKS_LOCK)  # checked again below; here it needs no torch
         settled = check_settings(config, asked or None)
-        nproc, device = ranks_here(asked), device_type()
+        nproc, device = asked if asked and only_freeze else ranks_here(asked), device_type()
         data = check_job(config, nproc, device, warn=warn, environment=os.environ, settled=settled)
         check_logs(config)
         with lock_run(config.run_dir, LAUNCH_LOCK):
@@ -77,9 +79,12 @@ def _composed(composed: DictConfig) -> None:
                 done = finished(config, data)
                 if done is None:
                     freeze(config, data)
-            code = run_ranks(config, nproc, restart) if done is None else 0
+            code = run_ranks(config, nproc, restart) if done is None and not only_freeze else 0
     if done is not None:
         print(done)
+    elif only_freeze:
+        print(f"frozen: {config.path}; start it: torchrun … -m pretrain.train {shlex.quote(str(config.path))}")
+        sys.exit(0)
     if code == 0:
         print(farewell(config, asked))
     sys.exit(code)

@@ -55,10 +55,10 @@ class EvalHook(Hook):
 
     @torch.no_grad()
     def measure(self, trainer: TrainerView) -> dict[str, float]:
-        """val_loss in nats a token; val_bits_per_byte, of the bytes of the very targets that were scored. With several
-        corpora of all their targets together, and of each. Nothing where the ranks must stop before the end.
+        """Returns val_loss (nats per token) and val_bits_per_byte (over the bytes of the scored targets).
 
-        One all-reduce of three numbers a corpus, and one of one number a batch, besides the model's.
+        With several corpora: for all targets together, and for each corpus. Empty if the ranks must stop early.
+        One all-reduce of three numbers per corpus, and one of one number per batch, besides the model's.
         """
         sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
         for corpus, batches in zip(sums, self.batches.values(), strict=True):

@@ -38,7 +38,7 @@ def test_help_shows_the_values_of_the_run_to_resume(tmp_path):
     (tmp_path / "data").mkdir()
     values = in_process(local.main, "optim.lr=3e-3", "optim.clip=2", "data.path=x", f"run.dir={run}", "--cfg", "job")
     frozen = yaml.safe_load(values.stdout)
-    for key in ("nproc", "restart", "resume"):
+    for key in ("nproc", "freeze", "restart", "resume"):
         del frozen[key]
     (run / "config.yaml").write_text(yaml.safe_dump(frozen))
     for given in (f"resume={run}", f"run.dir={run}"):

@@ -14,6 +14,7 @@ import torch
 
 from data_prep import app
 from data_prep.token_file import Manifest
+from launch import local
 from pretrain import generate
 from pretrain.checkpoint import checkpoints, step_of
 from pretrain.data import Windows, open_corpus
@@ -22,6 +23,7 @@ from tests.in_process import in_process
 from tests.launch.commands import SMALL, refused, run, scalars
 from tests.pretrain.helpers import TIMES
 from tests.pretrain.tiny import write_tokens
+from tests.warm import torchrun
 
 
 def bits_per_byte(folder: Path, data: Path) -> float:
@@ -49,6 +51,21 @@ def trained(data, tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder.parent / "said").write_text(done.stdout)
     return folder
+
+
+def test_freeze_writes_settings_that_ranks_of_another_launcher_train(data, tmp_path):
+    folder = tmp_path / "a"
+    settings = f"data.path={data} run.dir={folder} train.steps=2 optim.warmup_steps=1 {SMALL}"
+    done = in_process(local.main, "freeze=true", "nproc=2", *settings.split())
+    assert done.returncode == 0 and f"frozen: {folder}/config.yaml" in done.stdout, done.stderr
+    assert not checkpoints(folder)
+    done = torchrun(2, "-m", "pretrain.train", folder / "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [step_of(found) for found in checkpoints(folder)] == [2]
+
+
+def test_freeze_must_be_true_or_false(data, tmp_path):
+    assert "freeze=maybe must be true or false" in refused(f"freeze=maybe data.path={data} run.dir={tmp_path}/a")
 
 
 def test_a_run_leaves_config_metrics_curves_and_a_checkpoint(trained, data):
