@@ -38,7 +38,7 @@ from pretrain.hooks.base import Hook, TrainerView
 from pretrain.mesh import Mesh
 from pretrain.vocab.lookup import plan_lookup
 from tests.benchmarks.measure import MIB, markdown, progress, status_mib
-from tests.benchmarks.step import ids_as_in_text
+from tests.benchmarks.step_rivals import ids_as_in_text
 from tests.pretrain.tiny import tiny_config
 from tests.ranks import run_ranks
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from pretrain.families.gpt2 import GPT2Config
 from tests.benchmarks import step, watching
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, lacks
 from tests.in_process import in_process
@@ -69,10 +71,22 @@ def test_head_benchmark_runs():
 def test_step_benchmark_runs_and_losses_agree():
     """All systems reach about the same loss. The fused loss is left out, because compiling it takes almost a minute."""
     names = [name for name in step.SYSTEMS if name != step.FUSED]
-    sizes = "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1"
+    sizes = "--vocab 512 --width 128 --layers 1 --sequences 1 --length 32 --repeats 1"
     rows = table_here(step.main, sizes, f"--only {shlex.join(names)}")
     losses = [float(row[-1]) for row in rows]
     assert [row[0] for row in rows] == names and max(losses) - min(losses) < 0.01 * losses[0]
+
+
+def losses_of_steps(rank, world):
+    model = GPT2Config(layers=2, width=64, heads=2, context=16)
+    steps = [step.SYSTEMS[name](model, 302, 2, torch.float32) for name in (step.RIVAL, step.MEGATRON)]
+    return [[one() for _ in range(3)] for one in steps]
+
+
+def test_megatrons_model_takes_the_same_steps_as_fsdp2():
+    """It has the same weights, and splits them otherwise: in fp32, the losses of three steps agree."""
+    for ours, theirs in run_ranks(2, losses_of_steps, timeout=120):
+        assert theirs == pytest.approx(ours, rel=1e-5) and theirs[2] < theirs[0]
 
 
 def test_tokenising_benchmark_runs():
