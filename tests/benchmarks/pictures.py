@@ -103,7 +103,7 @@ def scale() -> Path:
         axes.grid(alpha=0.3)
         axes.set_ylim(0, None)  # once all is drawn: the axes of a row share it
     figure.suptitle("simulated, not measured: llama_8b, untied, 8,192 tokens per GPU and step", fontsize=11)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return saved(figure, "scale.png")
 
 

@@ -32,7 +32,7 @@ CARD = HARDWARE["h100"]
 
 @dataclass(frozen=True)
 class Fabric:
-    """An H100 SXM, and links of groups of them. Latencies are those of NCCL's tuning table (Simple protocol)."""
+    """A GPU and the links to others; by default of an H100 SXM. Latencies: NCCL's tuning table, Simple protocol."""
 
     flops: float = 790e12  # attained by large bf16 matmuls
     memory: float = 0.9 * 3350e9  # bytes/s
@@ -65,6 +65,9 @@ class Fabric:
             hops = (ranks - max(1, nodes)) * self.ring[0] + between * self.ring[1]
         moving = max(transfer.sent * (1 - outside) / self.near, transfer.sent * outside / self.far)
         return moving + transfer.calls * (self.base + hops)
+
+
+H100 = Fabric()
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Training:
     config: JobConfig
     rows: int
     world: int
-    fabric: Fabric = Fabric()
+    fabric: Fabric = H100
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -114,7 +117,7 @@ class Training:
             return Shapes.of(self.config.model.body(), body_optimizer(self.config.optim))
 
     def step(self, p: int, hsdp: bool, rows: int | None = None) -> StepCost:
-        """Returns the planner's costs with p ranks per copy of the matrix. hsdp: they share one copy of the body, too."""
+        """Returns the planner's costs with p ranks per copy of the matrix. hsdp: also per copy of the body."""
         config = replace(self.config, engine=replace(self.config.engine, hsdp=hsdp))
         work = vocab_workload(config, rows or self.rows, self.world, BF16)
         kernels = choose_kernels(torch.device("cuda"))
@@ -143,8 +146,10 @@ class Training:
 
 
 def fastest(points: list[Point]) -> Point | None:
-    """Returns the fastest of the layouts that fit the GPU; None if none does."""
-    return max((point for point in points if point.fits), key=lambda point: point.rate, default=None)
+    """Returns the fastest of the layouts that fit the GPU; None if none does. A hundredth of speed yields to memory."""
+    fitting = [point for point in points if point.fits]
+    most = max((point.rate for point in fitting), default=0.0)
+    return min((point for point in fitting if point.rate > 0.99 * most), key=lambda point: point.memory, default=None)
 
 
 def powers(most: int, least: int = 1) -> list[int]:
@@ -248,13 +253,14 @@ def _fsdp2(training: Training, ranks: int, chunks: int) -> Point:
 # --- Megatron-Core ----------------------------------------------------------------------------------------------------
 
 
-def megatron(training: Training) -> list[Point]:
+def megatron(training: Training, hides: bool = False) -> list[Point]:
     """Tensor parallelism over t GPUs of a node for body and vocabulary, and the distributed optimizer over the rest.
 
-    A group of t ranks has t micro-batches per step, so that a rank has as many tokens as elsewhere. Traffic of tensor
-    parallelism hides behind matmuls, traffic of the optimizer behind those of one micro-batch.
+    A group of t ranks has t micro-batches per step, so that a rank has as many tokens as elsewhere. The sums of
+    backward hide behind matmuls, those of forward only if it `hides` them (--tp-comm-overlap). The optimizer's traffic
+    hides behind the matmuls of one micro-batch.
     """
-    return [_megatron(training, t) for t in powers(min(8, training.world))]
+    return [_megatron(training, t, hides) for t in powers(min(8, training.world))]
 
 
 def tensor_parallel(
@@ -289,7 +295,7 @@ def megatron_memory(training: Training, t: int) -> float:
     return weights + work.tokens * (held + logits) / t
 
 
-def _megatron(training: Training, t: int) -> Point:
+def _megatron(training: Training, t: int, hides: bool) -> Point:
     fabric, step, copies = training.fabric, training.step(1, hsdp=False), training.world // t
     work = step.work
     matrices = work.matrices * work.rows * work.width
@@ -301,7 +307,9 @@ def _megatron(training: Training, t: int) -> Point:
         Transfer("weights", "all-gather", "dp", copies, buckets, int(parameters / t / copies * BF16), ""),
     ]
     compute = training.body_seconds() + training.head_seconds(2 * FP32 * matrices / work.matrices)
-    seconds = max(compute, sum(fabric.seconds(one) for one in within.values()))
+    sums = sum(fabric.seconds(one) for one in within.values())
+    alone = 0.0 if hides else (sums + fabric.seconds(within["statistics"])) / 2  # all statistics, half of the others
+    seconds = max(compute, sums - alone) + alone
     seconds += max(0.0, sum(fabric.seconds(one, stride=t) for one in between) - seconds / t)
     seconds += training.update_seconds(parameters / training.world)
     head = sum(within[name].sent for name in ("embedding and head", "statistics"))

@@ -119,12 +119,12 @@ def test_a_transfer_takes_the_time_of_its_slowest_link():
 
 @pytest.mark.parametrize("name", scale.SYSTEMS)
 def test_simulated_points_keep_to_the_limits(name):
-    """No layout beats the matmuls alone, and the same layout on more ranks is never larger."""
+    """No layout beats the matmuls alone, and on more ranks the smallest layout is not larger."""
     trainings = [scale.training_of(131_072, world) for world in (8, 64)]
     matmuls = trainings[0].step(1, hsdp=False).flops + 6 * trainings[0].work.tokens * 131_072 * 4096
     points = [scale.SYSTEMS[name](training) for training in trainings]
     assert all(0 < point.rate < 8192 / (matmuls / 790e12) for some in points for point in some)
-    assert fastest(points[1]).memory <= fastest(points[0]).memory
+    assert min(point.memory for point in points[1]) <= min(point.memory for point in points[0])
     assert all(point.head > 0 for some in points for point in some)
 
 
@@ -146,10 +146,10 @@ def test_the_memory_of_one_rank_is_a_hand_count():
         assert 0 < rest < 0.3 * point.memory, name
 
 
-def test_the_fastest_layout_fits():
-    slow, quick, large = (Point(name, s, m, 0, 1) for name, s, m in (("a", 2, 1), ("b", 1, 1), ("c", 0.1, 1e12)))
+def test_the_fastest_layout_fits_and_is_the_smallest_of_equals():
+    slow, quick, large = (Point(name, s, m, 0, 1) for name, s, m in (("a", 2, 1), ("b", 1, 2), ("c", 0.1, 1e12)))
     assert fastest([slow, large, quick]) == quick and fastest([large]) is None
-    assert fastest([replace(quick, memory=76 * 2**30), slow]).layout == "b"
+    assert fastest([quick, smaller := replace(quick, seconds=1.005, memory=1), slow]) == smaller
 
 
 def test_the_command_prints_a_line_per_system():
