@@ -1,4 +1,7 @@
-"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes."""
+"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes.
+
+torch is imported where it is used: the processes of tokenising.py start without it.
+"""
 
 import ctypes
 import multiprocessing
@@ -9,8 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import torch
 
 M_MMAP_THRESHOLD = -3
 MIB = 2**20
@@ -44,6 +45,8 @@ def extra_peak_mib(step: Step) -> float:
 
     A first, uncounted run is done before; its memory is released and returned to the system.
     """
+    import torch
+
     step()
     _finish()
     if torch.cuda.is_available():
@@ -91,6 +94,8 @@ def progress(text: str) -> None:
 
 
 def _finish() -> None:
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
