@@ -92,7 +92,7 @@ def test_megatrons_model_takes_the_same_steps_as_fsdp2():
 def test_tokenising_benchmark_runs():
     """The benchmark stops unless all write the same tokens; one bare loop is half of the limit for two processes."""
     rows = table("tests/benchmarks/tokenising.py --megabytes 0.3 --rows 300 --repeats 1 --workers 2")
-    assert len(rows) >= 5 and rows[0][2] == "0.50" and rows[2][0] == "Rowshard" and float(rows[2][1]) > 0
+    assert len(rows) >= 5 and rows[0][2] == "0.50" and rows[2][0] == "Rowshard"
 
 
 def test_reading_benchmark_runs(tmp_path):
