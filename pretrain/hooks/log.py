@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..build import flops_per_token
+from ..clocks import Clock, clock_of
 from ..config.job import JobConfig
 from ..corpora import vocab_rows
 from ..peaks import peak_of
@@ -22,17 +23,27 @@ class LogHook(Hook):
     """Logs every few steps, the last step, and each step on which another hook has measured something or a stop has
     kept it from measuring. Rank 0 holds the log.
 
-    Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
-    their matmuls; None if the peak is unknown.
+    Logged steps: an all-reduce of the loss, and one of the peak memory. The parts of such a step are this rank's, and
+    missing if the step was not known to be logged when it began. capacity: tokens/s of all ranks at the peak of their
+    matmuls; None if the peak is unknown.
     """
 
     def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
         self.every, self.run, self.capacity = every, run, capacity
+        self.clock = Clock()
         self._begin()
 
     def _begin(self) -> None:
         """Resets the counts, after a logged step."""
         self.steps, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0.0
+
+    def before_training(self, trainer: TrainerView) -> None:
+        self.clock = clock_of(trainer.mesh.device)
+        trainer.model.timeline.watchers.append(self.clock.mark)
+        self.clock.begin(measure=self._due(trainer, trainer.state.step + 1))
+
+    def _due(self, trainer: TrainerView, step: int) -> bool:
+        return step == trainer.loop.last_step or (step % self.every == 0 and step < trainer.loop.last_step)
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         self.steps += 1
@@ -41,9 +52,12 @@ class LogHook(Hook):
         self.waited += report.waited
         if self.run.log is not None:
             self.run.log.console.stepped(report.step, self.tokens / self.seconds)
-        last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
-        if report.step % self.every and not report.scalars and not last:
-            return
+        stops = trainer.reason is not StopReason.NONE
+        if self._due(trainer, report.step) or report.scalars or stops:
+            self._write(trainer, report)
+        self.clock.begin(measure=self._due(trainer, report.step + 1))
+
+    def _write(self, trainer: TrainerView, report: StepReport) -> None:
         dist.all_reduce(report.loss)
         tokens_per_s = self.tokens / self.seconds
         scalars = {
@@ -58,6 +72,7 @@ class LogHook(Hook):
             "peak_memory_gib": _peak_memory(trainer.mesh.device) / 2**30,
             **({"mfu": tokens_per_s / self.capacity} if self.capacity else {}),
             "data_wait": self.waited / self.seconds,
+            **self.clock.seconds(),  # after the loss was read: a GPU has passed the marks
             **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,
