@@ -1,4 +1,4 @@
-"""The parts of a step, and who is told when one begins. Imports no torch.
+"""The parts of a step, and those who watch when one begins. Imports no torch.
 
 Not part of trainer.py, because the model marks a part and hooks watch them, and both are below the trainer.
 """

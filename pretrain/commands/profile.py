@@ -20,7 +20,7 @@ TensorBoard's profiler plugin.
 """
 KEYS = {
     "run": "folder of the run",
-    "rank": "rank whose trace is read; default: that of the newest trace",
+    "rank": "rank whose trace is read; default: the first that has the newest trace",
     "top": "number of operations; default: 10",
 }
 TOP = 10
@@ -51,7 +51,10 @@ def _newest(run: str, rank: str | None) -> Path:
             f"run={run} has no trace: train some steps with a trace, such as"
             f" python launch/local.py resume={run} profile.steps=[10,12], with steps that are still to be done"
         )
-    chosen = found if rank is None else [path for path in found if f".rank-{count_of('rank', rank)}." in path.name]
+    if rank is None:
+        steps = found[-1].name.partition(".")[0]
+        return min(path for path in found if path.name.startswith(f"{steps}."))
+    chosen = [path for path in found if f".rank-{count_of('rank', rank)}." in path.name]
     if not chosen:
         raise ValueError(f"rank={rank} has no trace in run={run}: there are {', '.join(path.name for path in found)}")
     return chosen[-1]
