@@ -22,7 +22,7 @@ class Clock:
         self._waits = Waits()
 
     def begin(self, measure: bool) -> None:
-        """Forgets the step before. measure: the next step is to be measured."""
+        """Forgets the step before. measure: the step that begins is to be measured, up to a call of `seconds`."""
         self._on, self._marks = measure, []
         self._waits.watch(measure)
 
@@ -31,16 +31,21 @@ class Clock:
             self._marks.append((part, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each part, and `communication_s`; empty if the step was not measured.
+        """Ends the measurement. Returns the seconds of each part, and `communication_s`; empty if there is none.
 
         The last mark ends the part before it. `communication_s` is a share of the parts, not one more.
         """
+        self._stop()
         if not self._marks:
             return {}
         found = dict.fromkeys((f"step_s/{part}" for part in PARTS), 0.0)
         for (part, start), (_, end) in pairwise(self._marks):
             found[f"step_s/{part}"] += self._between(start, end)
         return found | self._communication()
+
+    def _stop(self) -> None:
+        self._on = False
+        self._waits.watch(False)
 
     def _now(self) -> Any:
         return time.monotonic(), self._waits.seconds
@@ -63,6 +68,7 @@ class DeviceClock(Clock):
         self._on, self._marks = measure, []
 
     def seconds(self) -> dict[str, float]:
+        self._on = False
         passed = bool(self._marks) and self._marks[-1][1].query()
         return super().seconds() if passed else {}
 

@@ -14,6 +14,7 @@ from ..corpora import vocab_rows
 from ..peaks import peak_of
 from ..precision import compute_dtype
 from ..stops import StopReason
+from ..timeline import DATA
 from ..vocab.collectives import on_host
 from ..vocab.lookup import LookupTraffic
 from .base import Hook, Run, StepReport, TrainerView
@@ -39,11 +40,17 @@ class LogHook(Hook):
 
     def before_training(self, trainer: TrainerView) -> None:
         self.clock = clock_of(trainer.mesh.device)
-        trainer.model.timeline.watchers.append(self.clock.mark)
-        self.clock.begin(measure=self._due(trainer, trainer.state.step + 1))
+
+        def watch(part: str) -> None:
+            if part == DATA:
+                self.clock.begin(measure=self._due(trainer, trainer.state.step + 1))
+            self.clock.mark(part)
+
+        trainer.model.timeline.watchers.append(watch)
 
     def _due(self, trainer: TrainerView, step: int) -> bool:
-        return step == trainer.loop.last_step or (step % self.every == 0 and step < trainer.loop.last_step)
+        """True if a step is logged whatever happens in it."""
+        return step % self.every == 0 or step == trainer.loop.last_step
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         self.steps += 1
@@ -53,11 +60,8 @@ class LogHook(Hook):
         if self.run.log is not None:
             self.run.log.console.stepped(report.step, self.tokens / self.seconds)
         stops = trainer.reason is not StopReason.NONE
-        if self._due(trainer, report.step) or report.scalars or stops:
-            self._write(trainer, report)
-        self.clock.begin(measure=self._due(trainer, report.step + 1))
-
-    def _write(self, trainer: TrainerView, report: StepReport) -> None:
+        if not self._due(trainer, report.step) and not report.scalars and not stops:
+            return
         dist.all_reduce(report.loss)
         tokens_per_s = self.tokens / self.seconds
         scalars = {
