@@ -1,6 +1,5 @@
 """Traces of some steps: torch.profiler's, and on a GPU a snapshot of its memory."""
 
-import os
 import sys
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -122,7 +121,6 @@ def build(config: JobConfig, run: Run) -> ProfileHook | None:
     rank = run.parts.mesh.rank
     if not config.profile.steps or rank not in config.profile.ranks:
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler prints lines of its own
     first, last = config.profile.steps
     hook = ProfileHook(first, last, trace_folder(config.run_dir), rank)
     run.ends.append(hook.end)
