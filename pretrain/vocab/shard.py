@@ -1,6 +1,7 @@
 """Ownership of rows: which rows of a sharded tensor are this rank's. The only module with shard arithmetic."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -126,12 +127,22 @@ def seeded_normal(name: str, seed: int, start: int, stop: int, width: int, std: 
     rows, and any number of ranks builds the same matrix bit for bit.
     """
     out = torch.empty(stop - start, width, dtype=torch.float32)
-    for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
+
+    def draw(block: int) -> None:
         generator = torch.Generator().manual_seed(stable_seed(seed, name, block))
         rows = torch.empty(INIT_BLOCK, width, dtype=torch.float32).normal_(0.0, std, generator=generator)
         first = block * INIT_BLOCK
         low, high = max(start, first), min(stop, first + INIT_BLOCK)
         out[low - start : high - start] = rows[low - first : high - first]
+
+    blocks = range(start // INIT_BLOCK, -(-stop // INIT_BLOCK))
+    if (threads := min(torch.get_num_threads(), len(blocks))) < 2:
+        for block in blocks:
+            draw(block)
+    else:  # torch draws with one thread: a billion numbers would take most of a minute
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(draw, blocks):
+                pass
     return out
 
 

@@ -96,3 +96,15 @@ def test_seeds_are_part_of_the_format():
 def test_error_names_what_is_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         VocabShard.of(*arguments)
+
+
+def test_threads_do_not_change_initial_rows():
+    before = torch.get_num_threads()
+    drawn = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            drawn.append(seeded_normal("weight", 0, 100, 1000, 8, 0.02))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*drawn) and drawn[0].std() > 0.01
