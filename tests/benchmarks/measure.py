@@ -1,7 +1,4 @@
-"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes.
-
-torch is imported where it is used: the processes of tokenising.py start without it.
-"""
+"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes."""
 
 import ctypes
 import multiprocessing
@@ -12,6 +9,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 M_MMAP_THRESHOLD = -3
 MIB = 2**20
@@ -29,7 +29,7 @@ def interleaved_times(steps: Mapping[str, Step], repeats: int, before: Step = la
             before()
             start = time.perf_counter()
             step()
-            _finish()
+            finish()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -45,16 +45,14 @@ def extra_peak_mib(step: Step) -> float:
 
     A first, uncounted run is done before; its memory is released and returned to the system.
     """
-    import torch
-
     step()
-    _finish()
+    finish()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        _finish()
+        finish()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
@@ -66,8 +64,15 @@ def extra_peak_mib(step: Step) -> float:
 def holding_peak_mib(build: Callable[[], Step]) -> float:
     """The peak memory of the process during a step, in MiB above its memory before `build`: it includes what is built.
 
-    A first, uncounted step allocates what is kept, for example moments.
+    A first, uncounted step allocates what is kept, for example moments. On a GPU: its memory.
     """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        step = build()
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
     before = status_mib("VmRSS")
     step = build()
     step()
@@ -75,6 +80,11 @@ def holding_peak_mib(build: Callable[[], Step]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     step()
     return status_mib("VmHWM") - before
+
+
+def device_of_ranks() -> torch.device:
+    """The device of this rank's process group: the GPU with nccl, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -93,9 +103,8 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _finish() -> None:
-    import torch
-
+def finish() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

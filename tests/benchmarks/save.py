@@ -37,8 +37,8 @@ from pretrain.data.loader import Batch, MicroBatch
 from pretrain.hooks.base import Hook, TrainerView
 from pretrain.mesh import Mesh
 from pretrain.vocab.lookup import plan_lookup
-from tests.benchmarks.measure import MIB, markdown, progress, status_mib
-from tests.benchmarks.step_rivals import ids_as_in_text
+from tests.benchmarks.measure import MIB, device_of_ranks, finish, markdown, progress, status_mib
+from tests.benchmarks.step import ids_as_in_text
 from tests.pretrain.tiny import tiny_config
 from tests.ranks import run_ranks
 
@@ -46,7 +46,7 @@ KINDS = ("asynchronous", "synchronous", "torch's writer, then hashed")
 Save = Callable[[int], Path]
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=50_304)
     parser.add_argument("--width", type=int, default=768)
@@ -57,7 +57,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path())
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         progress("time")
         per_rank = run_ranks(options.ranks, times_on_rank, Path(folder), options, timeout=3600)
@@ -93,14 +97,15 @@ class Run(Hook):
         sizes = {"model__width": options.width, "model__heads": options.width // 64, "model__layers": options.layers}
         sizes |= {"model__context": options.length, "train__global_batch": 12, "vocab__multiple": 128}
         config = tiny_config(folder, folder, **sizes, train__precision="auto")
-        self.mesh = Mesh.of(dist.get_world_size(), torch.device("cpu"))
+        self.mesh = Mesh.of(dist.get_world_size(), device_of_ranks())
         engine, model, vocab_optimizer = build_model(config, self.mesh, options.vocab)
         self.state = ModelState(engine, model.vocab, vocab_optimizer, self.mesh)
         self.trainer = trainer_of(model, engine, vocab_optimizer, self.mesh, config.train, config.optim, [self])
         self.held = 0.0  # seconds during which the training waited
         ids = ids_as_in_text(options.vocab, options.sequences, options.length, self.mesh.world)
         plan = plan_lookup([part[:, :-1].flatten() for part in ids], model.vocab.shard, model.vocab.compute_dtype)
-        mine = ids[self.mesh.rank]
+        mine = ids[self.mesh.rank].to(self.mesh.device)
+        plan = plan.to(self.mesh.device)
         micro = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), plan=plan)
         self.batch = Batch([micro], options.sequences * options.length)
         self.folder = folder
@@ -133,6 +138,7 @@ class Run(Hook):
     def wait(self) -> None:
         for manager in self.managers.values():
             manager.wait()
+        finish()
 
     def tidy(self) -> None:
         """Removes what was written, and waits until nothing is in flight to the disk."""
