@@ -8,13 +8,11 @@ import torch
 import torch.distributed as dist
 
 from ..build import flops_per_token
-from ..clocks import Clock, clock_of
 from ..config.job import JobConfig
 from ..corpora import vocab_rows
 from ..peaks import peak_of
 from ..precision import compute_dtype
 from ..stops import StopReason
-from ..timeline import DATA
 from ..vocab.collectives import on_host
 from ..vocab.lookup import LookupTraffic
 from .base import Hook, Run, StepReport, TrainerView
@@ -24,33 +22,17 @@ class LogHook(Hook):
     """Logs every few steps, the last step, and each step on which another hook has measured something or a stop has
     kept it from measuring. Rank 0 holds the log.
 
-    Logged steps: an all-reduce of the loss, and one of the peak memory. The parts of such a step are this rank's, and
-    missing if the step was not known to be logged when it began. capacity: tokens/s of all ranks at the peak of their
-    matmuls; None if the peak is unknown.
+    Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
+    their matmuls; None if the peak is unknown.
     """
 
     def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
         self.every, self.run, self.capacity = every, run, capacity
-        self.clock = Clock()
         self._begin()
 
     def _begin(self) -> None:
         """Resets the counts, after a logged step."""
         self.steps, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0.0
-
-    def before_training(self, trainer: TrainerView) -> None:
-        self.clock = clock_of(trainer.mesh.device)
-
-        def watch(part: str) -> None:
-            if part == DATA:
-                self.clock.begin(measure=self._due(trainer, trainer.state.step + 1))
-            self.clock.mark(part)
-
-        trainer.model.timeline.watchers.append(watch)
-
-    def _due(self, trainer: TrainerView, step: int) -> bool:
-        """True if a step is logged whatever happens in it."""
-        return step % self.every == 0 or step == trainer.loop.last_step
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         self.steps += 1
@@ -59,8 +41,8 @@ class LogHook(Hook):
         self.waited += report.waited
         if self.run.log is not None:
             self.run.log.console.stepped(report.step, self.tokens / self.seconds)
-        stops = trainer.reason is not StopReason.NONE
-        if not self._due(trainer, report.step) and not report.scalars and not stops:
+        last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
+        if report.step % self.every and not report.scalars and not last:
             return
         dist.all_reduce(report.loss)
         tokens_per_s = self.tokens / self.seconds
@@ -76,7 +58,6 @@ class LogHook(Hook):
             "peak_memory_gib": _peak_memory(trainer.mesh.device) / 2**30,
             **({"mfu": tokens_per_s / self.capacity} if self.capacity else {}),
             "data_wait": self.waited / self.seconds,
-            **self.clock.seconds(),  # after the loss was read: a GPU has passed the marks
             **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,

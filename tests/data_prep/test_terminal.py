@@ -113,7 +113,6 @@ COMMANDS = [
     "-m pretrain.data",
     "-m pretrain.checkpoint",
     "-m pretrain.lens",
-    "-m pretrain.profile",
     "-m pretrain.tie_report",
     "-m pretrain.interop.hf",
 ]
