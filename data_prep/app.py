@@ -276,10 +276,14 @@ def warn_of(tally: Tally, manifest: Manifest, config: TokenizeConfig) -> None:
         print(f"left out: {', '.join(left_out)}")
     if not manifest.split("train"):
         raise DataError(
-            f"the training split is empty: the corpus is too small for val_fraction={config.val_fraction} and clean.*"
+            f"the training split is empty: val_fraction={config.val_fraction} and clean.* must leave documents for it;"
+            " lower them, or give more documents"
         )
     if config.val_fraction > 0 and not manifest.split("val"):
-        print(f"warning: the validation split is empty: the corpus is too small for val_fraction={config.val_fraction}")
+        print(
+            f"warning: the validation split is empty: val_fraction={config.val_fraction} chose none of"
+            f" {manifest.totals(['train'])[0]:,} documents; none is ever divided: raise val_fraction, or give more"
+        )
 
 
 def verify_folder(folder: Path) -> int:

@@ -20,6 +20,7 @@ from data_prep import terminal
 from data_prep.errors import headline
 from data_prep.help_text import Help
 from data_prep.mistakes import CONF, check_bases, mistake
+from data_prep.origin import origins, remember
 from data_prep.overrides import expand_home, in_full, readable
 from data_prep.renamed import renamed
 from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
@@ -50,6 +51,7 @@ def run_hydra(
     def composed(config: DictConfig) -> Any:
         nonlocal composing
         composing = False
+        remember(HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
         with one_line():
             check_bases(config, HydraConfig.get().runtime.choices)
             expand_home(config)
@@ -177,7 +179,7 @@ def one_line(*mistakes: type[Exception], remark: str = "") -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(fail(mistake(error)))
     except (ValueError, OSError, *mistakes) as error:  # type: ignore[misc]
-        sys.exit(fail(f"{headline(error)}{remark if isinstance(error, OSError) else ''}"))
+        sys.exit(fail(f"{headline(error)}{remark if isinstance(error, OSError) else origins(headline(error))}"))
     except KeyboardInterrupt:
         fail(f"interrupted{remark}")
         sys.exit(EXIT_INTERRUPTED)

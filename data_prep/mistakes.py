@@ -25,7 +25,9 @@ from data_prep.renamed import RENAMED
 HERE = Path(__file__).resolve().parent
 INSTALLED = (HERE / "conf").is_dir()  # True in an installed wheel, False in a checkout
 CONF = HERE / "conf" if INSTALLED else HERE.parent / "conf"
-UNCONVERTED = re.compile(r"Value '(.*)' of type '(.*)' could not be converted to (\w+)", re.DOTALL)
+UNCONVERTED = re.compile(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+)", re.DOTALL)
+KINDS = {"float": "a number", "integer": "a whole number", "int": "a whole number"}
+KINDS |= {"boolean": "true or false", "bool": "true or false"}
 COMPOSING = re.compile(r"In '([^']*)': (?:\w+ raised while composing config:|(.*))", re.DOTALL)
 
 
@@ -53,10 +55,11 @@ def _of_yaml(error: yaml.MarkedYAMLError) -> str:
 def _of_option(error: MissingConfigException) -> str:
     missing, options = error.missing_cfg_file or "", list(error.options or [])
     group, _, name = missing.rpartition("/")
-    message = _with_files(headline(error))
-    if not options and group:
-        options = _options(group)
-    return f"{message.rstrip('.')}{_nearest(name, options)}{_there_are(options)}"
+    options = options or (_options(group) if group else [])
+    typed = [word.lstrip("+").partition("=") for word in sys.argv[1:]]
+    if options and any(key == group and value.strip("'\"") == name for key, _, value in typed):
+        return f"{group}={name} must be one of {', '.join(options)}{_nearest(name, options)}"
+    return f"{_with_files(headline(error)).rstrip('.')}{_nearest(name, options)}{_there_are(options)}"
 
 
 def _options(group: str) -> list[str]:
@@ -108,7 +111,7 @@ def said(key: str, error: OmegaConfBaseException) -> str:
         names = _names(error)
         return unknown(key, names)
     if found := UNCONVERTED.search(first_line):
-        return f"{key}={found[1]} must be of type {found[3]}"
+        return f"{key}={found[1]} must be {KINDS.get(found[2].lower(), f'of type {found[2]}')}"
     if "is not Optional" in first_line or "Incompatible value 'None'" in first_line:
         return f"{key}=null must be a value: null is not allowed here"
     if "is not a ListConfig" in first_line:

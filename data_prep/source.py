@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from data_prep.decompress import BY_SUFFIX, decompressed
-from data_prep.errors import DataError, headline
+from data_prep.errors import DataError, headline, nearest
 from data_prep.json_values import values_of
 
 TEXT, LINES, VALUES, PARQUET = "text", "lines", "values", "parquet"  # the forms of a file
@@ -128,12 +128,19 @@ def expand(paths: list[str], choose: Choose = everything) -> list[FileInfo]:
     for name in paths:
         matches = remote_files(name) if is_remote(name) else local_files(name)
         if not matches:
-            raise DataError(f"corpus.paths: {name!r} matches no file")
+            raise DataError(f"corpus.paths: {name!r} {_nothing_in(name)}")
         for match in choose(name, matches):
             found.setdefault(match.path if is_remote(name) else os.path.realpath(match.path), match)
     if not found:
         raise DataError("corpus.paths=[] must name at least one file, glob, folder or URL")
     return list(found.values())
+
+
+def _nothing_in(name: str) -> str:
+    if os.path.isdir(name):
+        return "is a folder without files"
+    plain = not is_remote(name) and not glob.has_magic(name)
+    return f"matches no file{nearest(Path(name), ': ') if plain else ''}"
 
 
 def local_files(name: str) -> list[FileInfo]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.durable import durable
-from data_prep.errors import DataError, headline
+from data_prep.errors import DataError, headline, nearest
 from data_prep.lfs import refuse_pointer
 from data_prep.tokenizer_spec import END_OF_DOCUMENT, TokenizerSpec
 
@@ -137,7 +137,7 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         if missing_ok:
             return {}
-        raise DataError(f"{path} is missing") from None
+        raise DataError(f"{path} is missing{nearest(path.parent, '; ')}") from None
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:

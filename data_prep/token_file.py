@@ -26,7 +26,7 @@ from typing import Any, ClassVar, TypeVar, get_origin
 import numpy as np
 
 from data_prep.durable import DurableFile, durable
-from data_prep.errors import DataError, headline
+from data_prep.errors import DataError, headline, no_token_files
 from data_prep.lfs import refuse_pointer, refuse_pointer_text
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -352,7 +352,7 @@ class Manifest:
             files = tuple(typed(TokenFileEntry, entry) for entry in content["files"])
             manifest = typed(cls, {**content, "files": files})
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: the folder is unfinished, or has no token files") from None
+            raise DataError(f"{folder} {no_token_files(Path(folder))}") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         except DataError:

@@ -78,9 +78,14 @@ class ClusterConfig:
                 raise ValueError(f"cluster.{key}={value} must be at least {least}")
         gpus = [name for name, hardware in HARDWARE.items() if hardware.device == "cuda"]
         if self.gpus_per_node and self.gpu not in gpus:
-            raise ValueError(f"cluster.gpu={self.gpu} must be one of {', '.join(gpus)}: cluster.gpus_per_node is not 0")
+            raise ValueError(
+                f"cluster.gpu={self.gpu or 'null'} must be one of {', '.join(gpus)}, because"
+                f" cluster.gpus_per_node={self.gpus_per_node}; for another GPU add a line to launch/hardware.py"
+            )
         if not self.gpus_per_node and self.gpu is not None:
-            raise ValueError(f"cluster.gpu={self.gpu} must be null: cluster.gpus_per_node=0")
+            raise ValueError(
+                f"cluster.gpu={self.gpu} must be null, because cluster.gpus_per_node=0; give the GPUs of a node"
+            )
         if self.gpus_per_node and self.ranks_of_a_node > self.gpus_per_node:
             raise ValueError(
                 f"cluster.tasks_per_node={self.tasks_per_node} must not exceed"
@@ -136,7 +141,7 @@ class ClusterConfig:
     def describe(self) -> str:
         each = f"{self.ranks_of_a_node} ranks" if self.ranks_of_a_node > 1 else "1 rank"
         on_gpu = f" on {self.gpu}" if self.gpu else ""
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{on_gpu}, at most {self.time}"
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} × {each}{on_gpu}"
 
     def job(
         self,
@@ -199,7 +204,10 @@ def need_cluster(composed: Container[object]) -> None:
     """Raises ValueError if the command names no cluster."""
     if "cluster" not in composed:
         names = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
-        raise ValueError(f"+cluster=NAME is missing; there are {names}")
+        raise ValueError(
+            f"+cluster=NAME is missing; there are {names}: each describes nodes and GPUs, and launch/plan.py needs no"
+            " Slurm"
+        )
 
 
 def need_slurm(dry_run: bool) -> None:

@@ -74,6 +74,8 @@ def _composed(composed: DictConfig) -> None:
         nproc, device = asked if asked and only_freeze else ranks_here(asked), device_type()
         data = check_job(config, nproc, device, warn=warn, environment=os.environ, settled=settled)
         check_logs(config)
+        if device == "cpu" and not only_freeze and nproc > (cores := len(os.sched_getaffinity(0))):
+            warn(f"nproc={nproc} should not exceed the {cores} CPU cores of this process: the ranks take turns")
         with lock_run(config.run_dir, LAUNCH_LOCK):
             with lock_run(config.run_dir, RANKS_LOCK):  # refused while ranks of a killed launcher still run
                 done = finished(config, data)

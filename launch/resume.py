@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.errors import nearest
 from data_prep.overrides import home, with_new_names
 from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
 from pretrain.config.job import CONFIG_FILE
@@ -103,7 +104,7 @@ def _frozen(run: str) -> DictConfig:
     """Reads and checks the settings of a run."""
     path = _config_of(run)
     if not path.is_file():
-        raise ValueError(f"resume={run} must be the folder of a run: {path} is missing")
+        raise ValueError(f"resume={run} must be the folder of a run: {path} is missing{nearest(path.parent, '; ')}")
     load_config(path)
     frozen = with_new_names(OmegaConf.create(yaml.safe_load(path.read_bytes())))
     frozen.optim.setdefault("name", OptimConfig.name)  # older runs have no name there

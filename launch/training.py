@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep import terminal
 from data_prep.command import warn
 from data_prep.durable import durable
+from data_prep.mistakes import said
 from data_prep.overrides import shown
 from data_prep.progress import working
 from data_prep.renamed import former
@@ -106,7 +107,7 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
         try:
             found.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LaunchConfig), given)))
         except OmegaConfBaseException as error:
-            raise ValueError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+            raise ValueError(said(str(error.full_key), error)) from error
     if any(launch_config != found[0] for launch_config in found):
         raise ValueError("--multirun is for settings of the training: one array has one cluster, restart and dry_run")
     ours = found[0]
@@ -263,7 +264,9 @@ def record(run: Run, job: submitit.Job[object], snapshot: Snapshot) -> None:
 
 def farewell(ours: LaunchConfig, base: Path, runs: list[Run], jobs: list[submitit.Job[object]]) -> str:
     several, job = len(runs) > 1, jobs[0].job_id.split("_")[0]
-    lines = [f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()})"]
+    lines = [
+        f"job: {job} ({f'{len(runs)} times ' if several else ''}{ours.cluster.describe()}, at most {ours.cluster.time})"
+    ]
     for run, submitted in zip(runs, jobs, strict=True):
         lines += [f"run: {run.dir}", f"model: {run.model}", f"log: {submitted.paths.stdout}"]
     lines.append(f"curves: {shown('tensorboard', '--logdir', str(base if several else base.parent))}")

@@ -140,9 +140,14 @@ def finished(config: JobConfig, data: Data) -> str | None:
         check_files(newest, saved)
     except DamagedCheckpoint:
         return None
-    if step >= steps:
-        return f"{config.run.dir} is finished ({step} of {steps} steps); a larger train.steps continues it"
+    return reached(config, step)
+
+
+def reached(config: JobConfig, step: int) -> str:
+    """Returns one line on a run that is at its last step or beyond: which setting stops it there."""
+    if step >= config.train.steps:
+        return f"{config.run.dir} is finished ({step} of {config.train.steps} steps); a larger train.steps continues it"
     return (
-        f"{config.run.dir} has reached train.stop_after={config.train.stop_after} (step {step} of {steps});"
-        " train.stop_after=null continues it"
+        f"{config.run.dir} has reached train.stop_after={config.train.stop_after}"
+        f" (step {step} of {config.train.steps}); train.stop_after=null continues it"
     )

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data_prep.durable import durable
-from data_prep.errors import headline
+from data_prep.errors import headline, nearest
 from data_prep.mistakes import said, unknown
 from data_prep.overrides import with_new_names
 from data_prep.special_tokens import KEPT_AS, SpecialTokens
@@ -140,7 +140,7 @@ def load_config(path: Path) -> JobConfig:
     try:
         frozen = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: is {path.parent} a run?") from None
+        raise ValueError(f"{path} is missing: is {path.parent} a run?{nearest(path.parent, ' ')}") from None
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} is not YAML: {headline(error)}") from error
     if not isinstance(frozen, DictConfig):

@@ -28,7 +28,8 @@ def samples(config: JobConfig, data: Data) -> Samples:
         else:
             windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
         if not len(windows):
-            raise ValueError(f"data.path={config.data.paths[title]}: no document has two tokens to pack")
+            path = config.data.paths[title]
+            raise ValueError(f"{config.data.key_of(title)}={path}: no document has two tokens to pack")
         sources[title] = windows, Order(len(windows), config.seed, corpus.name)
     return Samples(sources, data.blend)
 

@@ -10,6 +10,10 @@ PEAKS = {  # by the first of these that the GPU's name contains: in bf16, in fp3
     "H100 PCIe": (756e12, 51e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
+    "B200": (2250e12, 75e12),  # of HGX B200
+    "L40S": (362e12, 91.6e12),
+    "RTX 6000 Ada": (364.2e12, 91.1e12),  # as the next: with accumulation in fp32
+    "RTX 4090": (165.2e12, 82.6e12),
 }
 
 

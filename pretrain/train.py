@@ -26,7 +26,7 @@ from .changes import Change, markdown, settings_changed, settings_of
 from .checkpoint import CheckpointError, DamagedCheckpoint, checkpoints, step_of
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.state import ModelState, TrainState
-from .checks import check_job
+from .checks import check_job, reached
 from .compose import load_config
 from .config.job import JobConfig
 from .control import RunControl
@@ -49,16 +49,16 @@ from .trainer import Trainer
 from .vocab import VocabParallelEmbedding
 
 LOCK_SECONDS = 180  # to wait for the lock of an earlier start
-
+FREEZE = "without that launcher, write config.yaml again: launch/local.py resume=RUN KEY=VALUE freeze=true"
 
 HELP = """One rank of a training, as a launcher starts it. To train: python launch/local.py --help
 
   python -m pretrain.train RUN/config.yaml                                      a single rank
   torchrun --nproc-per-node 2 -m pretrain.train RUN/config.yaml                 on several nodes with torchrun's flags
 
-A launcher has frozen RUN/config.yaml. Each rank reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT, as torchrun sets them. Ends with the codes of pretrain/exits.py: 0 finished, 75 stopped and
-saved, others failed.
+launch/local.py freezes RUN/config.yaml; with freeze=true it starts nothing. Each rank reads RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them. Ends with the codes of
+pretrain/exits.py: 0 finished, 75 stopped and saved, others failed.
 """
 
 
@@ -137,6 +137,8 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
         if mesh.rank == 0:
             changes = settings_changed(config.run_dir, found)
             announce(config, data, loader.samples, parts.model, mesh, parallel, state, found, changes)
+            if state.step >= config.train.last_step:
+                print(f"nothing to train: {reached(config, state.step)}; {FREEZE}", flush=True)
             run.log = _log(config, data, state.step, changes)
         control.watch_saves(run.manager, config.checkpoint.reserve_seconds, os.environ)
         with closing(run), closing(loader):

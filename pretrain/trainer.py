@@ -49,6 +49,8 @@ class Trainer:
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
                 hook.after_step(self, report)
+        for hook in self.hooks:
+            hook.after_training(self)
         return self.reason
 
     def must_stop(self) -> bool:

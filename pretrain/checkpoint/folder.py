@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.durable import durable, sha256_of, sync_folder
+from data_prep.errors import nearest
 from data_prep.progress import progress
 
 from ..config.checkpoint import CheckpointConfig
@@ -46,7 +47,7 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
     """Checkpoint of the step; the newest if step is None. Raises ValueError if there is none."""
     found = {step_of(folder): folder for folder in checkpoints(run)}
     if not found:
-        raise ValueError(f"run={run} has no checkpoint")
+        raise ValueError(f"run={run} has no checkpoint{nearest(run, ': ')}")
     if step is not None and step not in found:
         raise ValueError(f"step={step} has no checkpoint in {run}; there are {', '.join(map(str, found))}")
     return found[max(found) if step is None else step]

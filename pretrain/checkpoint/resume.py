@@ -41,9 +41,25 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
     if split is not None:
         _refuse(config, *split)
     if manifest["vocab_size"] != rows:
-        _refuse(config, f"{manifest['vocab_size']} vocabulary rows", str(rows))
+        _refuse(
+            config, f"{manifest['vocab_size']} vocabulary rows{_source(saved, True)}", f"{rows}{_source(now, True)}"
+        )
     if manifest["tokenizer_fingerprint"] != data.tokenizer_fingerprint and (drawn or not _same_rows(config, data)):
-        _refuse(config, f"tokenizer {manifest['tokenizer_fingerprint']}", f"{data.tokenizer_fingerprint}")
+        before, given = (
+            f"{f'tokenizer {digest[:12]}' if digest else 'no tokenizer'}{_source(settings)}"
+            for digest, settings in ((manifest["tokenizer_fingerprint"], saved), (data.tokenizer_fingerprint, now))
+        )
+        _refuse(config, before, given)
+
+
+def _source(settings: dict[str, Any], of_rows: bool = False) -> str:
+    """Names the setting that brought the tokenizer, or the number of rows, as in " (data.path=data/mine)"."""
+    if of_rows and settings["vocab"].get("size") is not None:
+        return f" (vocab.size={settings['vocab']['size']})"
+    data = settings["data"]
+    corpora = [f"data.corpora.{title}={path}" for title, path in (data.get("corpora") or {}).items()]
+    path, *_ = [*corpora, f"data.path={data['path']}"]
+    return f" ({path})"
 
 
 def _same_rows(config: JobConfig, data: Data) -> bool:

@@ -10,6 +10,7 @@ from data_prep import terminal
 from data_prep.arguments import count_of, key_values
 from data_prep.command import arguments_or, one_line
 from data_prep.durable import exclusive
+from data_prep.errors import nearest
 
 from ..checkpoint.folder import (
     CheckpointError,
@@ -146,7 +147,7 @@ def _chosen(settings: Settings) -> list[Path]:
     """Returns the folders of the chosen checkpoints. Raises ValueError if there are none."""
     found = checkpoints(settings.run)
     if not found:
-        raise ValueError(f"run={settings.run} has no checkpoint")
+        raise ValueError(f"run={settings.run} has no checkpoint{nearest(settings.run, ': ')}")
     chosen = [folder for folder in found if settings.step in (None, step_of(folder))]
     if not chosen:
         raise ValueError(

@@ -61,6 +61,10 @@ class DataConfig:
         """Paths of the corpora, by title."""
         return self.corpora or {self.path: self.path}
 
+    def key_of(self, title: str) -> str:
+        """Returns the setting that has the path of this corpus."""
+        return f"data.corpora.{title}" if self.corpora else "data.path"
+
     def resolve(self) -> None:
         """Makes the paths absolute, because a job may run in another folder."""
         self.path = self.path and os.path.abspath(self.path)

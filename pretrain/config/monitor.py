@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class LogConfig:
     """Scalars in RUN/metrics.jsonl, in TensorBoard and on the terminal."""
 
-    every: int = 10  # steps between log entries
+    every: int = 10  # steps between log entries; the first and the last step of each start are always logged
     tensorboard: bool = True  # also write event files for TensorBoard to the run's folder
 
     def __post_init__(self) -> None:

@@ -29,17 +29,21 @@ class TrainingConfig:
             raise ValueError(f"train.time_limit={self.time_limit} must be a time such as 4h, 90m or 1d12h (null: none)")
         if not self.hang_timeout >= 0:
             raise ValueError(f"train.hang_timeout={self.hang_timeout} must not be negative (0: never)")
-        if self.global_batch % self.micro_batch:
-            raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
 
     def check_world(self, world: int) -> None:
         """Raises ValueError unless the global batch is a whole number of micro-batches per rank, on `world` ranks."""
-        if self.global_batch % (self.micro_batch * world):
+        product = self.micro_batch * world
+        if self.global_batch % product:
+            below = self.global_batch // product * product
+            batches = f"train.global_batch={f'{below} or ' if below else ''}{below + product}"
+            each = self.global_batch // world if self.global_batch % world == 0 else 0
+            micro = [str(size) for size in range(1, min(each, self.micro_batch) + 1) if each % size == 0][-2:]
             raise ValueError(
-                f"train.micro_batch={self.micro_batch} × {world} ranks = {self.micro_batch * world}"
-                f" must divide train.global_batch={self.global_batch}"
+                f"train.micro_batch={self.micro_batch} × {world} rank{'s' * (world > 1)} = {product}"
+                f" must divide train.global_batch={self.global_batch}; give {batches}"
+                + (f", or train.micro_batch={' or '.join(micro)}" if micro else "")
             )
 
     @property

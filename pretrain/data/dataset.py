@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.errors import no_token_files
 from data_prep.faults import check
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, TokenFile
 from data_prep.tokenizer_spec import TokenizerSpec
@@ -78,7 +79,7 @@ def open_data(config: DataConfig) -> Data:
     Raises ValueError if a corpus is faulty, if two have different tokenizers, or if two have the same tokens.
     """
     paths = config.paths
-    corpora = {title: open_corpus(Path(path)) for title, path in paths.items()}
+    corpora = {title: open_corpus(Path(path), config.key_of(title)) for title, path in paths.items()}
     weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
     data = Data(corpora, Blend({begin: [stage[title] for title in corpora] for begin, stage in weights.items()}))
     for title, corpus in data.corpora.items():
@@ -104,17 +105,19 @@ def _check_indices(corpus: Corpus) -> None:
             raise ValueError(fault)
 
 
-def open_corpus(path: Path) -> Corpus:
-    """Opens a corpus. Checks manifest, sizes and tokenizer, not the tokens. Raises ValueError if one is faulty."""
-    if (path / MANIFEST_FILE).is_file() or path.is_dir():
+def open_corpus(path: Path, key: str = "data.path") -> Corpus:
+    """Opens a corpus. Checks manifest, sizes and tokenizer, not the tokens. Raises ValueError if one is faulty. key:
+    the setting that names it.
+    """
+    if (path / MANIFEST_FILE).is_file():
         corpus = _open_folder(path)
-    elif path.with_name(path.name + ".idx").is_file() or path.suffix in (".bin", ".idx"):
+    elif any(path.with_name(path.name + end).is_file() for end in (".bin", ".idx")) or path.suffix in (".bin", ".idx"):
         file = TokenFile(path)
         corpus = Corpus(_name_of_pair(file), (file,), (), None, None, None, None)
     else:
-        raise ValueError(f"data.path={path} is neither a folder of token files nor the prefix of a .bin and .idx pair")
+        raise ValueError(f"{key}={path} {no_token_files(path)}")
     if corpus.tokens < 2:
-        raise ValueError(f"data.path={path} has fewer than two training tokens")
+        raise ValueError(f"{key}={path} has fewer than two training tokens")
     return corpus
 
 

@@ -69,6 +69,9 @@ class Hook:
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         """Called after the update. Adds values for the log to the report."""
 
+    def after_training(self, trainer: TrainerView) -> None:
+        """Called once per start, after the last step, before the last save; also if no step was left."""
+
     def state_dict(self) -> HookState:
         """Returns the state to save, by names that begin with `monitor.`: DTensors, and numbers for the manifest.
 

@@ -19,8 +19,8 @@ from .base import Hook, Run, StepReport, TrainerView
 
 
 class LogHook(Hook):
-    """Logs every few steps, the last step, and each step on which another hook has measured something or a stop has
-    kept it from measuring. Rank 0 holds the log.
+    """Logs every few steps, the first and the last step of each start, and each step on which another hook has measured
+    something or a stop has kept it from measuring. Rank 0 holds the log.
 
     Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
     their matmuls; None if the peak is unknown.
@@ -28,6 +28,8 @@ class LogHook(Hook):
 
     def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
         self.every, self.run, self.capacity = every, run, capacity
+        self._first = True
+        self._unlogged: StepReport | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -42,8 +44,18 @@ class LogHook(Hook):
         if self.run.log is not None:
             self.run.log.console.stepped(report.step, self.tokens / self.seconds)
         last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
-        if report.step % self.every and not report.scalars and not last:
-            return
+        if self._first or report.step % self.every == 0 or report.scalars or last:
+            self._log(trainer, report)
+        else:
+            self._unlogged = report
+
+    def after_training(self, trainer: TrainerView) -> None:
+        """Logs the last step if a stop came after it."""
+        if self._unlogged is not None:
+            self._log(trainer, self._unlogged)
+
+    def _log(self, trainer: TrainerView, report: StepReport) -> None:
+        self._first, self._unlogged = False, None
         dist.all_reduce(report.loss)
         tokens_per_s = self.tokens / self.seconds
         scalars = {

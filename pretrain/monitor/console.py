@@ -87,11 +87,12 @@ class Summary:
                 best, at = self.best[name]
                 rows.append([title, f"{form.format(last[name])} (best {form.format(best)} at step {at:,.0f})"])
         rows.append(["time", f"{clock(seconds)}{' in this start' if started_at else ''}"])
-        speed = [form.format(last[name]) for name, form in SPEED.items() if name in last]
+        measured = last if step > started_at else {}  # else an earlier start's
+        speed = [form.format(measured[name]) for name, form in SPEED.items() if name in measured]
         if speed:
             rows.append(["speed", f"{', '.join(speed)}, at the end"])
-        if "peak_memory_gib" in last:
-            rows.append(["peak memory", f"{last['peak_memory_gib']:.2f} GiB, of the rank that holds most"])
+        if "peak_memory_gib" in measured:
+            rows.append(["peak memory", f"{measured['peak_memory_gib']:.2f} GiB, of the rank that holds most"])
         newest = f", the newest is {checkpoints[-1]}" if checkpoints else ""
         rows.append(["checkpoints", f"{len(checkpoints)}{newest}"])
         return "\n".join(aligned(rows, left=(0, 1)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, nearest
 from data_prep.stats import NO_TOKEN, shown
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class ReportRun:
     def __post_init__(self) -> None:
         manifest = newest_manifest(self.folder)
         if manifest is None:
-            raise ValueError(f"{self.kind}={self.folder} has no checkpoint: is it a run?")
+            raise ValueError(f"{self.kind}={self.folder} has no checkpoint: is it a run?{nearest(self.folder, ' ')}")
         self.manifest = manifest
         if self.matrices != (1 if self.kind == "tied" else 2):
             found = "1 matrix" if self.matrices == 1 else f"{self.matrices} matrices"

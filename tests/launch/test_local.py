@@ -5,8 +5,10 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from pretrain import generate
 from pretrain.checkpoint import checkpoints, step_of
 from pretrain.data import Windows, open_corpus
 from pretrain.generation import load_model
-from tests.in_process import in_process
+from tests.in_process import ROOT, in_process
 from tests.launch.commands import SMALL, refused, run, scalars
 from tests.pretrain.helpers import TIMES
 from tests.pretrain.tiny import write_tokens
@@ -70,7 +72,7 @@ def test_freeze_must_be_true_or_false(data, tmp_path):
 
 def test_a_run_leaves_config_metrics_curves_and_a_checkpoint(trained, data):
     assert f"run: {trained}" in (trained.parent / "said").read_text().splitlines()[-3]
-    assert [line["step"] for line in scalars(trained)] == [4, 8, 12]
+    assert [line["step"] for line in scalars(trained)] == [1, 4, 8, 12]
     assert scalars(trained)[-1]["val_bits_per_byte"] == pytest.approx(bits_per_byte(trained, data), rel=1e-4)
     keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
     keys |= {"tokens_per_s_per_rank", "step_s", "peak_memory_gib"}
@@ -103,7 +105,19 @@ def test_the_same_command_resumes_and_another_number_of_ranks_may_take_over(trai
     done = run(f"launch/local.py nproc=1 train.steps=16 {again}")
     assert done.returncode == 0, done.stderr
     assert "resumed:" in done.stdout and "step 12" in done.stdout
-    assert [line["step"] for line in scalars(folder)] == [4, 8, 12, 16]
+    assert [line["step"] for line in scalars(folder)] == [1, 4, 8, 12, 13, 16]
+
+
+def test_rank_says_why_nothing_is_left_to_train(trained, data, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    frozen = (folder / "config.yaml").read_text().replace("steps: 12", "steps: 16").replace(str(trained), str(folder))
+    (folder / "config.yaml").write_text(frozen.replace("stop_after: null", "stop_after: 12"))
+    done = torchrun(1, "-m", "pretrain.train", folder / "config.yaml", cwd=ROOT)
+    stands = (
+        f"nothing to train: {folder} has reached train.stop_after=12 (step 12 of 16); train.stop_after=null continues"
+    )
+    assert done.returncode == 0 and stands in done.stdout and "freeze=true" in done.stdout, done.stderr
+    assert "tokens/s" not in done.stdout, "no step ran"
 
 
 def test_a_run_says_how_the_matrix_is_split_and_what_the_lookup_saves(trained, data, tmp_path):
@@ -210,12 +224,23 @@ def test_a_megatron_written_pair_is_trained_on(tmp_path):
 
 BAD = {
     "an unknown key": ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
-    "a value of the wrong type": ("train.steps=many", "train.steps"),
+    "a value of the wrong type": ("train.steps=many", "train.steps=many must be a whole number"),
+    "a rate that is not a number": ("optim.lr=fast", "optim.lr=fast must be a number"),
+    "neither true nor false": ("log.tensorboard=perhaps", "log.tensorboard=perhaps must be true or false"),
     "a value out of range": ("optim.lr=-1", "optim.lr=-1.0 must be positive"),
-    "an unknown model": ("model=gpt9", "gpt2_xl"),
+    "an unknown model": ("model=gpt9", "model=gpt9 must be one of gpt2, "),
+    "a value of a recipe": (
+        "recipe=gpt2_124m",
+        "must not exceed model.context=32; recipe=gpt2_124m sets train.seq_len",
+    ),
+    "a value of a preset": ("model=gpt2 train.seq_len=2048", "model.context=32"),
     "heads that do not divide the width": ("model.heads=3", "model.heads=3 must divide model.width=32"),
     "a sequence longer than the context": ("train.seq_len=64", "train.seq_len=64 must not exceed model.context=32"),
-    "a batch that the ranks cannot share": ("train.global_batch=6", "× 2 ranks = 4 must divide train.global_batch=6"),
+    "a batch that the ranks cannot share": (
+        "train.global_batch=6",
+        "× 2 ranks = 4 must divide train.global_batch=6; give train.global_batch=4 or 8, or train.micro_batch=1",
+    ),
+    "a batch of no micro-batch": ("train.global_batch=9", "train.global_batch=9; give train.global_batch=8 or 12\n"),
     "a vocabulary axis that does not divide the ranks": ("vocab.parallel=3", "vocab.parallel=3 must divide"),
     "a vocabulary smaller than the tokenizer's": ("vocab.size=300", "vocab.size=300 must be at least 400"),
     "an unknown group": ("+trian.steps=5", "unknown key trian"),
@@ -232,7 +257,10 @@ BAD = {
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
     "a sweep": ("--multirun", "--multirun is not possible here"),
     "no data": ("data.path=", "data.path is missing"),
-    "data that is not there": ("data.path=/nowhere", "data.path=/nowhere is neither"),
+    "data that is not there": (
+        "data.path=/nowhere",
+        "data.path=/nowhere must be a folder of token files: /nowhere does not exist",
+    ),
     "no run folder": ("run.dir=", "run.dir is missing"),
     "ranks that are no number": ("nproc=two", "nproc=two must be a number of ranks"),
     "a negative number of starts": ("restart.max_failures=-1", "restart.max_failures=-1 must not be negative"),
@@ -251,7 +279,39 @@ def test_a_process_with_a_wrong_setting_says_one_line_and_exits_with_2(tmp_path)
     """Compares all output: there is no warning of a library."""
     done = run(f"launch/local.py data.path=/nowhere run.dir={tmp_path}/run {SMALL}", cold=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: data.path=/nowhere is neither") and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("error: data.path=/nowhere must be a folder") and not (tmp_path / "run").exists()
+
+
+def test_missing_path_names_its_neighbour(trained, data, tmp_path):
+    typed = data.parent / "tokns"
+    for setting in (f"data.path={typed}", f"data.corpora.web={typed}"):
+        error = refused(f"nproc=2 {setting} run.dir={tmp_path}/run {SMALL}")
+        assert f"{setting} must be a folder of token files: {typed} does not exist; there is {data}\n" in error
+    run = f"{trained}-"
+    assert f"config.yaml is missing; {run} does not exist; there is {trained}\n" in refused(f"resume={run}")
+    done = in_process(generate.main, f"run={run}")
+    assert done.stderr == f"error: run={run} has no checkpoint: {run} does not exist; there is {trained}\n"
+
+
+def test_folder_of_text_names_the_command_that_makes_token_files(data, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for text in (tmp_path, tmp_path / "a.txt"):
+        error = refused(f"nproc=2 data.path={text} run.dir={tmp_path}/run {SMALL}")
+        assert f"data.path={text} has no token files; make them: python data_prep/tokenize.py corpus=files" in error
+    (tmp_path / "unfinished").mkdir()
+    assert "is unfinished: the same tok" in refused(f"nproc=2 data.path={tmp_path} run.dir={tmp_path}/run {SMALL}")
+
+
+def test_number_of_rows_names_what_brought_it(trained, data, tmp_path):
+    error = refused(f"resume={trained} train.steps=20 vocab.size=500")
+    assert f"holds a run with 400 vocabulary rows (data.path={data}), this command has 500 (vocab.size=500)" in error
+
+
+def test_more_ranks_than_cores_are_told(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    with patch.object(local, "run_ranks", return_value=0):
+        done = in_process(local.main, *f"nproc=2 data.path={data} run.dir={tmp_path}/run {SMALL}".split())
+    assert done.stderr == "warning: nproc=2 should not exceed the 1 CPU cores of this process: the ranks take turns\n"
 
 
 def test_broken_data_is_named(data, tmp_path):
@@ -300,7 +360,9 @@ def test_a_run_is_not_continued_with_another_tokenizer(trained, data, tmp_path):
     done = in_process(app.main, *arguments.split())
     assert done.returncode == 0, done.stderr
     error = refused(f"nproc=2 data.path={tmp_path}/other run.dir={trained} train.steps=20 {SMALL}")
-    assert "holds a run with tokenizer" in error
+    assert re.search(
+        rf"holds a run with tokenizer \w{{12}} \(data.path={data}\), this command has tokenizer \w{{12}} \(data", error
+    )
 
 
 def test_a_run_in_use_is_refused(trained, data):

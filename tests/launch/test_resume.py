@@ -45,7 +45,7 @@ def resumed(arguments: list[str]):
     typed = resume.in_full(arguments)
     composed = compose_settings("local", typed)
     OmegaConf.set_struct(composed, False)
-    del composed["nproc"], composed["restart"]
+    del composed["nproc"], composed["freeze"], composed["restart"]
     resume.apply(composed, typed)
     return build_config(composed)
 

@@ -248,8 +248,12 @@ def test_the_gpu_is_that_of_the_cluster(command):
 
 
 WRONG = {
-    "no cluster": ("", f"+cluster=NAME is missing; there are {', '.join(CLUSTERS)}"),
-    "an unknown cluster": ("+cluster=b900x8", f"there are {', '.join(CLUSTERS)}"),
+    "no cluster": ("", f"+cluster=NAME is missing; there are {', '.join(CLUSTERS)}: each describes nodes"),
+    "a GPU that has no line": (
+        "cluster=a100x8 cluster.gpu=k80",
+        "rtx-4090, because cluster.gpus_per_node=8; for another GPU add a line to launch/hardware.py; cluster=a100x8 s",
+    ),
+    "an unknown cluster": ("+cluster=b900x8", f"cluster=b900x8 must be one of {', '.join(CLUSTERS)}"),
     "an unknown key": ("+cluster=cpu cluster.node=2", "unknown key cluster.node; did you mean cluster.nodes?"),
     "an unknown variable's type": ("+cluster=cpu cluster.nodes=many", "cluster.nodes"),
     "a wrong number": ("+cluster=cpu cluster.nodes=0", "cluster.nodes=0 must be at least 1"),
@@ -267,10 +271,10 @@ WRONG = {
     ),
     "a setting of the training": ("+cluster=cpu optim.lr=-1", "optim.lr=-1.0 must be positive"),
     "a setting of the restarts": ("+cluster=cpu restart.max_failures=-1", "restart.max_failures=-1"),
-    "neither true nor false": ("+cluster=cpu dry_run=perhaps", "dry_run"),
+    "neither true nor false": ("+cluster=cpu dry_run=perhaps", "dry_run=perhaps must be true or false"),
     "heads that do not divide": ("+cluster=cpu model.heads=3", "model.heads=3 must divide model.width=32"),
     "no data": ("+cluster=cpu data.path=", "data.path is missing"),
-    "data that is not there": ("+cluster=cpu data.path=/nowhere", "data.path=/nowhere is neither"),
+    "data that is not there": ("+cluster=cpu data.path=/nowhere", "data.path=/nowhere must be a folder"),
     "no run": ("+cluster=cpu run.dir=", "run.dir is missing"),
     "a run that Slurm would misread": ("+cluster=cpu run.dir=/tmp/%j", "run.dir=/tmp/%j may have letters, digits"),
     "a sweep of clusters": ("--multirun +cluster=cpu cluster.nodes=1,2", "--multirun is for settings of the training"),

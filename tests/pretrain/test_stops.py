@@ -61,7 +61,8 @@ def test_interrupted_evaluation_is_repeated_after_resume(tmp_path, number, step)
     assert last.name == f"step-{step:08d}" and read_manifest(last)["val_loss"] is None
     assert "val_loss" not in lines(config.run_dir)[-1] and lines(config.run_dir)[-1]["step"] == step
     run_ranks(2, train_rank, config)
-    assert lines(config.run_dir) == lines(tmp_path / "straight")
+    begun = [step + 1] if step < 12 else []  # each start logs its first step
+    assert [line for line in lines(config.run_dir) if line["step"] not in begun] == lines(tmp_path / "straight")
     ours, theirs = saved_tensors(config.run_dir), saved_tensors(tmp_path / "straight")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for mine, other in zip(checkpoints(config.run_dir), checkpoints(tmp_path / "straight"), strict=True):

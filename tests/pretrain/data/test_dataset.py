@@ -259,7 +259,7 @@ def test_wrong_index_raises_if_documents_are_separated(tmp_path, number):
 
 
 def test_invalid_path_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.path=.*nowhere is neither a folder of token files nor the prefix"):
+    with pytest.raises(ValueError, match=r"data\.path=.*nowhere must be a folder of token files: .*nowhere does"):
         open_corpus(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"data\.path is missing"):
         DataConfig()

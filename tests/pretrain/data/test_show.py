@@ -144,7 +144,7 @@ def test_colours_only_on_terminal(tmp_path):
         (["step=99999999999999999999", "data.path=x"], "step=99999999999999999999 must be at most"),
         (["rank=2", "world=2", "data.path=x"], "rank=2 must be below world=2"),
         (["data.path=x", "trian.steps=3"], "trian"),
-        (["data.path=nowhere"], "data.path=nowhere is neither a folder of token files"),
+        (["data.path=nowhere"], "data.path=nowhere must be a folder of token files: nowhere does not exist"),
         (["run=a", "seed=3"], "seed=3 must not be given with run=a"),
     ],
 )

@@ -24,7 +24,9 @@ from tests.ranks import run_ranks
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA A100X1", None, None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
-        ("NVIDIA GeForce RTX 4090", None, None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA GeForce RTX 3090", None, None),
         ("cpu", None, None),
     ],
 )
@@ -49,27 +51,36 @@ def test_flops_of_a_token_are_those_that_torch_counts(tmp_path):
     assert ours - attention == pytest.approx(matmuls, rel=1e-6)
 
 
-def logged(rank: int, world: int) -> list[dict[str, float]]:
-    """Lines of two steps by a hook whose ranks could do 1,000 tokens/s."""
+def logged(rank: int, world: int, stop: int = 3) -> list[dict[str, float]]:
+    """Lines of steps by a hook that logs every third one, whose ranks could do 1,000 tokens/s. stop: number of steps,
+    after which a signal comes.
+    """
     lines: list[dict[str, float]] = []
     log = SimpleNamespace(console=SimpleNamespace(stepped=lambda *_: None), write=lambda line, rows: lines.append(line))
     trainer = SimpleNamespace(
-        loop=SimpleNamespace(last_step=2),
+        loop=SimpleNamespace(last_step=9),
         reason=StopReason.NONE,
         mesh=SimpleNamespace(world=world, device=torch.device("cpu")),
         state=SimpleNamespace(tokens=0),
         batches=SimpleNamespace(epochs=lambda: {}),
     )
-    hook = LogHook(2, SimpleNamespace(log=log), capacity=1000.0)  # type: ignore[arg-type]
+    hook = LogHook(3, SimpleNamespace(log=log), capacity=1000.0)  # type: ignore[arg-type]
     held = torch.ones(50_000_000 if rank == world - 1 else 1)  # the last rank holds 190 MiB more
-    for step, seconds in ((1, 1.5), (2, 0.5)):
+    for step, seconds in enumerate((9.0, 1.5, 0.5, 1.0, 2.0)[:stop], start=1):
         report = StepReport(step, held[0].double() / world, 1.0, 1e-3, tokens=300, seconds=seconds)
         hook.after_step(trainer, report)  # type: ignore[arg-type]
+    hook.after_training(trainer)  # type: ignore[arg-type]
     return [*lines, {"own": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}]
 
 
 def test_mfu_is_the_share_of_what_the_ranks_could_do():
-    (first, own), (_, last) = run_ranks(2, logged)
+    (_, first, own), (*_, last) = run_ranks(2, logged)
     assert first["step_s"] == 1.0 and first["tokens_per_s"] == 300.0 and first["tokens_per_s_per_rank"] == 150.0
     assert first["mfu"] == 0.3 and first["loss"] == 1.0
     assert first["peak_memory_gib"] == pytest.approx(last["own"], rel=0.05) and last["own"] > own["own"] + 0.15
+
+
+def test_first_and_last_step_of_a_start_are_logged():
+    (*lines, _), _ = run_ranks(2, logged, 5)
+    assert [line["step"] for line in lines] == [1, 3, 5], "and no step twice"
+    assert [line["step_s"] for line in lines] == [9.0, 1.0, 1.5] and lines[-1]["loss"] == 1.0

@@ -58,6 +58,14 @@ def test_the_table_has_last_and_best_of_all_starts(tmp_path):
     ]
 
 
+def test_a_start_without_steps_has_no_speed(tmp_path):
+    log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 40)
+    log.write({"step": 20, "loss": 2.0, "tokens_per_s": 4000.0, "peak_memory_gib": 1.5})
+    log.close()
+    lines = log.summary().table(40, 20, 20, 1000, 1.0, ["step 20"]).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["steps", "tokens", "loss", "time", "checkpoints"]
+
+
 def test_the_table_of_a_run_without_steps_is_short(tmp_path):
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 40)
     log.close()
