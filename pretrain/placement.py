@@ -212,7 +212,7 @@ def _table(sizes: list[Estimate], gathered: Estimate, chosen: Estimate) -> str:
     """Formats a line per size. The figures are estimates, for comparison only."""
     lines = ["  ranks per copy    head, ms per step    sent, MiB per step    held, MiB"]
     for size in [*sizes, gathered]:
-        name = "FSDP's gather" if size is gathered else f"{size.ranks:,}"
+        name = "(FSDP2)" if size is gathered else f"{size.ranks:,}"
         seconds, sent, held = _round(size.seconds * 1e3), _round(size.sent / 2**20), _round(size.held / 2**20)
         lines.append(f"  {name:>14}{seconds:>21}{sent:>22}{held:>13}" + " <" * (size is chosen))
     return "\n".join(lines)

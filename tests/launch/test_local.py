@@ -122,7 +122,7 @@ def test_rank_says_why_nothing_is_left_to_train(trained, data, tmp_path):
 
 def test_a_run_says_how_the_matrix_is_split_and_what_the_lookup_saves(trained, data, tmp_path):
     said = (trained.parent / "said").read_text()
-    assert "vocab.parallel=auto: 2 of 2 ranks share a copy\n" in said and "FSDP's gather" in said
+    assert "vocab.parallel=auto: 2 of 2 ranks share a copy\n" in said and "(FSDP2)" in said
     for line in scalars(trained):
         assert 0 < line["lookup_saved"] < 1 and 1 <= line["lookup_balance"] <= 2
 
