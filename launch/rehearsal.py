@@ -42,6 +42,7 @@ from pretrain.vocab.kernels.torch import TorchKernels
 from pretrain.vocab.lookup import LookupPlan, plan_lookup
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 WHOLE = TorchKernels(slab_bytes=2**60, memory_mib=2**40)  # all logits at once: fake tensors need no memory
 
 
@@ -86,6 +87,7 @@ def staged(
     world: int,
     kernels: Kernels,
     watching: AbstractContextManager[object] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Stage]:
     """Yields a stage for steps. `watching` is a context that sees all tensors from the first one on.
 
@@ -94,11 +96,11 @@ def staged(
     ids_pBT = text_like(parallel, config, rows)
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        mesh = Mesh.of(parallel, torch.device("cpu"))
+        mesh = Mesh.of(parallel, device)
         shard = VocabShard.of(0, parallel, rows, config.vocab.multiple)
-        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, compute_dtype(config.train, "cpu"))
+        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, compute_dtype(config.train, device.type))
         fake = None if config.engine.reads_values else FakeTensorMode()
-        move: Callable[[Tensor], Tensor] = fake.from_tensor if fake else lambda tensor: tensor
+        move: Callable[[Tensor], Tensor] = (lambda tensor: fake.from_tensor(tensor).to(device)) if fake else lambda tensor: tensor
         with ExitStack() as stack:
             for mode in (fake, watching):
                 stack.enter_context(mode or nullcontext())

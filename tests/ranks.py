@@ -38,25 +38,35 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     Raises AssertionError with the first failing rank's traceback. A rank still running after `timeout` seconds
     prints the stack of all its threads and dies.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        ranks, pipes = [], []
-        for rank in range(world):
-            receive, send = context.Pipe(duplex=False)
-            arguments = (rank, world, Path(folder) / "rendezvous", send, timeout, function, args)
-            process = context.Process(target=_rank, args=arguments, daemon=True)
-            process.start()
-            send.close()
-            ranks.append(process)
-            pipes.append(receive)
-        try:
-            return _collect(pipes)
-        finally:
-            for process in ranks:
-                process.join(timeout=2)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+        return _run(world, Path(folder) / "rendezvous", timeout, function, args)
+
+
+def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> Any:
+    """Returns `function(*args)` of a process of its own without a process group, for what must not be undone."""
+    (result,) = _run(1, None, timeout, function, args)
+    return result
+
+
+def _run(world: int, rendezvous: Path | None, timeout: float, function: Callable[..., Any], args: Any) -> list[Any]:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ranks, pipes = [], []
+    for rank in range(world):
+        receive, send = context.Pipe(duplex=False)
+        arguments = (rank, world, rendezvous, send, timeout, function, args)
+        process = context.Process(target=_rank, args=arguments, daemon=True)
+        process.start()
+        send.close()
+        ranks.append(process)
+        pipes.append(receive)
+    try:
+        return _collect(pipes)
+    finally:
+        for process in ranks:
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:
@@ -74,7 +84,13 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 
 
 def _rank(
-    rank: int, world: int, rendezvous: Path, send: Connection, timeout: float, function: Callable[..., Any], args: Any
+    rank: int,
+    world: int,
+    rendezvous: Path | None,
+    send: Connection,
+    timeout: float,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
     import torch
@@ -82,6 +98,9 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
+        if rendezvous is None:
+            send.send_bytes(pickle.dumps((True, function(*args))))
+            return
         dist.init_process_group(
             "gloo",
             init_method=f"file://{rendezvous}",
