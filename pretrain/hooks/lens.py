@@ -157,10 +157,9 @@ def _measured(found: LensResult) -> tuple[Tensor, Tensor]:
         "rank_input": ranks_RNJ[..., TOKEN].double().log(),
         "loss": found.losses.where(found.targets >= 0, 0.0),
     }
-    preserved_N = (
-        (ranks_RNJ[1:-1, :, TOKEN] <= PRESERVED_TOP).double().mean(0) if R > 2 else torch.zeros(ranks_RNJ.shape[1])
-    )
-    whole = torch.stack([found.commitment.double() / (R - 1), preserved_N.to(ranks_RNJ.device)], 1)
+    between_RN = (ranks_RNJ[1:-1, :, TOKEN] <= PRESERVED_TOP).double()
+    preserved_N = between_RN.mean(0) if R > 2 else between_RN.sum(0)
+    whole = torch.stack([found.commitment.double() / (R - 1), preserved_N], 1)
     return torch.stack([of_row[name].double() for name in ROWS], -1), whole
 
 

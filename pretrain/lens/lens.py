@@ -190,7 +190,7 @@ def run_lens(
         hidden_RND,
         k=k,
         ids_NJ=torch.cat([final_N1, tokens_N[:, None], targets_N[:, None]], 1),
-        reference_RND=hidden_RND[[-1, 0]],
+        reference_RND=torch.stack([hidden_RND[-1], hidden_RND[0]]),  # a list of indices would be copied to the device
     )
     reading.ranks[-1, :, FINAL] = 1  # by definition: two passes may differ by an ulp, which can swap two guesses
     return LensResult(recorder.names, tokens_N, targets_N, reading)

@@ -4,6 +4,8 @@ Not covered: masked documents (`torch.compile`), engine.offload=cpu, DeepSpeed.
 """
 
 from collections import Counter
+from functools import cache, reduce
+from operator import or_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,23 +29,113 @@ from tests.fake_cuda import CUDA, fake_gpus, launches_counted
 from tests.host_waits import HostWaits
 from tests.ranks import run_alone
 
-WORLD, ROWS = 8, 50_257
-READ = "copy to the host"
+WORLD, ROWS = 8, 3_001
+TO_HOST, TO_DEVICE = "copy to the host", "copy to the device"
+RUNS = {  # ranks per copy of the matrix, engine: options
+    (1, "fsdp2"): [],
+    (4, "fsdp2"): ["vocab.untie_at=1", "engine.activation_checkpointing=selective"],
+    (8, "fsdp2"): ["vocab.label_smoothing=0.1", "vocab.softcap=30.0", "vocab.z_loss=0.0001"],
+    (1, "hsdp"): ["vocab.tie=untied"],
+    (4, "hsdp"): ["engine.activation_checkpointing=block"],
+    (8, "hsdp"): ["vocab.embed_scale=2.0", "vocab.input_grad_scale=0.5"],
+}
 
 
 class Wait(NamedTuple):
-    place: str
+    place: str  # function
     what: str
-    count: int
+    most: int  # in one call of the part
     why: str
 
 
-STEP = [  # of every training step
-    Wait("Trainer.must_stop", READ, 1, "all ranks agree to stop or not"),
-    Wait("Trainer._sum", READ, 1, "the loss is divided by the targets of all ranks"),
-    Wait("clip_factor", READ, 2, "a norm that is not finite ends the run before the update; the second waits for nothing"),
+MUST_STOP = Wait("Trainer.must_stop", TO_HOST, 1, "all ranks agree whether to stop")
+STEP = [  # every training step
+    MUST_STOP,
+    Wait("Trainer._sum", TO_HOST, 1, "the loss is divided by the number of targets of all ranks"),
+    Wait("clip_factor", TO_HOST, 2, "a norm that is not finite must end the run before the update"),
 ]
-PARTS: dict[str, list[Wait]] = {"step": STEP}
+UNPLANNED = [  # a lookup that no loader has planned
+    Wait("_all_ids", TO_HOST, 1, "the plan is made on the host"),
+    Wait("_Tensors.to", TO_DEVICE, 4, "the plan is in pageable memory; the device has just been waited for"),
+]
+SOMETIMES = {  # the parts of a run that are not in every step
+    "log": [
+        Wait("LogHook.after_step", TO_HOST, 1, "the loss"),
+        Wait("_peak_memory", TO_HOST, 1, "the largest of all ranks"),
+    ],
+    "evaluation": [  # of one batch
+        MUST_STOP,
+        *UNPLANNED,
+        Wait("EvalHook.measure", TO_HOST, 1, "the sums"),
+    ],
+    "embedding": [  # a sampled step, besides the step's own; twice for two matrices
+        Wait("Rows.__init__", TO_DEVICE, 1, "the edges of the bins"),
+        Wait("Rows._host_sum", TO_HOST, 15, "sums decide what is measured next"),
+        Wait("Rows._listed", TO_HOST, 12, "ids of rows are chosen on the host"),
+        Wait("Rows._listed", TO_DEVICE, 6, "and sent to the other ranks"),
+        Wait("isotropy", TO_HOST, 14, "numbers of the spectrum"),
+        Wait("isotropy", "_linalg_eigh", 2, "torch reads the solver's error code"),
+    ],
+    "lens": [  # of one window
+        MUST_STOP,
+        *UNPLANNED,
+        Wait("DistinctComm.max_tokens_per_rank", TO_HOST, 2, "chunks are cut on the host; for each readout"),
+        Wait("Readout._top", TO_HOST, 1, "the wait of the nonzero that follows, where the supervisor knows it"),
+        Wait("Readout._top", "nonzero", 1, "the places of the largest logits, lowest ids first"),
+        Wait("LensMonitor.measure", TO_HOST, 1, "the sums"),
+    ],
+    "untied": [Wait("UntieHook.drift", TO_HOST, 1, "the sums")],
+    "save": [Wait("digest", TO_HOST, 2, "on the writer thread, of each matrix")],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_host_waits_at_known_places_only(run):
+    waits = session_of(run).waits
+    assert waits["step"] == {wait[:2]: wait.most for wait in STEP}
+    for part, known in SOMETIMES.items():
+        most = Counter({wait[:2]: wait.most for wait in known})
+        assert waits[part] <= most, part
+
+
+def test_known_waits_exist():
+    for part, known in SOMETIMES.items():
+        found = [session_of(run).waits[part] for run in RUNS]
+        assert {wait[:2]: wait.most for wait in known} == reduce(or_, found), part
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_collectives_get_tensors_on_the_device_of_their_group(run):
+    assert session_of(run).faults == []
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_head_runs_on_triton(run):
+    """Each launch has also checked that its tensors are on the GPU."""
+    assert {"_exponentials", "_add_rows"} <= session_of(run).launched.keys()
+
+
+class Seen(NamedTuple):
+    waits: dict[str, Counter[tuple[str, str]]]  # of each part
+    faults: list[str]
+    launched: Counter[str]  # kernels
+
+
+@cache
+def session_of(run: tuple[int, str]) -> Seen:
+    return run_alone(session, *run, timeout=120)
+
+
+def session(parallel: int, engine: str) -> Seen:
+    """Takes steps and runs all hooks of a run, rank 0 of 8."""
+    config = configured(
+        *("model=nano", "model.layers=1", "train.micro_batch=1", "train.seq_len=64"),
+        *(f"train.global_batch={2 * WORLD}", f"engine.hsdp={engine == 'hsdp'}", *RUNS[parallel, engine]),
+    )
+    with fake_gpus(WORLD), launches_counted() as launched:
+        kernels = choose_kernels(CUDA)
+        with staged(config, ROWS, parallel, WORLD, kernels, device=CUDA) as stage, HostWaits() as waits:
+            return Seen(Session(stage, waits).parts(), waits.faults, launched)
 
 
 class Session:
@@ -55,8 +147,7 @@ class Session:
         self.vocab, self.vocab_optimizer = trainer.model.vocab, trainer.vocab_optimizer
         trainer.batches.epochs = lambda: {"corpus": 1.0}
         self.run = Run(data=None, parts=SimpleNamespace(mesh=mesh), manager=None)  # type: ignore[arg-type]
-        self.health = EmbeddingHealth(1, self.vocab, self.vocab_optimizer, mesh)
-        self.health.every = 2  # the first step, which is not sampled, creates what is created once
+        self.health = EmbeddingHealth(1000, self.vocab, self.vocab_optimizer, mesh)
 
     def part(self, action: Any) -> Counter:
         self.waits.waits.clear()
@@ -65,16 +156,14 @@ class Session:
 
     def parts(self) -> dict[str, Counter]:
         first = self.stage.batch.micro_batches[0]
-        self.step()
         found = {"step": self.part(self.step)}
         report = self.result
         found["log"] = self.part(lambda: LogHook(1, self.run).after_step(self.trainer, report))
         found["evaluation"] = self.part(lambda: self.evaluated(first))
         found["embedding"] = self.part(self.sampled_step) - found["step"]
         found["lens"] = self.part(lambda: self.looked(first))
-        if self.vocab.head_weight is not None:
-            hook = UntieHook(self.vocab, self.vocab_optimizer, 1, lambda: None)
-            found["untied"] = self.part(lambda: hook.after_step(self.trainer, report))
+        untied = UntieHook(self.vocab, self.vocab_optimizer, 1, lambda: None)
+        found["untied"] = self.part(lambda: untied.after_step(self.trainer, report))
         found["save"] = self.part(self.saved)
         return found
 
@@ -128,28 +217,3 @@ class Session:
             model.digests()
             taken = copies.take(list(slices(tensors)))
         assert taken and all(part.tensor.device.type == "cpu" for part in taken)
-
-
-def session(parallel: int, settings: list[str]) -> tuple[dict[str, Counter], list[str], Counter]:
-    """Returns the waits of each part, the faults, and the kernels launched."""
-    config = configured(
-        *("model=gpt2", "model.layers=2", "train.micro_batch=1", "train.seq_len=64"),
-        *(f"train.global_batch={2 * WORLD}", *settings),
-    )
-    with fake_gpus(WORLD), launches_counted() as launched:
-        kernels = choose_kernels(CUDA)
-        with staged(config, ROWS, parallel, WORLD, kernels, device=CUDA) as stage, HostWaits() as waits:
-            found = Session(stage, waits).parts()
-    return found, waits.faults, launched
-
-
-if __name__ == "__main__":
-    import sys, time
-    from pprint import pprint
-    for p,s in [(1,[]),(4,["vocab.untie_at=1"]),(8,["engine.hsdp=true"])]:
-        t=time.process_time()
-        a,b,c=session(p,s)
-        print(time.process_time()-t)
-        pprint(a); print(b,c)
-        sys.stdout.flush()
-    import os; os._exit(0)
