@@ -100,7 +100,9 @@ def staged(
         shard = VocabShard.of(0, parallel, rows, config.vocab.multiple)
         plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], shard, compute_dtype(config.train, device.type))
         fake = None if config.engine.reads_values else FakeTensorMode()
-        move: Callable[[Tensor], Tensor] = (lambda tensor: fake.from_tensor(tensor).to(device)) if fake else lambda tensor: tensor
+        move: Callable[[Tensor], Tensor] = (
+            (lambda tensor: fake.from_tensor(tensor).to(device)) if fake else lambda tensor: tensor
+        )
         with ExitStack() as stack:
             for mode in (fake, watching):
                 stack.enter_context(mode or nullcontext())

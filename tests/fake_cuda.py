@@ -4,6 +4,7 @@ Fake tensors have a device, a dtype and a shape, but no values; torch raises an 
 Separate from launch/rehearsal.py, which a user runs before a training: it never changes torch.
 """
 
+import atexit
 import contextlib
 import ctypes
 from collections import Counter
@@ -109,6 +110,7 @@ def pretend_cuda_is_built() -> None:
     hooks_of = aten._ZN2at6detail12getCUDAHooksEv
     hooks_of.restype = ctypes.c_void_p
     hooks = ctypes.c_void_p.from_address(hooks_of())
+    atexit.register(setattr, hooks, "value", hooks.value)  # at its end the process destroys the hooks
     for place in range(2, size):  # after the two destructors
         methods = (ctypes.c_void_p * size)(*[address] * size)
         methods[place] = ctypes.cast(yes, ctypes.c_void_p).value
@@ -116,7 +118,7 @@ def pretend_cuda_is_built() -> None:
         if torch.accelerator.current_accelerator() is not None:
             _KEPT.extend([no, yes, nothing, guard, methods])
             return
-    raise RuntimeError(f"torch {torch.__version__} does not ask CUDA's hooks for the accelerator: see DeviceAccelerator.cpp")
+    raise RuntimeError(f"torch {torch.__version__} does not ask CUDA's hooks for the accelerator")
 
 
 _KEPT: list[Any] = []  # memory that torch now uses

@@ -89,7 +89,7 @@ SOMETIMES = {  # the parts of a run that are not in every step
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}")
 def test_host_waits_at_known_places_only(run):
     waits = session_of(run).waits
     assert waits["step"] == {wait[:2]: wait.most for wait in STEP}
@@ -104,12 +104,12 @@ def test_known_waits_exist():
         assert {wait[:2]: wait.most for wait in known} == reduce(or_, found), part
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}")
 def test_collectives_get_tensors_on_the_device_of_their_group(run):
     assert session_of(run).faults == []
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}")
 def test_head_runs_on_triton(run):
     """Each launch has also checked that its tensors are on the GPU."""
     assert {"_exponentials", "_add_rows"} <= session_of(run).launched.keys()
