@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -38,7 +38,7 @@ class HostWaits(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[tuple[str, str]] = Counter()
         self.faults: list[str] = []
-        self.known = WeakTensorKeyDictionary()  # numbers from torch.full; an all-reduce leaves them: ranks are alike
+        self.known = WeakTensorKeyDictionary()  # numbers from torch.full and torch.tensor; all ranks have the same
         self.pinned = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,6 +54,9 @@ class HostWaits(TorchDispatchMode):
         out = func(*args, **kwargs) if answer is None else answer
         if func is aten.full.default:
             self.known[out] = args[1]
+        elif func is aten.lift_fresh.default and out.numel() == 1 and out.constant is not None:
+            with unset_fake_temporarily():
+                self.known[out] = out.constant.item()
         elif func is aten._to_copy.default and args[0] in self.known:
             self.known[out] = self.known[args[0]]
         elif func._schema.is_mutable and not collective:
