@@ -51,6 +51,6 @@ def found() -> tuple[dict[str, list[str]], list[int]]:
 
 
 def test_waits_and_misplaced_tensors_are_found():
-    waits, faults = run_alone(found)
+    waits, faults = run_alone(found, timeout=120)
     assert waits == {name: expected for name, (_, expected) in WAITS.items()}
     assert faults == [0, 1, 1, 0]

@@ -100,7 +100,7 @@ def both(rank: int, world: int, tokens: str, options: dict[str, Any]) -> tuple[b
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("tokens", ["distinct", "replicated"])
 def test_loss_and_gradients_keep_every_bit(tokens, options):
-    for same, delayed in run_ranks(2, both, tokens, options):
+    for same, delayed in run_ranks(2, both, tokens, options, timeout=120):
         assert same and delayed >= 4
 
 
