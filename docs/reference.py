@@ -23,7 +23,7 @@ from launch.corpus import TokenizeJobConfig  # noqa: E402
 from launch.hardware import HARDWARE  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
 from launch.training import LaunchConfig  # noqa: E402
-from pretrain.commands import checkpoint, data, hf, tie_report  # noqa: E402
+from pretrain.commands import checkpoint, data, hf, profile, tie_report  # noqa: E402
 from pretrain.compose import PARTS  # noqa: E402
 from pretrain.config.engine import ENGINES  # noqa: E402
 from pretrain.config.generation import GenerateConfig  # noqa: E402
@@ -115,6 +115,7 @@ def _commands() -> list[tuple[str, str, dict[str, Setting]]]:
         ("The lens", "`python -m pretrain.lens`.", describe(LensConfig)),
         ("Checkpoints", "`python -m pretrain.checkpoint list`, `verify` and `prune`.", _texts(checkpoint.KEYS)),
         ("The data of a step", "`python -m pretrain.data show`.", _texts(data.KEYS)),
+        ("The profile", "`python -m pretrain.profile`.", _texts(profile.KEYS)),
         ("The tie report", "`python -m pretrain.tie_report`.", _texts(tie_report.KEYS)),
         ("Hugging Face: import", "`python -m pretrain.interop.hf import`.", _texts(hf.IMPORT_KEYS)),
         ("Hugging Face: export", "`python -m pretrain.interop.hf export`.", _texts(hf.EXPORT_KEYS)),
@@ -181,7 +182,7 @@ def _default(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         value = str(value).lower().replace("none", "null")
     elif isinstance(value, list | dict):
-        value = ",".join(value)
+        value = ",".join(map(str, value))
     elif isinstance(value, float):
         value = f"{value:g}"
     return f"`{value}`" if value != "" else ""

@@ -52,6 +52,7 @@ def check_job(
         config.engine.check_device(device_type)
     config.train.check_world(world)
     config.vocab.check_world(world)
+    config.profile.check_world(world)
     data, rows, unchecked = settled or check_settings(config, world)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
     if unchecked:
@@ -68,6 +69,7 @@ def check_settings(config: JobConfig, world: int | None) -> Settled:
     if world is not None:
         config.train.check_world(world)
         config.vocab.check_world(world)
+        config.profile.check_world(world)
     config.optim.check_steps(config.train.steps)
     data = open_data(config.data)
     if config.monitor.lens_every and not validation_windows(config, data):

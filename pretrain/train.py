@@ -65,6 +65,7 @@ pretrain/exits.py: 0 finished, 75 stopped and saved, others failed.
 def main() -> None:
     """Exits with an `Exit` code; on a failure prints a line or a traceback on stderr."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler prints lines of its own
     rank = os.environ.get("RANK", "0")
     try:
         with StopRequests(after=signal.SIG_IGN) as requests:  # Slurm may send more signals while a rank ends

@@ -16,6 +16,7 @@ from .hooks import Hook, StepReport
 from .optim import clip_factor, lr_at
 from .parts import ModelParts
 from .stops import StopReason
+from .timeline import BACKWARD, DATA, FORWARD, HOOKS, OPTIMIZER
 from .vocab.collectives import on_host
 
 
@@ -33,7 +34,7 @@ class Trainer:
         control: RunControl,
     ) -> None:
         self.model, self.engine, self.mesh = parts.model, parts.engine, parts.mesh
-        self.vocab_optimizer = parts.vocab_optimizer
+        self.vocab_optimizer, self.mark = parts.vocab_optimizer, parts.model.timeline.mark
         self.batches, self.loop, self.optim, self.state = batches, loop, optim, state
         self.hooks, self.control, self.reason = hooks, control, StopReason.NONE
 
@@ -41,11 +42,14 @@ class Trainer:
         """Trains up to `loop.last_step`, or until any rank has a reason to stop. Returns the reason."""
         while self.state.step < self.loop.last_step and not self.must_stop():
             start = time.monotonic()
+            self.mark(DATA)
             batch = next(self.batches)
             waited = time.monotonic() - start
+            self.mark(HOOKS)
             for hook in self.hooks:
                 hook.before_step(self)
             report = self.train_step(batch)
+            self.mark(HOOKS)
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
                 hook.after_step(self, report)
@@ -65,13 +69,17 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> StepReport:
         """Does one optimizer step. Collectives besides the model's: the count of targets, and two norms."""
+        self.mark(FORWARD)
         targets = self._sum(batch.n_targets)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for i, micro in enumerate(batch.micro_batches):
+            self.mark(FORWARD)
             scale = 1 / max(1, targets)
             part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
+            self.mark(BACKWARD)
             self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
             loss += part.detach()
+        self.mark(OPTIMIZER)
         self.vocab_optimizer.reduce_gradients()
         norm, factor = clip_factor(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(), self.optim.clip)
         if not math.isfinite(norm):
@@ -80,8 +88,10 @@ class Trainer:
                 " lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
             )
         lr = lr_at(self.optim, self.state.step, self.loop.steps)
+        self.mark(HOOKS)
         for hook in self.hooks:
             hook.before_update(self)
+        self.mark(OPTIMIZER)
         self.engine.step(lr, factor)
         self.vocab_optimizer.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None

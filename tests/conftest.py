@@ -9,7 +9,14 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 SLURM = "tests/slurm/"
-LONG = (SLURM, "tests/test_reliability.py")  # start these first: if a long file starts last, one process is idle
+LONG = (  # start these first, in this order: if a long file starts last, one process is idle
+    SLURM,  # it mostly waits, so the other process has a core for itself
+    "tests/docs/test_commands.py",
+    "tests/pretrain/engine/test_engines.py",
+    "tests/test_reliability.py",
+    "tests/test_wheel.py",
+    "",  # all others
+)
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -32,7 +39,7 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    items.sort(key=lambda item: next(place for place, start in enumerate(LONG) if item.nodeid.startswith(start)))
 
 
 class ByFile(LoadFileScheduling):

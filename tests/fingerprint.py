@@ -49,6 +49,8 @@ METRICS_LEFT_OUT = {
     "step_s",
     "peak_memory_gib",
     "data_wait",
+    "communication_s",
+    *(f"step_s/{part}" for part in ("data", "forward", "head", "backward", "optimizer", "hooks")),
     "lens_seconds",
 }
 MANIFEST_LEFT_OUT = {"date", "rng", "config", "sha256"}

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,6 +28,7 @@ context.set_forkserver_preload(
         "deepspeed",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO engine imports it, and with it all of inductor
         "pretrain.train",
+        "pretrain.lens.plot",  # matplotlib
         "tests.frozen",
     ]
 )
@@ -67,6 +69,12 @@ def _run(world: int, rendezvous: Path | None, timeout: float, function: Callable
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def in_fork(function: Callable[..., Any], *args: Any) -> Any:
+    """Runs function(*args) in a process of its own, forked from the server: no rank, and nothing to import."""
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:

@@ -31,6 +31,7 @@ REFUSED_TRAINING = [
     ([*TRAINING, "train.steps=0"], "train.steps=0 must be at least 1"),
     ([*TRAINING, "vocab.size=null"], "vocab.size=null must be given"),
     ([*TRAINING, "data.path={run}/none"], "{run}/none"),
+    ([*TRAINING, "profile.steps=[3,2]"], "profile.steps=[3,2] must begin at step 1 or later, and end"),
     ([*TRAINING, "model.heads=5"], "model.heads=5 must divide"),
 ]
 NO_MODELS = {  # folders that cannot start a run, and their messages
@@ -99,6 +100,10 @@ COMMANDS = {
         (["show", "run={run}"], "{run}/config.yaml is missing"),
         (["show", "data.path={run}", "world=x"], "world=x must be a number of at least 0"),
         (["show", *TRAINING[1:], "step=1", "train.steps=0"], "train.steps=0 must be at least 1"),
+    ],
+    "pretrain.commands.profile": [
+        (["run={none}"], "run={none} must be the folder of a run"),
+        (["run={hf}"], "run={hf} has no trace: train some steps with a trace"),
     ],
     "pretrain.commands.tie_report": [(["tied={run}"], "untied is missing")],
 }

@@ -9,7 +9,7 @@ from .data import DataConfig
 from .engine import DeepSpeedConfig, FSDP2Config
 from .evaluation import EvalConfig
 from .init_from import folder_of
-from .monitor import LogConfig, MonitorConfig
+from .monitor import LogConfig, MonitorConfig, ProfileConfig
 from .optim import OptimConfig
 from .training import TrainingConfig
 from .vocab import VocabConfig
@@ -44,6 +44,7 @@ class JobConfig:
     checkpoint: CheckpointConfig  # when the run saves and which checkpoints it keeps
     log: LogConfig  # when and where metrics are logged
     monitor: MonitorConfig  # measurements of the weights during training
+    profile: ProfileConfig  # traces of some steps
     run: RunConfig  # folder of the run
     init_from: str | None = None  # hf:DIR: start from the weights of a Hugging Face model; null: random weights by seed
 
@@ -56,6 +57,7 @@ class JobConfig:
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
         self.vocab.check_steps(self.train.steps)
+        self.profile.check_steps(self.train.last_step)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
         if limit is not None and limit <= reserve:
             raise ValueError(

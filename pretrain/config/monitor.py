@@ -1,6 +1,8 @@
-"""Settings of logging and of the measurements of the weights during training. Groups log and monitor."""
+"""Settings of what a run shows of itself: log, measurements of the weights, traces. Groups log, monitor, profile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+LONGEST_TRACE = 50  # steps: each takes megabytes of memory and of the trace
 
 
 @dataclass
@@ -29,3 +31,45 @@ class MonitorConfig:
                 raise ValueError(f"monitor.{key}={getattr(self, key)} must not be negative (0: never)")
         if self.lens_windows < 1:
             raise ValueError(f"monitor.lens_windows={self.lens_windows} must be at least 1")
+
+
+@dataclass
+class ProfileConfig:
+    """Traces of some steps by torch.profiler, in RUN/profile."""
+
+    steps: list[int] = field(default_factory=list)  # first and last step of the trace, such as [10,12]; empty: no trace
+    ranks: list[int] = field(default_factory=lambda: [0])  # ranks that write a trace
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            return
+        given = f"profile.steps={_listed(self.steps)}"
+        if len(self.steps) != 2:
+            raise ValueError(f"{given} must be two steps, the first and the last of the trace, such as [10,12]")
+        first, last = self.steps
+        if not 1 <= first <= last:
+            raise ValueError(f"{given} must begin at step 1 or later, and end at its first step or later")
+        if last - first >= LONGEST_TRACE:
+            raise ValueError(f"{given} must be at most {LONGEST_TRACE} steps: a trace of more is too large to be read")
+        if not self.ranks or min(self.ranks) < 0:
+            raise ValueError(f"profile.ranks={_listed(self.ranks)} must be at least one rank, such as [0]")
+
+    def check_steps(self, last_step: int) -> None:
+        """Raises ValueError if the trace would go beyond the last step of this start."""
+        if self.steps and self.steps[1] > last_step:
+            raise ValueError(
+                f"profile.steps={_listed(self.steps)} must not go beyond step {last_step}, the last of this start"
+                " (train.steps, train.stop_after)"
+            )
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError if a rank of the trace does not exist."""
+        if self.steps and max(self.ranks) >= world:
+            raise ValueError(
+                f"profile.ranks={_listed(self.ranks)} must be below {world}, the number of ranks, which count from 0"
+            )
+
+
+def _listed(numbers: list[int]) -> str:
+    """The numbers as a command line gives them."""
+    return f"[{','.join(map(str, numbers))}]"

@@ -1,5 +1,6 @@
 """Interface of a hook: when it is called, and what it is built from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -94,8 +95,11 @@ class Run:
     parts: ModelParts
     manager: CheckpointManager
     log: MetricsLog | None = None  # rank 0's; open from `before_training` on
+    ends: list[Callable[[], None]] = field(default_factory=list)  # called at the end of this start, also by an error
 
     def close(self) -> None:
+        for end in self.ends:
+            end()
         self.manager.close()
         if self.log is not None:
             self.log.close()

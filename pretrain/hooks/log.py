@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 
 from ..build import flops_per_token
+from ..clocks import Clock, clock_of
 from ..config.job import JobConfig
 from ..corpora import vocab_rows
 from ..peaks import peak_of
 from ..precision import compute_dtype
 from ..stops import StopReason
+from ..timeline import DATA
 from ..vocab.collectives import on_host
 from ..vocab.lookup import LookupTraffic
 from .base import Hook, Run, StepReport, TrainerView
@@ -22,19 +24,35 @@ class LogHook(Hook):
     """Logs every few steps, the first and the last step of each start, and each step on which another hook has measured
     something or a stop has kept it from measuring. Rank 0 holds the log.
 
-    Logged steps: an all-reduce of the loss, and one of the peak memory. capacity: tokens/s of all ranks at the peak of
-    their matmuls; None if the peak is unknown.
+    Logged steps: an all-reduce of the loss, and one of the peak memory. The parts of such a step are this rank's, and
+    missing if the step was not known to be logged when it began. capacity: tokens/s of all ranks at the peak of their
+    matmuls; None if the peak is unknown.
     """
 
     def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
         self.every, self.run, self.capacity = every, run, capacity
         self._first = True
         self._unlogged: StepReport | None = None
+        self.clock = Clock()
         self._begin()
 
     def _begin(self) -> None:
         """Resets the counts, after a logged step."""
         self.steps, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0.0
+
+    def before_training(self, trainer: TrainerView) -> None:
+        self.clock = clock_of(trainer.mesh.device)
+
+        def watch(part: str) -> None:
+            if part == DATA:
+                self.clock.begin(measure=self._due(trainer, trainer.state.step + 1))
+            self.clock.mark(part)
+
+        trainer.model.timeline.watchers.append(watch)
+
+    def _due(self, trainer: TrainerView, step: int) -> bool:
+        """True if a step is logged whatever happens in it."""
+        return self._first or step % self.every == 0 or step == trainer.loop.last_step
 
     def after_step(self, trainer: TrainerView, report: StepReport) -> None:
         self.steps += 1
@@ -43,8 +61,8 @@ class LogHook(Hook):
         self.waited += report.waited
         if self.run.log is not None:
             self.run.log.console.stepped(report.step, self.tokens / self.seconds)
-        last = report.step == trainer.loop.last_step or trainer.reason is not StopReason.NONE
-        if self._first or report.step % self.every == 0 or report.scalars or last:
+        stops = trainer.reason is not StopReason.NONE
+        if self._due(trainer, report.step) or report.scalars or stops:
             self._log(trainer, report)
         else:
             self._unlogged = report
@@ -70,6 +88,7 @@ class LogHook(Hook):
             "peak_memory_gib": _peak_memory(trainer.mesh.device) / 2**30,
             **({"mfu": tokens_per_s / self.capacity} if self.capacity else {}),
             "data_wait": self.waited / self.seconds,
+            **self.clock.seconds(),  # after the loss was read: a GPU has passed the marks
             **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,

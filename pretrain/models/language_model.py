@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..timeline import HEAD, Timeline
 from ..vocab import VocabLoss, VocabParallelEmbedding
 from ..vocab.lookup import LookupPlan
 
@@ -14,6 +15,7 @@ class LanguageModel:
     def __init__(self, vocab: VocabParallelEmbedding, body: Callable[..., Tensor]) -> None:
         self.vocab = vocab
         self.body = body
+        self.timeline = Timeline()  # the trainer marks the other parts of a step
 
     def loss(
         self,
@@ -30,4 +32,5 @@ class LanguageModel:
         """
         tokens = tokens_BT.numel()
         hidden_BTD = self.body(self.vocab.lookup(tokens_BT, plan, max_tokens_per_rank=tokens), starts_BT)
+        self.timeline.mark(HEAD)
         return self.vocab.loss(hidden_BTD, targets_BT, scale, max_tokens_per_rank=tokens)

@@ -8,7 +8,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import metadata
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, SCALARS, Scalar
+from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, PART, SCALARS, Scalar
 
 OVERVIEW = {
     "Loss, nats/token": ("loss", "val_loss"),
@@ -20,6 +20,7 @@ OVERVIEW = {
     "Peak memory, GiB": ("peak_memory_gib",),
 }
 CATEGORIES = {  # by the form of the key
+    PART: "Parts of a step",
     CORPUS: "Corpora",
     BIN: "Rows and tokens by frequency",
     "/topNpct": "Spectrum of the matrix",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 TRAINING, DATA, MATRIX, LENS = "1 training", "2 data", "3 matrix", "4 lens"
 DETAILS = "details"
 ABOUT = "about"  # group of the texts about the run: before `rows`
-CORPUS, BIN, LAYER = "/CORPUS", "/BIN", "/LAYER"
+CORPUS, BIN, LAYER, PART = "/CORPUS", "/BIN", "/LAYER", "/PART"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scalar:
     meaning: str
     healthy: str
     card: str = ""  # tag in TensorBoard of the key alone; "": it is a detail
-    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN and LAYER stand for names
+    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN, LAYER and PART stand for names
 
     @property
     def tag(self) -> str:
@@ -161,8 +161,8 @@ SCALARS = (
         "mfu",
         "Model FLOPs utilization",
         "fraction",
-        "FLOPs that the model needs for the trained tokens, over the peak of all devices in that time. Only on a GPU"
-        " whose peak is known.",
+        "FLOPs that the model needs for the trained tokens, head included, over the peak of all devices in that time:"
+        " docs/training.md has the formula. Only on a GPU whose peak is known.",
         "Steady. 0.3 to 0.5 is common for large models in bf16; a small model reaches less.",
         f"{TRAINING}/perf/mfu",
     ),
@@ -178,9 +178,11 @@ SCALARS = (
         "step_s",
         "Step time",
         "s",
-        "Mean wall time of a step since the last logged step, without evaluation, monitors, log and saves.",
-        "Steady. Single peaks come from the data or the network.",
+        "Mean wall time of a step since the last logged step, without evaluation, monitors, log and saves. /PART: of"
+        " one part of the logged step alone, on rank 0: data, forward, head, backward, optimizer, hooks.",
+        "Steady. Single peaks come from the data or the network. The head's part is about its share of the FLOPs.",
         f"{TRAINING}/perf/step_s",
+        ("", PART),
     ),
     Scalar(
         "tokens_per_s",
@@ -230,6 +232,14 @@ SCALARS = (
         "Part of the step time in which the step waited for its batch.",
         "Near 0. Above 0.05, raise data.prefetch or use a faster disk.",
         f"{DATA}/wait",
+    ),
+    Scalar(
+        "communication_s",
+        "Exposed communication",
+        "s",
+        "Time of the logged step in which rank 0 waited for collectives. It is included in the parts of step_s. Only on"
+        " a CPU: on a GPU, python -m pretrain.profile shows it.",
+        "Small against step_s. It also has the time in which a fast rank waits for a slow one.",
     ),
     Scalar(
         "lookup_balance",

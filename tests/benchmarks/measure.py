@@ -1,4 +1,7 @@
-"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes."""
+"""Measures time and peak memory of a step: times interleaved in one run, memory in separate processes.
+
+torch is imported where it is used: the processes of tokenising.py start without it.
+"""
 
 import ctypes
 import multiprocessing
@@ -9,9 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 M_MMAP_THRESHOLD = -3
 MIB = 2**20
@@ -45,6 +45,8 @@ def extra_peak_mib(step: Step) -> float:
 
     A first, uncounted run is done before; its memory is released and returned to the system.
     """
+    import torch
+
     step()
     finish()
     if torch.cuda.is_available():
@@ -66,6 +68,8 @@ def holding_peak_mib(build: Callable[[], Step]) -> float:
 
     A first, uncounted step allocates what is kept, for example moments. On a GPU: its memory.
     """
+    import torch
+
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         step = build()
@@ -80,11 +84,6 @@ def holding_peak_mib(build: Callable[[], Step]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     step()
     return status_mib("VmHWM") - before
-
-
-def device_of_ranks() -> torch.device:
-    """The device of this rank's process group: the GPU with nccl, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -105,6 +104,8 @@ def progress(text: str) -> None:
 
 def finish() -> None:
     """Waits for the GPU, if there is one."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,19 +1,26 @@
-"""Draws docs/head.png and docs/scaling.png from the tables of docs/benchmarks.md.
+"""Draws docs/head.png and docs/scaling.png from the tables of docs/benchmarks.md, and docs/scale.png by scale.py.
 
     python tests/benchmarks/pictures.py
 
-A picture shows the figures of the page and nothing else: measure, paste the tables, draw.
+A picture of measurements shows the figures of the page and nothing else: measure, paste the tables, draw.
 """
 
 import re
+import sys
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from launch.hardware import GIB
+from tests.benchmarks.scale import ROWS, SYSTEMS, training_of
+from tests.benchmarks.scale_model import fastest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "benchmarks.md"
@@ -26,7 +33,7 @@ Table = list[list[str]]
 def main() -> None:
     """Prints the path of each picture."""
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    for path in (head(), scaling()):
+    for path in (head(), scaling(), scale()):
         print(path)
 
 
@@ -77,6 +84,27 @@ def scaling() -> Path:
     axes.legend(frameon=False)
     axes.text(0, -0.22, text.removesuffix("; peak MiB per rank"), transform=axes.transAxes, fontsize=9, color="0.35")
     return saved(figure, "scaling.png")
+
+
+def scale() -> Path:
+    """Draws the simulated speed and memory per GPU against the ranks, for each vocabulary; a gap does not fit."""
+    ranks = [2**k for k in range(3, 13)]
+    figure, grid = pyplot.subplots(2, len(ROWS), figsize=(11, 7.6), layout="constrained", sharex=True, sharey="row")
+    for (speed, memory), rows in zip(grid.T, ROWS, strict=True):
+        for (name, points_of), color, marker in zip(SYSTEMS.items(), colors(list(SYSTEMS)), cycle(MARKERS)):
+            points = {world: fastest(points_of(training_of(rows, world))) for world in ranks}
+            fitting = {world: point for world, point in points.items() if point is not None}
+            line(speed, list(fitting), [point.rate for point in fitting.values()], name, color, marker)
+            line(memory, list(fitting), [point.memory / GIB for point in fitting.values()], name, color, marker)
+        speed.set(title=f"tokens/s per GPU, {rows:,} rows", xscale="log")
+        memory.set(title=f"memory per GPU, GiB, {rows:,} rows", xlabel="GPUs")
+        ticks(memory.xaxis, [world for world in ranks if world.bit_length() % 3 == 1], "{:,.0f}")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0, None)  # once all is drawn: the axes of a row share it
+    figure.suptitle("simulated, not measured: llama_8b, untied, 8,192 tokens per GPU and step", fontsize=11)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return saved(figure, "scale.png")
 
 
 def colors(names: list[str]) -> list[str]:

@@ -252,10 +252,33 @@ def loss_parallel(problem: Problem, rank: int, world: int) -> Step:
     return step
 
 
+def liger_on_ranks(problem: Problem, rank: int, world: int) -> Step:
+    """Liger's tensor-parallel loss. On a CPU its fallback: 512 tokens at a time, logits computed again in backward."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as fused
+
+    weight_vD = problem.weight_VD.chunk(world)[rank].clone()
+
+    def losses_of(x_ND: Tensor, w_vD: Tensor) -> Tensor:
+        if x_ND.is_cuda:
+            return fused.LigerFusedLinearScaledCrossEntropyTPFunction.apply(
+                x_ND, w_vD, problem.targets_N, dist.group.WORLD
+            )
+        # `apply` refuses tensors of a CPU before it chooses this
+        return fused._apply_tp_fallback(x_ND, w_vD, problem.targets_N, 1.0, -100, False, dist.group.WORLD)
+
+    def step() -> tuple[Tensor, Tensor]:
+        x_ND, w_vD = problem.hidden_ND.detach().requires_grad_(), weight_vD.detach().requires_grad_()
+        losses_of(x_ND, w_vD).mean().backward()
+        return x_ND.grad, w_vD.grad
+
+    return step
+
+
 RANK_RIVALS: dict[str, Callable[[Problem, int, int], Step]] = {
     "Rowshard, distinct tokens": lambda problem, rank, world: ours_on_ranks(problem, rank, world, "distinct"),
     "Rowshard, same tokens": lambda problem, rank, world: ours_on_ranks(problem, rank, world, "replicated"),
     "Megatron-Core": lambda problem, rank, world: megatron(problem, rank, world, fused=False),
     "Megatron-Core, fused": lambda problem, rank, world: megatron(problem, rank, world, fused=True),
     "torch loss_parallel": loss_parallel,
+    "Liger, tensor parallel": liger_on_ranks,
 }

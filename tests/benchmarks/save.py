@@ -37,8 +37,8 @@ from pretrain.data.loader import Batch, MicroBatch
 from pretrain.hooks.base import Hook, TrainerView
 from pretrain.mesh import Mesh
 from pretrain.vocab.lookup import plan_lookup
-from tests.benchmarks.measure import MIB, device_of_ranks, finish, markdown, progress, status_mib
-from tests.benchmarks.step import ids_as_in_text
+from tests.benchmarks.measure import MIB, finish, markdown, progress, status_mib
+from tests.benchmarks.step_rivals import device_of_ranks, ids_as_in_text
 from tests.pretrain.tiny import tiny_config
 from tests.ranks import run_ranks
 

@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +21,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from launch.rehearsal import trainer_of
 from pretrain.config.engine import FSDP2Config
-from pretrain.config.optim import OptimConfig
 from pretrain.config.training import TrainingConfig
 from pretrain.data.loader import Batch, MicroBatch
 from pretrain.engine.fsdp2 import FSDP2Engine
@@ -37,15 +31,27 @@ from pretrain.families.family import ModelConfig
 from pretrain.families.gpt2 import GPT2Config
 from pretrain.mesh import Mesh
 from pretrain.models.language_model import LanguageModel
-from pretrain.optim import VocabOptimizer, body_optimizer
+from pretrain.optim import VocabOptimizer
 from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
 from pretrain.vocab.lookup import plan_lookup
-from tests.benchmarks.measure import device_of_ranks, holding_peak_mib, markdown, progress
+from tests.benchmarks.measure import holding_peak_mib, markdown, progress
 from tests.benchmarks.rivals import lacks
+from tests.benchmarks.step_rivals import (
+    OPTIM,
+    Build,
+    Step,
+    chunked_cross_entropy,
+    cross_entropy,
+    device_of_ranks,
+    fsdp2,
+    fused_cross_entropy,
+    ids_as_in_text,
+    megatron,
+)
 from tests.ranks import run_ranks
 
+HEAD = 64  # width of an attention head
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # fp32 for CPUs whose bf16 matmuls are slow
-Step = Callable[[], float]  # -> loss
 
 
 def main() -> None:
@@ -66,6 +72,8 @@ def main() -> None:
         parser.error(f"--only {sorted(unknown)} must be among {list(SYSTEMS)}")
     names = [name for name in SYSTEMS if options.only is None or name in (*options.only, RIVAL)]
     names = [name for name in names if not (name == FUSED and lacks("cut-cross-entropy"))]
+    if MEGATRON in names and any(width // HEAD % ranks for width in options.width for ranks in options.ranks):
+        parser.error(f"--width of {MEGATRON} must be a multiple of {HEAD} × ranks; give others with --only")
     sizes = [(vocab, width) for width in options.width for vocab in options.vocab]
     if options.memory:
         for vocab, width in sizes:
@@ -121,7 +129,7 @@ def setting_of(options: argparse.Namespace) -> str:
 
 
 def model_of(options: argparse.Namespace, width: int) -> GPT2Config:
-    return GPT2Config(layers=options.layers, width=width, heads=width // 64, context=options.length)
+    return GPT2Config(layers=options.layers, width=width, heads=width // HEAD, context=options.length)
 
 
 def share_of_matrix(options: argparse.Namespace, vocab: int, width: int) -> float:
@@ -150,14 +158,6 @@ def lines_of(options: argparse.Namespace, vocab: int, width: int, names: list[st
     return lines
 
 
-def ids_as_in_text(vocab: int, sequences: int, length: int, ranks: int) -> list[Tensor]:
-    """The ids of every rank, [sequences, length + 1] each, identical in every process."""
-    generator = torch.Generator().manual_seed(0)
-    frequency = 1.0 / torch.arange(1, vocab + 1)
-    ids = torch.multinomial(frequency, ranks * sequences * (length + 1), replacement=True, generator=generator)
-    return list(ids.view(ranks, sequences, length + 1))
-
-
 # --- the systems ------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +165,6 @@ def rowshard(model: ModelConfig, vocab: int, sequences: int, dtype: torch.dtype,
     """The trainer's own step. On a CPU it includes the planning of the lookup, which the loader normally does ahead of
     time: there the loader would take this time from the step.
     """
-    optim = OptimConfig(lr=1e-4, warmup_steps=0)
     mesh = Mesh.of(dist.get_world_size(), device_of_ranks())
     shard = VocabShard.of(mesh.vocab_rank, mesh.vocab_size, vocab)
     matrix = VocabParallelEmbedding(
@@ -179,11 +178,11 @@ def rowshard(model: ModelConfig, vocab: int, sequences: int, dtype: torch.dtype,
     )
     with torch.device("meta"):
         body = model.body()
-    engine = FSDP2Engine(FSDP2Config(compile=compiled), optim, dtype, 0)
+    engine = FSDP2Engine(FSDP2Config(compile=compiled), OPTIM, dtype, 0)
     loop = TrainingConfig(seq_len=model.context, global_batch=sequences * mesh.world, micro_batch=sequences)
     language = LanguageModel(matrix, engine.wrap(body, mesh))
-    rows = VocabOptimizer(matrix.parameters(), optim, mesh)
-    trainer = trainer_of(language, engine, rows, mesh, loop, optim)
+    rows = VocabOptimizer(matrix.parameters(), OPTIM, mesh)
+    trainer = trainer_of(language, engine, rows, mesh, loop, OPTIM)
     ids = ids_as_in_text(vocab, sequences, model.context, mesh.world)
 
     def planned() -> Batch:
@@ -202,89 +201,14 @@ def rowshard(model: ModelConfig, vocab: int, sequences: int, dtype: torch.dtype,
     return step
 
 
-Build = Callable[[ModelConfig, int, int, torch.dtype], Step]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], targets [N] -> sum over targets
-
-
-def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cast: bool = False) -> Tensor:
-    logits_NV = F.linear(hidden_ND, weight_VD)
-    return F.cross_entropy(logits_NV.float() if cast else logits_NV, targets_N, reduction="sum")
-
-
-def chunked_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """Computes the logits of an eighth of the tokens at a time, in fp32, and again in backward."""
-    losses = [
-        checkpoint(cross_entropy, hidden_mD, weight_VD, targets_m, True, use_reentrant=False)
-        for hidden_mD, targets_m in zip(hidden_ND.chunk(8), targets_N.chunk(8), strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
-def fused_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    impl = "cce" if hidden_ND.is_cuda else "torch_compile"
-    return linear_cross_entropy(hidden_ND, weight_VD, targets_N, impl=impl, reduction="sum")
-
-
-class Whole(nn.Module):
-    """The usual model: embedding, body and head in one module, all sharded by FSDP2."""
-
-    def __init__(self, model: ModelConfig, vocab: int, loss: Loss) -> None:
-        super().__init__()
-        self.embedding, self.body, self.loss = nn.Embedding(vocab, model.width), model.body(), loss
-
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        hidden_ND = self.body(self.embedding(tokens_BT)).flatten(0, 1)
-        return self.loss(hidden_ND, self.embedding.weight, targets_BT.flatten())
-
-
-def fsdp2(
-    model: ModelConfig, vocab: int, sequences: int, dtype: torch.dtype, loss: Loss, compiled: bool = False
-) -> Step:
-    mesh = Mesh.of(1, device_of_ranks())
-    optim = OptimConfig(lr=1e-4, warmup_steps=0)
-    with torch.device("meta"):
-        whole = Whole(model, vocab, loss)
-    if compiled:
-        for block in whole.body.blocks:
-            block.forward = torch.compile(block.forward)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*whole.body.blocks, whole):
-        fully_shard(module, mesh=mesh.flat, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    whole.to_empty(device=mesh.device)
-    for name, parameter in whole.named_parameters():
-        rows = VocabShard.of(mesh.rank, mesh.world, parameter.shape[0], multiple=1)
-        if name == "embedding.weight":
-            values = rows.initial_rows(name, 0, model.width, 0.02)
-        else:
-            values = whole.body.initial_rows(name.removeprefix("body."), 0, rows.start, rows.stop)
-        parameter.detach().to_local().copy_(values)
-    optimizer = body_optimizer(optim).build(whole.parameters(), optim, optim.body)
-    mine = ids_as_in_text(vocab, sequences, model.context, mesh.world)[mesh.rank].to(mesh.device)
-    targets = mesh.world * sequences * model.context
-
-    def step() -> float:
-        loss = whole(mine[:, :-1].contiguous(), mine[:, 1:].contiguous()) / targets
-        loss.backward()
-        nn.utils.clip_grad_norm_(whole.parameters(), optim.clip)
-        optimizer.step(optim.lr)
-        total = loss.detach()
-        dist.all_reduce(total)
-        return float(total)
-
-    return step
-
-
-RIVAL, FUSED = "FSDP2", "FSDP2, fused loss"
+RIVAL, FUSED, MEGATRON = "FSDP2", "FSDP2, fused loss", "Megatron-Core, tensor parallel"
 SYSTEMS: dict[str, Build] = {
     "Rowshard": rowshard,
     RIVAL: partial(fsdp2, loss=cross_entropy),
     "FSDP2, logits in fp32": partial(fsdp2, loss=partial(cross_entropy, cast=True)),
     "FSDP2, chunked loss": partial(fsdp2, loss=chunked_cross_entropy),
     FUSED: partial(fsdp2, loss=fused_cross_entropy),
+    MEGATRON: megatron,
 }
 
 

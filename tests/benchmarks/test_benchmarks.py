@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from pretrain.families.gpt2 import GPT2Config
 from tests.benchmarks import step, watching
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, lacks
 from tests.in_process import in_process
@@ -69,16 +71,28 @@ def test_head_benchmark_runs():
 def test_step_benchmark_runs_and_losses_agree():
     """All systems reach about the same loss. The fused loss is left out, because compiling it takes almost a minute."""
     names = [name for name in step.SYSTEMS if name != step.FUSED]
-    sizes = "--vocab 512 --width 64 --layers 1 --sequences 1 --length 32 --repeats 1"
+    sizes = "--vocab 512 --width 128 --layers 1 --sequences 1 --length 32 --repeats 1"
     rows = table_here(step.main, sizes, f"--only {shlex.join(names)}")
     losses = [float(row[-1]) for row in rows]
     assert [row[0] for row in rows] == names and max(losses) - min(losses) < 0.01 * losses[0]
 
 
+def losses_of_steps(rank, world):
+    model = GPT2Config(layers=2, width=64, heads=2, context=16)
+    steps = [step.SYSTEMS[name](model, 302, 2, torch.float32) for name in (step.RIVAL, step.MEGATRON)]
+    return [[one() for _ in range(3)] for one in steps]
+
+
+def test_megatrons_model_takes_the_same_steps_as_fsdp2():
+    """It has the same weights, and splits them otherwise: in fp32, the losses of three steps agree."""
+    for ours, theirs in run_ranks(2, losses_of_steps, timeout=120):
+        assert theirs == pytest.approx(ours, rel=1e-5) and theirs[2] < theirs[0]
+
+
 def test_tokenising_benchmark_runs():
     """The benchmark stops unless all write the same tokens; one bare loop is half of the limit for two processes."""
     rows = table("tests/benchmarks/tokenising.py --megabytes 0.3 --rows 300 --repeats 1 --workers 2")
-    assert len(rows) >= 5 and rows[0][2] == "0.50" and rows[2][0] == "Rowshard" and float(rows[2][1]) > 0
+    assert len(rows) >= 5 and rows[0][2] == "0.50" and rows[2][0] == "Rowshard"
 
 
 def test_reading_benchmark_runs(tmp_path):
@@ -90,12 +104,8 @@ def test_reading_benchmark_runs(tmp_path):
 
 @pytest.mark.parametrize("monitor", ["embedding", "lens"])
 def test_monitor_benchmark_runs(tmp_path, monitor):
-    """Runs one of the monitors in a separate process."""
     small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
     data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 10"
     arguments = f"--monitor {monitor} {data} --settings {small}"
-    if monitor == "embedding":
-        rows = table(f"tests/benchmarks/watching.py {arguments}")
-    else:
-        rows = table_here(watching.main, arguments)
+    rows = table_here(watching.main, arguments)
     assert [row[0] for row in rows] == ["25", "50", "100", "250", "500"] and all(row[1].endswith("%") for row in rows)

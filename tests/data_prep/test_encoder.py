@@ -15,8 +15,9 @@ from data_prep.long import LongDocument
 from data_prep.source import Document, Rejected
 from data_prep.tokenizer import LONGEST_RUN, Tokenizer
 from data_prep.tokenizer_spec import TokenizerSpec
-from tests.benchmarks.measure import free_at_once, in_fresh_process
+from tests.benchmarks.measure import free_at_once
 from tests.data_prep.commands import small_spec, texts, tokenize
+from tests.ranks import in_fork
 
 HARD = [
     "",
@@ -67,7 +68,7 @@ def grown_by_new_words(folder: Path) -> int:
 def test_gigatoken_memory_is_bounded(tmp_path: Path) -> None:
     pytest.importorskip("gigatoken")
     Tokenizer(train_bpe(texts(20), 400, PATTERNS["gpt2"], 1 << 20, 1 << 20)).save(tmp_path / "tokenizer")
-    assert in_fresh_process(grown_by_new_words, tmp_path) < 50 << 20
+    assert in_fork(grown_by_new_words, tmp_path) < 50 << 20
 
 
 def test_gigatoken_is_not_used_if_ids_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ COMMANDS = [
     "-m pretrain.data",
     "-m pretrain.checkpoint",
     "-m pretrain.lens",
+    "-m pretrain.profile",
     "-m pretrain.tie_report",
     "-m pretrain.interop.hf",
 ]

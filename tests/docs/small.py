@@ -28,6 +28,7 @@ INSTEAD = {  # only if the command has the key
         "monitor.embedding_every": "1",
         "monitor.lens_every": "1",
         "engine.compile": "false",
+        "profile.steps": "[1,2]",
     },
     "-m pretrain.generate": {"step": "2", "tokens": "8"},
     "-m pretrain.lens": {"step": "2"},

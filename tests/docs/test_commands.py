@@ -1,4 +1,8 @@
-"""Every command of the documentation runs, as it is written there, but small: on what it reads, made for it."""
+"""Every command of the documentation runs, as it is written there, but small: on what it reads, made for it.
+
+Commands that are the same when they are small, apart from names of folders, run once, in the first block that has one.
+Later commands of another block then read what `provide` puts there.
+"""
 
 import json
 import os
@@ -33,6 +37,7 @@ NOT_RUN = {  # the beginnings of commands that no test runs, and why; each is in
     "python -m tests.pretrain.lens.memory": "takes minutes; tests/pretrain/lens runs the first",
     "python -m tests.pretrain.interop.memory": "takes minutes",
 }
+FOLDERS = ("run", "run.dir", "data.path", "out")  # keys whose values only name a folder
 BLOCKS = [block for page in pages() for block in blocks(page) if block.language == "sh"]
 
 
@@ -67,17 +72,23 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-m data_prep.formats export to=llmc in=data out=llmc",
         "-m data_prep.formats export to=datatrove in=data out=datatrove",
     ):
-        execute(["python", *arguments.split()], folder, folder)
+        execute(["python", *arguments.split()], folder, folder, {})
     return folder
 
 
-def execute(words: list[str], folder: Path, template: Path) -> str:
-    """Runs a command in `folder` and returns its output; it must exit with 0."""
+@pytest.fixture(scope="module")
+def ran() -> dict[tuple[str, ...], str]:
+    """The output of the small commands that have run; these are without names of folders."""
+    return {}
+
+
+def execute(words: list[str], folder: Path, template: Path, ran: dict[tuple[str, ...], str]) -> str:
+    """Runs a command in `folder`, unless the same has run, and returns its output; it must exit with 0."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if words[0].startswith("rowshard-"):
-        same = re.search("as `(.+?)` does", getattr(console, words[0].removeprefix("rowshard-")).__doc__)
-        words = [*same[1].split(), *words[1:]]
+        own = re.search("as `(.+?)` does", getattr(console, words[0].removeprefix("rowshard-")).__doc__)
+        words = [*own[1].split(), *words[1:]]
     words = [absolute_inside(word, folder) for word in words]
     world = 0
     if words[0] == "torchrun":
@@ -86,8 +97,11 @@ def execute(words: list[str], folder: Path, template: Path) -> str:
     assert words[0] == "python", f"no way to run {words}: teach it, or give a reason in NOT_RUN"
     part = next((word for word in words if word.startswith("part=") and word != "part=prepare"), None)
     if part and not (folder / _value(words, "out")).exists():  # the page prepares in a block of its own
-        execute([word if word != part else "part=prepare" for word in words], folder, template)
+        execute([word if word != part else "part=prepare" for word in words], folder, template, {})
     words = small(words, template)
+    same = (str(world), *(word.partition("=")[0] if word.partition("=")[0] in FOLDERS else word for word in words))
+    if same in ran:
+        return ran[same]
     provide(words, folder, template)
     if world:
         done = torchrun(world, *script(words[1:]), cwd=folder)
@@ -97,6 +111,7 @@ def execute(words: list[str], folder: Path, template: Path) -> str:
             out, error = process.communicate(timeout=120)
         done = subprocess.CompletedProcess(words, process.returncode, out, error)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    ran[same] = done.stdout
     return done.stdout
 
 
@@ -105,10 +120,10 @@ def _value(words: list[str], key: str) -> str:
 
 
 @pytest.mark.parametrize("block", runnable(), ids=lambda block: f"{block.page}:{block.line}")
-def test_runs(block: Block, template: Path, tmp_path: Path) -> None:
+def test_runs(block: Block, template: Path, ran: dict[tuple[str, ...], str], tmp_path: Path) -> None:
     for words in commands(block):
         if reason(words) is None:
-            execute(words, tmp_path, template)
+            execute(words, tmp_path, template, ran)
 
 
 def test_reasons_are_of_commands() -> None:
@@ -143,4 +158,4 @@ def test_python_blocks_run(block: Block, template: Path, tmp_path: Path) -> None
     for source, name in (("hf", "exported/a"), ("run", "runs/demo"), ("data", "data/stdlib")):
         shutil.copytree(template / source, tmp_path / name)
     (tmp_path / "block.py").write_text(text)
-    assert execute(["python", "block.py"], tmp_path, template), "a block prints what it computes"
+    assert execute(["python", "block.py"], tmp_path, template, {}), "a block prints what it computes"

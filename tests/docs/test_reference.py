@@ -10,7 +10,8 @@ import pytest
 
 from data_prep.describe import Setting
 from pretrain.monitor.rows import BINS
-from pretrain.monitor.scalars import BIN, BY_KEY, CORPUS, LAYER, SCALARS
+from pretrain.monitor.scalars import BIN, BY_KEY, CORPUS, LAYER, PART, SCALARS
+from pretrain.timeline import PARTS
 from tests.docs.pages import DOCS
 from tests.launch.commands import run
 
@@ -21,6 +22,7 @@ NOT_HERE = {  # forms of keys that the run below does not write
 FORMS = {  # what stands for the names in a key, as regular expressions
     CORPUS: "/(web|code)",
     BIN: f"/({'|'.join(BINS)}|uncounted)",
+    PART: f"/({'|'.join(PARTS)})",
     LAYER: r"/(input|block_\d+|output)",
     "/topNpct": r"/top\d+pct",
 }

@@ -6,11 +6,13 @@ import numpy as np
 from torch import Tensor
 
 from data_prep.token_file import Manifest, TokenFileEntry, TokenFileWriter
+from pretrain.timeline import PARTS
 from pretrain.vocab import VocabShard
 from tests.data_prep.commands import small_spec
 
 # Keys of metrics.jsonl that differ between equal runs:
-TIMES = {"tokens_per_s", "tokens_per_s_per_rank", "step_s", "peak_memory_gib", "data_wait"}
+TIMES = {"tokens_per_s", "tokens_per_s_per_rank", "step_s", "peak_memory_gib", "data_wait", "communication_s"}
+TIMES |= {f"step_s/{part}" for part in PARTS}
 
 
 def padded_rows(weight_VD: Tensor, shard: VocabShard) -> Tensor:

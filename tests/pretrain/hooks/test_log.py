@@ -1,12 +1,15 @@
 """The log's figures of speed and memory."""
 
 import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pretrain.build import flops_per_token
+from pretrain.config.job import JobConfig
+from pretrain.families import FAMILIES
 from pretrain.hooks import StepReport
 from pretrain.hooks.log import LogHook
 from pretrain.peaks import peak_of
@@ -34,21 +37,59 @@ def test_the_peak_follows_from_the_name(name, bf16, fp32):
     assert (peak_of(name, 2), peak_of(name, 4), peak_of(name, 8)) == (bf16, fp32, None)
 
 
-def test_flops_of_a_token_are_those_that_torch_counts(tmp_path):
-    """Against torch's counter on the dense model, whose attention it counts over all positions and not over half."""
+# Of each family: a small body of 3 blocks; by hand the weights in the matmuls of a block, and the attention's width.
+BY_HAND = {
+    "gpt2": (
+        {"width": 96, "heads": 3},
+        96 * 3 * 96 + 96 * 96 + 96 * 384 + 384 * 96,  # qkv, output, up, down
+        96,
+    ),
+    "llama": (
+        {"width": 32, "heads": 4, "kv_heads": 2, "head_size": 12, "inner": 40, "qk_norm": True, "bias": "attention"},
+        32 * (48 + 24 + 24) + 48 * 32 + 3 * 32 * 40,  # queries, keys, values; output; gate, up, down
+        4 * 12,
+    ),
+}
+
+
+def small(folder: Path, family: str, **changes: object) -> JobConfig:
+    sizes = BY_HAND[family][0]
+    return tiny_config(folder, folder, model={"family": family, "layers": 3, "context": 16, **sizes}, **changes)
+
+
+def test_every_family_is_counted_by_hand():
+    assert BY_HAND.keys() == FAMILIES.keys(), "add the new family's count"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("tie", ["tied", "untied"])
+@pytest.mark.parametrize("family", BY_HAND)
+def test_flops_of_a_token_are_those_counted_by_hand(tmp_path, family, tie, checkpointing):
+    """Two FLOPs per weight in forward and four in backward. The head counts once, without padding rows, tied or not;
+    the lookup and what checkpointing repeats count nothing.
+    """
+    sizes, weights, attention = BY_HAND[family]
+    changes = {"vocab__tie": tie, "engine__activation_checkpointing": checkpointing}
+    config = small(tmp_path, family, **changes)
+    assert VOCAB % config.vocab.multiple, "there must be padding rows"
+    of_attention = 2 * (16 / 2) * attention  # scores and values of the 16 / 2 positions that a token sees on average
+    assert flops_per_token(config, VOCAB) == 6 * (3 * (weights + of_attention) + VOCAB * sizes["width"])
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+def test_flops_of_a_token_are_those_that_torch_counts(tmp_path, family):
+    """Against torch's counter on the dense model, without the attention, which it counts over all positions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = tiny_config(tmp_path, tmp_path, model__width=96, model__layers=3)
-    body, T = config.model.body(), config.seq_len
-    head_VD = torch.randn(VOCAB, 96, requires_grad=True)
+    config, (sizes, _, attention) = small(tmp_path, family), BY_HAND[family]
+    body, T, D = config.model.body(), config.seq_len, sizes["width"]
+    head_VD = torch.randn(VOCAB, D, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        hidden_BTD = body(torch.randn(2, T, 96, requires_grad=True), None)
+        hidden_BTD = body(torch.randn(2, T, D, requires_grad=True), None)
         (hidden_BTD @ head_VD.T).sum().backward()
-    ours, matmuls = 2 * T * flops_per_token(config, VOCAB), 0
-    for name, count in counter.get_flop_counts()["Global"].items():
-        matmuls += count if "attention" not in str(name) else 0
-    attention = 2 * T * 6 * 3 * T * 96  # half of the positions, two matmuls
-    assert ours - attention == pytest.approx(matmuls, rel=1e-6)
+    counts = counter.get_flop_counts()["Global"].items()
+    matmuls = sum(count for name, count in counts if "attention" not in str(name))
+    assert 2 * T * (flops_per_token(config, VOCAB) - 6 * 3 * T * attention) == pytest.approx(matmuls, rel=1e-6)
 
 
 def logged(rank: int, world: int, stop: int = 3) -> list[dict[str, float]]:

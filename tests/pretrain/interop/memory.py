@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from pretrain.commands.hf import export_model, import_model
-from tests.benchmarks.measure import in_fresh_process, status_mib
+from tests.benchmarks.measure import status_mib
+from tests.ranks import in_fork
 
 VOCAB, WIDTH = 2**18, 256
 KINDS = ("RssAnon", "RssFile")
@@ -50,7 +51,7 @@ def measure() -> dict[str, list[float]]:
             "import of bf16": (import_model, f"hf={folder}/bf16", f"run={folder}/run-bf16"),
             "export": (export_model, f"run={folder}/run-0", f"out={folder}/out"),
         }
-        return {name: in_fresh_process(held, *command) for name, command in commands.items()}
+        return {name: in_fork(held, *command) for name, command in commands.items()}
 
 
 if __name__ == "__main__":

@@ -98,13 +98,16 @@ def test_tensorboard_shows_the_restarts(tmp_path):
 
 def test_the_line_on_the_terminal(tmp_path, capsys):
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 0, 1000)
+    seconds = {"data": 0.004, "forward": 0.2, "head": 0.3, "backward": 0.4, "optimizer": 0.096, "hooks": 0.0}
+    split = {f"step_s/{part}": value for part, value in seconds.items()}  # parts below 1 % are left out
     log.write({"step": 10, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.25, "tokens": 5000, "tokens_per_s": 12345.6})
-    log.write({"step": 20, "loss": 2.25, "tokens_per_s": 12345.6, "mfu": 0.4125, "peak_memory_gib": 34.104})
+    log.write({"step": 20, "loss": 2.25, "tokens_per_s": 12345.6, "mfu": 0.4125, "peak_memory_gib": 34.104} | split)
     log.write({"step": 1000, "val_loss": 3.5, "val_bits_per_byte": 1.25})
     log.close()
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step   10/1000  loss 2.5000  lr 1.00e-03  norm 0.250  12,346 tokens/s")
     assert second.startswith("step   20/1000  loss 2.2500  12,346 tokens/s  MFU 41.2%  memory 34.10 GiB")
+    assert second.endswith("  fwd 20% head 30% bwd 40% opt 10%") and "fwd" not in first
     assert last == "step 1000/1000  val loss 3.5000  val bits/byte 1.2500"
 
 

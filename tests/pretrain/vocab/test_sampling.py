@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pretrain.vocab import VocabShard, sampling
 from pretrain.vocab.sampling import _keep_top_k, _keep_top_p, check_sampling, sample
-from tests.benchmarks.measure import extra_peak_mib, free_at_once, in_fresh_process
+from tests.benchmarks.measure import extra_peak_mib, free_at_once
 from tests.pretrain.helpers import padded_rows
-from tests.ranks import run_ranks
+from tests.ranks import in_fork, run_ranks
 
 WIDTH = 6
 SETTINGS: list[dict] = [
@@ -69,7 +69,7 @@ def peak_of_a_long_text() -> float:
 
 
 def test_memory_stays_bounded():
-    assert in_fresh_process(peak_of_a_long_text) < 6 * sampling.SCORE_BYTES / 2**20
+    assert in_fork(peak_of_a_long_text) < 6 * sampling.SCORE_BYTES / 2**20
 
 
 def alone(logits: list[float], N: int = 1, **settings) -> Tensor:
