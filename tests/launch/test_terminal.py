@@ -134,7 +134,7 @@ def test_a_terminal_shows_a_bar_that_mixes_with_nothing(data, tmp_path, columns)
     lines = lines_on_screen(written)
     assert code == 0, written
     assert [line.partition("  loss ")[0] for line in lines if "  loss " in line] == [
-        "step 10/40", "step 20/40", "step 30/40", "step 40/40"
+        "step  1/40", "step 10/40", "step 20/40", "step 30/40", "step 40/40"
     ]  # fmt: skip
     saved = [line.partition(" in ")[0] for line in lines if line.startswith("saved:")]
     assert saved == [f"saved: {tmp_path}/run/checkpoints/step-000000{step}" for step in (16, 32, 40)]
