@@ -180,7 +180,8 @@ class TokenFile:
         if self.dtype.kind == "f":
             raise DataError(f"{idx_path}: ids must be integers, not {self.dtype}")
         size = bin_path.stat().st_size
-        self.size = size // self.dtype.itemsize
+        self._itemsize = self.dtype.itemsize
+        self.size = size // self._itemsize
         last = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.sequences else 0
         if size != last:  # O(1); `index_faults` checks the sum of the lengths
             raise DataError(f"{bin_path}: {size} bytes, but its index says {last}")
@@ -212,12 +213,23 @@ class TokenFile:
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """The places in [start, stop) at which a document begins, rising. Reads a few numbers of the index."""
-        size = self.dtype.itemsize
+        size, maps, total = self._itemsize, self._maps, self.sequences
+        pointers, documents = maps.pointers_view, maps.documents_view
+        places: list[int] = []
+        first = sequence = bisect_left(pointers, start * size)
+        end, before = stop * size, -1
+        while sequence < total and (offset := pointers[sequence]) < end:
+            if sequence >= self.documents or documents[sequence] != sequence or offset == before:
+                return self._starts_of_documents(first, bisect_left(pointers, end, sequence))
+            places.append(offset // size)
+            sequence, before = sequence + 1, offset
+        return places
+
+    def _starts_of_documents(self, first: int, last: int) -> list[int]:
+        """The places at which documents begin among these sequences. A document may have several, or none."""
         pointers, documents = self._maps.pointers_view, self._maps.documents_view
-        sequences = (bisect_left(pointers, place * size) for place in (start, stop))
-        first, last = (bisect_left(documents, sequence) for sequence in sequences)
-        # A document may have several sequences, or none: then it begins at the same place as the next one.
-        return sorted({pointers[sequence] // size for sequence in documents[first:last]})
+        low, high = (bisect_left(documents, sequence) for sequence in (first, last))
+        return sorted({pointers[sequence] // self._itemsize for sequence in documents[low:high]})
 
     def document_at(self, place: int) -> tuple[int, int]:
         """The document of the token at `place`, and the token's index in it."""
@@ -231,6 +243,14 @@ class TokenFile:
         if sequence == self.sequences:
             return self.size
         return self._maps.pointers_view[sequence] // self.dtype.itemsize
+
+    def document_range(self, document: int) -> tuple[int, int]:
+        """The tokens [start, stop) of a document."""
+        maps, size = self._maps, self._itemsize
+        pointers, documents = maps.pointers_view, maps.documents_view
+        first, last = documents[document], documents[document + 1]
+        stop = self.size if last == self.sequences else pointers[last] // size
+        return (pointers[first] // size if first < last else stop), stop
 
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of each document, int64 [documents]. Reads the whole index."""

@@ -7,7 +7,6 @@ epoch. The last window may be shorter.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -166,13 +165,11 @@ class Windows:
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int, *, masked: bool = False) -> None:
         self.files, self.seq_len, self.masked = files, seq_len, masked
         self._begins = [0, *accumulate(file.size for file in files)]  # start of each file in the stream, and the end
-
-    @property
-    def tokens(self) -> int:
-        return self._begins[-1]
+        self.tokens = self._begins[-1]
+        self._count = -(-max(0, self.tokens - 1) // seq_len)
 
     def __len__(self) -> int:
-        return -(-max(0, self.tokens - 1) // self.seq_len)
+        return self._count
 
     def __getitem__(self, index: int) -> Window:
         window = self.empty_batch()
@@ -189,24 +186,31 @@ class Windows:
     def fill(self, index: int, window: Window) -> None:
         """Fills `window` with window `index`. Targets past the stream's end or in another document are IGNORED."""
         self._check(index)
-        parts = list(self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1))
-        pieces = [file.tokens[low:high] for _, file, low, high in parts]
-        stream = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        parts = self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1)
+        _, file, low, high = parts[0]
+        stream = file.tokens[low:high]
+        if len(parts) > 1:
+            stream = np.concatenate([file.tokens[low:high] for _, file, low, high in parts])
         n = len(stream) - 1
-        window.tokens_T[:n], window.tokens_T[n:] = stream[:-1], 0
-        window.targets_T[:n], window.targets_T[n:] = stream[1:], IGNORED
-        if window.starts_T is not None:
-            window.starts_T[:] = 0
+        tokens_T, targets_T, starts_T = window
+        if n == self.seq_len:
+            tokens_T[:], targets_T[:] = stream[:-1], stream[1:]
+        else:
+            tokens_T[:n], targets_T[:n] = stream[:-1], stream[1:]
+            tokens_T[n:], targets_T[n:] = 0, IGNORED
+        if starts_T is not None:
+            start = 0
             for at, file, low, high in parts:
                 for begin in file.document_starts(low, high):
-                    place = at + begin - low
-                    if place:
-                        window.targets_T[place - 1] = IGNORED
-                    window.starts_T[place:] = place
+                    if place := at + begin - low:
+                        targets_T[place - 1] = IGNORED
+                        starts_T[start:place].fill(start)
+                        start = place
+            starts_T[start:].fill(start)
 
     def _check(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} is outside [0, {len(self)})")
+        if not 0 <= index < self._count:
+            raise IndexError(f"window {index} is outside [0, {self._count})")
 
     def documents(self, index: int) -> list[DocumentSpan]:
         """Documents with tokens in window `index`, in order."""
@@ -218,11 +222,15 @@ class Windows:
                 parts.append(DocumentSpan(file, document, offset, at + start - low, at + stop - low))
         return parts
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, TokenFile, int, int]]:
-        """Yields the files with the tokens [start, stop): offset in that range, file, and range in the file."""
-        begin, stop = start, min(stop, self.tokens)
+    def _parts(self, start: int, stop: int) -> list[tuple[int, TokenFile, int, int]]:
+        """Lists the files with the tokens [start, stop): offset in that range, file, and range in the file."""
         i = bisect_right(self._begins, start) - 1
+        at = self._begins[i]
+        if stop <= self._begins[i + 1]:
+            return [(0, self.files[i], start - at, stop - at)]
+        begin, stop, parts = start, min(stop, self.tokens), []
         while start < stop:
             at, end = self._begins[i], min(stop, self._begins[i + 1])
-            yield start - begin, self.files[i], start - at, end - at
+            parts.append((start - begin, self.files[i], start - at, end - at))
             start, i = end, i + 1
+        return parts

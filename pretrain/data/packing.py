@@ -34,15 +34,11 @@ class PackedWindows(Windows):
         self._pieces = pieces[order]  # documents, by window
         # First piece of each window, and the end.
         self._firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
+        self._shared = (
+            len(self._firsts) - 1
+        )  # windows with packed documents; those of one long document come after them
+        self._count = self._shared + int(wholes.sum())
         self.documents_cut, self.places = int((wholes + (rest > 0) > 1).sum()), int(places.sum())
-
-    def __len__(self) -> int:
-        return self._shared + int(self._wholes[-1] if len(self._wholes) else 0)
-
-    @property
-    def _shared(self) -> int:
-        """Number of windows with packed documents. The windows filled by one long document come after them."""
-        return len(self._firsts) - 1
 
     @property
     def waste(self) -> float:
@@ -54,30 +50,45 @@ class PackedWindows(Windows):
         return f"packed into {len(self):,} windows, {self.waste:.2%} padding, {self.documents_cut:,} documents cut"
 
     def fill(self, index: int, window: Window) -> None:
-        assert window.starts_T is not None
-        end = 0
-        for file, document, offset, start, end in self.documents(index):
-            low = file.document_start(document) + offset
-            window.tokens_T[start:end] = file.tokens[low : low + end - start]
-            window.targets_T[start:end] = file.tokens[low + 1 : low + end - start + 1]
-            window.starts_T[start:end] = start
-        window.tokens_T[end:], window.targets_T[end:], window.starts_T[end:] = 0, IGNORED, end
+        tokens_T, targets_T, starts_T = window
+        assert starts_T is not None
+        end, firsts = 0, []
+        for file, _, _, low, places in self._spans(index):
+            start, end, stream = end, end + places, file.tokens
+            firsts.append((start, stream[low]))
+            targets_T[start:end] = stream[low + 1 : low + places + 1]
+            starts_T[start:end].fill(start)
+        tokens_T[1:end] = targets_T[: end - 1]  # faster than a second conversion
+        for start, token in firsts:
+            tokens_T[start] = token
+        if end < self.seq_len:
+            tokens_T[end:], targets_T[end:], starts_T[end:] = 0, IGNORED, end
 
     def documents(self, index: int) -> list[DocumentSpan]:
+        parts, at = [], 0
+        for file, document, offset, _, places in self._spans(index):
+            parts.append(DocumentSpan(file, document, offset, at, at + places))
+            at += places
+        return parts
+
+    def _spans(self, index: int) -> list[tuple[TokenFile, int, int, int, int]]:
+        """Lists the documents of a window: file, document, offset in it, place in the file, and number of positions."""
         self._check(index)
         if index >= self._shared:
             window = index - self._shared
             i = int(np.searchsorted(self._wholes, window, side="right"))
             earlier = window - (int(self._wholes[i - 1]) if i else 0)
-            return [DocumentSpan(*self._document(int(self._long[i])), earlier * self.seq_len, 0, self.seq_len)]
-        parts, at = [], 0
-        for number in self._pieces[self._firsts[index] : self._firsts[index + 1]].tolist():
+            file, document = self._document(int(self._long[i]))
+            offset = earlier * self.seq_len
+            return [(file, document, offset, file.document_start(document) + offset, self.seq_len)]
+        spans, firsts = [], self._firsts.data  # a memoryview gives Python's own numbers
+        for number in self._pieces[firsts[index] : firsts[index + 1]].tolist():
             file, document = self._document(number)
-            places = file.document_start(document + 1) - file.document_start(document) - 1
-            rest = places % self.seq_len
-            parts.append(DocumentSpan(file, document, places - rest, at, at + rest))
-            at += rest
-        return parts
+            begin, end = file.document_range(document)
+            rest = (end - begin - 1) % self.seq_len
+            low = end - 1 - rest
+            spans.append((file, document, low - begin, low, rest))
+        return spans
 
     def _document(self, number: int) -> tuple[TokenFile, int]:
         """Returns the file of a document and its number there. number: counted over all files."""

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.faults import check
-from data_prep.token_file import DTYPES, HEADER, MAGIC, Manifest, TokenFile, TokenFileWriter, index_bytes, token_dtype
+from data_prep.token_file import (
+    CODES,
+    DTYPES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    Manifest,
+    TokenFile,
+    TokenFileWriter,
+    index_bytes,
+    token_dtype,
+)
 from data_prep.tokenizer_spec import TokenizerSpec
 from data_prep.verify import verify
 from tests.data_prep.commands import small_spec
@@ -168,6 +179,34 @@ def test_pieces_write_the_same_file(documents: list[int], piece: int, tmp_path_f
         assert (folder / f"whole{suffix}").read_bytes() == (folder / f"pieces{suffix}").read_bytes()
     with pytest.raises(ValueError, match="no end"), TokenFileWriter(folder / "open", 1000) as writer:
         writer.write(ids, [])
+
+
+@settings(deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=8),
+    name=st.sampled_from(["u1", "<u2", "<i4", "<i8"]),
+)
+def test_places_of_documents_match_plain_search(
+    documents: list[list[int]], name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Documents have any number of sequences of any length, also none; most often one, as in our files."""
+    prefix, dtype = tmp_path_factory.mktemp("places") / "a", np.dtype(name)
+    lengths = np.array([length for document in documents for length in document], "<i4")
+    pointers = (np.cumsum(lengths) - lengths).astype("<i8")
+    firsts = np.cumsum([0, *map(len, documents)]).astype("<i8")
+    header = HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(firsts))
+    parts = lengths, pointers * dtype.itemsize, firsts
+    prefix.with_suffix(".idx").write_bytes(header + b"".join(part.tobytes() for part in parts))
+    prefix.with_suffix(".bin").write_bytes(bytes(int(lengths.sum()) * dtype.itemsize))
+    file, sizes = TokenFile(prefix), [sum(document) for document in documents]
+    assert file.index_faults() == [] and file.document_lengths().tolist() == sizes
+    ends = np.cumsum(sizes).tolist()
+    begins = [end - size for end, size in zip(ends, sizes, strict=True)]
+    assert [file.document_range(i) for i in range(len(sizes))] == list(zip(begins, ends, strict=True))
+    assert [file.document_start(i) for i in range(len(sizes) + 1)] == [*begins, file.size]
+    for start in range(file.size + 1):
+        for stop in range(start, file.size + 1):
+            assert file.document_starts(start, stop) == sorted({at for at in begins if start <= at < stop})
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
