@@ -244,14 +244,6 @@ class TokenFile:
             return self.size
         return self._maps.pointers_view[sequence] // self.dtype.itemsize
 
-    def document_range(self, document: int) -> tuple[int, int]:
-        """The tokens [start, stop) of a document."""
-        maps, size = self._maps, self._itemsize
-        pointers, documents = maps.pointers_view, maps.documents_view
-        first, last = documents[document], documents[document + 1]
-        stop = self.size if last == self.sequences else pointers[last] // size
-        return (pointers[first] // size if first < last else stop), stop
-
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of each document, int64 [documents]. Reads the whole index."""
         starts = np.append(self.pointers // self.dtype.itemsize, self.size)[self.document_indices]

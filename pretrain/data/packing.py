@@ -9,7 +9,7 @@ space that still fits it. The plan is a pure function of the documents' lengths.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from itertools import accumulate
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -19,26 +19,31 @@ from .dataset import IGNORED, DocumentSpan, Window, Windows
 
 
 class PackedWindows(Windows):
-    """Packed variant of `Windows`, with separate documents. Memory: 12 bytes per document, 70 during planning."""
+    """Packed variant of `Windows`, with separate documents. Memory: 12 bytes per document, 60 during planning."""
 
     def __init__(self, files: tuple[TokenFile, ...], seq_len: int) -> None:
         super().__init__(files, seq_len, masked=True)
-        self._before = [0, *accumulate(file.documents for file in files)]  # number of documents before each file
-        places = np.concatenate([np.maximum(file.document_lengths() - 1, 0) for file in files])
-        wholes, rest = np.divmod(places, seq_len)
-        self._long = np.flatnonzero(wholes)  # documents that fill whole windows
-        self._wholes = np.cumsum(wholes[self._long])  # number of these windows, cumulative
+        lengths = np.concatenate([file.document_lengths() for file in files])
+        wholes, rest = np.divmod(np.maximum(lengths - 1, 0), seq_len)
+        self.documents_cut = int((wholes + (rest > 0) > 1).sum())
+        self.places = int(wholes.sum()) * seq_len + int(rest.sum())
+        long = np.flatnonzero(wholes)
+        self._wholes = _compact(np.cumsum(wholes[long]))  # windows filled by one long document, cumulative
+        del wholes
         pieces = np.flatnonzero(rest)
         bins = best_fit(rest[pieces], seq_len)
         order = np.argsort(bins, kind="stable")
-        self._pieces = pieces[order]  # documents, by window
+        pieces, bins = pieces[order], bins[order]
+        del order
         # First piece of each window, and the end.
-        self._firsts = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
-        self._shared = (
-            len(self._firsts) - 1
-        )  # windows with packed documents; those of one long document come after them
-        self._count = self._shared + int(wholes.sum())
-        self.documents_cut, self.places = int((wholes + (rest > 0) > 1).sum()), int(places.sum())
+        self._firsts = _compact(np.searchsorted(bins, np.arange(bins.max(initial=-1) + 2)))
+        del bins
+        self._shared = len(self._firsts) - 1  # windows with packed documents; those of one long document come after
+        self._count = self._shared + (int(self._wholes[-1]) if len(long) else 0)
+        rest, ends = rest[pieces], np.cumsum(lengths)
+        self._sizes = _compact(rest)  # positions of each piece, by window
+        self._places = ends[pieces] - 1 - rest  # first token in the stream
+        self._long = ends[long] - lengths[long]  # where documents begin that fill whole windows
 
     @property
     def waste(self) -> float:
@@ -53,10 +58,11 @@ class PackedWindows(Windows):
         tokens_T, targets_T, starts_T = window
         assert starts_T is not None
         end, firsts = 0, []
-        for file, _, _, low, places in self._spans(index):
-            start, end, stream = end, end + places, file.tokens
+        for place, size in self._pieces(index):
+            file, low = self._file(place)
+            start, end, stream = end, end + size, file.tokens
             firsts.append((start, stream[low]))
-            targets_T[start:end] = stream[low + 1 : low + places + 1]
+            targets_T[start:end] = stream[low + 1 : low + size + 1]
             starts_T[start:end].fill(start)
         tokens_T[1:end] = targets_T[: end - 1]  # faster than a second conversion
         for start, token in firsts:
@@ -66,34 +72,32 @@ class PackedWindows(Windows):
 
     def documents(self, index: int) -> list[DocumentSpan]:
         parts, at = [], 0
-        for file, document, offset, _, places in self._spans(index):
-            parts.append(DocumentSpan(file, document, offset, at, at + places))
-            at += places
+        for place, size in self._pieces(index):
+            file, low = self._file(place)
+            parts.append(DocumentSpan(file, *file.document_at(low), at, at + size))
+            at += size
         return parts
 
-    def _spans(self, index: int) -> list[tuple[TokenFile, int, int, int, int]]:
-        """Lists the documents of a window: file, document, offset in it, place in the file, and number of positions."""
+    def _pieces(self, index: int) -> Iterable[tuple[int, int]]:
+        """Returns the pieces of documents in a window: place in the stream, and number of positions."""
         self._check(index)
         if index >= self._shared:
             window = index - self._shared
-            i = int(np.searchsorted(self._wholes, window, side="right"))
+            i = bisect_right(self._wholes.data, window)  # a memoryview: searchsorted would copy all to int64
             earlier = window - (int(self._wholes[i - 1]) if i else 0)
-            file, document = self._document(int(self._long[i]))
-            offset = earlier * self.seq_len
-            return [(file, document, offset, file.document_start(document) + offset, self.seq_len)]
-        spans, firsts = [], self._firsts.data  # a memoryview gives Python's own numbers
-        for number in self._pieces[firsts[index] : firsts[index + 1]].tolist():
-            file, document = self._document(number)
-            begin, end = file.document_range(document)
-            rest = (end - begin - 1) % self.seq_len
-            low = end - 1 - rest
-            spans.append((file, document, low - begin, low, rest))
-        return spans
+            return [(int(self._long[i]) + earlier * self.seq_len, self.seq_len)]
+        first, end = self._firsts[index : index + 2].tolist()
+        return zip(self._places[first:end].tolist(), self._sizes[first:end].tolist(), strict=True)
 
-    def _document(self, number: int) -> tuple[TokenFile, int]:
-        """Returns the file of a document and its number there. number: counted over all files."""
-        i = bisect_right(self._before, number) - 1
-        return self.files[i], number - self._before[i]
+    def _file(self, place: int) -> tuple[TokenFile, int]:
+        """Returns the file with the token at a place of the stream, and the token's place there."""
+        i = bisect_right(self._begins, place) - 1
+        return self.files[i], place - self._begins[i]
+
+
+def _compact(numbers: np.ndarray) -> np.ndarray:
+    """Converts numbers from 0 on to the smallest type that holds them."""
+    return numbers.astype(np.min_scalar_type(numbers.max(initial=0)))
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
