@@ -1,6 +1,7 @@
 """The owner of the token-embedding matrix: one parameter for both uses (tied), two (untied), or first one, then two."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from .full_state import check_names, gather_matrix, rows_dtensor, scatter_matrix
 from .guard import GuardedRows
 from .kernels import choose_kernels
 from .lookup import LookupPlan, vocab_parallel_lookup
-from .loss import VocabLoss, vocab_parallel_linear_cross_entropy
+from .loss import VocabLoss, compute_rows, vocab_parallel_linear_cross_entropy
 from .shard import VocabShard
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class VocabParallelEmbedding(GuardedRows):
         self.kernels = choose_kernels(self.weight.device)
         self.input_grad_vD: Tensor | None = None  # if it is set, backward adds the lookup's gradient to it as well
         self._checked = False
+        self._shares_rows = False  # see rows_unchanged
+        self._shared_rows_vD: Tensor | None = None
 
     @classmethod
     def create(
@@ -196,8 +199,9 @@ class VocabParallelEmbedding(GuardedRows):
         (13.816, 2)
         """
         rows = self.output_weight
-        final = scale is not None and torch.is_grad_enabled()
-        main_grad_vD = _main_grad(rows) if final else None
+        main_grad_vD = None
+        if scale is not None and torch.is_grad_enabled():
+            main_grad_vD = torch.empty_like(rows) if rows.grad is None else rows.grad
         out = vocab_parallel_linear_cross_entropy(
             hidden_BTD.flatten(0, 1).to(self.compute_dtype),
             rows,
@@ -212,11 +216,36 @@ class VocabParallelEmbedding(GuardedRows):
             max_tokens_per_rank=max_tokens_per_rank,
             scale=1.0 if scale is None else scale,
             main_grad_vD=main_grad_vD,
+            main_grad_is_new=rows.grad is None,
+            compute_weight_vD=self._compute_rows(),
             kernels=self.kernels,
         )
+        if main_grad_vD is not None:
+            rows.grad = main_grad_vD
         if out.loss.requires_grad and main_grad_vD is not None:
             out.loss.register_hook(lambda _: _check_kept(rows, main_grad_vD))
         return out
+
+    @contextmanager
+    def rows_unchanged(self) -> Iterator[None]:
+        """Promises that the rows stay as they are: calls of `loss` in this context share one copy in the compute dtype.
+
+        For the micro-batches of a step, and for an evaluation. The copy is freed at the end. Local.
+
+        >>> vocab = VocabParallelEmbedding.create(1000, 16, compute_dtype=torch.bfloat16)
+        >>> with vocab.rows_unchanged():
+        ...     losses = [vocab.loss(torch.zeros(1, 2, 16), torch.tensor([[6, 7]]), scale=0.5).loss for _ in range(2)]
+        """
+        self._shares_rows = True
+        try:
+            yield
+        finally:
+            self._shares_rows, self._shared_rows_vD = False, None
+
+    def _compute_rows(self) -> Tensor | None:
+        if self._shares_rows and self._shared_rows_vD is None:
+            self._shared_rows_vD = compute_rows(self.output_weight, self.shard, self.compute_dtype)
+        return self._shared_rows_vD
 
     def _input_grads(self) -> list[Tensor]:
         return [_main_grad(self.weight), *([] if self.input_grad_vD is None else [self.input_grad_vD])]

@@ -4,7 +4,7 @@ The derivation in short; docs/how-it-works.md has it in full, in the same symbol
 states, W_r [v, D] the rows of rank r, z = x · w the logits, y the target, g the factor of a token's loss.
 
     1. gather     X, from all ranks                                                   all-gather, one chunk ahead
-    2. matmul 1   Z_r = X W_rᵀ;  a_r = max z;  s_r = Σ exp(z - a_r);  t_r = z[y], or 0 if w_y is another rank's;
+    2. matmul 1   Z_r = X W_rᵀ;  a_r ≈ max z;  s_r = Σ exp(z - a_r);  t_r = z[y], or 0 if w_y is another rank's;
                   E_r = exp(Z_r - a_r), but 0 in the target's place
     3. exchange   a_r, s_r, t_r of every token                                        all-gather, behind matmul 2
        matmul 2   P_r = E_r W_r
@@ -20,7 +20,8 @@ et al. (QuACK); others recompute the logits in backward. Yeung et al. ("Balancin
 parallelism", arXiv:2411.05288) defer the normaliser in the same way. β stays out of E_r, and is added in fp32: rounded
 to bf16, it would carry nearly all of the gradient's error.
 
-In the code E_r is `unnormalised_probs_mv`, P_r `product_mD`, g α_r `scale_m`, g β `target_m` of `Gradients.add`.
+In the code E_r is `unnormalised_probs_mv`, P_r `product_mD`, and `TokenFactors` (objective.py) has g α_r and g β. The
+shift a_r need not be the maximum: any number near it serves, so one pass over the logits is enough.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from .chunks import Chunk, Chunks
 from .collectives import Pending, TokenComm
 from .kernels import Kernels
 from .kernels.base import accurate_dtype
+from .objective import Objective, TokenFactors
 from .shard import VocabShard
 
 
@@ -42,7 +44,7 @@ class ChunkOnShard:
 
     mine: slice  # this rank's tokens in the chunk
     hidden_mD: Tensor
-    valid_m: Tensor  # False if the target is ignored
+    g_m: Tensor  # gradient of the token's loss, accurate; 0 if the target is ignored
     rows_m: Tensor  # row of the target in this shard, -1 if another shard owns it
     target_m: Tensor  # logit of that target before softcap
     unnormalised_probs_mv: Tensor  # filled by `Kernels.exponentials` or `Kernels.dlogits`
@@ -50,163 +52,116 @@ class ChunkOnShard:
 
 @dataclass(frozen=True)
 class Head:
-    """Settings of the head, and what it works with. `metrics`: also compute entropy and the id of the largest logit."""
+    """What the head works with: this rank's rows, its group, its kernels, and the options of the loss."""
 
     shard: VocabShard
     traffic: TokenComm
     kernels: Kernels
-    z_loss: float
-    smoothing: float
-    softcap: float | None
-    metrics: bool
+    objective: Objective
 
-    @property
-    def results(self) -> tuple[str, ...]:
-        """Names of the values that `merge` returns for each token."""
-        return ("loss", "lse", "entropy", "best") if self.metrics else ("loss", "lse")
+    def parts(
+        self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, g: float | Tensor
+    ) -> Iterator[tuple[Chunk, ChunkOnShard]]:
+        """Yields every chunk and its part on this shard; all share one buffer of unnormalised probabilities.
 
-    @property
-    def extra_statistics(self) -> tuple[str, ...]:
-        """Statistics that the options need besides max, sum and the target's logit."""
-        smoothing = ("logit_sum",) if self.smoothing else ()
-        return (*smoothing, "weighted", "best") if self.metrics else smoothing
-
-    @property
-    def smoothing_per_row(self) -> float:
-        """Amount that smoothing subtracts from the gradient of every logit."""
-        return self.smoothing / self.shard.vocab_size
-
-    @property
-    def needs_lse_first(self) -> bool:
-        """True with smoothing and softcap: the constant times the slope has no factor that could be applied later."""
-        return self.smoothing > 0 and self.softcap is not None
-
-    def parts(self, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor) -> Iterator[tuple[Chunk, ChunkOnShard]]:
-        """Yields every chunk and its part on this shard; all share one buffer of unnormalised probabilities."""
+        g: the gradient of the losses, one number for all or [N]; ignored targets get 0.
+        """
         targets_pL = chunks.gather(targets_N, -1)
+        rows_pL = torch.where(self.shard.holds(targets_pL), self.shard.local(targets_pL), -1)
+        zero = targets_pL.new_zeros((), dtype=accurate_dtype(chunks.hidden_ND.dtype))
+        g_pL = torch.where(targets_pL >= 0, chunks.gather(g, 0.0) if isinstance(g, Tensor) else g, zero)
         unnormalised_probs_mv = self.kernels.empty_factors(chunks.hidden_ND, chunks.tokens, len(weight_vD))
         for chunk in chunks:
-            hidden_mD, targets_m = chunk.hidden_mD, chunk.of(targets_pL)
-            rows_m = torch.where(self.shard.holds(targets_m), self.shard.local(targets_m), -1)
-            target_m = self.kernels.target_logits(hidden_mD, weight_vD, rows_m)
-            yield (
-                chunk,
-                ChunkOnShard(
-                    chunk.mine, hidden_mD, targets_m >= 0, rows_m, target_m, unnormalised_probs_mv[: len(targets_m)]
-                ),
-            )
+            rows_m = chunk.of(rows_pL)
+            target_m = self.kernels.target_logits(chunk.hidden_mD, weight_vD, rows_m)
+            probs_mv = unnormalised_probs_mv[: len(rows_m)]
+            yield chunk, ChunkOnShard(chunk.mine, chunk.hidden_mD, chunk.of(g_pL), rows_m, target_m, probs_mv)
 
-    def exponentials(self, part: ChunkOnShard, weight_vD: Tensor, gradients: bool) -> dict[str, Tensor]:
-        """Returns this shard's statistics; with `gradients` also fills its unnormalised probabilities. One matmul."""
+    def exponentials(self, part: ChunkOnShard, weight_vD: Tensor, gradients: bool) -> Tensor:
+        """Returns this shard's statistics [k, m]; with `gradients` also fills its unnormalised probabilities."""
         return self.kernels.exponentials(
             part.hidden_mD,
             weight_vD,
             part.rows_m,
             part.target_m,
-            softcap=self.softcap,
+            objective=self.objective,
             unnormalised_probs_mv=part.unnormalised_probs_mv,
-            extra_statistics=self.extra_statistics,
             gradients=gradients,
         )
 
-    def stack(self, part: ChunkOnShard, statistics: dict[str, Tensor]) -> Pending:
+    def stack(self, statistics_km: Tensor) -> Pending:
         """Sends this shard's statistics to all ranks, and will return those of all: [p, k, m]."""
-        target_m = torch.where(part.rows_m >= 0, self.cap(part.target_m), 0.0)
-        if self.metrics:
-            statistics["best"] = statistics["best"] + self.shard.start  # an id
-        others = [statistics[name] for name in self.extra_statistics]
-        return self.traffic.stack(torch.stack([statistics["max"], statistics["sum"], target_m, *others]))
+        if self.objective.metrics:
+            statistics_km[-1] += self.shard.start  # "best" becomes an id
+        return self.traffic.stack(statistics_km)
 
-    def merge(self, stacked_pkm: Tensor) -> dict[str, Tensor]:
-        """Merges the statistics of all shards, in rank order, into `results`, each [m]."""
-        parts = dict(zip(("max", "sum", "target", *self.extra_statistics), stacked_pkm.unbind(1), strict=True))
-        max_m, winner_m = parts["max"].max(0)  # the lowest rank on ties, so the lowest id
-        scale_pm = (parts["max"] - max_m).exp()
-        sum_m = (parts["sum"] * scale_pm).sum(0)
-        lse_m = max_m + sum_m.log()
-        loss_m = lse_m - (1 - self.smoothing) * parts["target"].sum(0) + self.z_loss * lse_m.square()
-        if self.smoothing:
-            loss_m -= self.smoothing_per_row * parts["logit_sum"].sum(0)
-        merged = {"loss": loss_m, "lse": lse_m}
-        if self.metrics:
-            merged["entropy"] = lse_m - (parts["weighted"] * scale_pm).sum(0) / sum_m
-            merged["best"] = parts["best"].gather(0, winner_m.unsqueeze(0)).squeeze(0)
-        return merged
+    def merge(
+        self, part: ChunkOnShard, statistics_km: Tensor, stacked_pkm: Tensor
+    ) -> tuple[dict[str, Tensor], TokenFactors]:
+        """Merges the statistics of all shards into `Objective.results`; returns them and the gradient's factors."""
+        return self.kernels.merge(self.objective, stacked_pkm, statistics_km[0], part.target_m, part.rows_m, part.g_m)
 
-    def recompute(self, part: ChunkOnShard, weight_vD: Tensor, lse_m: Tensor, g_m: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes matmuls 1 and 2 again, now that lse is known. Returns P_r and the scale of each token."""
-        if self.needs_lse_first:
+    def recompute(self, part: ChunkOnShard, weight_vD: Tensor, lse_m: Tensor) -> tuple[Tensor, TokenFactors]:
+        """Computes matmuls 1 and 2 again, now that lse is known. Returns P_r and the gradient's factors."""
+        objective = self.objective
+        if objective.needs_lse_first:
             self.kernels.dlogits(
                 part.hidden_mD,
                 weight_vD,
                 part.rows_m,
-                softcap=self.softcap,
+                objective=objective,
                 unnormalised_probs_mv=part.unnormalised_probs_mv,
                 lse_m=lse_m,
-                gain_m=self.z_loss_gain(lse_m),
-                smoothing_per_row=self.smoothing_per_row,
             )
-            scale_m = g_m
+            target_m = objective.target_factor(part.target_m, part.rows_m, lse_m, part.g_m)
+            factors = TokenFactors(part.g_m, target_m)
         else:
-            statistics = self.exponentials(part, weight_vD, gradients=True)
-            scale_m = self.deferred_scale(statistics, lse_m, g_m)
-        return self.kernels.times_weight(part.unnormalised_probs_mv, weight_vD), scale_m
+            shift_m = self.exponentials(part, weight_vD, gradients=True)[0]
+            factors = objective.factors(shift_m, part.target_m, part.rows_m, lse_m, part.g_m)
+        return self.kernels.times_weight(part.unnormalised_probs_mv, weight_vD), factors
 
-    def deferred_scale(self, statistics: dict[str, Tensor], lse_m: Tensor, g_m: Tensor) -> Tensor:
-        """Returns the factor from exp(z - max of this shard) to the gradient of the logits; it cannot overflow."""
-        return g_m * self.z_loss_gain(lse_m) * (statistics["max"] - lse_m).exp()
 
-    def target_factor(self, part: ChunkOnShard, lse_m: Tensor, g_m: Tensor) -> Tensor:
-        """Returns the gradient of the target's logit before softcap, [m]; 0 if another shard owns the target.
+@dataclass(frozen=True)
+class RowGradient:
+    """Buffer for the gradient of the rows [v, D], accurate. `new`: it is uninitialised, and is overwritten."""
 
-        Smoothing's part of it is added together with that of all other rows, except if `needs_lse_first`.
-        """
-        capped_m = self.cap(part.target_m)
-        slope_m = 1.0 if self.softcap is None else 1 - (capped_m / self.softcap).square()
-        softmax_m = self.z_loss_gain(lse_m) * (capped_m - lse_m).exp()
-        smoothing_per_row = self.smoothing_per_row if self.needs_lse_first else 0.0
-        return torch.where(
-            part.rows_m >= 0, g_m * slope_m * (softmax_m - (1 - self.smoothing) - smoothing_per_row), 0.0
-        )
-
-    def z_loss_gain(self, lse_m: Tensor) -> Tensor:
-        """Returns the factor by which z-loss multiplies the softmax's part of the gradient."""
-        return 1 + 2 * self.z_loss * lse_m
-
-    def cap(self, logit_m: Tensor) -> Tensor:
-        """Applies the softcap, if there is one."""
-        return logit_m if self.softcap is None else self.softcap * torch.tanh(logit_m / self.softcap)
+    rows_vD: Tensor
+    new: bool
 
 
 class Gradients:
     """Gradients that add up chunk by chunk: dW in place; dX is reduced while the next work runs."""
 
-    def __init__(self, head: Head, weight_vD: Tensor, dhidden_ND: Tensor, dweight_vD: Tensor) -> None:
-        self.head, self.weight_vD, self.dhidden_ND = head, weight_vD, dhidden_ND
-        self.dweight_vD = dweight_vD[: len(weight_vD)]  # without padding rows
+    def __init__(self, head: Head, weight_vD: Tensor, dhidden_ND: Tensor, dweight: RowGradient) -> None:
+        self.head, self.weight_vD, self.dhidden_ND, self.new = head, weight_vD, dhidden_ND, dweight.new
+        self.dweight_vD, padding = dweight.rows_vD.tensor_split([len(weight_vD)])
+        if self.new:
+            padding.zero_()
         self.reducing: tuple[slice, Pending] | None = None
-        self.smooths = head.smoothing > 0 and not head.needs_lse_first
+        self.smooths = head.objective.smoothing > 0 and not head.objective.needs_lse_first
         if self.smooths:
-            self.weight_sum_D = weight_vD.sum(0, dtype=dweight_vD.dtype)
+            self.weight_sum_D = weight_vD.sum(0, dtype=self.dweight_vD.dtype)
             self.hidden_sum_D = torch.zeros_like(self.weight_sum_D)
 
-    def add(self, part: ChunkOnShard, product_mD: Tensor, scale_m: Tensor, lse_m: Tensor, g_m: Tensor) -> None:
-        """Adds one chunk. `product`: P_r; `scale`: the factor that it lacks; g: the losses' gradient. Matmul 3."""
+    def add(self, part: ChunkOnShard, product_mD: Tensor, factors: TokenFactors) -> None:
+        """Adds one chunk. `product`: P_r; `factors`: what it lacks. Matmul 3."""
         kernels = self.head.kernels
-        target_m = self.head.target_factor(part, lse_m, g_m)
-        place = (target_m, part.hidden_mD, part.rows_m)
-        part_mD, scaled_mD = kernels.scale(product_mD, scale_m, self.weight_vD, *place)
+        place = (factors.target_m, part.hidden_mD, part.rows_m)
+        part_mD, scaled_mD = kernels.scale(product_mD, factors.scale_m, self.weight_vD, *place)
         if self.smooths:
-            share_m = g_m * self.head.smoothing_per_row
+            share_m = part.g_m * self.head.objective.smoothing_per_row
             part_mD.addr_(share_m, self.weight_sum_D, alpha=-1)
             self.hidden_sum_D += (part.hidden_mD * share_m.unsqueeze(1)).sum(0)
         self._store()
         self.reducing = part.mine, self.head.traffic.sum(part_mD)
-        kernels.add_weight_gradient(self.dweight_vD, part.unnormalised_probs_mv, scaled_mD, *place)
+        kernels.add_weight_gradient(self.dweight_vD, part.unnormalised_probs_mv, scaled_mD, *place, new=self.new)
+        self.new = False
 
     def finish(self) -> None:
         """Waits for the last reduction; then both gradients are complete."""
         self._store()
+        if self.new:  # no rank had a token
+            self.dweight_vD.zero_()
         if self.smooths:
             self.dweight_vD -= self.hidden_sum_D
 
@@ -220,27 +175,24 @@ class Gradients:
 def compute_losses(
     head: Head, chunks: Chunks, weight_vD: Tensor, targets_N: Tensor, g: float, gradients: Gradients | None
 ) -> dict[str, Tensor]:
-    """Returns `head.results` of this rank's tokens, [N] each.
+    """Returns `Objective.results` of this rank's tokens, [N] each.
 
     `gradients`, if given, receives the gradients of g · the sum of all valid losses.
     """
     accurate = accurate_dtype(chunks.hidden_ND.dtype)
-    results = {name: torch.empty_like(targets_N, dtype=accurate) for name in head.results}
-    for chunk, part in head.parts(chunks, weight_vD, targets_N):
-        deferred = gradients is not None and not head.needs_lse_first
-        statistics = head.exponentials(part, weight_vD, gradients=deferred)
-        stacking = head.stack(part, statistics)
+    results = {name: torch.empty_like(targets_N, dtype=accurate) for name in head.objective.results}
+    deferred = gradients is not None and not head.objective.needs_lse_first
+    for chunk, part in head.parts(chunks, weight_vD, targets_N, g):
+        statistics_km = head.exponentials(part, weight_vD, gradients=deferred)
+        stacking = head.stack(statistics_km)
         product_mD = head.kernels.times_weight(part.unnormalised_probs_mv, weight_vD) if deferred else None
-        merged = head.merge(stacking.wait())
+        merged, factors = head.merge(part, statistics_km, stacking.wait())
         for name, merged_m in merged.items():
             results[name][chunk.mine] = head.traffic.mine(merged_m)[: chunk.mine.stop - chunk.mine.start]
         if gradients is not None:
-            lse_m, g_m = merged["lse"], g * part.valid_m.to(accurate)
-            if product_mD is not None:
-                scale_m = head.deferred_scale(statistics, lse_m, g_m)
-            else:
-                product_mD, scale_m = head.recompute(part, weight_vD, lse_m, g_m)
-            gradients.add(part, product_mD, scale_m, lse_m, g_m)
+            if product_mD is None:
+                product_mD, factors = head.recompute(part, weight_vD, merged["lse"])
+            gradients.add(part, product_mD, factors)
     if gradients is not None:
         gradients.finish()
     results["loss"] = torch.where(targets_N >= 0, results["loss"], 0.0)
@@ -252,9 +204,6 @@ def recompute_gradients(
 ) -> None:
     """Adds the gradients of Σ g · loss to `gradients`, from the saved log-sum-exps. Matmul 1 runs a second time."""
     lse_pL = chunks.gather(lse_N, 0.0)
-    g_pL = chunks.gather(torch.where(targets_N >= 0, g_N, 0.0).to(lse_N.dtype), 0.0)
-    for chunk, part in head.parts(chunks, weight_vD, targets_N):
-        lse_m, g_m = chunk.of(lse_pL), chunk.of(g_pL)
-        product_mD, scale_m = head.recompute(part, weight_vD, lse_m, g_m)
-        gradients.add(part, product_mD, scale_m, lse_m, g_m)
+    for chunk, part in head.parts(chunks, weight_vD, targets_N, g_N.to(lse_N.dtype)):
+        gradients.add(part, *head.recompute(part, weight_vD, chunk.of(lse_pL)))
     gradients.finish()

@@ -18,9 +18,10 @@ from ..config.vocab import LARGEST_VOCABULARY
 from .checks import violated
 from .chunks import Chunks, chunk_budget
 from .collectives import on_host, token_comm
-from .head import Gradients, Head, compute_losses, recompute_gradients
+from .head import Gradients, Head, RowGradient, compute_losses, recompute_gradients
 from .kernels import Kernels, choose_kernels
 from .kernels.base import accurate_dtype
+from .objective import Objective
 from .shard import VocabShard
 
 
@@ -62,6 +63,8 @@ def vocab_parallel_linear_cross_entropy(
     max_tokens_per_rank: int | None = None,
     scale: float = 1.0,
     main_grad_vD: Tensor | None = None,
+    main_grad_is_new: bool = False,
+    compute_weight_vD: Tensor | None = None,
     kernels: Kernels | None = None,
 ) -> VocabLoss:
     """Computes the cross-entropy of softcap(hidden @ W.T) against the targets; W is split over `group` by rows.
@@ -77,14 +80,16 @@ def vocab_parallel_linear_cross_entropy(
 
     `main_grad_vD`: a buffer, fp32 (float64 if hidden is), to which forward adds the rows' gradient if gradients are
     enabled. Then no second buffer of its size is made, and `weight_vD` gets no gradient. Call backward() on the loss
-    once, and without another factor, which is a ValueError: pass the factor as `scale`. Without `main_grad_vD` the
+    once, and without another factor, which is a ValueError: pass the factor as `scale`. `main_grad_is_new`: the buffer
+    is uninitialised, and the gradient overwrites it; nobody has to fill it with zeros. Without `main_grad_vD` the
     gradients of the sum are made in forward, too, and scaled in backward. They are recomputed, by one more matmul, for
     reduction="none", if ranks scale their losses differently, and if backward runs again.
 
     The group's tokens are processed in chunks that need about `memory_mib` (None: what suits the device, or a quarter
     of the rows' gradient if that is more), or that have at most `chunk_tokens` tokens. `max_tokens_per_rank`: the
     largest N in the group, if every rank knows it already; it saves one all-reduce. `metrics`: also compute entropy and
-    correct. `kernels`: None chooses them by hidden's device.
+    correct. `compute_weight_vD`: the result of `compute_rows`, if the caller has it, and the rows have not changed
+    since; None: it is made for this call. `kernels`: None chooses them by hidden's device.
 
     Collectives per chunk: all-gather of hidden (distinct), all-gather of 3 statistics per token (1 more with smoothing,
     2 more with metrics), reduce-scatter (replicated: all-reduce) of hidden's gradient in fp32. All run behind matmuls.
@@ -117,16 +122,14 @@ def vocab_parallel_linear_cross_entropy(
         shard=shard,
         traffic=token_comm(shard, group, tokens),
         kernels=kernels,
-        z_loss=z_loss,
-        smoothing=label_smoothing,
-        softcap=softcap,
-        metrics=metrics,
+        objective=Objective(shard.vocab_size, z_loss, label_smoothing, softcap, metrics),
     )
     budget = chunk_tokens or chunk_budget(shard, hidden_ND.shape[1], hidden_ND.dtype, memory_mib, kernels)
     valid_N = targets_N != ignore_index
     targets_N = torch.where(valid_N, targets_N, -1)
-    call = _Call(head, targets_N, scale, budget, max_tokens_per_rank)
-    loss = _differentiable(hidden_ND, weight_vD, call, reduction, main_grad_vD)
+    call = _Call(head, targets_N, scale, budget, max_tokens_per_rank, compute_weight_vD)
+    main_grad = None if main_grad_vD is None else RowGradient(main_grad_vD, main_grad_is_new)
+    loss = _differentiable(hidden_ND, weight_vD, call, reduction, main_grad)
     results = call.results
     correct_N = valid_N & (results["best"] == targets_N) if metrics else None
     return VocabLoss(loss, valid_N.sum(), results["lse"], correct_N, results.get("entropy"))
@@ -196,9 +199,10 @@ class _Call:
     scale: float
     budget: int
     max_tokens_per_rank: int | None
+    compute_weight_vD: Tensor | None
     results: dict[str, Tensor] = field(default_factory=dict)
 
-    def losses(self, hidden_ND: Tensor, weight_vD: Tensor, into: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def losses(self, hidden_ND: Tensor, weight_vD: Tensor, into: tuple[Tensor, RowGradient] | None = None) -> Tensor:
         """Returns scale · loss [N], 0 if ignored. `into`: buffers for its sum's gradients, d hidden and d weight."""
         compute_vD = self._compute_rows(weight_vD, hidden_ND.dtype)
         gradients = None if into is None else Gradients(self.head, compute_vD, *into)
@@ -213,19 +217,20 @@ class _Call:
         chunks, lse_N = self._chunks(hidden_ND), self.results["lse"]
         gradients = Gradients(self.head, compute_vD, *into)
         recompute_gradients(self.head, chunks, compute_vD, self.targets_N, lse_N, g_N * self.scale, gradients)
-        return into
+        return into[0], into[1].rows_vD
 
-    def empty_gradients(self, hidden_ND: Tensor, weight_vD: Tensor) -> tuple[Tensor, Tensor]:
+    def empty_gradients(self, hidden_ND: Tensor, weight_vD: Tensor) -> tuple[Tensor, RowGradient]:
         accurate = accurate_dtype(hidden_ND.dtype)
-        dhidden_ND = torch.empty_like(hidden_ND, dtype=accurate, memory_format=torch.contiguous_format)
-        return dhidden_ND, torch.zeros_like(weight_vD, dtype=accurate, memory_format=torch.contiguous_format)
+        dhidden_ND, dweight_vD = (
+            torch.empty_like(tensor, dtype=accurate, memory_format=torch.contiguous_format)
+            for tensor in (hidden_ND, weight_vD)
+        )
+        return dhidden_ND, RowGradient(dweight_vD, new=True)
 
     def _compute_rows(self, weight_vD: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the rows that have logits, in the dtype of the matmuls; a view if that is the weight's dtype.
-
-        A copy is made for each call: an optimizer may change the rows without a sign that an older copy is out of date.
-        """
-        return weight_vD.detach()[: self.head.shard.valid_rows].to(dtype).contiguous()
+        if self.compute_weight_vD is not None:
+            return self.compute_weight_vD
+        return compute_rows(weight_vD, self.head.shard, dtype)
 
     def _chunks(self, hidden_ND: Tensor) -> Chunks:
         chunks = Chunks(self.head.traffic, hidden_ND.detach().contiguous(), self.budget, self.max_tokens_per_rank)
@@ -233,18 +238,26 @@ class _Call:
         return chunks
 
 
+def compute_rows(weight_vD: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:
+    """Returns the rows that have logits, in the dtype of the matmuls; a view if that is the weight's dtype.
+
+    A copy goes out of date without a sign when an optimizer changes the rows.
+    """
+    return weight_vD.detach()[: shard.valid_rows].to(dtype).contiguous()
+
+
 def _differentiable(
-    hidden_ND: Tensor, weight_vD: Tensor, call: _Call, reduction: str, main_grad_vD: Tensor | None
+    hidden_ND: Tensor, weight_vD: Tensor, call: _Call, reduction: str, main_grad: RowGradient | None
 ) -> Tensor:
-    """Returns the loss, with the backward that suits `reduction` and `main_grad_vD`."""
+    """Returns the loss, with the backward that suits `reduction` and `main_grad`."""
     if not torch.is_grad_enabled():
         losses_N = call.losses(hidden_ND, weight_vD)
         return losses_N.sum() if reduction == "sum" else losses_N
     if reduction == "none":
         return _TokenLosses.apply(hidden_ND, weight_vD, call)
-    if main_grad_vD is None:
+    if main_grad is None:
         return _LossSum.apply(hidden_ND, weight_vD, call)
-    return _FinalLossSum.apply(hidden_ND, weight_vD, call, main_grad_vD)
+    return _FinalLossSum.apply(hidden_ND, weight_vD, call, main_grad)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -281,7 +294,7 @@ class _LossSum(torch.autograd.Function):
         # dW sums over the tokens of all ranks, and each rank may scale its loss differently.
         g_p = ctx.call.head.traffic.gather(g.reshape(1)).wait()
         if made is not None and bool(on_host((g_p == g_p[0]).all())):
-            dhidden_ND, dweight_vD = made[0].mul_(g), made[1].mul_(g)
+            dhidden_ND, dweight_vD = made[0].mul_(g), made[1].rows_vD.mul_(g)
         else:
             del made
             dhidden_ND, dweight_vD = ctx.call.recompute(hidden_ND, weight_vD, g.expand(len(hidden_ND)))
@@ -292,9 +305,9 @@ class _FinalLossSum(torch.autograd.Function):
     """Sum of the losses with a main gradient: it is complete after forward; backward returns hidden's gradient."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_vD, call, main_grad_vD):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_ND, weight_vD, call, main_grad):  # type: ignore[no-untyped-def]
         ctx.dhidden_ND = torch.empty_like(hidden_ND)
-        return call.losses(hidden_ND, weight_vD, into=(ctx.dhidden_ND, main_grad_vD)).sum()
+        return call.losses(hidden_ND, weight_vD, into=(ctx.dhidden_ND, main_grad)).sum()
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]

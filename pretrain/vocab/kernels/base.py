@@ -1,10 +1,11 @@
 """Protocol of the kernels, and the functions that they share."""
 
-from collections.abc import Collection
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..objective import Objective, TokenFactors
 
 ALIGNMENT = 64  # elements: rows of logits start on a cache line for any size of the shard
 
@@ -35,17 +36,21 @@ class Kernels(Protocol):
         weight_vD: Tensor,
         rows_m: Tensor,
         target_m: Tensor,
-        softcap: float | None,
+        objective: Objective,
         unnormalised_probs_mv: Tensor,
-        extra_statistics: Collection[str],
         gradients: bool,
-    ) -> dict[str, Tensor]:
-        """Returns statistics of z over this shard's rows, accurate, [m] each. One matmul.
+    ) -> Tensor:
+        """Returns `objective.statistics` of z over this shard's rows, accurate, [k, m]. One matmul.
 
-        With `gradients` it also fills factors = exp(z - max) · dz/du (u: before softcap); else they are undefined.
-        Statistics: max; sum, Σ exp(z - max). `extra_statistics`: best, the first row of the maximum; weighted,
-        Σ z·exp(z - max); logit_sum, Σ z. A shard without rows has a finite maximum below all others, and sums of 0.
+        With `gradients` it also fills factors = exp(z - shift) · dz/du (u: before softcap); else they are undefined.
+        A shard without rows has a finite shift below all others, and sums of 0.
         """
+        ...
+
+    def merge(
+        self, objective: Objective, stacked_pkm: Tensor, shift_m: Tensor, target_m: Tensor, rows_m: Tensor, g_m: Tensor
+    ) -> tuple[dict[str, Tensor], TokenFactors]:
+        """Returns what `Objective.merge` and `Objective.factors` return. shift, target and rows: of this shard."""
         ...
 
     def dlogits(
@@ -53,15 +58,13 @@ class Kernels(Protocol):
         hidden_mD: Tensor,
         weight_vD: Tensor,
         rows_m: Tensor,
-        softcap: float | None,
+        objective: Objective,
         unnormalised_probs_mv: Tensor,
         lse_m: Tensor,
-        gain_m: Tensor,
-        smoothing_per_row: float,
     ) -> None:
-        """Fills factors = (gain · exp(z - lse) - smoothing_per_row) · dz/du. One matmul.
+        """Fills factors = (gain · exp(z - lse) - smoothing_per_row) · dz/du; gain: `Objective.gain`. One matmul.
 
-        It is for options whose factors need the normaliser first.
+        It is for objectives with `needs_lse_first`.
         """
         ...
 
@@ -92,10 +95,11 @@ class Kernels(Protocol):
         target_factor_m: Tensor,
         hidden_mD: Tensor,
         rows_m: Tensor,
+        new: bool,
     ) -> None:
         """Adds factorsᵀ · scaled to the gradient, and target_factor · hidden to gradient[row].
 
-        The sums are accurate, in a fixed order.
+        If `new`, the gradient's content is undefined, and is overwritten. The sums are accurate, in a fixed order.
         """
         ...
 
@@ -118,10 +122,3 @@ def aligned_empty(like: Tensor, m: int, v: int, dtype: torch.dtype | None = None
     whole = like.new_empty(m, aligned(v), dtype=dtype)
     whole[:, v:] = 0
     return whole[:, :v]
-
-
-def floor_statistics(hidden_mD: Tensor, extra_statistics: Collection[str]) -> dict[str, Tensor]:
-    """Returns the statistics of a shard without rows: a finite floor, so that merging never subtracts infinities."""
-    zero_m = hidden_mD.new_zeros(len(hidden_mD), dtype=accurate_dtype(hidden_mD.dtype))
-    floor_m = torch.full_like(zero_m, torch.finfo(zero_m.dtype).min)
-    return {"max": floor_m, "sum": zero_m} | dict.fromkeys(extra_statistics, zero_m)

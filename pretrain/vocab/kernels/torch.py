@@ -6,13 +6,14 @@ leaves nothing for torch.compile to gain.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..collectives import on_host
-from .base import accurate_dtype, aligned_empty, floor_statistics
+from ..objective import Objective, TokenFactors
+from .base import accurate_dtype, aligned_empty
 
 SLAB_BYTES = 2**20  # of accurate logits: a few passes over them stay in the cache
 TILE_BYTES = 2 * 2**20  # of the rounded product that is added to dW
@@ -41,54 +42,62 @@ class TorchKernels:
         weight_vD: Tensor,
         rows_m: Tensor,
         target_m: Tensor,
-        softcap: float | None,
+        objective: Objective,
         unnormalised_probs_mv: Tensor,
-        extra_statistics: Collection[str],
         gradients: bool,
-    ) -> dict[str, Tensor]:
+    ) -> Tensor:
+        names, softcap = objective.statistics, objective.softcap
+        statistics_km = target_m.new_zeros(len(names), len(target_m))
         if len(weight_vD) == 0:
-            return floor_statistics(hidden_mD, extra_statistics)
-        statistics: dict[str, list[Tensor]] = {name: [] for name in ("max", "sum", *extra_statistics)}
+            statistics_km[0] = torch.finfo(target_m.dtype).min
+            return statistics_km
+        out = dict(zip(names, statistics_km, strict=True))
+        out["target"].copy_(torch.where(rows_m >= 0, objective.cap(target_m), 0.0))
         torch.mm(hidden_mD, weight_vD.T, out=unnormalised_probs_mv)
         for slab, z_sv in self._slabs(unnormalised_probs_mv):
             owned, rows = _owned(rows_m[slab])
             # a rounded logit of the target could push its loss below zero, so the exact one replaces it
             z_sv[owned, rows] = target_m[slab][owned]
             slope_sv = _cap(z_sv, softcap, slope=gradients)
-            max_s = z_sv.amax(1)
-            statistics["max"].append(max_s)
-            if "best" in extra_statistics:
-                statistics["best"].append(z_sv.argmax(1).to(max_s.dtype))
-            if "logit_sum" in extra_statistics:
-                statistics["logit_sum"].append(z_sv.sum(1))
-            logits_sv = z_sv.clone() if "weighted" in extra_statistics else None
+            max_s = torch.amax(z_sv, 1, out=out["shift"][slab])
+            if objective.smoothing:
+                torch.sum(z_sv, 1, out=out["logit_sum"][slab])
+            logits_sv = None
+            if objective.metrics:
+                out["best"][slab] = z_sv.argmax(1).to(max_s.dtype)
+                logits_sv = z_sv.clone()
             _exp_(z_sv, max_s)
-            statistics["sum"].append(z_sv.sum(1))
+            torch.sum(z_sv, 1, out=out["sum"][slab])
             if logits_sv is not None:
-                statistics["weighted"].append(logits_sv.mul_(z_sv).sum(1))
+                torch.sum(logits_sv.mul_(z_sv), 1, out=out["weighted"][slab])
             if gradients:
                 if slope_sv is not None:
                     z_sv.mul_(slope_sv)
                 z_sv[owned, rows] = 0
                 unnormalised_probs_mv[slab] = z_sv
-        return {name: torch.cat(parts) for name, parts in statistics.items()}
+        return statistics_km
+
+    def merge(
+        self, objective: Objective, stacked_pkm: Tensor, shift_m: Tensor, target_m: Tensor, rows_m: Tensor, g_m: Tensor
+    ) -> tuple[dict[str, Tensor], TokenFactors]:
+        merged = objective.merge(stacked_pkm)
+        return merged, objective.factors(shift_m, target_m, rows_m, merged["lse"], g_m)
 
     def dlogits(
         self,
         hidden_mD: Tensor,
         weight_vD: Tensor,
         rows_m: Tensor,
-        softcap: float | None,
+        objective: Objective,
         unnormalised_probs_mv: Tensor,
         lse_m: Tensor,
-        gain_m: Tensor,
-        smoothing_per_row: float,
     ) -> None:
         torch.mm(hidden_mD, weight_vD.T, out=unnormalised_probs_mv)
+        gain_m = objective.gain(lse_m)
         for slab, z_sv in self._slabs(unnormalised_probs_mv):
             owned, rows = _owned(rows_m[slab])
-            slope_sv = _cap(z_sv, softcap, slope=True)
-            _exp_(z_sv, lse_m[slab]).mul_(gain_m[slab].unsqueeze(1)).sub_(smoothing_per_row)
+            slope_sv = _cap(z_sv, objective.softcap, slope=True)
+            _exp_(z_sv, lse_m[slab]).mul_(gain_m[slab].unsqueeze(1)).sub_(objective.smoothing_per_row)
             if slope_sv is not None:
                 z_sv.mul_(slope_sv)
             z_sv[owned, rows] = 0
@@ -120,14 +129,19 @@ class TorchKernels:
         target_factor_m: Tensor,
         hidden_mD: Tensor,
         rows_m: Tensor,
+        new: bool,
     ) -> None:
         if unnormalised_probs_mv.dtype == gradient_vD.dtype:
-            gradient_vD.addmm_(unnormalised_probs_mv.T, scaled_mD)
+            torch.addmm(gradient_vD, unnormalised_probs_mv.T, scaled_mD, beta=0 if new else 1, out=gradient_vD)
         else:
             height = max(1, TILE_BYTES // (scaled_mD.shape[1] * scaled_mD.element_size()))
             for start in range(0, len(gradient_vD), height):
                 tile = slice(start, start + height)
-                gradient_vD[tile] += unnormalised_probs_mv[:, tile].T @ scaled_mD
+                product = unnormalised_probs_mv[:, tile].T @ scaled_mD
+                if new:
+                    gradient_vD[tile] = product
+                else:
+                    gradient_vD[tile] += product
         owned, rows = _owned(rows_m)
         values = target_factor_m[owned].unsqueeze(1) * hidden_mD[owned].to(gradient_vD.dtype)
         gradient_vD.index_add_(0, rows, values)

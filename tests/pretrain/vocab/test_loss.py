@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain.vocab import VocabShard, vocab_parallel_linear_cross_entropy
 from pretrain.vocab.chunks import Chunks, chunk_budget
 from pretrain.vocab.collectives import LocalComm, Pending
-from pretrain.vocab.head import Gradients, Head, compute_losses
+from pretrain.vocab.head import Gradients, Head, RowGradient, compute_losses
 from pretrain.vocab.kernels.torch import TorchKernels
+from pretrain.vocab.objective import Objective
 from tests.pretrain.vocab.oracle import OPTIONS, dense, problem
 from tests.ranks import run_ranks
 
@@ -296,8 +297,8 @@ def test_collectives_run_behind_matmuls():
         pass
 
     hidden, weight, targets = problem([9], 37, "none")
-    head = Head(VocabShard.of(0, 1, 37, 1), TokenComm(), Kernels(), 0.0, 0.0, None, metrics=False)
-    gradients = Gradients(head, weight, torch.empty_like(hidden), torch.zeros_like(weight))
+    head = Head(VocabShard.of(0, 1, 37, 1), TokenComm(), Kernels(), Objective(37))
+    gradients = Gradients(head, weight, torch.empty_like(hidden), RowGradient(torch.zeros_like(weight), new=False))
     compute_losses(head, Chunks(head.traffic, hidden, 3, None), weight, targets, 1.0, gradients)
     of_a_chunk = ["exponentials", "send statistics", "times_weight", "has statistics"]
     assert events == [
