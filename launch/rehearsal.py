@@ -56,7 +56,7 @@ class Stage:
     plan: LookupPlan
 
     def step(self) -> None:
-        self.trainer.train_step(self.batch)
+        self.trainer.train_step(self.batch, self.trainer.agree(self.batch.n_targets))
 
 
 def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:

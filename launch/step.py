@@ -114,11 +114,11 @@ class StepCost:
         held = block.kept * blocks + (block.again + block.gradients) * in_block
         held += D * (2 * in_loss + in_lookup)  # the head's and the last norm's
         sums = blocks * block.sums * FP32
-        head = lookup = 0
+        copy = matrix * i if i < FP32 else 0
+        lookup, head = 0, copy * (self.work.micro_batches > 1)  # the micro-batches share it
         if in_loss:
             chunk = self.p * self.chunk
             slab = min(self.kernels.slab_bytes, chunk * self.shard.rows * FP32)
-            copy = matrix * i if i < FP32 else 0
             work = chunk * token_bytes(self.shard, D, self.dtype)
             logits = chunk * (self.shard.rows * i + 2 * D * i) + slab  # before their gradients exist
             head = max(work, logits) + copy + N * D * i

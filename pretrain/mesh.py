@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class Mesh:
 
     Ranks of one `vocab` group share one copy of the matrix; ranks of one `dp` group hold the same rows. Other modules
     ask for a role (`data_rank`, `replicas`, `matrix_placements`, ...) and not for an axis, so a new axis changes only
-    this file.
+    this file. What is asked in every step is kept: slicing a DeviceMesh takes the host 0.1 ms.
     """
 
     axes: DeviceMesh  # a dim per axis
@@ -48,7 +49,7 @@ class Mesh:
             _set_pg_timeout(timeout, group)  # otherwise NCCL's default, whatever the default group has
         return cls(axes, flat, device, timeout)
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Number of ranks of each axis, by name."""
         return {axis: self.axes[axis].size() for axis in AXES}
@@ -76,16 +77,16 @@ class Mesh:
         """The ranks that share one copy of the matrix."""
         return self.axes.get_group("vocab")
 
-    @property
+    @cached_property
     def vocab_rank(self) -> int:
         return self.axes.get_local_rank("vocab")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Number p of ranks of the vocab axis."""
         return self.axes["vocab"].size()
 
-    @property
+    @cached_property
     def replicas(self) -> int:
         """Number of copies of the matrix: ranks that hold the same rows as this one, itself included."""
         return self.axes["dp"].size()
@@ -95,7 +96,7 @@ class Mesh:
         """The ranks that hold the same rows as this one."""
         return self.axes.get_group("dp")
 
-    @property
+    @cached_property
     def first_replica(self) -> bool:
         """True on the ranks of the first copy, for sums in which each row counts once."""
         return self.axes.get_local_rank("dp") == 0

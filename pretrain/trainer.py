@@ -40,15 +40,18 @@ class Trainer:
 
     def fit(self) -> StopReason:
         """Trains up to `loop.last_step`, or until any rank has a reason to stop. Returns the reason."""
-        while self.state.step < self.loop.last_step and not self.must_stop():
+        while self.state.step < self.loop.last_step and not self.reason:
             start = time.monotonic()
             self.mark(DATA)
             batch = next(self.batches)
             waited = time.monotonic() - start
+            targets = self.agree(batch.n_targets)
+            if self.reason:
+                break
             self.mark(HOOKS)
             for hook in self.hooks:
                 hook.before_step(self)
-            report = self.train_step(batch)
+            report = self.train_step(batch, targets)
             self.mark(HOOKS)
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
@@ -58,27 +61,36 @@ class Trainer:
         return self.reason
 
     def must_stop(self) -> bool:
-        """True on all ranks as soon as one has a reason to stop. One scalar all-reduce. Rearms the watchdog."""
-        self.control.alive()
-        if not self.reason:
-            mine = int(self.control.reason())
-            agreed = torch.full((), mine, device=self.mesh.device)  # torch.tensor would wait for the device
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            self.reason = StopReason(int(on_host(agreed)))
+        """True on all ranks as soon as one has a reason to stop. One small all-reduce. Rearms the watchdog."""
+        self.agree(0)
         return self.reason is not StopReason.NONE
 
-    def train_step(self, batch: Batch) -> StepReport:
-        """Does one optimizer step. Collectives besides the model's: the count of targets, and two norms."""
+    def agree(self, number: int) -> int:
+        """Returns the sum of the number over the ranks; sets `reason` to the highest reason that a rank has to stop.
+
+        One all-reduce of five numbers, and one wait for the device. Rearms the watchdog.
+        """
+        self.control.alive()
+        mine = max(self.reason, self.control.reason())
+        counts = torch.zeros(1 + len(StopReason), dtype=torch.int64, device=self.mesh.device)
+        counts[0], counts[1 + mine] = number, 1  # torch.tensor would wait for the device
+        dist.all_reduce(counts)
+        total, *reasons = on_host(counts).tolist()
+        self.reason = max(reason for reason in StopReason if reasons[reason])
+        return total
+
+    def train_step(self, batch: Batch, targets: int) -> StepReport:
+        """Does one optimizer step. targets: of all ranks. Collectives besides the model's: two norms."""
         self.mark(FORWARD)
-        targets = self._sum(batch.n_targets)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for i, micro in enumerate(batch.micro_batches):
-            self.mark(FORWARD)
-            scale = 1 / max(1, targets)
-            part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
-            self.mark(BACKWARD)
-            self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
-            loss += part.detach()
+        with self.model.vocab.rows_unchanged():
+            for i, micro in enumerate(batch.micro_batches):
+                self.mark(FORWARD)
+                scale = 1 / max(1, targets)
+                part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
+                self.mark(BACKWARD)
+                self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
+                loss += part.detach()
         self.mark(OPTIMIZER)
         self.vocab_optimizer.reduce_gradients()
         norm, factor = clip_factor(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(), self.optim.clip)
@@ -99,8 +111,3 @@ class Trainer:
         self.state.samples |= self.batches.state_dict()  # keeps the positions of other corpora
         lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
         return StepReport(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
-
-    def _sum(self, number: int) -> int:
-        total = torch.full((), number, device=self.mesh.device)
-        dist.all_reduce(total)
-        return int(on_host(total))

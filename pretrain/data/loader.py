@@ -87,7 +87,7 @@ class BatchLoader:
         if isinstance(batch, Exception):
             raise batch
         self.consumed = self.samples.after(self.consumed, self.global_batch)
-        return Batch([self._to_device(micro) for micro in batch.micro_batches], batch.n_targets)
+        return Batch([sent(micro, self.device) for micro in batch.micro_batches], batch.n_targets)
 
     def close(self) -> None:
         """Stops the thread."""
@@ -118,23 +118,32 @@ class BatchLoader:
 
     def _micro_batch(self, samples: list[tuple[Windows, int]]) -> MicroBatch:
         """Builds this rank's micro-batch from the samples of all ranks."""
-        group = range(self.rank - self.shard.rank, self.rank - self.shard.rank + self.shard.world)
-        micro = {}
-        for rank in group:
-            of_rank = samples[rank * self.micro_batch :][: self.micro_batch]
-            micro[rank] = read(of_rank, self.shard.vocab_size)
-        plan = plan_lookup([batch.tokens_BT.flatten() for batch in micro.values()], self.shard, self.dtype)
-        mine = replace(micro[self.rank], plan=plan)
-        return mine.moved(Tensor.pin_memory, plan.pin_memory()) if self.device.type == "cuda" else mine
-
-    def _to_device(self, micro: MicroBatch) -> MicroBatch:
-        assert micro.plan is not None
-        return micro.moved(lambda tensor: _sent(tensor, self.device), micro.plan.to(self.device))
+        micro = [
+            read(samples[rank * self.micro_batch :][: self.micro_batch], self.shard.vocab_size)
+            for rank in vocab_group(self.rank, self.shard)
+        ]
+        return planned(micro, self.shard, self.dtype, self.device)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to the device. From pinned memory the copy is asynchronous."""
-    return tensor.to(device, non_blocking=True)
+def vocab_group(rank: int, shard: VocabShard) -> range:
+    """Returns the ranks of the vocab group of `rank`: neighbours, in the order of their rows."""
+    return range(rank - shard.rank, rank - shard.rank + shard.world)
+
+
+def planned(micro_p: list[MicroBatch], shard: VocabShard, dtype: torch.dtype, device: torch.device) -> MicroBatch:
+    """Returns this rank's micro-batch with its lookup plan, in pinned memory for a GPU.
+
+    micro_p: of all ranks of the vocab group.
+    """
+    plan = plan_lookup([micro.tokens_BT.flatten() for micro in micro_p], shard, dtype)
+    mine = replace(micro_p[shard.rank], plan=plan)
+    return mine.moved(Tensor.pin_memory, plan.pin_memory()) if device.type == "cuda" else mine
+
+
+def sent(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """Copies to the device; from pinned memory asynchronously."""
+    assert micro.plan is not None
+    return micro.moved(lambda tensor: tensor.to(device, non_blocking=True), micro.plan.to(device))
 
 
 def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
@@ -155,15 +164,27 @@ def _checked(batch: Window, vocab_size: int) -> MicroBatch:
 
 
 def validation_batches(
-    windows: Windows, most: int, *, batch: int, rank: int, world: int, vocab_size: int, device: torch.device
+    windows: Windows,
+    most: int,
+    *,
+    batch: int,
+    rank: int,
+    world: int,
+    shard: VocabShard,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[MicroBatch]:
     """Yields this rank's batches of the first `most` windows (0: all), in order. All ranks get the same number.
 
-    If there are too few windows for the last batch, it is filled with windows without targets.
+    As in training, a rank reads the windows of its whole vocab group and plans the lookup of rows in `dtype`. If there
+    are too few windows for the last batch, it is filled with windows without targets.
     """
     n = min(len(windows), most) if most else len(windows)
     for start in range(0, n, batch * world):
-        mine = range(start + rank * batch, start + (rank + 1) * batch)
-        micro = read([(windows, min(i, n - 1)) for i in mine], vocab_size)
-        micro.targets_BT[max(0, n - mine.start) :] = IGNORED
-        yield micro.moved(lambda tensor: _sent(tensor.pin_memory() if device.type == "cuda" else tensor, device))
+        micro_p = []
+        for member in vocab_group(rank, shard):
+            first = start + member * batch
+            micro = read([(windows, min(i, n - 1)) for i in range(first, first + batch)], shard.vocab_size)
+            micro.targets_BT[max(0, n - first) :] = IGNORED
+            micro_p.append(micro)
+        yield sent(planned(micro_p, shard, dtype, device), device)

@@ -61,16 +61,14 @@ class EvalHook(Hook):
         One all-reduce of three numbers per corpus, and one of one number per batch, besides the model's.
         """
         sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
-        for corpus, batches in zip(sums, self.batches.values(), strict=True):
-            for done, micro in enumerate(batches()):
-                if trainer.must_stop():
-                    return {}
-                if self.run.log is not None:
-                    self.run.log.console.busy(f"evaluation, batch {done + 1:,}")
-                out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT)
-                counted_BT = micro.targets_BT != IGNORED  # indexing with this mask would wait for the device
-                text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
-                corpus += torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
+        with trainer.model.vocab.rows_unchanged():
+            for corpus, batches in zip(sums, self.batches.values(), strict=True):
+                for done, micro in enumerate(batches()):
+                    if trainer.must_stop():
+                        return {}
+                    if self.run.log is not None:
+                        self.run.log.console.busy(f"evaluation, batch {done + 1:,}")
+                    corpus += self._sums(trainer, micro)
         dist.all_reduce(sums)
         measured = {"": sums.sum(0)} | {f"/{title}": sums_3 for title, sums_3 in zip(self.batches, sums, strict=True)}
         scalars = {}
@@ -80,10 +78,17 @@ class EvalHook(Hook):
             scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
         return scalars
 
+    def _sums(self, trainer: TrainerView, micro: MicroBatch) -> Tensor:
+        """Returns the sum of this rank's losses, the number of its targets, and their bytes of text: float64 [3]."""
+        out = trainer.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, plan=micro.plan)
+        counted_BT = micro.targets_BT != IGNORED  # indexing with this mask would wait for the device
+        text_bytes = (self.bytes_of_ids_V[micro.targets_BT.clamp_min(0)] * counted_BT).sum()
+        return torch.stack([out.loss.double(), out.n_tokens.double(), text_bytes.double()])
+
 
 def build(config: JobConfig, run: Run) -> EvalHook | None:
     """The hook, if there is something to evaluate on."""
-    mesh = run.parts.mesh
+    mesh, vocab = run.parts.mesh, run.parts.model.vocab
     batches: dict[str, Callable[[], Iterator[MicroBatch]]] = {}
     for title, windows in validation_windows(config, run.data).items():
         batches[title] = partial(
@@ -93,7 +98,8 @@ def build(config: JobConfig, run: Run) -> EvalHook | None:
             batch=config.train.micro_batch,
             rank=mesh.data_rank,
             world=mesh.data_world,
-            vocab_size=run.parts.model.vocab.shard.vocab_size,
+            shard=vocab.shard,
+            dtype=vocab.compute_dtype,
             device=mesh.device,
         )
     if not batches or run.data.bytes_of_ids is None:

@@ -35,7 +35,8 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
         return (query >= key) & (key >= starts_BT[b, query])
 
     batch, length = starts_BT.shape
-    return create_block_mask(sees, batch, None, length, length, device=starts_BT.device)
+    create = _created(starts_BT.is_cuda)
+    return create(sees, batch, None, length, length, device=starts_BT.device)
 
 
 def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask: Mask | None) -> Tensor:
@@ -47,6 +48,12 @@ def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask
     return F.scaled_dot_product_attention(
         queries_BHTd, keys_BKTd, values_BKTd, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
     )
+
+
+@cache
+def _created(compiled: bool) -> Any:
+    """create_block_mask, compiled on GPUs: uncompiled, it makes several boolean masks [B, 1, T, T]."""
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 @cache

@@ -83,8 +83,12 @@ class Optimizer(ABC):
     def step(self, lr: float) -> None:
         """Takes one step at the common learning rate `lr` times this owner's factor. Frees the gradients."""
         self.set_lr(lr)
-        self.stepper.step()
+        self.update()
         self.stepper.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Updates the parameters that have gradients, at the groups' learning rates."""
+        self.stepper.step()
 
 
 def saved_name(parameter: str, kind: str) -> str:

@@ -20,8 +20,8 @@ et al. (QuACK); others recompute the logits in backward. Yeung et al. ("Balancin
 parallelism", arXiv:2411.05288) defer the normaliser in the same way. β stays out of E_r, and is added in fp32: rounded
 to bf16, it would carry nearly all of the gradient's error.
 
-In the code E_r is `unnormalised_probs_mv`, P_r `product_mD`, and `TokenFactors` (objective.py) has g α_r and g β. The
-shift a_r need not be the maximum: any number near it serves, so one pass over the logits is enough.
+In the code E_r is `unnormalised_probs_mv`, P_r `product_mD`, and `TokenFactors` (objective.py) has g α_r and g β. Any
+number near the maximum can be the shift a_r, so one pass over the logits is enough.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class ChunkOnShard:
 
 @dataclass(frozen=True)
 class Head:
-    """What the head works with: this rank's rows, its group, its kernels, and the options of the loss."""
+    """This rank's rows, its group, its kernels, and the options of the loss."""
 
     shard: VocabShard
     traffic: TokenComm

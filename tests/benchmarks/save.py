@@ -168,7 +168,7 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
             if kind:
                 run.save(kind, turn)
             for _ in range(options.steps):
-                run.trainer.train_step(run.batch)
+                run.trainer.train_step(run.batch, run.trainer.agree(run.batch.n_targets))
             run.wait()
             totals[kind], processor[kind] = time.perf_counter() - start, time.process_time() - begun
             if turn and kind:
@@ -191,7 +191,7 @@ def times_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespa
 def memory_on_rank(rank: int, world: int, folder: Path, options: argparse.Namespace, kind: str) -> float:
     """The peak memory of a rank's first save, in MiB above the training's memory."""
     run = Run(folder, options)
-    run.trainer.train_step(run.batch)
+    run.trainer.train_step(run.batch, run.trainer.agree(run.batch.n_targets))
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current memory
     before = status_mib("VmRSS")

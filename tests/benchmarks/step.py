@@ -194,7 +194,8 @@ def rowshard(model: ModelConfig, vocab: int, sequences: int, dtype: torch.dtype,
     ready = planned() if mesh.device.type == "cuda" else None
 
     def step() -> float:
-        report = trainer.train_step(ready or planned())
+        batch = ready or planned()
+        report = trainer.train_step(batch, trainer.agree(batch.n_targets))
         dist.all_reduce(report.loss)
         return float(report.loss)
 

@@ -30,4 +30,4 @@ def training(config, world, rows, parallel):
     micro = MicroBatch(ids_pBT[shard.rank], ids_pBT[shard.rank], plan=plan)
     micro_batches = config.train.global_batch // (config.train.micro_batch * world)
     batch = Batch([micro] * micro_batches, micro_batches * micro.tokens_BT.numel())
-    return lambda: trainer.train_step(batch)
+    return lambda: trainer.train_step(batch, trainer.agree(batch.n_targets))

@@ -143,11 +143,17 @@ def test_negative_id_raises(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_serves_each_window_once(windows, world, most):
     def batches(rank):
-        place = {"rank": rank, "world": world, "vocab_size": 1000, "device": torch.device("cpu")}
-        return list(validation_batches(windows, most, batch=3, **place))
+        place = {"rank": rank, "world": world, "shard": VocabShard.of(rank, world, 1000)}
+        kinds = {"dtype": torch.float32, "device": torch.device("cpu")}
+        return list(validation_batches(windows, most, batch=3, **place, **kinds))
 
     ranks = [batches(rank) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1  # otherwise the ranks' collectives would not match
+    for rank, of_rank in enumerate(ranks):
+        for number, micro in enumerate(of_rank):
+            ids_pN = [other[number].tokens_BT.flatten() for other in ranks]
+            truth = plan_lookup(ids_pN, VocabShard.of(rank, world, 1000), torch.float32)
+            assert type(micro.plan) is type(truth) and micro.plan.traffic == truth.traffic
     dealt = [
         int(tokens[0]) // SEQ_LEN
         for rank in ranks

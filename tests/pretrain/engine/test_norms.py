@@ -76,13 +76,18 @@ def stepped_norms(rank: int, world: int, config: JobConfig) -> tuple[float, floa
     whole = float(engine.grad_norm())
     handed = torch.zeros((), dtype=torch.float64)
 
-    def count(stepper, args, kwargs):
-        for group in stepper.param_groups:
+    def count(*_):
+        for group in engine.optimizer.stepper.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
                 handed.add_(gradient.double().square().sum())
 
-    engine.optimizer.stepper.register_step_pre_hook(count)
+    def counted(update=engine.optimizer.update):
+        count()
+        update()
+
+    engine.optimizer.stepper.register_step_pre_hook(count)  # DeepSpeed calls torch's step, other engines `update`
+    engine.optimizer.update = counted
     engine.step(1e-3, clip=0.5)
     if config.engine.title != "deepspeed ZeRO-0":  # at stage 0 every rank has all gradients
         dist.all_reduce(handed)

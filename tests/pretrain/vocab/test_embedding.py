@@ -1,12 +1,15 @@
 """The owner of the matrix: its tied gradient is the sum of the gradients of both uses."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard
+from pretrain.vocab import VocabConfig, VocabParallelEmbedding, VocabShard, embedding
+from pretrain.vocab.loss import compute_rows
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import run_ranks
 
@@ -126,7 +129,7 @@ def test_no_gradient_without_grad_mode():
 
 
 def test_loss_uses_the_current_rows_in_bf16():
-    """No copy of the rows is kept: a fused AdamW changes them without raising autograd's version counter."""
+    """No copy of the rows is kept by itself: a fused AdamW changes them without raising autograd's version counter."""
     vocab = VocabParallelEmbedding(
         VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
     )
@@ -140,6 +143,55 @@ def test_loss_uses_the_current_rows_in_bf16():
         adamw.step()
         adamw.zero_grad()
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_rows_keep_every_bit(dtype):
+    """Two steps of three micro-batches, with and without `rows_unchanged`; an evaluation between them."""
+    results = []
+    for shared in (True, False):
+        vocab = VocabParallelEmbedding(
+            VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, std=1.0, compute_dtype=dtype
+        )
+        adamw = torch.optim.AdamW(vocab.parameters(), lr=0.1, fused=True)
+        generator, seen = torch.Generator().manual_seed(0), []
+        for _ in range(2):
+            with vocab.rows_unchanged() if shared else nullcontext():
+                for _ in range(3):
+                    hidden = torch.randn(2, 3, WIDTH, generator=generator).requires_grad_()
+                    loss = vocab.loss(hidden, torch.ones(2, 3, dtype=torch.long), scale=0.2).loss
+                    loss.backward()
+                    seen += [loss.detach(), hidden.grad]
+            adamw.step()
+            adamw.zero_grad()
+            with vocab.rows_unchanged() if shared else nullcontext(), torch.no_grad():
+                seen.append(vocab.loss(hidden, torch.ones(2, 3, dtype=torch.long)).loss)
+        assert vocab._shared_rows_vD is None
+        results.append([*seen, vocab.weight.detach()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_are_copied_once_while_unchanged(monkeypatch):
+    copies = []
+    monkeypatch.setattr(embedding, "compute_rows", lambda *args: copies.append(1) or compute_rows(*args))
+    vocab = VocabParallelEmbedding(
+        VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0, compute_dtype=torch.bfloat16
+    )
+    hidden, targets = torch.randn(2, 3, WIDTH), torch.ones(2, 3, dtype=torch.long)
+    with vocab.rows_unchanged():
+        for _ in range(3):
+            vocab.loss(hidden, targets, scale=1.0)
+    assert len(copies) == 1
+    vocab.loss(hidden, targets, scale=1.0)
+    assert len(copies) == 1, "outside, a call makes its own"
+
+
+def test_failed_loss_leaves_no_gradient():
+    vocab = VocabParallelEmbedding(VocabConfig(), VocabShard.of(0, 1, VOCAB), WIDTH, seed=0)
+    with pytest.raises(ValueError, match="outside"):
+        vocab.loss(torch.randn(1, 2, WIDTH), torch.full((1, 2), VOCAB), scale=1.0)
+    assert vocab.weight.grad is None
 
 
 def test_untied_matrices_are_two_different_parameters():

@@ -141,7 +141,7 @@ def test_shift_suits_rows_whose_largest_logit_comes_late(kernels, dtype, far):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("metrics", [False, True])
 def test_merge_matches_objective(kernels, options, metrics):
-    """Three shards, of which one has no rows; the own shard is the second."""
+    """Three shards. The last has no rows, and the second is this rank's."""
     softcap = options.get("softcap")
     objective = Objective(37, options.get("z_loss", 0.0), options.get("label_smoothing", 0.0), softcap, metrics)
     generator = torch.Generator().manual_seed(0)
