@@ -52,7 +52,7 @@ class ChunkOnShard:
 
 @dataclass(frozen=True)
 class Head:
-    """This rank's rows, its group, its kernels, and the options of the loss."""
+    """Rows of this rank, with their group and kernels, and the options of the loss."""
 
     shard: VocabShard
     traffic: TokenComm
