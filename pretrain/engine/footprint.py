@@ -15,7 +15,7 @@ from ..optim import Optimizer
 from ..placement import Transfer
 
 FP32 = 4  # bytes: main weights, gradients and sums
-COUNT, NORM = 8, 8  # bytes: the count of targets and a norm, reduced over all ranks per step
+COUNT, NORM = 40, 8  # bytes per step over all ranks: the count of targets and the reasons to stop; a norm
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ class BodyFootprint(Protocol):
 
 
 def agreements(world: int) -> Transfer:
-    """Transfer that every engine has: the count of targets, and the norms of body and matrix."""
-    return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "8 + 2 · 8")
+    """Transfer that every engine has: the count of targets, the reasons to stop, and the norms of body and matrix."""
+    return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "40 + 2 · 8")
