@@ -16,13 +16,15 @@ from launch.rehearsal import Stage, staged
 from pretrain.checkpoint.host_copies import HostCopies
 from pretrain.checkpoint.state import HookStates, ModelState, slices
 from pretrain.config.evaluation import EvalConfig
-from pretrain.data.loader import Batch, BatchLoader, MicroBatch
+from pretrain.data.loader import Batch, MicroBatch, sent
 from pretrain.hooks.base import Run
 from pretrain.hooks.embedding import EmbeddingHealth
 from pretrain.hooks.evaluation import EvalHook
 from pretrain.hooks.lens import LensMonitor
 from pretrain.hooks.log import LogHook
 from pretrain.hooks.untie import UntieHook
+from pretrain.stops import StopReason
+from pretrain.trainer import Trainer
 from pretrain.vocab.kernels import choose_kernels
 from tests.benchmarks.plan import configured
 from tests.fake_cuda import CUDA, fake_gpus, launches_counted
@@ -48,10 +50,9 @@ class Wait(NamedTuple):
     why: str
 
 
-MUST_STOP = Wait("Trainer.must_stop", TO_HOST, 1, "all ranks agree whether to stop")
+AGREE = Wait("Trainer.agree", TO_HOST, 1, "the number of targets of all ranks, and whether to stop")
 STEP = [  # every training step
-    MUST_STOP,
-    Wait("Trainer._sum", TO_HOST, 1, "the loss is divided by the number of targets of all ranks"),
+    AGREE,
     Wait("clip_factor", TO_HOST, 2, "a norm that is not finite must end the run before the update"),
 ]
 UNPLANNED = [  # a lookup that no loader has planned
@@ -64,8 +65,7 @@ SOMETIMES = {  # the parts of a run that are not in every step
         Wait("_peak_memory", TO_HOST, 1, "the largest of all ranks"),
     ],
     "evaluation": [  # of one batch
-        MUST_STOP,
-        *UNPLANNED,
+        AGREE,
         Wait("EvalHook.measure", TO_HOST, 1, "the sums"),
     ],
     "embedding": [  # a sampled step, besides the step's own; twice for two matrices
@@ -77,7 +77,7 @@ SOMETIMES = {  # the parts of a run that are not in every step
         Wait("isotropy", "_linalg_eigh", 2, "torch reads the solver's error code"),
     ],
     "lens": [  # of one window
-        MUST_STOP,
+        AGREE,
         *UNPLANNED,
         Wait("DistinctComm.max_tokens_per_rank", TO_HOST, 2, "chunks are cut on the host; for each readout"),
         Wait("Readout._top", TO_HOST, 1, "the wait of the nonzero that follows, where the supervisor knows it"),
@@ -112,7 +112,7 @@ def test_collectives_get_tensors_on_the_device_of_their_group(run):
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}")
 def test_head_runs_on_triton(run):
     """Each launch has also checked that its tensors are on the GPU."""
-    assert {"_exponentials", "_add_rows"} <= session_of(run).launched.keys()
+    assert {"exponentials", "merge", "add_rows"} <= session_of(run).launched.keys()
 
 
 class Seen(NamedTuple):
@@ -146,6 +146,7 @@ class Session:
         trainer, mesh = stage.trainer, stage.mesh
         self.vocab, self.vocab_optimizer = trainer.model.vocab, trainer.vocab_optimizer
         trainer.batches.epochs = lambda: {"corpus": 1.0}
+        trainer.agree = self.agree
         self.run = Run(data=None, parts=SimpleNamespace(mesh=mesh), manager=None)  # type: ignore[arg-type]
         self.health = EmbeddingHealth(1000, self.vocab, self.vocab_optimizer, mesh)
 
@@ -167,27 +168,21 @@ class Session:
         found["save"] = self.part(self.saved)
         return found
 
+    def agree(self, number: int) -> int:
+        """Agrees to go on: unknown numbers are not 0 here, not even the numbers of ranks that want to stop."""
+        total = Trainer.agree(self.trainer, number)
+        self.trainer.reason = StopReason.NONE
+        return total
+
     def step(self) -> Any:
         """Moves a batch to the GPU and takes a step."""
-        loader = BatchLoader(
-            None,  # type: ignore[arg-type]
-            global_batch=2,
-            micro_batch=1,
-            rank=0,
-            world=WORLD,
-            shard=self.vocab.shard,
-            dtype=self.vocab.compute_dtype,
-            device=CUDA,
-            prefetch=1,
-        )
         trainer, given = self.trainer, self.stage.batch
         tokens_BT = torch.zeros(given.micro_batches[0].tokens_BT.shape, dtype=torch.int64)
         plan = self.stage.plan.each(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-        micro = MicroBatch(tokens_BT, tokens_BT, None, None).moved(torch.Tensor.pin_memory, plan.pin_memory())
-        assert not trainer.must_stop()
-        batch = Batch([loader._to_device(micro) for _ in given.micro_batches], given.n_targets)
+        micro = MicroBatch(tokens_BT, tokens_BT).moved(torch.Tensor.pin_memory, plan.pin_memory())
+        batch = Batch([sent(micro, CUDA) for _ in given.micro_batches], given.n_targets)
         self.health.before_step(trainer)
-        report = trainer.train_step(batch)
+        report = trainer.train_step(batch, trainer.agree(batch.n_targets))
         self.health.after_step(trainer, report)
         report.seconds = 1.0
         return report

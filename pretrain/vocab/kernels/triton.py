@@ -16,9 +16,8 @@ from .base import accurate_dtype, aligned, aligned_empty
 
 SLAB_BYTES = 256 * 2**20  # of accurate logits; hundreds of tokens, enough for the matmul to fill the device
 TILE = 128  # tokens that a matmul works on at once
-COLUMNS = 4096  # of a row in registers at once
+COLUMNS = 2048  # of a row in registers at once: with 4096, fewer rows fit a multiprocessor
 WARPS = 8
-REGISTERS = 64  # per thread of `exponentials`: 4 programs on a multiprocessor, so 512 rows run at once on 128 of them
 HIGHEST = {torch.float16: 6e4}  # of sums of exp(z - shift): none may overflow in the compute dtype
 HIGHEST_ELSE = 1e13
 
@@ -54,14 +53,12 @@ class TritonKernels:
     ) -> Tensor:
         m, v = unnormalised_probs_mv.shape
         statistics_km = target_m.new_empty(len(objective.statistics), m)
-        plain = not objective.metrics and not objective.smoothing and objective.softcap is None
         for slab, logits_sv in self._slabs(hidden_mD, weight_vD):
             programs.exponentials[(len(logits_sv),)](
                 logits_sv, logits_sv.stride(0), unnormalised_probs_mv[slab], unnormalised_probs_mv.stride(0),
                 statistics_km[:, slab], rows_m[slab], target_m[slab], m, v, aligned(v), SOFTCAP=objective.softcap,
                 LOGIT_SUM=objective.smoothing > 0, METRICS=objective.metrics, WRITE=gradients,
                 HIGHEST=HIGHEST.get(hidden_mD.dtype, HIGHEST_ELSE), COLUMNS=self.columns, num_warps=WARPS,
-                maxnreg=REGISTERS if plain else None,
             )  # fmt: skip
         return statistics_km
 

@@ -23,11 +23,12 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "_exponentials": Limit(80, 128, ("ld", "st")),
-    "_dlogits": Limit(64, 64, ("ld", "st")),
-    "_target_logits": Limit(40, 40, ("ld",)),
-    "_scale": Limit(40, 40, ("ld", "st")),
-    "_add_rows": Limit(40, 40, ("ld", "st")),
+    "exponentials": Limit(40, 64, ("ld", "st")),
+    "merge": Limit(40, 40, ()),  # a few numbers per token
+    "dlogits": Limit(40, 64, ("ld", "st")),
+    "target_logits": Limit(40, 40, ("ld",)),
+    "scale": Limit(40, 40, ("ld", "st")),
+    "add_rows": Limit(80, 80, ("ld", "st")),
 }
 UNTRAINED = ("metrics", "evaluation")
 SPILLED = 64  # bytes per thread, allowed where nothing is trained
@@ -71,5 +72,5 @@ def test_rows_move_16_bytes_at_a_time(kernels):
     for one in kernels:
         assert not any(access.endswith("b16") for access in one["accesses"]), one
         every = one["option"] == "training" or one["kernel"] not in in_training  # other options may store no row
-        for kind in LIMITS[one["kernel"]].wide if every else ("ld",):
+        for kind in LIMITS[one["kernel"]].wide if every else LIMITS[one["kernel"]].wide[:1]:
             assert any(access.startswith(kind) and ".v4." in access for access in one["accesses"]), (kind, one)
