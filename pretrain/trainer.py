@@ -73,7 +73,8 @@ class Trainer:
         self.control.alive()
         mine = max(self.reason, self.control.reason())
         counts = torch.zeros(1 + len(StopReason), dtype=torch.int64, device=self.mesh.device)
-        counts[0], counts[1 + mine] = number, 1  # torch.tensor would wait for the device
+        counts[0].fill_(number)  # an assignment, or torch.tensor, would wait for the device
+        counts[1 + mine].fill_(1)
         dist.all_reduce(counts)
         total, *reasons = on_host(counts).tolist()
         self.reason = max(reason for reason in StopReason if reasons[reason])
