@@ -51,7 +51,8 @@ def run_hydra(
     def composed(config: DictConfig) -> Any:
         nonlocal composing
         composing = False
-        remember(HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
+        typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        remember(HydraConfig.get().runtime.choices, typed)  # type: ignore[arg-type]
         with one_line():
             check_bases(config, HydraConfig.get().runtime.choices)
             expand_home(config)

@@ -52,14 +52,14 @@ def main() -> None:
 def seconds_of_steps(rank: int, world: int, config: JobConfig) -> tuple[float, float]:
     """The median seconds of the odd and of the even steps, from step end to step end, without the first ones."""
     edges: list[float] = []
-    must_stop = Trainer.must_stop
+    agree = Trainer.agree
 
-    def timed(self: Trainer) -> bool:
-        stop = must_stop(self)
+    def timed(self: Trainer, number: int) -> int:
+        total = agree(self, number)
         edges.append(time.perf_counter())
-        return stop
+        return total
 
-    Trainer.must_stop = timed  # type: ignore[method-assign]
+    Trainer.agree = timed  # type: ignore[method-assign]
     train_rank(rank, world, config)
     taken = [after - before for before, after in pairwise(edges)][: config.train.steps - 1]
     odd, even = taken[4::2], taken[5::2]

@@ -149,7 +149,7 @@ TYPED = {
     "of another option": (["tokenizer=file", "tokenizer.vocab_size=9"], ["tokenizer=bpe has it"]),
     "of another option, without a default": (["corpus.paths=[x]"], ["corpus.paths: corpus=files has it"]),
     "of another command": (["dry_run=true"], ["unknown key dry_run; it is for launch/slurm.py"]),
-    "a number for an option": (["tokenizer=1e3"], ["'tokenizer/1e3'", "bpe"]),
+    "a number for an option": (["tokenizer=1e3"], ["tokenizer=1e3 must be one of bpe,"]),
     "several values": (["val_fraction=0.1,0.2"], ["val_fraction=0.1,0.2 is several values"]),
     "null": (["unit_mib=null"], ["unit_mib=null must be a value"]),
     "missing interpolation": (["out=${nowhere}"], ["nowhere"]),

@@ -77,5 +77,5 @@ def test_command_prints_and_writes_statistics(tmp_path: Path) -> None:
     make_folder(tmp_path / "made")
     done = tokenize(f"stats={tmp_path / 'made'}")
     assert done.returncode == 0 and "rows used: 4" in done.stdout and not done.stderr
-    assert_one_error(tokenize_here(f"stats={tmp_path / 'none'}"), "manifest.json is missing")
+    assert_one_error(tokenize_here(f"stats={tmp_path / 'none'}"), "none does not exist")
     assert_one_error(tokenize_here(f"stats={tmp_path / 'made'}", "out=x"), "stats=FOLDER")

@@ -226,7 +226,7 @@ def test_bad_manifest_raises_data_error(tmp_path: Path, content: str) -> None:
 
 
 def test_missing_manifest_raises(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the folder is unfinished"):
+    with pytest.raises(ValueError, match="has no token files; make them"):
         check(tmp_path)
 
 

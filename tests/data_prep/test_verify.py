@@ -195,4 +195,4 @@ def test_missing_manifest_is_the_only_fault(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path / "train-00000", 1000) as writer:
         writer.add(np.array([1]))
     (fault,) = verify(tmp_path)
-    assert "the folder is unfinished" in fault
+    assert "has .bin files, but manifest.json is missing" in fault

@@ -131,7 +131,7 @@ def test_recipe_of_ones_own_builds_on_another(tmp_path):
 def test_recipe_of_another_name_is_refused_with_the_list():
     for plus in ("", "+"):
         error = refused(f"{plus}recipe=gpt2_124 data.path=x run.dir=y")
-        assert f"did you mean gpt2_124m?; there are {', '.join(RECIPES)}" in error
+        assert f"recipe=gpt2_124 must be one of {', '.join(RECIPES)}; did you mean gpt2_124m?" in error
 
 
 def test_help_lists_recipes():

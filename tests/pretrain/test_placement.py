@@ -79,7 +79,7 @@ def test_auto_explains_choice():
     lines = why.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["1", "2", "4", "8", "16", "32", "64"]
     assert [line for line in lines if line.endswith("<")] == [lines[5]]
-    assert lines[-1].split()[:2] == ["FSDP's", "gather"]
+    assert lines[-1].split()[:2] == ["(FSDP2)", "769"]
 
 
 @pytest.mark.parametrize("asked,better", [("1", 8), ("64", 8), ("8", None), ("4", None)])

@@ -48,7 +48,11 @@ def test_process_lists_or_exits_with_2(run):
     done = subprocess.run(call, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 7
     done = subprocess.run([*call[:-1], "run=/nowhere"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: run=/nowhere has no checkpoint\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: run=/nowhere has no checkpoint: /nowhere does not exist\n",
+    )
 
 
 def test_list_shows_every_checkpoint(run):

@@ -126,7 +126,7 @@ def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
     seen: list[bool] = []
     step = Trainer.train_step
 
-    def watched(self, batch):
+    def watched(self, batch, targets):
         if self.state.step == AT:
             vocab, optimizer = self.model.vocab, self.vocab_optimizer.optimizer
             one, other = optimizer.state_of(vocab.weight), optimizer.state_of(vocab.head_weight)
@@ -134,7 +134,7 @@ def at_split(rank: int, world: int, config: JobConfig) -> list[bool]:
             seen.append(torch.equal(vocab.weight, vocab.head_weight) and vocab.weight is not vocab.head_weight)
             seen.append(one["exp_avg"].data_ptr() != other["exp_avg"].data_ptr())
             seen.append(bool((one["exp_avg"] != 0).any()))
-        return step(self, batch)
+        return step(self, batch, targets)
 
     Trainer.train_step = watched
     train_rank(rank, world, config)
