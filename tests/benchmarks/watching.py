@@ -56,7 +56,8 @@ def seconds_of_steps(rank: int, world: int, config: JobConfig) -> tuple[float, f
 
     def timed(self: Trainer, number: int) -> int:
         total = agree(self, number)
-        edges.append(time.perf_counter())
+        if number:  # hooks agree as well, whether to stop, with 0
+            edges.append(time.perf_counter())
         return total
 
     Trainer.agree = timed  # type: ignore[method-assign]
