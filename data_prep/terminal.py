@@ -179,7 +179,7 @@ def status(text: str) -> None:
 
 
 def status_columns() -> int:
-    """Number of characters that fit into the status line now; 0 if there is no terminal for it."""
+    """Returns the width of the status line in characters; 0 if there is no terminal for it."""
     output = _drawing()
     return output.columns() - 1 if output is not None else 0  # a full line would make some terminals begin the next
 

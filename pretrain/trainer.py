@@ -82,12 +82,11 @@ class Trainer:
 
     def train_step(self, batch: Batch, targets: int) -> StepReport:
         """Does one optimizer step. targets: of all ranks. Collectives besides the model's: two norms."""
-        self.mark(FORWARD)
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        scale = 1 / max(1, targets)
         with self.model.vocab.rows_unchanged():
             for i, micro in enumerate(batch.micro_batches):
                 self.mark(FORWARD)
-                scale = 1 / max(1, targets)
                 part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
                 self.mark(BACKWARD)
                 self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)

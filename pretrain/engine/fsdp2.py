@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from ..config.engine import FSDP2Config
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from ..optim import apply_clip, body_optimizer, global_norm
+from ..optim import apply_clip, body_optimizer, global_norm, local
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
 from .fsdp2_footprint import FSDP2Footprint
@@ -84,9 +84,3 @@ class FSDP2Engine:
 
     def _local_gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Part of a DTensor on this rank."""
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local()

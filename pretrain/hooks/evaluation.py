@@ -58,7 +58,7 @@ class EvalHook(Hook):
         """Returns val_loss (nats per token) and val_bits_per_byte (over the bytes of the scored targets).
 
         With several corpora: for all targets together, and for each corpus. Empty if the ranks must stop early.
-        One all-reduce of three numbers per corpus, and one of one number per batch, besides the model's.
+        One all-reduce of three numbers per corpus, and one of five numbers per batch, besides the model's.
         """
         sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
         with trainer.model.vocab.rows_unchanged():

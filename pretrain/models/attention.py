@@ -6,6 +6,7 @@ and shared by all blocks. On a GPU it is a block mask of FlexAttention (Dong et 
 masked blocks; on a CPU it is a boolean mask.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,8 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
         return (query >= key) & (key >= starts_BT[b, query])
 
     batch, length = starts_BT.shape
-    create = _created(starts_BT.is_cuda)
+    # uncompiled, it makes several boolean masks [B, 1, T, T]
+    create = _compiled(create_block_mask) if starts_BT.is_cuda else create_block_mask
     return create(sees, batch, None, length, length, device=starts_BT.device)
 
 
@@ -43,7 +45,8 @@ def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask
     """Returns softmax(q·kᵀ/√d)·v, [B, H, T, d]. mask None: causal."""
     shared = keys_BKTd.shape[1] != queries_BHTd.shape[1]
     if isinstance(mask, BlockMask):
-        flex = _flex(queries_BHTd.is_cuda)
+        # uncompiled, it computes the whole matrix of scores
+        flex: Any = _compiled(flex_attention) if queries_BHTd.is_cuda else flex_attention
         return flex(queries_BHTd, keys_BKTd, values_BKTd, block_mask=mask, enable_gqa=shared)
     return F.scaled_dot_product_attention(
         queries_BHTd, keys_BKTd, values_BKTd, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
@@ -51,12 +54,5 @@ def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask
 
 
 @cache
-def _created(compiled: bool) -> Any:
-    """create_block_mask, compiled on GPUs: uncompiled, it makes several boolean masks [B, 1, T, T]."""
-    return torch.compile(create_block_mask) if compiled else create_block_mask
-
-
-@cache
-def _flex(compiled: bool) -> Any:
-    """FlexAttention, compiled on GPUs: uncompiled, it computes the whole matrix of scores."""
-    return torch.compile(flex_attention) if compiled else flex_attention
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)

@@ -179,7 +179,8 @@ SCALARS = (
         "Step time",
         "s",
         "Mean wall time of a step since the last logged step, without evaluation, monitors, log and saves. /PART: of"
-        " one part of the logged step alone, on rank 0: data, forward, head, backward, optimizer, hooks.",
+        " one part of the logged step alone, on rank 0: data (also waits for the other ranks), forward, head, backward,"
+        " optimizer, hooks.",
         "Steady. Single peaks come from the data or the network. The head's part is about its share of the FLOPs.",
         f"{TRAINING}/perf/step_s",
         ("", PART),

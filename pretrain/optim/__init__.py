@@ -1,6 +1,6 @@
 """Optimizers of the body and the matrix, the schedule, and the clip over both."""
 
-from .base import STATE_PREFIX, Optimizer, saved_name
+from .base import STATE_PREFIX, Optimizer, local, saved_name
 from .build import VOCAB_OPTIMIZER, body_optimizer
 from .clip import apply_clip, clip_factor, global_norm
 from .schedule import lr_at
@@ -15,6 +15,7 @@ __all__ = [
     "body_optimizer",
     "clip_factor",
     "global_norm",
+    "local",
     "lr_at",
     "saved_name",
 ]

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from typing import Self
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim.adamw import adamw
 
 from ..config.optim import OptimConfig, OwnerConfig
-from .base import Optimizer
+from .base import Optimizer, local
 
 
 class AdamW(Optimizer):
@@ -63,8 +62,3 @@ class AdamW(Optimizer):
     @staticmethod
     def state_names(shape: torch.Size) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Returns the part of a DTensor on this rank; another tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

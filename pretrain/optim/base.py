@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config.optim import OptimConfig, OwnerConfig
 
@@ -94,3 +95,8 @@ class Optimizer(ABC):
 def saved_name(parameter: str, kind: str) -> str:
     """Name of a state tensor in a checkpoint, or of the parameter itself if `kind` is empty."""
     return f"{STATE_PREFIX}{kind}.{parameter}" if kind else parameter
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a DTensor on this rank; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -81,7 +81,7 @@ def vocab_parallel_linear_cross_entropy(
     `main_grad_vD`: a buffer, fp32 (float64 if hidden is), to which forward adds the rows' gradient if gradients are
     enabled. Then no second buffer of its size is made, and `weight_vD` gets no gradient. Call backward() on the loss
     once, and without another factor, which is a ValueError: pass the factor as `scale`. `main_grad_is_new`: the buffer
-    is uninitialised, and the gradient overwrites it; nobody has to fill it with zeros. Without `main_grad_vD` the
+    is uninitialised. The gradient overwrites it, so it is not filled with zeros first. Without `main_grad_vD` the
     gradients of the sum are made in forward, too, and scaled in backward. They are recomputed, by one more matmul, for
     reduction="none", if ranks scale their losses differently, and if backward runs again.
 

@@ -13,6 +13,13 @@ FLOOR = tl.constexpr(-3.0e38)  # below every logit, but finite: merging never su
 
 
 @triton.jit
+def _cap(u, SOFTCAP: tl.constexpr):
+    """Returns z, the logit u after the softcap, and dz/du."""
+    tanh = 1 - 2 / (tl.exp(u * (2 / SOFTCAP)) + 1)  # exp overflows to the right limit
+    return tanh * SOFTCAP, 1 - tanh * tanh
+
+
+@triton.jit
 def _logits(logits, row, target, columns, v, wide, SOFTCAP: tl.constexpr):
     """Loads z and, with a softcap, dz/du of some columns of a row; the target's z is exact, and z = -inf beyond v.
 
@@ -22,8 +29,7 @@ def _logits(logits, row, target, columns, v, wide, SOFTCAP: tl.constexpr):
     z = tl.where(columns == row, target, tl.where(columns < v, z, 0))
     slope = z
     if SOFTCAP is not None:
-        tanh = 1 - 2 / (tl.exp(z * (2 / SOFTCAP)) + 1)  # exp overflows to the right limit
-        z, slope = tanh * SOFTCAP, 1 - tanh * tanh
+        z, slope = _cap(z, SOFTCAP)
     return tl.where(columns < v, z, -float("inf")), slope
 
 
@@ -93,7 +99,7 @@ def exponentials(
         shift = tl.maximum(tl.max(z, 0), FLOOR)
     own = target
     if SOFTCAP is not None:
-        own = (1 - 2 / (tl.exp(target * (2 / SOFTCAP)) + 1)) * SOFTCAP
+        own, _ = _cap(target, SOFTCAP)
     if not METRICS:
         shift = tl.where(row >= 0, tl.maximum(shift, own), shift)
     total, logit_sum, weighted = _sums(
@@ -149,8 +155,7 @@ def merge(
     tl.store(scales + tokens, gradient * gain * tl.exp(shift - lse), mask=mask)
     own, slope = tl.load(targets + tokens, mask=mask, other=0), 1.0
     if SOFTCAP is not None:
-        tanh = 1 - 2 / (tl.exp(own * (2 / SOFTCAP)) + 1)
-        own, slope = tanh * SOFTCAP, 1 - tanh * tanh
+        own, slope = _cap(own, SOFTCAP)
     factor = gradient * slope * (gain * tl.exp(own - lse) - (1 - SMOOTHING))
     owned = tl.load(rows + tokens, mask=mask, other=-1) >= 0
     tl.store(target_factors + tokens, tl.where(owned, factor, 0), mask=mask)

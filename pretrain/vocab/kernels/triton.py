@@ -18,8 +18,7 @@ SLAB_BYTES = 256 * 2**20  # of accurate logits; hundreds of tokens, enough for t
 TILE = 128  # tokens that a matmul works on at once
 COLUMNS = 2048  # of a row in registers at once: with 4096, fewer rows fit a multiprocessor
 WARPS = 8
-HIGHEST = {torch.float16: 6e4}  # of sums of exp(z - shift): none may overflow in the compute dtype
-HIGHEST_ELSE = 1e13
+HIGHEST, HIGHEST_FP16 = 1e13, 6e4  # sums of exp(z - shift) above it take a new shift: none may overflow
 
 
 class TritonKernels:
@@ -58,7 +57,8 @@ class TritonKernels:
                 logits_sv, logits_sv.stride(0), unnormalised_probs_mv[slab], unnormalised_probs_mv.stride(0),
                 statistics_km[:, slab], rows_m[slab], target_m[slab], m, v, aligned(v), SOFTCAP=objective.softcap,
                 LOGIT_SUM=objective.smoothing > 0, METRICS=objective.metrics, WRITE=gradients,
-                HIGHEST=HIGHEST.get(hidden_mD.dtype, HIGHEST_ELSE), COLUMNS=self.columns, num_warps=WARPS,
+                HIGHEST=HIGHEST_FP16 if hidden_mD.dtype == torch.float16 else HIGHEST, COLUMNS=self.columns,
+                num_warps=WARPS,
             )  # fmt: skip
         return statistics_km
 

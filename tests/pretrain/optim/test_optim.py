@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pretrain.config.optim import OptimConfig
-from pretrain.optim import body_optimizer, clip_factor, lr_at
-from pretrain.optim.adamw import AdamW, local
+from pretrain.optim import body_optimizer, clip_factor, local, lr_at
+from pretrain.optim.adamw import AdamW
 from tests.ranks import run_ranks
 
 
