@@ -18,8 +18,8 @@ Step = Callable[[], tuple[Tensor, Tensor]]  # -> dX, dW
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of the head: hidden [N, D] and rows [V, D] in bf16. A third of the targets is almost certain, as in a
-    trained model.
+    """Inputs of the head: hidden [N, D] and rows [V, D] of one dtype. A third of the targets is almost certain, as in
+    a trained model.
     """
 
     hidden_ND: Tensor
@@ -27,14 +27,14 @@ class Problem:
     targets_N: Tensor
 
     @classmethod
-    def draw(cls, tokens: int, width: int, vocab: int, device: str) -> "Problem":
+    def draw(cls, tokens: int, width: int, vocab: int, device: str, dtype: torch.dtype = torch.bfloat16) -> "Problem":
         generator = torch.Generator().manual_seed(0)
         weight_VD = torch.randn(vocab, width, generator=generator).mul_(0.02)
         targets_N = torch.randint(vocab, (tokens,), generator=generator)
         hidden_ND = torch.randn(tokens, width, generator=generator)
         sure = slice(0, tokens // 3)
         hidden_ND[sure] += 18 / (0.02**2 * width) * weight_VD[targets_N[sure]]
-        return cls(hidden_ND.bfloat16().to(device), weight_VD.bfloat16().to(device), targets_N.to(device))
+        return cls(hidden_ND.to(device, dtype), weight_VD.to(device, dtype), targets_N.to(device))
 
     @property
     def tokens(self) -> int:
@@ -72,7 +72,7 @@ def ours(problem: Problem, memory_mib: int | None = None) -> Step:
 
     def step() -> tuple[Tensor, Tensor]:
         hidden_ND = problem.hidden_ND.detach().requires_grad_()
-        dweight_VD = torch.zeros_like(problem.weight_VD, dtype=torch.float32)
+        dweight_VD = torch.empty_like(problem.weight_VD, dtype=torch.float32)
         out = vocab_parallel_linear_cross_entropy(
             hidden_ND,
             problem.weight_VD,
@@ -80,6 +80,7 @@ def ours(problem: Problem, memory_mib: int | None = None) -> Step:
             shard=VocabShard.of(0, 1, vocab, 1),
             scale=1 / problem.tokens,
             main_grad_vD=dweight_VD,
+            main_grad_is_new=True,
             metrics=False,
             **options,
         )
@@ -177,7 +178,7 @@ def ours_on_ranks(problem: Problem, rank: int, world: int, tokens: str) -> Step:
 
     def step() -> tuple[Tensor, Tensor]:
         x_ND = hidden_ND.detach().requires_grad_()
-        dweight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
+        dweight_vD = torch.empty_like(weight_vD, dtype=torch.float32)
         out = vocab_parallel_linear_cross_entropy(
             x_ND,
             weight_vD,
@@ -187,6 +188,7 @@ def ours_on_ranks(problem: Problem, rank: int, world: int, tokens: str) -> Step:
             tokens=tokens,
             scale=1 / problem.tokens,
             main_grad_vD=dweight_vD,
+            main_grad_is_new=True,
             metrics=False,
         )
         out.loss.backward()
