@@ -19,7 +19,7 @@ def clip_factor(body_norm: Tensor, matrix_norm: Tensor, clip: float) -> tuple[fl
 
     `torch.nn.utils.clip_grad_norm_` cannot do this: it does not accept DTensors of different meshes.
     """
-    norm = math.hypot(float(on_host(body_norm)), float(on_host(matrix_norm)))
+    norm = math.hypot(*on_host(torch.stack([body_norm, matrix_norm])).tolist())  # one wait for both
     return norm, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
 
 

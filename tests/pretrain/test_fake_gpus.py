@@ -53,7 +53,7 @@ class Wait(NamedTuple):
 AGREE = Wait("Trainer.agree", TO_HOST, 1, "the number of targets of all ranks, and whether to stop")
 STEP = [  # every training step
     AGREE,
-    Wait("clip_factor", TO_HOST, 2, "a norm that is not finite must end the run before the update"),
+    Wait("clip_factor", TO_HOST, 1, "a norm that is not finite must end the run before the update"),
 ]
 UNPLANNED = [  # a lookup that no loader has planned
     Wait("_all_ids", TO_HOST, 1, "the plan is made on the host"),
