@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.durable import DurableFile, sha256_of
+from data_prep.durable import DurableFile, publish, sha256_of
 from data_prep.errors import DataError
 from data_prep.token_file import MANIFEST_FILE, PIECE, SPLITS, Manifest
 
@@ -129,8 +129,7 @@ def find_duplicates(units: list[Path], unlike: list[Path], out: Path) -> Iterato
             file.write(np.ascontiguousarray(digests[~later & (unit_numbers >= 0)]).view(np.uint8).data)
             later &= unit_numbers >= 0
             yield unit_numbers[later], places[later]
-        file.finish()
-        file.publish()
+        publish([file])
     finally:
         file.discard()
 

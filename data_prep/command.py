@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser  # the only list of Hydra's own flags
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +28,7 @@ from data_prep.terminal import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 EXIT_ERROR = 2
 HELP_FLAGS = {"-h", "--help"}
+GET_MODE = Hydra.get_mode
 Frozen = Callable[[DictConfig, list[str]], tuple[DictConfig, str]]
 
 
@@ -66,6 +68,8 @@ def run_hydra(
             return
         _add_settings_to_help(config_name, frozen)
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
+        # Hydra composes all settings a first time, only to look for hydra.mode: not if nothing can have set it.
+        Hydra.get_mode = _no_mode if _is_plain(sys.argv[1:]) else GET_MODE  # type: ignore[method-assign]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
     except (HydraException, OmegaConfBaseException) as error:  # only these: our own bugs keep their traceback
         sys.exit(fail(mistake(error)))
@@ -127,6 +131,15 @@ def _checked(arguments: list[str], sweeps: bool) -> list[str]:
             raise ValueError(f"{override!r} must be key=value; see --help")
     given = dict(zip(parsed.overrides, readable(_with_new_names(parsed.overrides), parsed.multirun), strict=True))
     return [given.get(argument, argument) for argument in arguments]
+
+
+def _no_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> None:
+    """Replaces `Hydra.get_mode`: hydra.mode is not set."""
+
+
+def _is_plain(arguments: list[str]) -> bool:
+    """True if all arguments are settings of ours: no flags, and none of Hydra's own settings."""
+    return not any(argument.startswith("-") or "hydra" in argument.partition("=")[0] for argument in arguments)
 
 
 def _with_new_names(overrides: list[str]) -> list[str]:

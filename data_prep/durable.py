@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -20,8 +21,8 @@ TEMPORARY_MARK = ".tmp-"  # part of every temporary name, to recognise and remov
 class DurableFile:
     """A file that is written under a temporary name beside `path`, and hashed on the way.
 
-    `finish` syncs the bytes to the disk, `publish` renames the file, `discard` removes every trace. `write`, `finish`
-    and `publish` raise OSError (a full disk).
+    `finish` syncs the bytes to the disk, the function `publish` then renames the file, `discard` removes every trace.
+    `write`, `finish` and `publish` raise OSError (a full disk).
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,15 +46,27 @@ class DurableFile:
         os.fsync(self._stream.fileno())
         self._stream.close()
 
-    def publish(self) -> None:
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
-
     def discard(self) -> None:
         with suppress(OSError):  # on a full disk, close flushes and fails once more
             self._stream.close()
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
+
+
+def publish(*groups: Sequence[DurableFile]) -> None:
+    """Puts all files in place, in order: the names of a group are on the disk before the next group gets its names.
+
+    Waits for the disk once for the bytes of all files, which are synced at the same time, and once per group for its
+    names. Raises OSError (a full disk): then the caller discards all files.
+    """
+    files = [file for group in groups for file in group]
+    with ThreadPoolExecutor(max(1, len(files))) as pool:
+        list(pool.map(DurableFile.finish, files))
+    for group in groups:
+        for file in group:
+            os.replace(file.temporary, file.path)
+        for folder in dict.fromkeys(file.path.parent for file in group):
+            sync_folder(folder)
 
 
 @contextmanager
@@ -62,8 +75,7 @@ def durable(path: Path) -> Iterator[DurableFile]:
     file = DurableFile(path)
     try:
         yield file
-        file.finish()
-        file.publish()
+        publish([file])
     except BaseException:
         file.discard()
         raise

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.clean import DIGEST_BYTES, NOWHERE, CleanConfig, digest_of, place_of, sorted_digests, split_of
 from data_prep.corpus import CorpusConfig
-from data_prep.durable import durable
+from data_prep.durable import DurableFile, durable, publish
 from data_prep.encoder import Encoder
 from data_prep.errors import DataError, headline
 from data_prep.long import LongDocument, cut, digest_and_size
@@ -127,7 +127,7 @@ class EncodeUnit:
                 else:
                     writing.add(known)
                 watch.done(writing.text_bytes, writing.tokens)
-        return writing.record()
+            return writing.publish()
 
 
 class LongDocumentFailed(Exception):
@@ -263,12 +263,25 @@ class UnitFiles:
             self._writers[split] = self._files.enter_context(TokenFileWriter(path, self._encoder.vocab_size))
         return self._writers[split]
 
-    def record(self) -> UnitRecord:
-        """Saves and returns the unit's record. The token files must be closed."""
+    def publish(self) -> UnitRecord:
+        """Puts the unit's files in place, last its record, which it returns."""
+        tokens = [file for writer in self._writers.values() for file in writer.close()]
+        record, beside = self._record(), list[DurableFile]()
         if self._job.clean.deduplicate:
-            with durable(digests_path(self._job.folder, self._unit.index)) as file:
-                file.write(sorted_digests(self._kept).view(np.uint8).data)
-        record = UnitRecord(
+            beside.append(self._file(digests_path(self._job.folder, record.index)))
+            beside[-1].write(sorted_digests(self._kept).view(np.uint8).data)
+        beside.append(self._file(record_path(self._job.folder, record.index)))
+        beside[-1].write(format_record(record, self._encoder.vocab_size))
+        publish(tokens, beside)
+        return record
+
+    def _file(self, path: Path) -> DurableFile:
+        file = DurableFile(path)
+        self._files.callback(file.discard)  # does nothing after publish
+        return file
+
+    def _record(self) -> UnitRecord:
+        return UnitRecord(
             self._unit.index,
             self._unit.key,
             self._digest.hexdigest(),
@@ -278,8 +291,6 @@ class UnitFiles:
             self._duplicates,
             quarantined=tuple(self._quarantined),
         )
-        save_record(record_path(self._job.folder, record.index), record, self._encoder.vocab_size)
-        return record
 
 
 def entry_of(split: str, writer: TokenFileWriter, text_bytes: int) -> TokenFileEntry:
@@ -301,7 +312,11 @@ def digests_path(folder: Path, index: int) -> Path:
 
 def save_record(path: Path, record: UnitRecord, vocab_size: int) -> None:
     with durable(path) as file:
-        file.write(json.dumps({**asdict(record), "dtype": token_dtype(vocab_size).str}).encode())
+        file.write(format_record(record, vocab_size))
+
+
+def format_record(record: UnitRecord, vocab_size: int) -> bytes:
+    return json.dumps({**asdict(record), "dtype": token_dtype(vocab_size).str}).encode()
 
 
 def finished_unit(job: EncodeJob, unit: WorkUnit) -> UnitRecord | None:

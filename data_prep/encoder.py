@@ -78,7 +78,10 @@ class Encoder:
     def _size_of(self, found: Sequence[np.ndarray | Rejected]) -> int:
         """The bytes of text of all ids together."""
         ids = [ids for ids in found if not isinstance(ids, Rejected)]
-        return int(self.bytes_of_ids.take(np.concatenate(ids)).sum(dtype=np.int64)) if ids else 0
+        if not ids:
+            return 0
+        places = np.concatenate(ids, dtype=np.intp)  # with mode="clip": twice as fast as `take` alone
+        return int(self.bytes_of_ids.take(places, mode="clip").sum(dtype=np.int64))
 
     def _ids_of(self, documents: Sequence[Document]) -> list[np.ndarray | Rejected]:
         if self._scheme is None or any(may_have_long_run(document.text) for document in documents):

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import connection, parent_process, resource_tracker
+from multiprocessing import connection, parent_process
 from typing import Any
 
+from data_prep import fork_server
 from data_prep.drop import DropCopies
 from data_prep.encode import READING, EncodeJob, EncodeUnit, UnitRecord
 from data_prep.encoder import Encoder
@@ -67,14 +68,8 @@ class WorkerProcess:
         self.numbers = context.RawArray("q", 4)
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.numbers, job), daemon=True)
-        resource_tracker.ensure_running()  # otherwise the worker's start starts it, and unblocks the signals
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGINT]
-        )  # workers inherit it: only the parent gets Ctrl-C
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        fork_server.start()
+        self.process.start()
         theirs.close()
         self.task: Task | None = None
         self._beats, self._since = 0, clock.seconds
@@ -109,7 +104,7 @@ class Pool:
     """A pool of at most `workers` processes, started when there is work; a context manager, which ends them."""
 
     def __init__(self, workers: int, job: EncodeJob, patience: float) -> None:
-        self._context = multiprocessing.get_context("spawn")  # threads of tokenizers and Arrow do not survive a fork
+        self._context = multiprocessing.get_context("forkserver")
         self._most, self._job, self._patience = workers, job, patience
         self._workers: list[WorkerProcess] = []
         self._clock = Clock()

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeVar, get_origin
 
 import numpy as np
 
-from data_prep.durable import DurableFile, durable
+from data_prep.durable import DurableFile, durable, publish
 from data_prep.errors import DataError, headline, no_token_files
 from data_prep.lfs import refuse_pointer, refuse_pointer_text
 
@@ -58,8 +58,9 @@ def index_bytes(sequences: int, documents: int) -> int:
 class TokenFileWriter:
     """Writes PREFIX.bin and PREFIX.idx, one document or piece at a time; a context manager.
 
-    Both files appear if the block succeeds, `.bin` first; neither appears on an error. Raises DataError on an id
-    outside [0, vocab_size), OSError on a full disk. Memory: 4 bytes per document, and 60 MB to write the index.
+    Both files appear if the block succeeds, `.bin` first; neither appears on an error. With `close`, the block can
+    publish them together with other files. Raises DataError on an id outside [0, vocab_size), OSError on a full disk.
+    Memory: 4 bytes per document, and 60 MB to write the index.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -74,6 +75,7 @@ class TokenFileWriter:
 
     def __enter__(self) -> "TokenFileWriter":
         self._bin = DurableFile(with_suffix(self.prefix, ".bin"))
+        self._files = [self._bin]
         return self
 
     def add(self, ids: np.ndarray) -> None:
@@ -108,22 +110,23 @@ class TokenFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        files = [self._bin]
         try:
-            if error is None:
-                if self._open:
-                    raise DataError(f"{self.prefix}: the last document has no end")
-                files.append(DurableFile(with_suffix(self.prefix, ".idx")))
-                for piece in self._index():
-                    files[1].write(piece)
-                for file in files:
-                    file.finish()
-                for file in files:
-                    file.publish()
-                self.sha256 = {file.path.suffix: file.sha256 for file in files}
+            if error is None and not self.sha256:
+                publish(self.close())
         finally:
-            for file in files:
+            for file in self._files:
                 file.discard()  # does nothing after publish
+
+    def close(self) -> list[DurableFile]:
+        """Writes the index. Returns both files, which the caller publishes inside the block."""
+        if self._open:
+            raise DataError(f"{self.prefix}: the last document has no end")
+        index = DurableFile(with_suffix(self.prefix, ".idx"))
+        self._files.append(index)
+        for piece in self._index():
+            index.write(piece)
+        self.sha256 = {file.path.suffix: file.sha256 for file in self._files}
+        return self._files
 
     def _index(self) -> Iterator[bytes]:
         documents, end = len(self._lengths), 0

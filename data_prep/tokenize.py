@@ -39,9 +39,10 @@ elif __name__ in ("__main__", "__mp_main__"):
     _mend_path()
 
 if __name__ == "__main__":
-    from data_prep import terminal
+    from data_prep import fork_server, terminal
 
     terminal.begin()  # before the slow imports
+    fork_server.start_early()
     from data_prep.app import main
 
     main()

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha1
 from pathlib import Path
 from tempfile import gettempdir
@@ -224,6 +225,10 @@ class FileTokenizer(TokenizerConfig):
     end_of_document: int | None = None  # id of <|endoftext|>, for a bare file or without config.json
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        return self._built
+
+    @cached_property
+    def _built(self) -> Tokenizer:
         path = Path(self.path)
         if is_hf(path):
             from data_prep.hf_tokenizer import from_hf  # it imports this module
@@ -255,4 +260,4 @@ class FileTokenizer(TokenizerConfig):
 
     def describe(self) -> dict[str, Any]:
         """Describes the tokenizer by its content, because the file may change or move."""
-        return {"kind": self.kind, "fingerprint": self.build(tuple).fingerprint}
+        return {"kind": self.kind, "fingerprint": self._built.fingerprint}

@@ -4,13 +4,15 @@ import base64
 import binascii
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.durable import durable
+from data_prep.durable import DurableFile, publish
 from data_prep.errors import DataError, headline
 from data_prep.lfs import refuse_pointer
 
@@ -63,13 +65,17 @@ class TokenizerSpec:
         """
         return self.ranks == other.ranks and self.end_of_document == other.end_of_document
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The sha256 over ranks, pattern and special tokens, each in one canonical form. The name is not included."""
         rest = {"pattern": self.pattern, "special_tokens": self.special_tokens}
-        digest = hashlib.sha256(format_ranks(self.ranks))
+        digest = hashlib.sha256(self._formatted_ranks)
         digest.update(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _formatted_ranks(self) -> bytes:
+        return format_ranks(self.ranks)
 
     def bytes_of_ids(self) -> np.ndarray:
         """The length of each id's text in bytes, int64 [vocab_size]; 0 for special tokens."""
@@ -82,10 +88,13 @@ class TokenizerSpec:
         """Writes both files, each whole or not at all, `spec.json` last."""
         folder.mkdir(parents=True, exist_ok=True)
         spec = {"name": self.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
-        with durable(folder / RANKS_FILE) as file:
-            file.write(format_ranks(self.ranks))
-        with durable(folder / SPEC_FILE) as file:
-            file.write(json.dumps(spec, indent=2).encode() + b"\n")
+        with ExitStack() as stack:
+            files = [DurableFile(folder / name) for name in (RANKS_FILE, SPEC_FILE)]
+            for file in files:
+                stack.callback(file.discard)  # does nothing after publish
+            files[0].write(self._formatted_ranks)
+            files[1].write(json.dumps(spec, indent=2).encode() + b"\n")
+            publish(files[:1], files[1:])
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizerSpec":

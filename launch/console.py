@@ -15,6 +15,10 @@ def _run(module: str) -> None:
 
 def tokenize() -> None:
     """Tokenises a corpus, as `python data_prep/tokenize.py` does."""
+    from data_prep import fork_server  # only this command needs it
+
+    terminal.begin()
+    fork_server.start_early()
     _run("data_prep.app")
 
 

@@ -217,9 +217,13 @@ def test_workers_end_with_a_killed_parent_and_a_killed_worker_is_one_error(tmp_p
 
 
 def workers_of(parent: int) -> list[int]:
-    """The process ids of the pool's workers, without multiprocessing's resource tracker."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    """The process ids of the pool's workers: the children of the fork server."""
+
+    def children(process: int) -> list[int]:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+    (server,) = (c for c in children(parent) if b"forkserver" in Path(f"/proc/{c}/cmdline").read_bytes())
+    return children(server)
 
 
 @pytest.fixture
