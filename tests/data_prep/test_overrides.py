@@ -2,9 +2,12 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from data_prep import app
@@ -190,3 +193,19 @@ def test_sweeps_over_a_group_without_default_get_a_plus():
         "+cluster=c,d",
         "seed=1,2",
     ]
+
+
+@pytest.mark.parametrize(("override", "times"), [((), 1), (("hydra.mode=RUN",), 2), (("--run",), 2)])
+def test_settings_are_composed_twice_only_if_hydras_mode_may_be_set(
+    override: tuple[str, ...], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compose, calls = Hydra.compose_config, list[RunMode]()
+
+    def counted(self: Hydra, *args: Any, **kwargs: Any) -> DictConfig:
+        calls.append(kwargs["run_mode"])
+        return compose(self, *args, **kwargs)
+
+    monkeypatch.setattr(Hydra, "compose_config", counted)
+    done = tokenize_here(f"verify={tmp_path}", *override)
+    assert "has no token files" in done.stderr, done
+    assert len(calls) == times and calls[-1] is RunMode.RUN
