@@ -69,7 +69,7 @@ def run_hydra(
         _add_settings_to_help(config_name, frozen)
         sys.argv[1:] = _checked(sys.argv[1:], sweeps)
         # Hydra composes all settings a first time, only to look for hydra.mode: not if nothing can have set it.
-        Hydra.get_mode = _no_mode if _is_plain(sys.argv[1:]) else GET_MODE  # type: ignore[method-assign]
+        Hydra.get_mode = _no_mode if _is_plain(sys.argv[1:]) else GET_MODE  # type: ignore[assignment, method-assign]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(composed)()
     except (HydraException, OmegaConfBaseException) as error:  # only these: our own bugs keep their traceback
         sys.exit(fail(mistake(error)))
