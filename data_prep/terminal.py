@@ -2,19 +2,23 @@
 Ctrl-C while a command loads prints one line. A separate module, because it must be imported before heavy ones.
 
 It also draws the status line, the last line of a terminal, in which progress.py shows its bar. Several processes may
-write to one terminal, and the terminal keeps each write whole. So each write erases the status line first, and ends at
-the start of a line: text and bar never mix, and no process has to know of another.
+write to one terminal, one at a time: a terminal whose reader is slow takes only a part of a text at once. Each text
+erases the status line first, and ends at the start of a line. So text and bar never mix, and no process has to know of
+another.
 """
 
 import atexit
 import errno
+import fcntl
 import io
 import os
 import re
 import select
 import signal
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -60,9 +64,10 @@ class Output(io.RawIOBase):
             return 0
         left = memoryview(self._framed(bytes(data)) if self.draws else data).cast("B")
         try:
-            while left and self._takes_more():
-                with suppress(BlockingIOError):  # a terminal that had room for less
-                    left = left[os.write(self._target, left[:PIECE]) :]
+            with self._alone(self._patience):
+                while left and self._takes_more():
+                    with suppress(BlockingIOError):  # a terminal that had room for less
+                        left = left[os.write(self._target, left[:PIECE]) :]
         except OSError as error:
             if self.product:
                 self.product = False
@@ -73,8 +78,8 @@ class Output(io.RawIOBase):
 
     def draw(self, text: bytes) -> None:
         """Replaces the status line. Skipped if the terminal takes nothing at the moment, or a text is in its line."""
-        with suppress(OSError):
-            if not self.within_line and self._ready(0):
+        with suppress(OSError), self._alone(0) as alone:
+            if alone and not self.within_line and self._ready(0):
                 os.write(self._target, ERASE + text)
 
     def columns(self) -> int:
@@ -91,6 +96,22 @@ class Output(io.RawIOBase):
             data = FAULT.sub(lambda found: _in_colour(found[0], "red" if found[2] else "yellow"), data)
         self.within_line = not data.endswith(b"\n")
         return erase + data + (b"" if self.within_line else _status.text)
+
+    @contextmanager
+    def _alone(self, seconds: float) -> Iterator[bool]:
+        """Keeps other processes from writing to the terminal. Yields False if one has kept this one waiting so long."""
+        if not self.draws or _status.writing:  # a signal's handler may write in the middle of a text
+            yield True
+            return
+        _status.writing, end = True, time.monotonic() + seconds
+        try:
+            while not (alone := _lock(self._target)) and time.monotonic() < end:
+                time.sleep(0.001)
+            yield alone
+        finally:
+            _status.writing = False
+            with suppress(OSError):
+                fcntl.flock(self._target, fcntl.LOCK_UN)
 
     def _takes_more(self) -> bool:
         """Waits once for a reader that has stopped. Until it reads again, later text is dropped without waiting."""
@@ -115,11 +136,23 @@ def _without_waiting(descriptor: int) -> int:
         return descriptor
 
 
+def _lock(terminal: int) -> bool:
+    """Locks a terminal that was opened again. False if another process has locked it."""
+    try:
+        fcntl.flock(terminal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a terminal without locks
+        return True
+    return True
+
+
 class _Status:
     """The status line as this process draws it."""
 
     text = b""  # ends at the start of the line: what another process writes there comes first
     shared = False  # another process may draw one
+    writing = False  # this process is writing to the terminal
 
 
 _status = _Status()
@@ -220,7 +253,7 @@ def _in_colour(text: bytes, colour: str) -> bytes:
 
 def _forget_status() -> None:
     """The line is the parent's."""
-    _status.text, _status.shared = b"", True
+    _status.text, _status.shared, _status.writing = b"", True, False
 
 
 def _failed_to_load(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
