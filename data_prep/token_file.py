@@ -39,6 +39,7 @@ UINT16_ROWS = 65_500  # Megatron's limit
 LONGEST_DOCUMENT = 2**31 - 1  # tokens; the index stores their number as int32
 MOST_MAPPED = 200  # token files mapped at once, two files each
 PIECE = 1 << 20  # numbers that are read at once
+NEAR = 32  # sequences in which the end of a range is looked for first
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -216,23 +217,18 @@ class TokenFile:
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """The places in [start, stop) at which a document begins, rising. Reads a few numbers of the index."""
-        size, maps, total = self._itemsize, self._maps, self.sequences
-        pointers, documents = maps.pointers_view, maps.documents_view
-        places: list[int] = []
-        first = sequence = bisect_left(pointers, start * size)
-        end, before = stop * size, -1
-        while sequence < total and (offset := pointers[sequence]) < end:
-            if sequence >= self.documents or documents[sequence] != sequence or offset == before:
-                return self._starts_of_documents(first, bisect_left(pointers, end, sequence))
-            places.append(offset // size)
-            sequence, before = sequence + 1, offset
-        return places
-
-    def _starts_of_documents(self, first: int, last: int) -> list[int]:
-        """The places at which documents begin among these sequences. A document may have several, or none."""
-        pointers, documents = self._maps.pointers_view, self._maps.documents_view
-        low, high = (bisect_left(documents, sequence) for sequence in (first, last))
-        return sorted({pointers[sequence] // self._itemsize for sequence in documents[low:high]})
+        size, pointers, documents = self._itemsize, self._maps.pointers_view, self._maps.documents_view
+        first = bisect_left(pointers, start * size)
+        near = min(first + NEAR, self.sequences)
+        last = bisect_left(pointers, stop * size, first, near)
+        if last == near:
+            last = bisect_left(pointers, stop * size, near)
+        if documents[first:last].tolist() == list(range(first, last)):  # one sequence per document
+            offsets = pointers[first:last].tolist()
+        else:  # a document may have several sequences, or none
+            low, high = (bisect_left(documents, sequence) for sequence in (first, last))
+            offsets = [pointers[sequence] for sequence in documents[low:high]]
+        return sorted({offset // size for offset in offsets})
 
     def document_at(self, place: int) -> tuple[int, int]:
         """The document of the token at `place`, and the token's index in it."""

@@ -7,6 +7,7 @@ epoch. The last window may be shorter.
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -144,9 +145,40 @@ class Window(NamedTuple):
     targets_T: np.ndarray  # IGNORED: no target
     starts_T: np.ndarray | None = None  # where each token's document begins; None: documents are not separated
 
-    def row(self, b: int) -> "Window":
-        """View of window b of a batch, to be filled."""
-        return Window(self.tokens_T[b], self.targets_T[b], None if self.starts_T is None else self.starts_T[b])
+
+class Parts:
+    """Slices of tokens to be joined to a batch of B windows, each of T positions. A place is b·T + t.
+
+    numpy is called per batch, not per document: for one document, a call takes longer than the copy.
+    """
+
+    def __init__(self, B: int, T: int) -> None:
+        self.B, self.T = B, T
+        self.inputs: list[np.ndarray] = []  # B·T tokens
+        self.targets: list[np.ndarray] = []
+        self.starts: list[int] = []  # places at which a document begins in its window, rising
+        self.cuts: list[int] = []  # places after a target that belongs to another document
+
+    def pad(self, positions: int) -> None:
+        """Appends positions without a target."""
+        if positions:
+            self.inputs.append(np.zeros(positions, np.int64))
+            self.targets.append(np.full(positions, IGNORED))
+
+    def joined(self, masked: bool) -> Window:
+        """Returns the batch, int64 [B, T]. masked: with the starts of the documents."""
+        both_2N = np.empty((2, self.B * self.T), np.int64)  # malloc keeps one allocation, but returns two to the system
+        tokens_N, targets_N = both_2N
+        np.concatenate(self.inputs, out=tokens_N)
+        np.concatenate(self.targets, out=targets_N)
+        if self.cuts:
+            targets_N[np.array(self.cuts) - 1] = IGNORED
+        tokens_BT, targets_BT = both_2N.reshape(2, self.B, self.T)
+        if not masked:
+            return Window(tokens_BT, targets_BT)
+        starts = np.array([*self.starts, self.B * self.T])
+        starts_N = np.repeat(starts[:-1] % self.T, starts[1:] - starts[:-1])
+        return Window(tokens_BT, targets_BT, starts_N.reshape(self.B, self.T))
 
 
 class DocumentSpan(NamedTuple):
@@ -172,41 +204,26 @@ class Windows:
         return self._count
 
     def __getitem__(self, index: int) -> Window:
-        window = self.empty_batch()
-        self.fill(index, window)
-        return window
+        return Window(*(None if part is None else part[0] for part in self.batch([index])))  # type: ignore[arg-type]
 
-    def empty_batch(self, *batch: int) -> Window:
-        """Arrays for one window, or for a batch of the given size. Not initialised."""
-        shape = (*batch, self.seq_len)
-        return Window(
-            np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64) if self.masked else None
-        )
-
-    def fill(self, index: int, window: Window) -> None:
-        """Fills `window` with window `index`. Targets past the stream's end or in another document are IGNORED."""
-        self._check(index)
-        parts = self._parts(index * self.seq_len, (index + 1) * self.seq_len + 1)
-        _, file, low, high = parts[0]
-        stream = file.tokens[low:high]
-        if len(parts) > 1:
-            stream = np.concatenate([file.tokens[low:high] for _, file, low, high in parts])
-        n = len(stream) - 1
-        tokens_T, targets_T, starts_T = window
-        if n == self.seq_len:
-            tokens_T[:], targets_T[:] = stream[:-1], stream[1:]
-        else:
-            tokens_T[:n], targets_T[:n] = stream[:-1], stream[1:]
-            tokens_T[n:], targets_T[n:] = 0, IGNORED
-        if starts_T is not None:
-            start = 0
-            for at, file, low, high in parts:
-                for begin in file.document_starts(low, high):
-                    if place := at + begin - low:
-                        targets_T[place - 1] = IGNORED
-                        starts_T[start:place].fill(start)
-                        start = place
-            starts_T[start:].fill(start)
+    def batch(self, indices: Sequence[int]) -> Window:
+        """Reads these windows to int64 [B, T]. Targets past the stream's end or in another document are IGNORED."""
+        parts = Parts(len(indices), self.seq_len)
+        for row, index in enumerate(indices):
+            self._check(index)
+            begin, place = index * self.seq_len, row * self.seq_len  # in the stream, and in the batch
+            end = min(begin + self.seq_len, self.tokens - 1)
+            parts.inputs += [file.tokens[low:high] for file, low, high in self._ranges(begin, end)]
+            parts.starts.append(place)
+            for file, low, high in self._ranges(begin + 1, end + 1):
+                parts.targets.append(file.tokens[low:high])
+                if self.masked:
+                    cuts = [place + 1 + start - low for start in file.document_starts(low, high)]
+                    parts.starts += cuts
+                    parts.cuts += cuts
+                    place += high - low
+            parts.pad(begin + self.seq_len - end)
+        return parts.joined(self.masked)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self._count:
@@ -214,23 +231,25 @@ class Windows:
 
     def documents(self, index: int) -> list[DocumentSpan]:
         """Documents with tokens in window `index`, in order."""
-        parts = []
-        for at, file, low, high in self._parts(index * self.seq_len, (index + 1) * self.seq_len):
+        spans, at = [], 0
+        for file, low, high in self._ranges(index * self.seq_len, (index + 1) * self.seq_len):
             begins = [begin for begin in file.document_starts(low, high) if begin > low]
             for start, stop in pairwise([low, *begins, high]):
                 document, offset = file.document_at(start)
-                parts.append(DocumentSpan(file, document, offset, at + start - low, at + stop - low))
-        return parts
+                spans.append(DocumentSpan(file, document, offset, at + start - low, at + stop - low))
+            at += high - low
+        return spans
 
-    def _parts(self, start: int, stop: int) -> list[tuple[int, TokenFile, int, int]]:
-        """Lists the files with the tokens [start, stop): offset in that range, file, and range in the file."""
-        i = bisect_right(self._begins, start) - 1
-        at = self._begins[i]
-        if stop <= self._begins[i + 1]:
-            return [(0, self.files[i], start - at, stop - at)]
-        begin, stop, parts = start, min(stop, self.tokens), []
+    def _file(self, place: int) -> tuple[TokenFile, int]:
+        """Returns the file with the token at a place of the stream, and the token's place there."""
+        i = bisect_right(self._begins, place) - 1
+        return self.files[i], place - self._begins[i]
+
+    def _ranges(self, start: int, stop: int) -> list[tuple[TokenFile, int, int]]:
+        """Lists the files with the tokens [start, stop) of the stream, and the range in each. Cut at the stream's end."""
+        i, stop, ranges = bisect_right(self._begins, start) - 1, min(stop, self.tokens), []
         while start < stop:
             at, end = self._begins[i], min(stop, self._begins[i + 1])
-            parts.append((start - begin, self.files[i], start - at, end - at))
+            ranges.append((self.files[i], start - at, end - at))
             start, i = end, i + 1
-        return parts
+        return ranges

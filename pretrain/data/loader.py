@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,10 +149,14 @@ def sent(micro: MicroBatch, device: torch.device) -> MicroBatch:
 
 def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
     """Reads these windows to the host. Raises ValueError if an id is outside [0, vocab_size)."""
-    batch = samples[0][0].empty_batch(len(samples))
-    for b, (windows, index) in enumerate(samples):
-        windows.fill(index, batch.row(b))
-    return _checked(batch, vocab_size)
+    rows: dict[Windows, list[int]] = {}
+    for b, (windows, _) in enumerate(samples):
+        rows.setdefault(windows, []).append(b)
+    parts = [windows.batch([samples[b][1] for b in mine]) for windows, mine in rows.items()]
+    if len(parts) == 1:
+        return _checked(parts[0], vocab_size)
+    order = np.argsort([b for mine in rows.values() for b in mine])
+    return _checked(Window(*(np.concatenate(some)[order] for some in zip(*parts) if some[0] is not None)), vocab_size)
 
 
 def _checked(batch: Window, vocab_size: int) -> MicroBatch:

@@ -9,13 +9,13 @@ space that still fits it. The plan is a pure function of the documents' lengths.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data_prep.token_file import TokenFile
 
-from .dataset import IGNORED, DocumentSpan, Window, Windows
+from .dataset import DocumentSpan, Parts, Window, Windows
 
 
 class PackedWindows(Windows):
@@ -54,21 +54,22 @@ class PackedWindows(Windows):
     def summary(self) -> str:
         return f"packed into {len(self):,} windows, {self.waste:.2%} padding, {self.documents_cut:,} documents cut"
 
-    def fill(self, index: int, window: Window) -> None:
-        tokens_T, targets_T, starts_T = window
-        assert starts_T is not None
-        end, firsts = 0, []
-        for place, size in self._pieces(index):
-            file, low = self._file(place)
-            start, end, stream = end, end + size, file.tokens
-            firsts.append((start, stream[low]))
-            targets_T[start:end] = stream[low + 1 : low + size + 1]
-            starts_T[start:end].fill(start)
-        tokens_T[1:end] = targets_T[: end - 1]  # faster than a second conversion
-        for start, token in firsts:
-            tokens_T[start] = token
-        if end < self.seq_len:
-            tokens_T[end:], targets_T[end:], starts_T[end:] = 0, IGNORED, end
+    def batch(self, indices: Sequence[int]) -> Window:
+        parts = Parts(len(indices), self.seq_len)
+        place = 0
+        for index in indices:
+            end = place + self.seq_len
+            for begin, size in self._pieces(index):
+                file, low = self._file(begin)
+                stream = file.tokens
+                parts.inputs.append(stream[low : low + size])
+                parts.targets.append(stream[low + 1 : low + size + 1])
+                parts.starts.append(place)
+                place += size
+            parts.starts.append(place)  # of the padding, or of the next window
+            parts.pad(end - place)
+            place = end
+        return parts.joined(masked=True)
 
     def documents(self, index: int) -> list[DocumentSpan]:
         parts, at = [], 0
@@ -88,11 +89,6 @@ class PackedWindows(Windows):
             return [(int(self._long[i]) + earlier * self.seq_len, self.seq_len)]
         first, end = self._firsts[index : index + 2].tolist()
         return zip(self._places[first:end].tolist(), self._sizes[first:end].tolist(), strict=True)
-
-    def _file(self, place: int) -> tuple[TokenFile, int]:
-        """Returns the file with the token at a place of the stream, and the token's place there."""
-        i = bisect_right(self._begins, place) - 1
-        return self.files[i], place - self._begins[i]
 
 
 def _compact(numbers: np.ndarray) -> np.ndarray:

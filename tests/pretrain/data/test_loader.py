@@ -114,7 +114,7 @@ def test_close_stops_thread(loader):
 
 
 class Broken(Windows):
-    def fill(self, index, window):
+    def batch(self, indices):
         raise OSError("the disk is gone")
 
 
