@@ -246,7 +246,7 @@ class Windows:
         return self.files[i], place - self._begins[i]
 
     def _ranges(self, start: int, stop: int) -> list[tuple[TokenFile, int, int]]:
-        """Lists the files with the tokens [start, stop) of the stream, and the range in each. Cut at the stream's end."""
+        """Lists the files with the tokens [start, stop) of the stream, cut at its end, and the range in each file."""
         i, stop, ranges = bisect_right(self._begins, start) - 1, min(stop, self.tokens), []
         while start < stop:
             at, end = self._begins[i], min(stop, self._begins[i + 1])

@@ -156,7 +156,8 @@ def read(samples: list[tuple[Windows, int]], vocab_size: int) -> MicroBatch:
     if len(parts) == 1:
         return _checked(parts[0], vocab_size)
     order = np.argsort([b for mine in rows.values() for b in mine])
-    return _checked(Window(*(np.concatenate(some)[order] for some in zip(*parts) if some[0] is not None)), vocab_size)
+    kinds = (some for some in zip(*parts, strict=True) if some[0] is not None)
+    return _checked(Window(*(np.concatenate(some)[order] for some in kinds)), vocab_size)
 
 
 def _checked(batch: Window, vocab_size: int) -> MicroBatch:

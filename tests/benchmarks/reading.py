@@ -2,9 +2,9 @@
 
     python tests/benchmarks/reading.py [--millions 100] [--length 2048] [--folder .]
 
-Prints Markdown: the speed of random windows, then the time to find a sample of a run. All read batches of 16 windows, as
-a training does. A bare slice is converted to int64 in its row of the batch, once for the tokens and once for the targets;
-it has neither documents nor epochs.
+Prints Markdown: the speed of random windows, then the time to find a sample of a run. All lines read batches of 16
+windows, as a training does. A bare slice is converted to int64 into its row of the batch, once for the tokens and once
+for the targets; it has neither documents nor epochs.
 """
 
 import argparse
