@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep.token_file import HEADER, MOST_MAPPED, Manifest, TokenFile, TokenFileWriter
 from pretrain.config.data import DataConfig
-from pretrain.data import IGNORED, Order, Permutation, Windows, open_corpus, open_data
+from pretrain.data import IGNORED, Order, PackedWindows, Permutation, Windows, open_corpus, open_data
 from tests.benchmarks.reading import write_sparse
 from tests.data_prep.commands import small_spec
 from tests.pretrain.helpers import make_corpus, write_tokens
@@ -140,6 +140,31 @@ def test_masked_windows_separate_documents(tmp_path_factory, files, seq_len):
             assert tokens[t] == here and starts[t] == max(0, document[here] - index * seq_len)
             goes_on = document[here + 1] == document[here]
             assert targets[t] == (here + 1 if goes_on else IGNORED)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    files=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=3),
+    seq_len=st.integers(1, 9),
+    data=st.data(),
+)
+def test_batch_has_the_windows_in_any_order(tmp_path_factory, files, seq_len, data):
+    folder = tmp_path_factory.mktemp("files")
+    for i, lengths in enumerate(files):
+        with TokenFileWriter(folder / f"{i}", 1000) as file:
+            for length in lengths:
+                file.add(np.arange(1, 1 + length))
+    opened = tuple(TokenFile(folder / f"{i}") for i in range(len(files)))
+    separate = Windows(opened, seq_len, masked=True)
+    for windows in (Windows(opened, seq_len), separate, PackedWindows(opened, seq_len)):
+        if not len(windows):
+            continue
+        indices = data.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1, max_size=6))
+        batch = windows.batch(indices)
+        assert (batch.starts_T is None) == (not windows.masked)
+        for row, index in enumerate(indices):
+            for part, alone in zip(batch, windows[index], strict=True):
+                assert part is alone is None or (part[row] == alone).all()
 
 
 def test_document_of_several_sequences_starts_once(tmp_path):

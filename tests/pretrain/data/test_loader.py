@@ -49,6 +49,19 @@ def samples(batch) -> list[int]:
     return [int(tokens[0]) // SEQ_LEN for micro in batch.micro_batches for tokens in micro.tokens_BT]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_read_keeps_the_order_of_several_corpora(tmp_path, masked):
+    corpora = []
+    for first in (0, 200, 400):
+        write_tokens(tmp_path / f"{first}", np.arange(first, first + 100), 1000)
+        corpora.append(Windows((TokenFile(tmp_path / f"{first}"),), SEQ_LEN, masked=masked))
+    wanted = [(2, 3), (0, 1), (2, 0), (1, 5), (0, 0), (0, 1)]
+    micro = loading.read([(corpora[c], index) for c, index in wanted], 1000)
+    assert micro.tokens_BT[:, 0].tolist() == [200 * c + SEQ_LEN * index for c, index in wanted]
+    assert torch.equal(micro.targets_BT, micro.tokens_BT + 1)
+    assert (micro.starts_BT is not None) == masked
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_ranks_share_global_batch(loader, world, micro_batch):
