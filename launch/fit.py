@@ -85,7 +85,7 @@ def _changes(config: JobConfig, world: int) -> Iterator[Change]:
     """Yields every combination of changes; the first is no change."""
     smaller = [n for n in _micro_batches(config, world) if n < config.train.micro_batch]
     kinds = CHECKPOINTING[CHECKPOINTING.index(config.engine.activation_checkpointing) + 1 :]
-    offloads = ["cpu"] if config.engine.offload == "none" else []
+    offloads = ["cpu"] if config.engine.offload == "none" and config.optim.can_offload else []
     engines = [(None, config.engine), *config.engine.sharding_more()]
     options = [None, *smaller], [None, *kinds], engines, [None, *offloads]
     for micro, kind, (setting, engine), offload in product(*options):

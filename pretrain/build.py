@@ -46,10 +46,15 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
     )
 
 
+def body_shapes(config: JobConfig) -> Shapes:
+    """Returns the shapes of the body's parameters."""
+    with torch.device("meta"):
+        return Shapes.of(config.model.body(), body_optimizer(config.optim), config.optim.matrix_itemsize)
+
+
 def body_footprint(config: JobConfig, work: Workload, p: int, world: int) -> BodyFootprint:
     """Computes memory and traffic of the body in a step, per rank of `world`, with p ranks on the vocab axis."""
-    with torch.device("meta"):
-        shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
+    shapes = body_shapes(config)
     footprint: BodyFootprint = ENGINES[type(config.engine)].footprint(config.engine, shapes, work, p, world)
     return footprint
 
@@ -58,8 +63,7 @@ def flops_per_token(config: JobConfig, rows: int) -> float:
     """Computes the FLOPs of the model per token, forward and backward, as MFU counts them: without recomputation by
     checkpointing, and without padding rows.
     """
-    with torch.device("meta"):
-        shapes = Shapes.of(config.model.body(), body_optimizer(config.optim))
+    shapes = body_shapes(config)
     return body_flops(config, shapes, BOTH_WAYS) + BOTH_WAYS * rows * config.model.width
 
 

@@ -71,6 +71,6 @@ def _need_less(config: JobConfig, mesh: Mesh, *, of_host: bool) -> list[str]:
         less.append(f"vocab.parallel={mesh.world}")
     if of_host and config.checkpoint.asynchronous:
         less.append("checkpoint.asynchronous=false")
-    if on_gpu and engine.offload == "none":
+    if on_gpu and engine.offload == "none" and config.optim.can_offload:
         less.append("engine.offload=cpu" if engine.can_offload else "engine.zero_stage=3 engine.offload=cpu")
     return less

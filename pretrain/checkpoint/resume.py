@@ -8,12 +8,13 @@ from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..config.init_from import folder_of
 from ..config.job import JobConfig
+from ..config.optim import OptimConfig
 from ..config.vocab import VocabConfig
 from ..data import Data
 
 
 def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str, Any]) -> None:
-    """Raises ValueError if a setting differs that must not change: model, vocabulary, order of the data.
+    """Raises ValueError if a setting differs that must not change: model, vocabulary, optimizer, order of the data.
 
     `vocab.untie_at` may change while it is in the future. A checkpoint of imported weights has consumed no samples:
     then the order of the data is free, and the tokenizer may change if each row keeps its token.
@@ -22,10 +23,11 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
     known_then = {  # a key that is newer than the checkpoint had its default
         "model": asdict(type(config.model)()) | saved["model"],
         "vocab": asdict(VocabConfig()) | saved["vocab"],
+        "optim": {"name": OptimConfig.name} | saved["optim"],
     }
     saved = saved | known_then
     drawn = not manifest.get("weights_only", False)
-    kept = [("seed",), ("train", "seq_len"), ("data", "packing")] if drawn else []
+    kept = [("seed",), ("train", "seq_len"), ("data", "packing"), ("optim", "name")] if drawn else []
     kept += [("vocab", key) for key in ("multiple", "tie", "softcap", "embed_scale")]
     kept += [("model", key) for key in now["model"]]
     for path in kept:

@@ -56,6 +56,11 @@ class JobConfig:
         self.optim.warmup_steps = self.optim.warmup(self.train.steps)
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
+        if self.engine.offload != "none" and not self.optim.can_offload:
+            raise ValueError(
+                f"engine.offload={self.engine.offload} must be none with optim.name={self.optim.name}: the matrices would"
+                " be orthogonalised by the host; give engine.offload=none or optim=adamw"
+            )
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 LONGEST_WARMUP = 100  # steps, if optim.warmup_steps is not given
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, the rule, the rule in words
     (("lr", "eps"), lambda value: 0 < value < math.inf, "must be positive"),
     (("warmup_steps", "clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
     (("min_lr_ratio", "decay_fraction"), lambda value: 0 <= value <= 1, "must be in [0, 1]"),
-    (("beta1", "beta2"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    (("beta1", "beta2", "momentum"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
 )
 
 
@@ -39,7 +39,9 @@ class OwnerConfig:
 class OptimConfig:
     """The optimizer and its learning rate over the steps of the run."""
 
-    name: str = "adamw"  # optimizer of the body; the vocabulary always uses AdamW
+    can_offload: ClassVar[bool] = True  # engine.offload=cpu is possible
+
+    name: str = "adamw"  # optimizer of the body: adamw or muon; the vocabulary always uses AdamW
     lr: float = 6e-4  # peak learning rate
     #: cosine: falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395):
     #: constant, then falls linearly over the last decay_fraction of the steps
@@ -70,6 +72,11 @@ class OptimConfig:
             return getattr(self, key) if given is None else given
 
         return Hyperparameters(value("lr") / self.lr, *map(value, Hyperparameters._fields[1:]))
+
+    @property
+    def matrix_itemsize(self) -> int | None:
+        """Bytes of a number of a matrix that is stepped whole; None: of the compute dtype, or no matrix is."""
+        return None
 
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up in a schedule of `steps` steps."""
@@ -105,4 +112,26 @@ def _check(prefix: str, settings: Any) -> None:
                 raise ValueError(f"{prefix}.{key}={value} {rule}")
 
 
-OPTIMIZERS: dict[str, type[OptimConfig]] = {"adamw": OptimConfig}
+@dataclass
+class MuonConfig(OptimConfig):
+    """Muon for the matrices of the blocks; AdamW for the body's other parameters and the vocabulary."""
+
+    can_offload: ClassVar[bool] = False
+
+    name: str = "muon"  # optimizer of the body: adamw or muon; the vocabulary always uses AdamW
+    momentum: float = 0.95  # decay per step of the running mean of a matrix's gradients; beta1 and beta2 are AdamW's
+    #: dtype of Newton-Schulz: bf16, as torch.optim.Muon always does; fp32; auto: the dtype of the other matmuls, which
+    #: train.precision sets
+    newton_schulz: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.newton_schulz not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"optim.newton_schulz={self.newton_schulz} must be auto, bf16 or fp32")
+
+    @property
+    def matrix_itemsize(self) -> int | None:
+        return {"bf16": 2, "fp32": 4}.get(self.newton_schulz)
+
+
+OPTIMIZERS: dict[str, type[OptimConfig]] = {"adamw": OptimConfig, "muon": MuonConfig}

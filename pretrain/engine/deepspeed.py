@@ -23,6 +23,7 @@ from ..vocab import summed
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
 from .deepspeed_footprint import LARGEST_BUCKET, DeepSpeedFootprint
+from .footprint import hidden_matrices
 from .zero import MAIN, weights_at
 
 
@@ -61,8 +62,10 @@ class DeepSpeedEngine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         for block in blocks:  # stage 3 gathers whole blocks: a recomputed part would free its own weights
             deepspeed.utils.set_z3_leaf_module(block, True)
+        self.hidden = hidden_matrices(body)
+        matrices = [self.parameters[name] for name in self.hidden]
         optimizer = body_optimizer(self.optim)
-        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body)
+        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body, matrices)
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
             self.engine, *_ = deepspeed.initialize(
@@ -72,6 +75,9 @@ class DeepSpeedEngine:
                 dist_init_required=False,  # the process group exists; otherwise DeepSpeed would look for MPI
             )
         self.weights = weights_at(self.config.zero_stage, low_precision)(self.engine.optimizer, self.optimizer, mesh)
+        known = {id(self.parameters[name]): (self.shapes[name], stacked) for name, stacked in self.hidden.items()}
+        group = mesh.flat.get_group() if mesh.world > 1 else None
+        self.optimizer.place(self.weights.units(known), group, self.compute_dtype)
         self.optimizer.load(0, self.weights.stepped())
         self.weights.link_states()
         for name, values in initial.items():  # DeepSpeed made its main weights from rounded ones
@@ -107,7 +113,7 @@ class DeepSpeedEngine:
         self.optimizer.load(step, self.weights.stepped())
 
     def _kinds(self, name: str) -> tuple[str, ...]:
-        return MAIN, *self.optimizer.state_names(self.shapes[name])
+        return MAIN, *self.optimizer.state_names(self.shapes[name], name in self.hidden)
 
     def _initial(self, body: nn.Module, name: str) -> DTensor:
         rows = self._rows(name)

@@ -1,8 +1,11 @@
 """Memory and traffic of DeepSpeed per step. Separate from deepspeed.py because plans use it without an engine."""
 
+from itertools import accumulate
+
 from ..config.engine import DeepSpeedConfig
+from ..optim.owners import Cut
 from ..placement import Transfer, Workload
-from .footprint import FP32, Shapes, agreements, numbers
+from .footprint import FP32, Shapes, agreements, exchanges, numbers
 
 # DeepSpeed's defaults, which do not depend on the model, in numbers:
 LARGEST_BUCKET = 500_000_000  # largest bucket of the gradients' reduction
@@ -16,12 +19,11 @@ class DeepSpeedFootprint:
     def __init__(self, engine: DeepSpeedConfig, shapes: Shapes, work: Workload, p: int, world: int) -> None:
         self.engine, self.shapes, self.work, self.world = engine, shapes, work, world  # p does not matter
         self.all = numbers(shapes.all)
-        matrices = [shape for shape in shapes.all if len(shape) == 2]
-        groups = numbers(matrices), self.all - numbers(matrices)  # with and without weight decay
-        self.parts = [-(-group // (2 * world)) * 2 for group in groups]
+        self.parts = [-(-group // (2 * world)) * 2 for group in shapes.groups]
         self.cut = sum(-(-shape.numel() // world) for shape in shapes.all)  # at stage 3
         self.large = [shape for shape in shapes.all if shape.numel() > PERSISTENT]
         self.stepped = (self.all, sum(self.parts), sum(self.parts), self.cut)[engine.zero_stage]
+        self.schedule = shapes.schedule(world, self._cuts())
         self._held = 0 if engine.offload == "cpu" else self.stepped
         self.low = work.itemsize < FP32
         self.bucket = min(self.all, LARGEST_BUCKET)
@@ -32,6 +34,15 @@ class DeepSpeedFootprint:
             ("body · 4", "body · (i + 4)", "body / ranks · 4", "body / ranks · 4")[stage],
             ("bucket · 4, body · i", "bucket · 4", "bucket · (4 + 2 · i)", "bucket · (4 + 2 · i), body · i")[stage],
         )
+
+    def _cuts(self) -> list[Cut]:
+        """How the ranks hold each weight of the blocks; from stage 1 on in its own group, the first."""
+        stage, sizes = self.engine.zero_stage, [shape.numel() for shape in self.shapes.hidden]
+        if stage == 0:
+            return [Cut(size, replicated=True) for size in sizes]
+        if stage == 3:
+            return [Cut(-(-size // self.world)) for size in sizes]
+        return [Cut(self.parts[0], before) for before in accumulate(sizes[:-1], initial=0)]
 
     @property
     def weights(self) -> int:
@@ -87,3 +98,6 @@ class DeepSpeedFootprint:
             return [gradients, agreements(self.world)]
         weights = moved("weights", "all-gather", len(self.parts), sum(self.parts) * item, "body / ranks · i")
         return [gradients, weights, agreements(self.world)]
+
+    def exchanges(self) -> list[Transfer]:
+        return exchanges(self.schedule, self.shapes.itemsize or self.work.itemsize, "world")

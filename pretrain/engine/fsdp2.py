@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 from ..config.engine import FSDP2Config
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from ..optim import apply_clip, body_optimizer, global_norm, local
+from ..optim import Piece, apply_clip, body_optimizer, global_norm, local
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
-from .fsdp2_footprint import FSDP2Footprint
+from .footprint import hidden_matrices
+from .fsdp2_footprint import FSDP2Footprint, row_cut
 
 
 class FSDP2Engine:
@@ -53,8 +54,16 @@ class FSDP2Engine:
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
             local(parameter.detach()).copy_(values)
         self.body, self.mesh = body, mesh
-        optimizer = body_optimizer(self.optim)
-        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body)  # type: ignore[arg-type]
+        hidden = hidden_matrices(body)
+        self.optimizer = body_optimizer(self.optim).build(
+            self.parameters.values(),  # type: ignore[arg-type]
+            self.optim,
+            self.optim.body,
+            [self.parameters[name] for name in hidden],  # type: ignore[misc]
+        )
+        pieces = [self._piece(name, stacked, ranks) for name, stacked in hidden.items()]
+        group = mesh.vocab_group if self.config.hsdp else mesh.flat.get_group()
+        self.optimizer.place([pieces], group if ranks > 1 else None, self.compute_dtype)
         self.optimizer.load(step=0)
         return body
 
@@ -81,6 +90,10 @@ class FSDP2Engine:
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
         self.optimizer.load(step)
+
+    def _piece(self, name: str, stacked: tuple[int, ...], ranks: int) -> Piece:
+        parameter = self.parameters[name]
+        return Piece(parameter.shape, stacked, row_cut(parameter.shape, ranks), parameter, 0)
 
     def _local_gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters.values() if p.grad is not None]

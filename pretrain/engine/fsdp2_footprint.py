@@ -1,9 +1,12 @@
 """Memory and traffic of FSDP2 per step. Separate from fsdp2.py because plans use it without an engine."""
 
+import torch
+
 from ..config.engine import FSDP2Config
+from ..optim.owners import Cut
 from ..placement import Transfer, Workload
 from ..vocab.shard import RowShard
-from .footprint import FP32, Shapes, agreements, numbers
+from .footprint import FP32, Shapes, agreements, exchanges, numbers
 
 
 class FSDP2Footprint:
@@ -13,6 +16,8 @@ class FSDP2Footprint:
         self.engine, self.shapes, self.work, self.p, self.world = engine, shapes, work, p, world
         self.ranks = p if engine.hsdp else world
         self.stepped = sum(RowShard(0, self.ranks, shape[0]).rows_per_rank * shape[1:].numel() for shape in shapes.all)
+        cuts = [row_cut(shape, self.ranks) for shape in shapes.hidden]
+        self.schedule = shapes.schedule(self.ranks, cuts)
         self._held = 0 if engine.offload == "cpu" else self.stepped
         part, state = "body / ranks · 4", f"body / ranks · {shapes.state:g}"
         self.formulas = part, state, part, "2 blocks · i, 1 gradient · 4"
@@ -54,3 +59,13 @@ class FSDP2Footprint:
             sums, others = self.stepped * FP32, self.world // self.p
             moved.append(Transfer("replicas' gradients", "all-reduce", "dp", others, parts, sums, "body / p · 4"))
         return moved
+
+    def exchanges(self) -> list[Transfer]:
+        return exchanges(
+            self.schedule, self.shapes.itemsize or self.work.itemsize, "vocab" if self.engine.hsdp else "world"
+        )
+
+
+def row_cut(shape: torch.Size, ranks: int) -> Cut:
+    """Cut of a parameter by rows, as FSDP2 shards it."""
+    return Cut(RowShard(0, ranks, shape[0]).rows_per_rank * shape[1:].numel())

@@ -1,14 +1,18 @@
 """Access to DeepSpeed's fp32 weights, optimizer states and gradients, per ZeRO stage."""
 
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..mesh import Mesh
-from ..optim import Optimizer, apply_clip, global_norm
+from ..optim import Optimizer, Piece, apply_clip, global_norm
+from ..optim.owners import Cut
 
 MAIN = ""  # kind of a main weight; other kinds are names of state tensors
+Hidden = dict[int, tuple[torch.Size, tuple[int, ...]]]  # shape and stacked rows of hidden parameters, by their id
 
 
 class Stage0Weights:
@@ -20,6 +24,11 @@ class Stage0Weights:
     def stepped(self) -> list[Tensor]:
         """Tensors that the optimizer steps; they are the keys of its states."""
         return self.optimizer.parameters
+
+    def units(self, hidden: Hidden) -> list[list[Piece]]:
+        """This rank's pieces of the hidden parameters; DeepSpeed steps those of a unit at once."""
+        parameters = [parameter for parameter in self.stepped() if id(parameter) in hidden]
+        return [[Piece(*hidden[id(p)], Cut(p.numel(), replicated=True), p, 0) for p in parameters]]
 
     def link_states(self) -> None:
         """Connects DeepSpeed to the states. Call it after they exist."""
@@ -57,6 +66,23 @@ class Stage1And2Weights(Stage0Weights):
 
     def _replace_norm(self, norm: Tensor) -> None:
         self.zero.scaled_global_norm = lambda: norm
+
+    def units(self, hidden: Hidden) -> list[list[Piece]]:
+        units = []
+        for parameters, starts, flat in self._groups():
+            size, pieces = flat.numel(), []
+            for parameter, start in zip(parameters, starts, strict=True):
+                if id(parameter) in hidden:
+                    offset = max(0, start - self.mesh.rank * size)
+                    pieces.append(Piece(*hidden[id(parameter)], Cut(size, start), flat, offset))
+            units.append(pieces)
+        return [pieces for pieces in units if pieces]
+
+    def _groups(self) -> Iterable[tuple[list[nn.Parameter], list[int], Tensor]]:
+        """Parameters of each group, where they start when concatenated, and this rank's part."""
+        zero = self.zero
+        flats = zero.single_partition_of_fp32_groups
+        return zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, flats, strict=True)
 
     def link_states(self) -> None:
         self.zero._lazy_init_hp_params_optimizer_state()  # otherwise DeepSpeed does it at its first step
@@ -99,6 +125,11 @@ class Stage1BF16Weights(Stage1And2Weights):
     def _replace_norm(self, norm: Tensor) -> None:
         self.zero.get_grads_for_norm = lambda: ([norm], {})
 
+    def _groups(self) -> Iterable[tuple[list[nn.Parameter], list[int], Tensor]]:
+        groups = self.zero.bf16_groups
+        starts = ([0, *accumulate(parameter.numel() for parameter in group[:-1])] for group in groups)
+        return zip(groups, starts, self.zero.fp32_groups_flat_partition, strict=True)
+
     def _gradients(self) -> list[Tensor]:
         return self.zero.fp32_groups_gradient_flat_partition
 
@@ -108,6 +139,15 @@ class Stage3Weights(Stage1And2Weights):
 
     def stepped(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
+
+    def units(self, hidden: Hidden) -> list[list[Piece]]:
+        units = []
+        for parameters, flat in zip(self.zero.fp16_groups, self.stepped(), strict=True):
+            sizes = [parameter.ds_tensor.numel() for parameter in parameters]
+            starts = accumulate(sizes[:-1], initial=0)
+            found = zip(parameters, sizes, starts, strict=True)
+            units.append([Piece(*hidden[id(p)], Cut(size), flat, at) for p, size, at in found if id(p) in hidden])
+        return [pieces for pieces in units if pieces]
 
     def link_states(self) -> None:
         pass

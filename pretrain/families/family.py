@@ -36,7 +36,8 @@ class ModelConfig(Protocol):
         """Builds the body. Only this method imports torch.
 
         A body has equal `blocks` and a final `norm`. `forward(hidden_BTD, starts_BT)` returns hidden [B, T, D].
-        `initial_rows(name, seed, start, stop)` returns rows of a parameter's initial value.
+        `initial_rows(name, seed, start, stop)` returns rows of a parameter's initial value. `stacked`, if a weight of
+        the blocks is several matrices, such as queries, keys and values, has the rows of each, by the end of its name.
         """
         ...
 

@@ -44,6 +44,8 @@ class Body(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        keys = config.kv_heads * config.size
+        self.stacked = {"attention.qkv.weight": (config.heads * config.size, keys, keys)}
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
 

@@ -1,6 +1,6 @@
 """Optimizers of the body and the matrix, the schedule, and the clip over both."""
 
-from .base import STATE_PREFIX, Optimizer, local, saved_name
+from .base import STATE_PREFIX, Optimizer, Piece, local, saved_name
 from .build import VOCAB_OPTIMIZER, body_optimizer
 from .clip import apply_clip, clip_factor, global_norm
 from .schedule import lr_at
@@ -10,6 +10,7 @@ __all__ = [
     "STATE_PREFIX",
     "VOCAB_OPTIMIZER",
     "Optimizer",
+    "Piece",
     "VocabOptimizer",
     "apply_clip",
     "body_optimizer",

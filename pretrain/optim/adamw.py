@@ -1,13 +1,13 @@
 """AdamW. Separate from base.py, which names no algorithm."""
 
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..config.optim import OptimConfig, OwnerConfig
+from ..config.optim import Hyperparameters, OptimConfig, OwnerConfig
 from .base import Optimizer, local
 
 
@@ -19,19 +19,15 @@ class AdamW(Optimizer):
     """
 
     @classmethod
-    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig, own: OwnerConfig) -> Self:
-        parameters, chosen = list(parameters), optim.hyperparameters(own)
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": chosen.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        stepper = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=(chosen.beta1, chosen.beta2),
-            eps=chosen.eps,
-            fused=True,
-        )
-        return cls(stepper, chosen.lr_factor)
+    def build(
+        cls,
+        parameters: Iterable[nn.Parameter],
+        optim: OptimConfig,
+        own: OwnerConfig,
+        hidden: Iterable[nn.Parameter] = (),
+    ) -> Self:
+        chosen = optim.hyperparameters(own)
+        return cls(torch.optim.AdamW(groups_of(parameters, chosen), fused=True), chosen.lr_factor)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -41,24 +37,41 @@ class AdamW(Optimizer):
         for group in self.stepper.param_groups:
             used = [parameter for parameter in group["params"] if parameter.grad is not None]
             self.load(0, [parameter for parameter in used if not self.stepper.state[parameter]])  # of new parameters
-            states = [self.stepper.state[parameter] for parameter in used]
-            adamw(
-                [local(parameter) for parameter in used],
-                [local(parameter.grad) for parameter in used],
-                [local(state["exp_avg"]) for state in states],
-                [local(state["exp_avg_sq"]) for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            step_group(group, self.stepper.state)
 
     @staticmethod
-    def state_names(shape: torch.Size) -> tuple[str, ...]:
+    def state_names(shape: torch.Size, hidden: bool = False) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
+
+
+def groups_of(parameters: Iterable[nn.Parameter], chosen: Hyperparameters) -> list[dict[str, Any]]:
+    """Groups with and without weight decay; an empty one is left out."""
+    parameters = list(parameters)
+    common = {"betas": (chosen.beta1, chosen.beta2), "eps": chosen.eps}
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": chosen.weight_decay, **common},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, **common},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def step_group(group: dict[str, Any], states: Mapping[Tensor, dict[str, Tensor]]) -> None:
+    """Steps the parameters of a group that have gradients: the local parts of DTensors."""
+    used = [parameter for parameter in group["params"] if parameter.grad is not None]
+    found = [states[parameter] for parameter in used]
+    adamw(
+        [local(parameter) for parameter in used],
+        [local(parameter.grad) for parameter in used],
+        [local(state["exp_avg"]) for state in found],
+        [local(state["exp_avg_sq"]) for state in found],
+        [],
+        [state["step"] for state in found],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -5,23 +5,37 @@ Separate from the implementation in adamw.py, which only build.py names.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config.optim import OptimConfig, OwnerConfig
+from .owners import Cut
 
 STATE_PREFIX = "optim."  # of state names in a checkpoint, such as optim.exp_avg.blocks.0.mlp.up.weight
 NUMBER = 4  # bytes per number: states are fp32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a hidden parameter, a 2-d weight of a block, that a rank steps."""
+
+    shape: torch.Size  # of the whole parameter
+    stacked: tuple[int, ...]  # rows of the matrices that are stacked in it, such as queries, keys and values
+    cut: Cut  # of the flattened parameter over the ranks
+    tensor: Tensor  # stepped by this rank, with the part in it: a DTensor, or a flat tensor of many parameters
+    offset: int  # of the part in the flattened local tensor
 
 
 class Optimizer(ABC):
     """Steps parameters and keeps a state per parameter: tensors of the parameter's shape by name, and a step count.
 
     `stepper` is the torch optimizer, with its parameters in groups. An engine may replace the parameters in the groups
-    (ZeRO: flat parts of all parameters). After that the engine must call `load(0)`, which creates the states: a
+    (ZeRO: flat parts of all parameters). After that the engine must call `place`, and `load(0)`, which creates the states: a
     checkpoint of step 0 then has the same tensors as any other.
     """
 
@@ -30,18 +44,41 @@ class Optimizer(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, parameters: Iterable[nn.Parameter], optim: OptimConfig, own: OwnerConfig) -> Self:
-        """Builds the optimizer of these parameters. own: optim.body or optim.vocab."""
+    def build(
+        cls,
+        parameters: Iterable[nn.Parameter],
+        optim: OptimConfig,
+        own: OwnerConfig,
+        hidden: Iterable[nn.Parameter] = (),
+    ) -> Self:
+        """Builds the optimizer of these parameters. own: optim.body or optim.vocab. hidden: 2-d weights of blocks."""
 
     @staticmethod
     @abstractmethod
-    def state_names(shape: torch.Size) -> tuple[str, ...]:
-        """Names of the state tensors of a parameter of this shape, in checkpoint order."""
+    def state_names(shape: torch.Size, hidden: bool = False) -> tuple[str, ...]:
+        """Names of the state tensors of a parameter of this shape, in checkpoint order. hidden: see `build`."""
+
+    @staticmethod
+    def group_of(shape: torch.Size, hidden: bool) -> int:
+        """Index of the group of a parameter of this shape, among groups of which some may be empty."""
+        return int(len(shape) < 2)
 
     @classmethod
-    def bytes_per_parameter(cls, shape: torch.Size) -> int:
-        """Bytes of state per number of a parameter of this shape."""
-        return NUMBER * len(cls.state_names(shape))
+    def bytes_per_parameter(cls, shape: torch.Size, hidden: bool = False) -> int:
+        """Bytes of state per number of a parameter of this shape. hidden: see `build`."""
+        return NUMBER * len(cls.state_names(shape, hidden))
+
+    @classmethod
+    def needs_whole_matrices(cls) -> bool:
+        """True if a step exchanges hidden matrices between the ranks, as `owners.Schedule` says."""
+        return False
+
+    def place(self, units: list[list[Piece]], group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+        """Tells where the hidden parameters are; an optimizer that steps elementwise does not need it.
+
+        units: the engine steps the pieces of each unit at once. group: the ranks over which they are cut; None: this
+        rank is alone. dtype: of the engine's matmuls.
+        """
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -52,10 +89,14 @@ class Optimizer(ABC):
         """State tensors of the parameter, not copies. The entry `step` is torch's step count."""
         return self.stepper.state[parameter]
 
+    def names_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Names of the state tensors of a stepped parameter."""
+        return self.state_names(parameter.shape)
+
     def tensors(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter and its state tensors (not copies), by their names in a checkpoint."""
         state = self.state_of(parameter)
-        named = {saved_name(name, kind): state[kind] for kind in self.state_names(parameter.shape)}
+        named = {saved_name(name, kind): state[kind] for kind in self.names_of(parameter)}
         return {name: parameter.detach()} | named
 
     def load(self, step: int, parameters: Iterable[Tensor] | None = None) -> None:
@@ -65,7 +106,7 @@ class Optimizer(ABC):
         """
         for parameter in self.parameters if parameters is None else parameters:
             state = self.stepper.state[parameter]
-            for name in self.state_names(parameter.shape):
+            for name in self.names_of(parameter):
                 if name not in state:
                     state[name] = torch.zeros_like(parameter)
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
