@@ -4,6 +4,7 @@ Not part of plan.py, which is the command, because a Slurm submit and the search
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,14 @@ MIB = 2**20
 AXES = ("vocab", "dp", "world")
 
 
+class Update(NamedTuple):
+    """Seconds of the step of the body's optimizer."""
+
+    numbers: float  # reading and writing weights, states and gradients
+    whole: float  # Newton-Schulz of the matrices that the busiest rank owns
+    moving: float  # matrices to their owners and back
+
+
 @dataclass(frozen=True)
 class Size:
     """One step with one size of the vocab axis."""
@@ -29,7 +38,8 @@ class Size:
     links: list[Transfer]  # all transfers of a rank
     near: dict[str, float]  # bytes that a rank sends within its node, by axis
     far: dict[str, float]  # bytes that a rank sends to other nodes, by axis
-    seconds: tuple[float, float]  # for the matrix, and for the body
+    seconds: tuple[float, float, float]  # for the matrix, for the body, and for the body's optimizer
+    update: Update  # parts of the last
 
     @property
     def memory(self) -> list[Item]:
@@ -63,7 +73,7 @@ class Plan:
         return sum(self.chosen.seconds)
 
     def table(self) -> str:
-        return "\n\n".join([self._memory(), self._links(), self._sizes()])
+        return "\n\n".join([self._memory(), self._links(), self._sizes(), *self._update()])
 
     def _memory(self) -> str:
         phases = self.chosen.phases
@@ -85,6 +95,16 @@ class Plan:
                 [link.purpose, f"{link.axis} ({link.ranks})", f"{link.calls:,}", sent, f"  {link.kind}", link.formula]
             )
         return "\n".join(aligned(rows, left=(0, 4, 5)))
+
+    def _update(self) -> list[str]:
+        update = self.chosen.update
+        if not update.whole:
+            return []
+        share, (numbers, whole, moving) = sum(update) / self.seconds, (f"{part * 1e3:,.1f}" for part in update)
+        return [
+            f"step of the body's optimizer: {sum(update) * 1e3:,.1f} ms, {share:.1%} of the step"
+            f" (Newton-Schulz {whole}, its traffic {moving}, weights and states {numbers})"
+        ]
 
     def _sizes(self) -> str:
         header = ["ranks per copy"]
@@ -120,7 +140,8 @@ def plan(config: JobConfig, rows: int, world: int, node: int, hardware: Hardware
 
 
 def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
-    links = [*step.of_matrix(), *step.of_body()]
+    body, exchanged = step.of_body(), step.of_optimizer()
+    links = [*step.of_matrix(), *body, *exchanged]
     near, far = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
     for link in links:
         outside = link.sent * _outside(link, step, node)
@@ -128,13 +149,26 @@ def _size(step: StepCost, node: int, hardware: Hardware) -> Size:
         far[link.axis] += outside
     machine = hardware.machine(step.world, node, step.dtype.itemsize)
     matrix = estimate(step.p, step.work, machine).seconds
-    body = step.of_body()
-    outside = sum(transfer.sent * _outside(transfer, step, node) for transfer in body)
-    moving = max((sum(transfer.sent for transfer in body) - outside) / machine.near, outside / machine.far)
+
+    def moving(transfers: list[Transfer]) -> float:
+        outside = sum(transfer.sent * _outside(transfer, step, node) for transfer in transfers)
+        return max((sum(transfer.sent for transfer in transfers) - outside) / machine.near, outside / machine.far)
+
     matmuls = step.flops / machine.flops
-    update = update_bytes(step.shapes.state) * step.body.stepped / machine.memory
-    seconds = (max(matmuls, moving) if machine.overlaps else matmuls + moving) + update
-    return Size(step.p, step.phases(), links, near, far, (matrix, seconds))
+    seconds = max(matmuls, moving(body)) if machine.overlaps else matmuls + moving(body)
+    whole = step.body.schedule
+    update = Update(
+        update_bytes(step.shapes.state) * step.body.stepped / machine.memory,
+        whole.flops / _rate(step, hardware, machine) if whole else 0.0,
+        moving(exchanged),
+    )
+    return Size(step.p, step.phases(), links, near, far, (matrix, seconds, sum(update)), update)
+
+
+def _rate(step: StepCost, hardware: Hardware, machine: Machine) -> float:
+    """FLOP/s of Newton-Schulz, whose dtype can be another than that of the other matmuls."""
+    itemsize = step.shapes.itemsize
+    return hardware.machine(step.world, machine.node, itemsize).flops if itemsize else machine.flops
 
 
 def _outside(link: Transfer, step: StepCost, node: int) -> float:

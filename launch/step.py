@@ -139,6 +139,10 @@ class StepCost:
     def of_body(self) -> list[Transfer]:
         return [transfer for transfer in self.body.transfers() if transfer.ranks > 1]
 
+    def of_optimizer(self) -> list[Transfer]:
+        """Returns the transfers of the step of the body's optimizer."""
+        return self.body.exchanges()
+
     @property
     def flops(self) -> float:
         """FLOPs of the body: three matmuls with each weight, and a fourth if blocks are computed again."""

@@ -58,8 +58,8 @@ class JobConfig:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
         if self.engine.offload != "none" and not self.optim.can_offload:
             raise ValueError(
-                f"engine.offload={self.engine.offload} must be none with optim.name={self.optim.name}: the matrices would"
-                " be orthogonalised by the host; give engine.offload=none or optim=adamw"
+                f"engine.offload={self.engine.offload} must be none with optim.name={self.optim.name}:"
+                " the host would orthogonalise the matrices; give engine.offload=none or optim=adamw"
             )
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)

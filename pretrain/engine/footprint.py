@@ -87,7 +87,7 @@ class Shapes:
 
     def schedule(self, ranks: int, cuts: list[Cut]) -> Schedule | None:
         """Owners of the hidden matrices, cut over `ranks`; None if the optimizer steps elementwise."""
-        if not self.optimizer.needs_whole_matrices():
+        if not self.optimizer.whole_matrices:
             return None
         return Schedule(matrices_of(zip(self.hidden, self.stacked, cuts, strict=True)), ranks)
 

@@ -6,7 +6,7 @@ Separate from the implementation in adamw.py, which only build.py names.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,11 @@ class Optimizer(ABC):
     """Steps parameters and keeps a state per parameter: tensors of the parameter's shape by name, and a step count.
 
     `stepper` is the torch optimizer, with its parameters in groups. An engine may replace the parameters in the groups
-    (ZeRO: flat parts of all parameters). After that the engine must call `place`, and `load(0)`, which creates the states: a
-    checkpoint of step 0 then has the same tensors as any other.
+    (ZeRO: flat parts of all parameters). After that the engine must call `place`, and `load(0)`, which creates the
+    states: a checkpoint of step 0 then has the same tensors as any other.
     """
+
+    whole_matrices: ClassVar[bool] = False  # a step moves hidden matrices between the ranks: `owners.Schedule`
 
     def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float) -> None:
         self.stepper, self.lr_factor = stepper, lr_factor
@@ -68,12 +70,7 @@ class Optimizer(ABC):
         """Bytes of state per number of a parameter of this shape. hidden: see `build`."""
         return NUMBER * len(cls.state_names(shape, hidden))
 
-    @classmethod
-    def needs_whole_matrices(cls) -> bool:
-        """True if a step exchanges hidden matrices between the ranks, as `owners.Schedule` says."""
-        return False
-
-    def place(self, units: list[list[Piece]], group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+    def place(self, units: list[list[Piece]], group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:  # noqa: B027
         """Tells where the hidden parameters are; an optimizer that steps elementwise does not need it.
 
         units: the engine steps the pieces of each unit at once. group: the ranks over which they are cut; None: this

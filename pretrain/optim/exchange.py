@@ -1,4 +1,4 @@
-"""Moves matrices between the ranks that hold their parts and their owners. owners.py decides which; it has no tensors."""
+"""Moves matrices between the ranks that hold their parts and their owners; owners.py decides which, without tensors."""
 
 from collections.abc import Callable
 

@@ -33,6 +33,8 @@ class Muon(Optimizer):
     matrices of the round before are computed.
     """
 
+    whole_matrices = True
+
     def __init__(self, stepper: "Stepper", lr_factor: float, dtype: torch.dtype | None) -> None:
         super().__init__(stepper, lr_factor)
         self._stepper, self.dtype = stepper, dtype  # None: the dtype of the engine's matmuls
@@ -62,10 +64,6 @@ class Muon(Optimizer):
     @staticmethod
     def group_of(shape: torch.Size, hidden: bool) -> int:
         return 0 if hidden else 1 + AdamW.group_of(shape, hidden)
-
-    @classmethod
-    def needs_whole_matrices(cls) -> bool:
-        return True
 
     def names_of(self, parameter: Tensor) -> tuple[str, ...]:
         return self.state_names(parameter.shape, id(parameter) in self._stepper.units)
