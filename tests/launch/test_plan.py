@@ -29,7 +29,7 @@ GPU = TorchKernels(slab_bytes=2**25, memory_mib=896)  # chunks about as a GPU's,
 def told(step, lookup):
     """Sums calls and bytes per (axis, kind). An axis of all ranks counts as the world."""
     calls, given = Counter(), Counter()
-    for one in [*step.of_matrix(lookup), *step.of_body()]:
+    for one in [*step.of_matrix(lookup), *step.of_body(), *step.of_optimizer()]:
         axis = "world" if one.ranks == step.world else one.axis
         calls[axis, one.kind] += one.calls
         given[axis, one.kind] += one.given
@@ -37,6 +37,7 @@ def told(step, lookup):
 
 
 SMALL = ["model=nano", "model.layers=2", "train.micro_batch=2", "train.seq_len=128"]
+LLAMA = ["model.layers=3", "model.width=80", "model.heads=5", "model.kv_heads=1", "model.inner=150", "vocab.tie=untied"]
 DEEPSPEED = ["engine=deepspeed", "model.width=320", "model.heads=5"]  # whose numbers do not divide by 24
 
 
@@ -55,6 +56,9 @@ DEEPSPEED = ["engine=deepspeed", "model.width=320", "model.heads=5"]  # whose nu
         (24, 8, [*DEEPSPEED, "engine.zero_stage=1", "train.precision=fp32"]),
         (24, 8, [*DEEPSPEED, "engine.zero_stage=2"]),
         (24, 8, [*DEEPSPEED, "engine.zero_stage=3"]),
+        (24, 8, ["optim=muon", "model=family/llama", *LLAMA]),
+        (24, 3, ["optim=muon", "engine.hsdp=true", "optim.newton_schulz=fp32"]),
+        *((24, 8, ["optim=muon", *DEEPSPEED, f"engine.zero_stage={stage}"]) for stage in range(4)),
     ],
 )
 def test_a_step_gives_to_collectives_what_the_plan_says(world, parallel, settings):

@@ -1,6 +1,7 @@
 """Muon on sharded matrices matches torch.optim.Muon in one process, with every engine and on any number of ranks."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,20 +12,24 @@ from torch import Tensor, nn
 
 from pretrain.build import ENGINES as BUILDERS
 from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint.resume import check_resumable
+from pretrain.checkpoint.state import TrainState
 from pretrain.config.engine import DeepSpeedConfig, FSDP2Config
 from pretrain.config.job import JobConfig
-from pretrain.config.optim import MuonConfig, OwnerConfig
+from pretrain.config.optim import MuonConfig
+from pretrain.data import open_data
 from pretrain.mesh import Mesh
 from pretrain.optim import lr_at
 from pretrain.optim.owners import Cut, Schedule, matrices_of
-from tests.pretrain.checkpoint.test_manager import build, fill, is_filled, no_warning, whole
+from tests.pretrain.checkpoint.test_manager import build, fill, is_filled, no_warning
 from tests.pretrain.dense import Dense, DenseModel, windows_of
 from tests.pretrain.engine.test_engines import CUT, ENGINES, apart, config_of, outcome, train_ranks
-from tests.pretrain.tiny import tiny_config, write_tokens
+from tests.pretrain.tiny import VOCAB, tiny_config, write_tokens
 from tests.ranks import run_ranks
 
 STEPS = 10
 STACKED = (5, 3, 2)
+VOCABULARY = {"embedding.weight", "head.weight"}
 SETTINGS = {
     "fsdp2": FSDP2Config(),
     "hsdp": FSDP2Config(hsdp=True),
@@ -47,10 +52,9 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    stacked = {"fused": STACKED}
-
     def __init__(self) -> None:
         super().__init__()
+        self.stacked = {"fused": STACKED}
         self.positions = nn.Parameter(torch.empty(4, 5))
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.gradient = torch.empty(0)
@@ -81,7 +85,11 @@ class Reference:
             for name, weight in weights.items()
         }
         matrices = [part for name in hidden for part in self.parts[name]]
-        others = [parts[0] for name, parts in self.parts.items() if name not in hidden]
+        others = [parts[0] for name, parts in self.parts.items() if name not in {*hidden, *VOCABULARY}]
+        rows, ours = (
+            [self.parts[name][0] for name in VOCABULARY & self.parts.keys()],
+            optim.hyperparameters(optim.vocab),
+        )
         self.muon = torch.optim.Muon(
             matrices, weight_decay=own.weight_decay, momentum=optim.momentum, adjust_lr_fn="match_rms_adamw"
         )
@@ -89,6 +97,15 @@ class Reference:
             [
                 {"params": [p for p in others if p.dim() == 2], "weight_decay": own.weight_decay},
                 {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
+                *(
+                    {
+                        "params": [row],
+                        "weight_decay": ours.weight_decay,
+                        "factor": ours.lr_factor,
+                        "betas": (ours.beta1, ours.beta2),
+                    }
+                    for row in rows
+                ),
             ],
             betas=(own.beta1, own.beta2),
             eps=own.eps,
@@ -101,7 +118,7 @@ class Reference:
                 part.grad = gradient.clone()
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("factor", 1.0)
             optimizer.step()
 
     @property
@@ -162,3 +179,156 @@ def test_ten_steps_on_given_gradients_equal_torch(world):
     if rounding:
         for far in run_ranks(world, given_gradients, rounding, "fp32", timeout=120):
             assert far.keys() == set(rounding) and max(far.values()) < 1e-6, far
+
+
+def first_steps(rank: int, world: int, factors: list[float]) -> list[dict[str, Tensor]]:
+    """Weights of the matrices after one step without weight decay, for each factor of the clip."""
+    mesh, found = Mesh.of(world, torch.device("cpu")), []
+    for factor in factors:
+        with torch.device("meta"):
+            body = Body()
+        optim = MuonConfig(weight_decay=0.0)
+        engine = BUILDERS[FSDP2Config](FSDP2Config(), optim, torch.float32, 0)
+        forward = engine.wrap(body, mesh)
+        body.gradient = drawn("positions", torch.Size((4, 5)), 0)
+        for block in body.blocks:
+            block.gradients = {name: drawn(name, parameter.shape, 0) for name, parameter in block.named_parameters()}
+        engine.backward(forward(torch.zeros((), requires_grad=True)), last_micro_batch=True)
+        engine.step(0.01, factor)
+        state = engine.state()
+        found.append({name: state[name].full_tensor() for name in state if name.endswith(("fused", "wide", "tall"))})
+    return found
+
+
+def test_clip_does_not_shrink_the_update():
+    """The gradient is clipped before Newton-Schulz, which divides by the norm. A power of two rounds nothing."""
+    for one, quarter in run_ranks(2, first_steps, [1.0, 0.25]):
+        hidden = [name for name in one if not name.startswith("optim.")]
+        assert len(hidden) == 6
+        for name in hidden:
+            assert torch.equal(one[name], quarter[name])
+            update = (one[name] - drawn(name, one[name].shape)).norm() / math.sqrt(one[name].numel())
+            assert 0.5 * 0.2 * 0.01 < update < 1.5 * 0.2 * 0.01  # the RMS of AdamW's update
+
+
+def dense_training(config: JobConfig) -> Dense:
+    """Trains with torch.optim.Muon in fp32, AdamW for the rest, and the clip over all."""
+    model = DenseModel(config, torch.float32)
+    weights, width = dict(model.body.named_parameters()), config.model.width
+    hidden = {
+        name: tuple(weight.shape[:1]) for name, weight in weights.items() if "blocks" in name and weight.dim() == 2
+    }
+    hidden |= {name: (width,) * 3 for name in hidden if "qkv" in name}
+    weights |= {"embedding.weight": model.weight, "head.weight": model.head_weight}
+    reference, losses, norms = Reference(weights, hidden, config.optim), [], []
+    for step in range(config.train.steps):
+        loss = model.loss(*windows_of(config, step))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(weights.values(), config.optim.clip)))
+        with in_its_dtype():
+            reference.step({n: w.grad for n, w in weights.items()}, lr_at(config.optim, step, config.train.steps))
+        for name, value in reference.weights.items():
+            weights[name].data, weights[name].grad = value, None
+    return Dense(
+        losses, norms, reference.weights | {f"optim.momentum_buffer.{n}": m for n, m in reference.momentum.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("muon")
+    write_tokens(folder / "tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(folder) -> Dense:
+    return dense_training(muon_config(folder / "dense", 1))
+
+
+def muon_config(run: Path, world: int, engine: str = "fsdp2", **changes: object) -> JobConfig:
+    settings = {
+        "optim__name": "muon",
+        "vocab__tie": "untied",
+        "optim__vocab": {"lr": 5e-3, "beta2": 0.9, "weight_decay": 0.2},
+    }
+    return config_of(run, world, 2, engine, **settings | changes)
+
+
+@pytest.mark.parametrize("world,engines", [(1, ["fsdp2", "zero2"]), (2, list(ENGINES)), (3, ["fsdp2", "zero1"])])
+def test_ten_steps_of_training_match_dense(folder, truth, world, engines):
+    """To the accuracy of AdamW's test: fp32 gradients differ in the last digits, which Newton-Schulz amplifies."""
+    configs = [muon_config(folder / f"{engine}-{world}", world, engine) for engine in engines]
+    run_ranks(world, train_ranks, configs, timeout=120)
+    assert min(truth.norms) > 0.5, "the clip must be active"
+    for config in configs:
+        run = outcome(config.run_dir)
+        np.testing.assert_allclose(run.losses, truth.losses, rtol=1e-5)
+        np.testing.assert_allclose(run.norms, truth.norms, rtol=1e-5)
+        for name, weight in truth.weights.items():
+            assert apart(run.tensors[name], weight) <= 1e-5, (config.run_dir.name, name)
+
+
+def pass_on(rank: int, world: int, run: Path, engine: str, step: int) -> bool:
+    """Saves filled tensors as step 0, or loads the newest checkpoint; saves it as `step`. True if no bit changed."""
+    manager = build(run, world, optim__name="muon", engine=ENGINES[engine], vocab__parallel="1")
+    if step == 0:
+        fill(manager)
+    else:
+        manager.restore(no_warning)
+    manager.save(TrainState(step=step))
+    manager.wait()
+    names = manager.model.tensors().keys()
+    assert "optim.momentum_buffer.blocks.0.mlp.up.weight" in names and "optim.exp_avg.positions" in names
+    assert not any(
+        name.startswith("optim.exp_avg.blocks") and name.endswith("weight") for name in names if "norm" not in name
+    )
+    return is_filled(manager)
+
+
+def test_momentum_survives_other_engines_and_worlds_bit_for_bit(tmp_path):
+    chain = [("fsdp2", 2), ("zero1", 3), ("hsdp", 4), ("zero3", 4), ("zero0", 2), ("zero2", 3), ("fsdp2", 1)]
+    for step, (engine, world) in enumerate(chain):
+        assert all(run_ranks(world, pass_on, tmp_path, engine, step)), (engine, world)
+    assert len(checkpoints(tmp_path)) == len(chain)
+
+
+@pytest.mark.parametrize(
+    "setting,message",
+    [
+        (
+            {"engine__offload": "cpu"},
+            "engine.offload=cpu must be none with optim.name=muon: .*; give engine.offload=none",
+        ),
+        ({"optim__momentum": 1.0}, r"optim.momentum=1.0 must be in \[0, 1\)"),
+        ({"optim__newton_schulz": "fp16"}, "optim.newton_schulz=fp16 must be auto, bf16 or fp32"),
+        ({"optim__name": "adamw", "optim__momentum": 0.9}, "unknown key optim.momentum"),
+    ],
+)
+def test_invalid_setting_raises(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        tiny_config(tmp_path / "tokens", tmp_path / "run", **{"optim__name": "muon"} | setting)
+
+
+def test_run_keeps_its_optimizer(tmp_path):
+    """Without a name in the checkpoint, which is older than the setting, it is AdamW."""
+    config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", optim__name="muon")
+    old = asdict(config)
+    del old["optim"]
+    manifest = {"config": old | {"optim": {"lr": 1.0}}, "vocab_size": VOCAB, "tokenizer_fingerprint": None, "step": 1}
+    with pytest.raises(ValueError, match=r"holds a run with optim\.name=adamw, this command has muon: choose another"):
+        check_resumable(config, open_data(config.data), VOCAB, manifest)
+    check_resumable(config, open_data(config.data), VOCAB, manifest | {"config": asdict(config)})
+    check_resumable(config, open_data(config.data), VOCAB, manifest | {"weights_only": True})
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 64])
+def test_owners_have_equal_work(ranks):
+    shapes = 6 * [((48, 16), (16, 24, 8)), ((16, 16), (16,)), ((16, 64), (16,)), ((64, 16), (64,))]
+    schedule = Schedule(matrices_of((*one, Cut(one[0][0] * one[0][1] // 3)) for one in shapes), ranks)
+    assert sorted(i for mine in schedule.owned for i in mine) == list(range(len(schedule.matrices))) == list(range(36))
+    assert sorted(i for one in schedule.rounds for mine in one for i in mine) == list(range(36))
+    costs = [matrix.flops for matrix in schedule.matrices]
+    assert schedule.flops <= sum(costs) / ranks + max(costs)
+    assert schedule.matrices[1].numbers == 24 * 16 and schedule.matrices[1].start == 16 * 16
