@@ -72,7 +72,7 @@ class Body(nn.Module):
 def drawn(name: str, shape: torch.Size, step: int = -1) -> Tensor:
     """Initial value of a parameter; its gradient at a step."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).bfloat16().float()  # engines that compute in bf16 round nothing
 
 
 class Reference:
@@ -136,15 +136,20 @@ def in_its_dtype():
     return patch.object(Tensor, "bfloat16", Tensor.clone)
 
 
-def given_gradients(rank: int, world: int, engines: list[str], precision: str) -> dict[str, float]:
-    """Steps each engine and torch's optimizers on the same gradients. Returns the largest relative distances."""
+def given_gradients(
+    rank: int, world: int, engines: list[str], precision: str, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Steps each engine and torch's optimizers on the same gradients. Returns the largest relative distances.
+
+    precision: of Newton-Schulz. dtype: of the engine.
+    """
     optim = MuonConfig(lr=0.02, newton_schulz=precision, weight_decay=0.3)
     far = {}
     for name in engines:
         mesh = Mesh.of(max(1, world // 2), torch.device("cpu"))
         with torch.device("meta"):
             body = Body()
-        engine = BUILDERS[type(SETTINGS[name])](SETTINGS[name], optim, torch.float32, 0)
+        engine = BUILDERS[type(SETTINGS[name])](SETTINGS[name], optim, dtype, 0)
         shapes = {key: parameter.shape for key, parameter in body.named_parameters()}
         forward = engine.wrap(body, mesh)
         hidden = {key: STACKED if key.endswith("fused") else shape[:1] for key, shape in shapes.items()}
@@ -179,6 +184,12 @@ def test_ten_steps_on_given_gradients_equal_torch(world):
     if rounding:
         for far in run_ranks(world, given_gradients, rounding, "fp32", timeout=120):
             assert far.keys() == set(rounding) and max(far.values()) < 1e-6, far
+
+
+def test_engines_that_compute_in_bf16_give_the_same_bits():
+    """DeepSpeed has another optimizer at stage 1 in bf16."""
+    for far in run_ranks(2, given_gradients, list(SETTINGS), "bf16", torch.bfloat16, timeout=120):
+        assert far == dict.fromkeys(SETTINGS, 0.0)
 
 
 def first_steps(rank: int, world: int, factors: list[float]) -> list[dict[str, Tensor]]:
@@ -256,7 +267,7 @@ def muon_config(run: Path, world: int, engine: str = "fsdp2", **changes: object)
     return config_of(run, world, 2, engine, **settings | changes)
 
 
-@pytest.mark.parametrize("world,engines", [(1, ["fsdp2", "zero2"]), (2, list(ENGINES)), (3, ["fsdp2", "zero1"])])
+@pytest.mark.parametrize("world,engines", [(2, list(ENGINES)), (3, ["fsdp2"])])
 def test_ten_steps_of_training_match_dense(folder, truth, world, engines):
     """To the accuracy of AdamW's test: fp32 gradients differ in the last digits, which Newton-Schulz amplifies."""
     configs = [muon_config(folder / f"{engine}-{world}", world, engine) for engine in engines]
