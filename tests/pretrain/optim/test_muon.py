@@ -139,7 +139,7 @@ def in_its_dtype():
 def given_gradients(
     rank: int, world: int, engines: list[str], precision: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Steps each engine and torch's optimizers on the same gradients. Returns the largest relative distances.
+    """Steps each engine and torch's optimizers on the same gradients. Returns the matrices' largest relative distances.
 
     precision: of Newton-Schulz. dtype: of the engine.
     """
@@ -169,7 +169,9 @@ def given_gradients(
         state = {key: tensor.full_tensor() for key, tensor in engine.state().items()}
         expected = truth.weights | {f"optim.momentum_buffer.{key}": mean for key, mean in truth.momentum.items()}
         assert state.keys() > expected.keys() and not any(f"optim.exp_avg.{key}" in state for key in hidden)
-        far[name] = max(apart(state[key], value) for key, value in expected.items())
+        distances = {key: apart(state[key], value) for key, value in expected.items()}
+        assert max(distances.values()) < 1e-6, name  # the last bit of AdamW's kernel depends on where a number lies
+        far[name] = max(distances[key] for key in distances if key in hidden or key.startswith("optim."))
     return far
 
 
