@@ -62,7 +62,7 @@ class Optimizer(ABC):
 
     @staticmethod
     def group_of(shape: torch.Size, hidden: bool) -> int:
-        """Index of the group of a parameter of this shape, among groups of which some may be empty."""
+        """Index of the group of a parameter of this shape. Empty groups count as well."""
         return int(len(shape) < 2)
 
     @classmethod

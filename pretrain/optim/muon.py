@@ -140,7 +140,7 @@ class Unit:
         return self.pieces[self.schedule.matrices[index].parameter].tensor
 
     def _flat(self, index: int, tensor: Tensor) -> Tensor:
-        """This rank's part of a matrix, a view of the stepped tensor, or of its gradient or state."""
+        """Returns this rank's part of a matrix: a view of the stepped tensor, or of its gradient or state."""
         return local(tensor).view(-1).narrow(0, *self.parts[index])
 
     def _part(self, index: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which rank orthogonalises which matrix, and what the ranks exchange for it.
+"""Chooses the rank that orthogonalises each matrix, and counts what the ranks exchange for it.
 
 Separate from muon.py because the planner computes with it as well. Pure arithmetic: no tensors.
 """

@@ -14,7 +14,7 @@ class Momentum(Optimizer):
     """SGD with momentum: one state tensor per matrix, none for biases and norms."""
 
     @classmethod
-    def build(cls, parameters, optim, own):
+    def build(cls, parameters, optim, own, hidden=()):
         parameters, chosen = list(parameters), optim.hyperparameters(own)
         groups = [
             {"params": [p for p in parameters if p.dim() == 2], "momentum": chosen.beta1},
@@ -23,7 +23,7 @@ class Momentum(Optimizer):
         return cls(torch.optim.SGD(groups), chosen.lr_factor)
 
     @staticmethod
-    def state_names(shape):
+    def state_names(shape, hidden=False):
         return ("momentum_buffer",) if len(shape) == 2 else ()
 
 

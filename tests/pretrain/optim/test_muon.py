@@ -271,7 +271,7 @@ def muon_config(run: Path, world: int, engine: str = "fsdp2", **changes: object)
 
 @pytest.mark.parametrize("world,engines", [(2, list(ENGINES)), (3, ["fsdp2"])])
 def test_ten_steps_of_training_match_dense(folder, truth, world, engines):
-    """To the accuracy of AdamW's test: fp32 gradients differ in the last digits, which Newton-Schulz amplifies."""
+    """The accuracy is that of AdamW's test: fp32 gradients differ in the last digits, which Newton-Schulz amplifies."""
     configs = [muon_config(folder / f"{engine}-{world}", world, engine) for engine in engines]
     run_ranks(world, train_ranks, configs, timeout=120)
     assert min(truth.norms) > 0.5, "the clip must be active"
@@ -325,7 +325,7 @@ def test_invalid_setting_raises(tmp_path, setting, message):
 
 
 def test_run_keeps_its_optimizer(tmp_path):
-    """Without a name in the checkpoint, which is older than the setting, it is AdamW."""
+    """A checkpoint without a name is older than the setting: AdamW's."""
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", optim__name="muon")
     old = asdict(config)
     del old["optim"]

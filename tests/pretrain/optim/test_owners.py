@@ -120,7 +120,7 @@ def test_owner_defaults_to_common_settings():
         ({"optim__body__weight_decay": -0.1}, r"optim.body.weight_decay=-0.1 must be a number of at least 0"),
         ({"optim__vocab__lr": "fast"}, r"optim.vocab.lr=fast must be a number"),
         ({"optim__vocab__clip": 1}, r"unknown key optim.vocab.clip"),
-        ({"optim__name": "sgd"}, r"optim.name=sgd must be one of adamw"),
+        ({"optim__name": "sgd"}, r"optim.name=sgd must be one of adamw, muon"),
     ],
 )
 def test_invalid_setting_raises(tmp_path, setting, message):
