@@ -26,7 +26,7 @@ class Stage0Weights:
         return self.optimizer.parameters
 
     def units(self, hidden: Hidden) -> list[list[Piece]]:
-        """This rank's pieces of the hidden parameters; DeepSpeed steps those of a unit at once."""
+        """Returns this rank's pieces of the hidden parameters; DeepSpeed steps those of a unit at once."""
         parameters = [parameter for parameter in self.stepped() if id(parameter) in hidden]
         return [[Piece(*hidden[id(p)], Cut(p.numel(), replicated=True), p, 0) for p in parameters]]
 

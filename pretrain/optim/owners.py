@@ -6,6 +6,7 @@ Separate from muon.py because the planner computes with it as well. Pure arithme
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapreplace
 
 STEPS = 5  # of Newton-Schulz, as in torch.optim.Muon
 ROUND = 32 * 2**20  # numbers that a rank gathers at a time
@@ -87,10 +88,11 @@ class Schedule:
     @cached_property
     def owned(self) -> list[list[int]]:
         """Indices of the matrices of each rank, the costliest first."""
-        loads, owned = [0] * self.ranks, [[] for _ in range(self.ranks)]  # type: ignore[var-annotated]
+        owned: list[list[int]] = [[] for _ in range(self.ranks)]
+        loads = [(0, rank) for rank in range(self.ranks)]  # a heap
         for index in sorted(range(len(self.matrices)), key=lambda index: -self.matrices[index].flops):
-            owner = min(range(self.ranks), key=loads.__getitem__)
-            loads[owner] += self.matrices[index].flops
+            load, owner = loads[0]
+            heapreplace(loads, (load + self.matrices[index].flops, owner))
             owned[owner].append(index)
         return owned
 

@@ -255,3 +255,19 @@ def test_a_process_prints_the_same_plan_or_exits_with_2():
 def test_impossible_schedule_is_refused():
     done = in_process(main, "+cluster=cpu", "model=nano", "vocab.size=257", "optim.warmup_steps=60", "train.steps=50")
     assert done.returncode == 2 and "optim.warmup_steps=60 must be below train.steps=50" in done.stderr
+
+
+def test_the_plan_of_muon_has_its_share_of_the_step():
+    """Newton-Schulz: 5 steps of 4·a²·b + 2·a³ FLOPs for each matrix a ≤ b, on 8 ranks, at half of the peak."""
+    command = ["+cluster=h100x8", "model=llama_1b", "vocab.size=128256"]
+    done = in_process(main, *command, "optim=muon")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("step of the body's optimizer: ")]
+    share, whole = (float(re.search(form, line)[1]) for form in (r"([\d.]+)% of the step", r"Newton-Schulz ([\d.]+)"))
+    block = 2 * [(2048, 2048)] + 2 * [(512, 2048)] + 3 * [(2048, 8192)]
+    flops = 16 * sum(5 * (4 * a * a * b + 2 * a**3) for a, b in block)
+    assert whole == pytest.approx(1e3 * flops / 8 / (HARDWARE["h100"].flops_bf16 / 2), rel=0.03)
+    assert 0 < share <= 6
+    moments = {line.split("body / ranks · ")[1][:4] for line in done.stdout.splitlines() if line.startswith("moments")}
+    assert moments == {"4.00"}  # AdamW's is 8
+    assert "body's optimizer" not in in_process(main, *command).stdout
