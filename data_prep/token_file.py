@@ -223,12 +223,13 @@ class TokenFile:
         last = bisect_left(pointers, stop * size, first, near)
         if last == near:
             last = bisect_left(pointers, stop * size, near)
-        if documents[first:last].tolist() == list(range(first, last)):  # one sequence per document
-            offsets = pointers[first:last].tolist()
-        else:  # a document may have several sequences, or none
+        if first == last:
+            return []
+        if documents[first:last].tolist() != list(range(first, last)):  # a document may have several sequences, or none
             low, high = (bisect_left(documents, sequence) for sequence in (first, last))
-            offsets = [pointers[sequence] for sequence in documents[low:high]]
-        return sorted({offset // size for offset in offsets})
+            return sorted({pointers[sequence] // size for sequence in documents[low:high]})
+        places = [offset // size for offset in pointers[first:last].tolist()]
+        return places if len(places) == 1 or len(set(places)) == len(places) else sorted(set(places))
 
     def document_at(self, place: int) -> tuple[int, int]:
         """The document of the token at `place`, and the token's index in it."""

@@ -167,18 +167,17 @@ class Parts:
 
     def joined(self, masked: bool) -> Window:
         """Returns the batch, int64 [B, T]. masked: with the starts of the documents."""
-        both_2N = np.empty((2, self.B * self.T), np.int64)  # malloc keeps one allocation, but returns two to the system
-        tokens_N, targets_N = both_2N
+        # malloc keeps one allocation, but returns several to the system
+        all_BT = np.empty((2 + masked, self.B, self.T), np.int64)
+        tokens_N, targets_N, *starts_N = all_BT.reshape(2 + masked, -1)
         np.concatenate(self.inputs, out=tokens_N)
         np.concatenate(self.targets, out=targets_N)
         if self.cuts:
             targets_N[np.array(self.cuts) - 1] = IGNORED
-        tokens_BT, targets_BT = both_2N.reshape(2, self.B, self.T)
-        if not masked:
-            return Window(tokens_BT, targets_BT)
-        starts = np.array([*self.starts, self.B * self.T])
-        starts_N = np.repeat(starts[:-1] % self.T, starts[1:] - starts[:-1])
-        return Window(tokens_BT, targets_BT, starts_N.reshape(self.B, self.T))
+        if masked:
+            starts = np.array([*self.starts, self.B * self.T])
+            starts_N[0][:] = np.repeat(starts[:-1] % self.T, starts[1:] - starts[:-1])
+        return Window(*all_BT)
 
 
 class DocumentSpan(NamedTuple):
@@ -208,21 +207,29 @@ class Windows:
 
     def batch(self, indices: Sequence[int]) -> Window:
         """Reads these windows to int64 [B, T]. Targets past the stream's end or in another document are IGNORED."""
-        parts = Parts(len(indices), self.seq_len)
+        parts, T = Parts(len(indices), self.seq_len), self.seq_len
         for row, index in enumerate(indices):
             self._check(index)
-            begin, place = index * self.seq_len, row * self.seq_len  # in the stream, and in the batch
-            end = min(begin + self.seq_len, self.tokens - 1)
-            parts.inputs += [file.tokens[low:high] for file, low, high in self._ranges(begin, end)]
-            parts.starts.append(place)
-            for file, low, high in self._ranges(begin + 1, end + 1):
-                parts.targets.append(file.tokens[low:high])
-                if self.masked:
+            begin, place = index * T, row * T  # in the stream, and in the batch
+            file, low = self._file(begin)
+            if low + T < file.size:
+                stream = file.tokens[low : low + T + 1]
+                parts.inputs.append(stream[:-1])
+                parts.targets.append(stream[1:])
+                ranges = [(file, low + 1, low + T + 1)]
+            else:  # in several files, or at the end of the stream
+                end = min(begin + T, self.tokens - 1)
+                parts.inputs += [file.tokens[low:high] for file, low, high in self._ranges(begin, end)]
+                ranges = self._ranges(begin + 1, end + 1)
+                parts.targets += [file.tokens[low:high] for file, low, high in ranges]
+                parts.pad(begin + T - end)
+            if self.masked:
+                parts.starts.append(place)
+                for file, low, high in ranges:
                     cuts = [place + 1 + start - low for start in file.document_starts(low, high)]
                     parts.starts += cuts
                     parts.cuts += cuts
                     place += high - low
-            parts.pad(begin + self.seq_len - end)
         return parts.joined(self.masked)
 
     def _check(self, index: int) -> None:
