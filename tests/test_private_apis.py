@@ -55,6 +55,7 @@ PRIVATE = [  # the path in the other package; our use
     ),
     ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3._get_norm_groups", "DeepSpeed's norm, replaced"),
     ("hydra._internal.utils.get_args_parser", "the flags that Hydra takes"),
+    ("hydra._internal.hydra.Hydra", "its second composition, left out if nothing can have set hydra.mode"),
     ("omegaconf.DictConfig._get_node", "a setting's node, to name its allowed values"),
     ("omegaconf.DictConfig._is_none", "a setting's node"),
     ("omegaconf.DictConfig._is_missing", "a setting's node"),
@@ -63,15 +64,31 @@ PRIVATE = [  # the path in the other package; our use
     ("tiktoken.Encoding._pat_str", "an encoding's split pattern"),
     ("tiktoken.Encoding._special_tokens", "an encoding's special tokens"),
 ]
-INTERNAL = [  # undocumented, without an underscore: a class of DeepSpeed's optimizers, and the attributes that we use
+INTERNAL = [  # undocumented, without an underscore: a class, mostly of DeepSpeed's optimizers, and what we use of it
+    ("hydra._internal.hydra.Hydra", ["get_mode"]),
     (
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-        ["scaled_global_norm", "averaged_gradients", "cpu_offload"],
+        [
+            "scaled_global_norm",
+            "averaged_gradients",
+            "cpu_offload",
+            "single_partition_of_fp32_groups",
+            "round_robin_bit16_groups",
+            "round_robin_bit16_offsets",
+        ],
     ),
-    ("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", ["get_grads_for_norm", "fp32_groups_gradient_flat_partition"]),
+    (
+        "deepspeed.runtime.bf16_optimizer.BF16_Optimizer",
+        [
+            "get_grads_for_norm",
+            "fp32_groups_gradient_flat_partition",
+            "bf16_groups",
+            "fp32_groups_flat_partition",
+        ],
+    ),
     (
         "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
-        ["fp32_partitioned_groups_flat", "offload_optimizer"],
+        ["fp32_partitioned_groups_flat", "offload_optimizer", "fp16_groups"],
     ),
     ("deepspeed.runtime.zero.partition_parameters", ["ds_tensor"]),
     ("deepspeed.ops", ["__compatible_ops__"]),
