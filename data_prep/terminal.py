@@ -42,7 +42,7 @@ class Output(io.RawIOBase):
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name, self.mode, self.product = name, "w", False
-        self._descriptor, self._patience = descriptor, PATIENCE
+        self._descriptor, self._patience, self._turn = descriptor, PATIENCE, PATIENCE
         self.draws = self.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.coloured = self.draws and not os.environ.get("NO_COLOR")  # https://no-color.org
         self.within_line = False  # the last text did not end its line
@@ -64,7 +64,8 @@ class Output(io.RawIOBase):
             return 0
         left = memoryview(self._framed(bytes(data)) if self.draws else data).cast("B")
         try:
-            with self._alone(self._patience):
+            with self._alone(self._turn) as alone:
+                self._turn = PATIENCE if alone else 0.0  # a stopped process may keep the terminal for good
                 while left and self._takes_more():
                     with suppress(BlockingIOError):  # a terminal that had room for less
                         left = left[os.write(self._target, left[:PIECE]) :]

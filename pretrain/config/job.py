@@ -59,7 +59,7 @@ class JobConfig:
         if self.engine.offload != "none" and not self.optim.can_offload:
             raise ValueError(
                 f"engine.offload={self.engine.offload} must be none with optim.name={self.optim.name}:"
-                " the host would orthogonalise the matrices; give engine.offload=none or optim=adamw"
+                " Newton-Schulz would run on the CPU; give engine.offload=none or optim=adamw"
             )
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)

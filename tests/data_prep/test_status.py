@@ -125,6 +125,15 @@ def test_two_processes_share_a_terminal(unbuffered):
     assert len(lines) == len(steps) + len(others) + 1 and lines[-1] == ""
 
 
+def test_a_process_that_keeps_the_terminal_delays_one_text():
+    """It was stopped in the middle of a text. To wait 2 seconds for each of 30 lines would end the process."""
+    code = "import fcntl, os, signal; signal.alarm(30); held = os.open('/proc/self/fd/1', os.O_WRONLY)\n"
+    code += "fcntl.flock(held, fcntl.LOCK_EX)\n"
+    code += "from data_prep import terminal; terminal.PATIENCE = 2.0; terminal.begin()\n"
+    code += "for line in range(30): print('line', line, flush=True)"
+    assert lines_on_screen(run(code)) == [*(f"line {n}" for n in range(30)), ""]
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_bar_is_drawn_again_after_a_line(unbuffered):
     code = "from data_prep import terminal; terminal.begin(); terminal.status('first')\n"
