@@ -80,7 +80,7 @@ class StepCost:
         if not self.config.monitor.lens_every:
             return phases
         phases["a look"] = [
-            item if item.name in ("weights", "moments", "gathered") else replace(item, bytes=0)
+            item if item.name in ("weights", "moments", "average", "gathered") else replace(item, bytes=0)
             for item in self._held(0, in_block=True)
         ]
         return {name: [*items, self._lens(name == "a look")] for name, items in phases.items()}
@@ -109,6 +109,9 @@ class StepCost:
             Item(name, body + rows, f"{formula} + v · D · {state if name == 'moments' else FP32}")
             for name, body, rows, formula in zip(names, of_body, of_matrix, self.body.formulas, strict=False)
         ]
+        if self.config.ema.on:
+            average = FP32 * (self.body.held + numbers)
+            items.append(Item("average", average, "4 · (numbers that the body's optimizer steps) + v · D · 4"))
 
         block, blocks = self.activations, len(self.shapes.blocks) - behind
         held = block.kept * blocks + (block.again + block.gradients) * in_block

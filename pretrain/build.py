@@ -96,6 +96,6 @@ def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, Langu
     )
     with torch.device("meta"):
         body = config.model.body()
-    engine = ENGINES[type(config.engine)](config.engine, config.optim, dtype, config.seed)
+    engine = ENGINES[type(config.engine)](config.engine, config.optim, dtype, config.seed, config.ema.on)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
-    return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh)
+    return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh, config.ema.on)

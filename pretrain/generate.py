@@ -10,7 +10,7 @@ from data_prep import terminal
 from data_prep.arguments import defaults, settings_of
 from data_prep.command import arguments_or, one_line
 
-from .checkpoint import CheckpointError, checkpoint_of
+from .checkpoint import CheckpointError, check_weights, checkpoint_of, read_manifest
 from .config.generation import GenerateConfig
 from .exits import leave
 
@@ -28,7 +28,8 @@ def main() -> None:
     with one_line(CheckpointError):
         arguments = arguments_or(HELP + defaults(GenerateConfig))
         settings = settings_of(GenerateConfig, arguments)
-        checkpoint_of(Path(settings.run), settings.step)  # a missing checkpoint is reported before torch is imported
+        folder = checkpoint_of(Path(settings.run), settings.step)  # faults are reported before torch is imported
+        check_weights(folder, read_manifest(folder), settings.weights)
         terminal.product()
         from .generation import print_text
         from .rendezvous import NotMet

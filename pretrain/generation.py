@@ -13,10 +13,11 @@ from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
-from .checkpoint import check_files, checkpoint_of, read_manifest
+from .checkpoint import check_files, check_weights, checkpoint_of, read_manifest
 from .checkpoint.manager import read_tensors
 from .checkpoint.reading import model_for_reading
 from .compose import build_config
+from .config.ema import WEIGHTS
 from .config.generation import GenerateConfig
 from .mesh import ranks_or_alone
 from .models.language_model import LanguageModel
@@ -35,10 +36,11 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     """Yields the prompt, then the text of each token. Collective: all ranks of the process group call it."""
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
+    check_weights(folder, read_manifest(folder), settings.weights)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
     special = SpecialTokens.of_run(run)
     stops = special.stops(tokenizer.spec)
-    model, context = load_model(folder, device)
+    model, context = load_model(folder, device, settings.weights)
     ids = [special.begin(tokenizer.spec), *tokenizer.encode(settings.prompt).tolist()]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     yield settings.prompt
@@ -68,8 +70,11 @@ def generate(settings: GenerateConfig, device: torch.device) -> Iterator[str]:
     yield decoder.decode(b"", final=True) + "\n"
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
-    """Loads the model in fp32, the matrix split over the ranks. Returns it and its context length."""
+def load_model(folder: Path, device: torch.device, weights: str = "last") -> tuple[LanguageModel, int]:
+    """Loads the model in fp32, the matrix split over the ranks. Returns it and its context length.
+
+    weights: a key of WEIGHTS; call `check_weights` first.
+    """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     config = build_config(OmegaConf.create(manifest["config"]))
@@ -77,5 +82,6 @@ def load_model(folder: Path, device: torch.device) -> tuple[LanguageModel, int]:
         body = config.model.body()
     rows, width, saved = manifest["vocab_size"], config.model.width, manifest["tensors"]
     model, tensors = model_for_reading(body, config.vocab, rows, width, device, saved=saved)
+    tensors = {WEIGHTS[weights] + name: tensor for name, tensor in tensors.items()}
     read_tensors(folder, tensors, alone=model.vocab.group is None)
     return model, config.model.context

@@ -21,6 +21,7 @@ from data_prep.errors import nearest
 from data_prep.progress import progress
 
 from ..config.checkpoint import CheckpointConfig
+from ..config.ema import WEIGHTS
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -84,6 +85,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not present:
             raise DamagedCheckpoint(f"{path} is not a checkpoint's manifest: it has no {key}")
     return manifest
+
+
+def check_weights(folder: Path, manifest: dict[str, Any], weights: str) -> None:
+    """Raises ValueError if the checkpoint does not have these `WEIGHTS`."""
+    if not any(name.startswith(WEIGHTS[weights]) for name in manifest["tensors"]):
+        raise ValueError(
+            f"weights={weights} must be last: {folder} has no running average; a run with ema.decay=0.999 saves one"
+        )
 
 
 def publish(unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:

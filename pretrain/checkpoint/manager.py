@@ -41,7 +41,7 @@ from .folder import (
 )
 from .host_copies import HostCopies
 from .state import (
-    HOOK_PREFIX,
+    HOOK_PREFIXES,
     HookStates,
     ModelState,
     Stateful,
@@ -190,7 +190,7 @@ class CheckpointManager:
         saved = manifest["tensors"]
         tensors, hooks = self.model.tensors(), HookStates(self.hooks)
         tensors |= {name: tensor for name, tensor in hooks.tensors.items() if name in saved}
-        missing = {name for name in saved if not name.startswith(HOOK_PREFIX)} - set(tensors)
+        missing = {name for name in saved if not name.startswith(HOOK_PREFIXES)} - set(tensors)
         if missing:
             raise CheckpointError(
                 f"{folder} has tensor {min(missing)}, this model does not: it belongs to another model"

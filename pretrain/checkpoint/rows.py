@@ -39,17 +39,19 @@ class _Part(NamedTuple):
 class CheckpointRows:
     """Reads rows of a checkpoint's tensors. Every slice in the files must be a range of rows, as our engines save."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self.shapes: dict[str, list[int]] = self.manifest["tensors"]
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        """prefix: of the names to read, which are given without it."""
+        self.folder, self.manifest, self.prefix = folder, read_manifest(folder), prefix
+        saved: dict[str, list[int]] = self.manifest["tensors"]
+        self.shapes = {name.removeprefix(prefix): shape for name, shape in saved.items() if name.startswith(prefix)}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Returns rows [start, stop) of a tensor. Raises CheckpointError if a row is missing in the files."""
         found, first = [], start
-        for part in self._parts.get(name, []):
+        for part in self._parts.get(self.prefix + name, []):
             low, high = max(first, part.start), min(stop, part.stop)
             if low == first and low < high:
-                found.append(part.file.get_slice(name)[low - part.start : high - part.start])
+                found.append(part.file.get_slice(self.prefix + name)[low - part.start : high - part.start])
                 first = high
         if first < stop:
             raise CheckpointError(f"{self.folder} has no row {first} of {name}")
@@ -65,15 +67,18 @@ class CheckpointRows:
             for name in opened.keys():  # noqa: SIM118  # not a mapping
                 start, *others = offsets[name]["saved_offsets"]
                 rows, *rest = opened.get_slice(name).get_shape()
-                assert not any(others) and rest == self.shapes[name][1:], f"{name} is cut across its rows"
+                assert not any(others) and rest == self.manifest["tensors"][name][1:], f"{name} is cut across its rows"
                 parts.setdefault(name, []).append(_Part(start, start + rows, opened))
         return {name: sorted(found, key=lambda part: part.start) for name, found in parts.items()}
 
 
-def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None]) -> Path:
+def save_weights(
+    run: Path, tensors: list[Streamed], about: dict[str, Any], describe: Callable[[], None], title: str = "import"
+) -> Path:
     """Writes the checkpoint of step 0 of a new run; returns its folder. It holds parameters only, no optimizer states.
 
-    describe: writes the run's settings; called after all weights are on the disk, before the checkpoint is published.
+    title: of the progress. describe: writes the run's settings; called after all weights are on the disk, before the
+    checkpoint is published.
     Raises ValueError if the run has a checkpoint or another process uses it, OSError if the disk is full. After an
     error there is no checkpoint.
     """
@@ -87,7 +92,7 @@ def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], desc
         unfinished = final.with_name(UNFINISHED + final.name)
         try:
             unfinished.mkdir(parents=True)
-            manifest = about | _step_0(tensors, unfinished / file_name(0))
+            manifest = about | _step_0(tensors, unfinished / file_name(0), title)
             describe()
             publish(unfinished, final, manifest)
         except BaseException:
@@ -96,7 +101,7 @@ def save_weights(run: Path, tensors: list[Streamed], about: dict[str, Any], desc
     return final
 
 
-def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
+def _step_0(tensors: list[Streamed], path: Path, title: str) -> dict[str, Any]:
     """Writes the tensor file. Returns the part of the manifest that does not depend on the run."""
     offsets = {tensor.name: {"saved_offsets": [0] * len(tensor.shape)} for tensor in tensors}
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
@@ -107,5 +112,5 @@ def _step_0(tensors: list[Streamed], path: Path) -> dict[str, Any]:
         "mesh": dict.fromkeys(AXES, 1),
         "weights_only": True,
         "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
-        "files": {path.name: write_streamed(path, tensors, metadata, partial(progress, title="import"))},
+        "files": {path.name: write_streamed(path, tensors, metadata, partial(progress, title=title))},
     }

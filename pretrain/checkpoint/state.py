@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..config.ema import AVERAGE
 from ..engine import Engine
 from ..mesh import Mesh
 from ..optim import VocabOptimizer
@@ -31,8 +32,8 @@ class TrainState:
     val_loss: float | None = None  # measured at this step; None: not measured
 
 
-HookState = Mapping[str, DTensor | float]  # names begin with HOOK_PREFIX
-HOOK_PREFIX = "monitor."  # of optional entries: the checkpoint or the resuming run may lack them
+HookState = Mapping[str, DTensor | float]  # names begin with one of HOOK_PREFIXES
+HOOK_PREFIXES = ("monitor.", f"{AVERAGE}.")  # of optional entries: the checkpoint or the resuming run may lack them
 
 
 class Stateful(Protocol):
@@ -48,7 +49,7 @@ class HookStates:
     def __init__(self, hooks: Iterable[Stateful]) -> None:
         self.states = [(hook, hook.state_dict()) for hook in hooks]
         self.all = {name: value for _, state in self.states for name, value in state.items()}
-        assert all(name.startswith(HOOK_PREFIX) for name in self.all), f"{list(self.all)}: see Hook.state_dict"
+        assert all(name.startswith(HOOK_PREFIXES) for name in self.all), f"{list(self.all)}: see Hook.state_dict"
 
     @property
     def tensors(self) -> dict[str, DTensor]:

@@ -65,9 +65,10 @@ def streams(found: HFModel, multiple: int) -> list[Streamed]:
     return [Streamed(name, torch.float32, shape, partial(read, name, shape)) for name, shape in sorted(shapes.items())]
 
 
-def export_run(folder: Path, config: JobConfig, run: Path, out: Path, dtype: str, head: bool) -> Iterator[str]:
-    """Exports the checkpoint in `folder` of a run to `out`; yields what to print. dtype: a key of DTYPES."""
-    checkpoint = CheckpointRows(folder)
+def export_run(
+    checkpoint: CheckpointRows, config: JobConfig, run: Path, out: Path, dtype: str, head: bool
+) -> Iterator[str]:
+    """Exports a checkpoint of a run to `out`; yields what to print. dtype: a key of DTYPES."""
     check_files(checkpoint.folder, checkpoint.manifest)
     theirs = VocabConfig(**FAMILIES[config.model.family].vocab)
     tokenizer = run / TOKENIZER_FOLDER

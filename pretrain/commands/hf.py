@@ -13,8 +13,9 @@ from data_prep.arguments import key_values
 from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.durable import check_new
 
-from ..checkpoint import CheckpointError, checkpoint_of, checkpoints, read_manifest
+from ..checkpoint import CheckpointError, check_weights, checkpoint_of, checkpoints, read_manifest
 from ..compose import build_config, register_groups
+from ..config.ema import WEIGHTS, check_choice
 from ..config.job import JobConfig
 from ..families import FAMILIES, hugging_face_types
 from ..interop.folder import HFModel
@@ -40,6 +41,7 @@ EXPORT_KEYS = {
     "run": "folder of the run",
     "out": "folder to write",
     "step": "step of the checkpoint; default: the newest",
+    "weights": "last: the weights of the step (default); ema: their running average, see ema.decay",
     "dtype": "type of the weights: fp32 (default), bf16 or fp16",
     "materialize_head": "true: write lm_head.weight for a tied model, too; default: false",
 }
@@ -108,16 +110,20 @@ def export_model(arguments: list[str]) -> Iterator[str]:
     step = given.get("step")
     if step is not None and not step.isdecimal():
         raise ValueError(f"step={step} must be a whole number")
-    folder = checkpoint_of(run, None if step is None else int(step))
-    config = build_config(OmegaConf.create(read_manifest(folder)["config"]))
+    folder, weights = checkpoint_of(run, None if step is None else int(step)), given.get("weights", "last")
+    manifest = read_manifest(folder)
+    check_choice(weights)
+    check_weights(folder, manifest, weights)
+    config = build_config(OmegaConf.create(manifest["config"]))
     theirs = FAMILIES[config.model.family].vocab.get("softcap")
     if config.vocab.softcap != theirs:
         capped = "would not cap logits" if theirs is None else f"caps logits at {theirs}"
         raise ValueError(f"vocab.softcap={config.vocab.softcap} cannot be exported: transformers {capped}")
     check_new(out)
-    from .convert import export_run  # needs torch
+    from ..checkpoint.rows import CheckpointRows  # needs torch, as does the next
+    from .convert import export_run
 
-    yield from export_run(folder, config, run, out, dtype, head == "true")
+    yield from export_run(CheckpointRows(folder, WEIGHTS[weights]), config, run, out, dtype, head == "true")
 
 
 COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}

@@ -15,7 +15,7 @@ from data_prep.special_tokens import SpecialTokens
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
-from ..checkpoint import checkpoint_of, step_of
+from ..checkpoint import check_weights, checkpoint_of, read_manifest, step_of
 from ..data import IGNORED
 from ..generation import load_model
 from ..interop.folder import HFModel
@@ -135,7 +135,8 @@ def open_source(settings: LensConfig, device: torch.device) -> Source:
     run = Path(settings.run)
     folder = checkpoint_of(run, settings.step)
     tokenizer = Tokenizer.load(run / TOKENIZER_FOLDER)
-    loaded = load_model(folder, device)
+    check_weights(folder, read_manifest(folder), settings.weights)
+    loaded = load_model(folder, device, settings.weights)
     return _source(run.name, step_of(folder), folder, loaded, tokenizer, SpecialTokens.of_run(run))
 
 

@@ -1,7 +1,9 @@
-"""Settings of text generation and the rules of sampling. Imports nothing of ours: pretrain.vocab imports it."""
+"""Settings of text generation and the rules of sampling. Imports only config: pretrain.vocab imports it."""
 
 import math
 from dataclasses import dataclass
+
+from .ema import check_choice
 
 COLDEST = 1e-6  # lowest temperature; logits divided by a lower one would overflow
 
@@ -13,6 +15,7 @@ class GenerateConfig:
     run: str = ""  # folder of the run
     prompt: str = ""  # text to continue
     step: int | None = None  # step of the checkpoint; null: the newest
+    weights: str = "last"  # last: the weights of the step; ema: their running average, see ema.decay
     tokens: int = 200  # largest number of tokens to generate
     temperature: float = 0.8  # divides the logits; 0: always take the most likely token
     top_k: int | None = None  # sample from this many of the most likely tokens; null: all
@@ -22,6 +25,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise ValueError("run is missing: name the folder of a run, such as run=runs/a")
+        check_choice(self.weights)
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens} must be at least 1")
         if not 0 <= self.seed < 2**63:

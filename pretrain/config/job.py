@@ -6,6 +6,7 @@ from pathlib import Path
 from ..families import ModelConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
+from .ema import EmaConfig
 from .engine import DeepSpeedConfig, FSDP2Config
 from .evaluation import EvalConfig
 from .init_from import folder_of
@@ -41,6 +42,7 @@ class JobConfig:
     engine: FSDP2Config | DeepSpeedConfig  # the engine, which shards and steps the body
     train: TrainingConfig  # length, batch and precision of the training
     eval: EvalConfig  # when and on how much text the validation loss is measured
+    ema: EmaConfig  # running average of the weights
     checkpoint: CheckpointConfig  # when the run saves and which checkpoints it keeps
     log: LogConfig  # when and where metrics are logged
     monitor: MonitorConfig  # measurements of the weights during training

@@ -34,6 +34,22 @@ class Engine(Protocol):
         """Takes one optimizer step on gradient · clip. clip: the factor computed over body and matrix."""
         ...
 
+    def average(self, share: float) -> None:
+        """Moves this rank's part of the running average towards the weights by `share`; 1: a copy. No collective."""
+        ...
+
+    def swap_averages(self) -> None:
+        """Exchanges weights and running average in place; the forward then uses the average. Collective."""
+        ...
+
+    def averages(self) -> dict[str, DTensor]:
+        """Returns the running average of each parameter, as `state` does. To restore, fill and `load_averages`."""
+        ...
+
+    def load_averages(self, state: dict[str, DTensor]) -> None:
+        """Restores the running averages from filled `averages`."""
+        ...
+
     def state(self) -> dict[str, DTensor]:
         """Returns fp32 parameters and optimizer state by full name. To restore, fill them in place and call `load`."""
         ...

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..config.ema import AVERAGE
 from ..config.engine import DeepSpeedConfig
 from ..config.optim import OptimConfig
 from ..mesh import Mesh, name_rank
@@ -36,8 +37,11 @@ class DeepSpeedEngine:
 
     footprint = DeepSpeedFootprint
 
-    def __init__(self, config: DeepSpeedConfig, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, config: DeepSpeedConfig, optim: OptimConfig, compute_dtype: torch.dtype, seed: int, averaged: bool = False
+    ) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
+        self.averaged = averaged  # keep a running average of the weights
 
     def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
         name_rank(mesh.device)
@@ -78,6 +82,7 @@ class DeepSpeedEngine:
         known = {id(self.parameters[name]): (self.shapes[name], stacked) for name, stacked in self.hidden.items()}
         group = mesh.flat.get_group() if mesh.world > 1 else None
         self.optimizer.place(self.weights.units(known), group, self.compute_dtype)
+        self.optimizer.averaged = self.averaged
         self.optimizer.load(0, self.weights.stepped())
         self.weights.link_states()
         for name, values in initial.items():  # DeepSpeed made its main weights from rounded ones
@@ -111,6 +116,23 @@ class DeepSpeedEngine:
             for kind in self._kinds(name):
                 self.weights.write(parameter, state[saved_name(name, kind)].full_tensor(), kind)
         self.optimizer.load(step, self.weights.stepped())
+
+    def average(self, share: float) -> None:
+        self.optimizer.average(share, self.weights.stepped())
+
+    def swap_averages(self) -> None:
+        """Gathers one parameter at a time from stage 1 on, for the weights that the forward uses."""
+        self.optimizer.swap_averages(self.weights.stepped())
+        for parameter in self.parameters.values():
+            self.weights.refresh(parameter)
+
+    def averages(self) -> dict[str, DTensor]:
+        """Copies, as in `state`."""
+        return {name: self._slice(name, self.weights.read(p, AVERAGE)) for name, p in self.parameters.items()}
+
+    def load_averages(self, state: dict[str, DTensor]) -> None:
+        for name, parameter in self.parameters.items():
+            self.weights.write(parameter, state[name].full_tensor(), AVERAGE)
 
     def _kinds(self, name: str) -> tuple[str, ...]:
         return MAIN, *self.optimizer.state_names(self.shapes[name], name in self.hidden)

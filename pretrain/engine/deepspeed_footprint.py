@@ -24,7 +24,7 @@ class DeepSpeedFootprint:
         self.large = [shape for shape in shapes.all if shape.numel() > PERSISTENT]
         self.stepped = (self.all, sum(self.parts), sum(self.parts), self.cut)[engine.zero_stage]
         self.schedule = shapes.schedule(world, self._cuts())
-        self._held = 0 if engine.offload == "cpu" else self.stepped
+        self.held = 0 if engine.offload == "cpu" else self.stepped
         self.low = work.itemsize < FP32
         self.bucket = min(self.all, LARGEST_BUCKET)
         stage, copies = engine.zero_stage, "body · i + body / ranks · 4"
@@ -50,16 +50,16 @@ class DeepSpeedFootprint:
         if stage == 0:
             return FP32 * self.all
         small = self.all - numbers(self.large)
-        return FP32 * self._held + item * (self.all if stage < 3 else self.cut + small)
+        return FP32 * self.held + item * (self.all if stage < 3 else self.cut + small)
 
     @property
     def states(self) -> int:
-        return round(self.shapes.state * self._held)
+        return round(self.shapes.state * self.held)
 
     def gradients(self, behind: int) -> int:
         part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)
         own = self.work.itemsize if self.engine.zero_stage == 1 else 0
-        return round(part * ((FP32 + own) * self.all if self.engine.zero_stage < 2 else FP32 * self._held))
+        return round(part * ((FP32 + own) * self.all if self.engine.zero_stage < 2 else FP32 * self.held))
 
     def gathered(self, behind: int, in_block: bool) -> int:
         stage, item = self.engine.zero_stage, self.work.itemsize

@@ -103,6 +103,7 @@ class BodyFootprint(Protocol):
     shapes: Shapes
     formulas: tuple[str, str, str, str]  # of weights, optimizer states, gradients, gathered
     stepped: int  # numbers stepped by this rank's optimizer
+    held: int  # of them, numbers in the memory of its device
     schedule: Schedule | None  # of the optimizer's work on whole matrices; None: it has none
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..config.ema import AVERAGE
 from ..config.engine import FSDP2Config
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
@@ -22,8 +23,11 @@ class FSDP2Engine:
 
     footprint = FSDP2Footprint
 
-    def __init__(self, config: FSDP2Config, optim: OptimConfig, compute_dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, config: FSDP2Config, optim: OptimConfig, compute_dtype: torch.dtype, seed: int, averaged: bool = False
+    ) -> None:
         self.config, self.optim, self.compute_dtype, self.seed = config, optim, compute_dtype, seed
+        self.averaged = averaged  # keep a running average of the weights
 
     def wrap(self, body: nn.Module, mesh: Mesh) -> Callable[..., Tensor]:
         blocks: list[nn.Module] = list(body.blocks)  # type: ignore[arg-type]
@@ -64,6 +68,7 @@ class FSDP2Engine:
         pieces = [self._piece(name, stacked, ranks) for name, stacked in hidden.items()]
         group = mesh.vocab_group if self.config.hsdp else mesh.flat.get_group()
         self.optimizer.place([pieces], group if ranks > 1 else None, self.compute_dtype)
+        self.optimizer.averaged = self.averaged
         self.optimizer.load(step=0)
         return body
 
@@ -90,6 +95,23 @@ class FSDP2Engine:
 
     def load(self, state: dict[str, DTensor], step: int) -> None:
         self.optimizer.load(step)
+
+    def average(self, share: float) -> None:
+        self.optimizer.average(share)
+
+    def swap_averages(self) -> None:
+        """Local: the next forward gathers the shards again."""
+        self.optimizer.swap_averages()
+        for module in self.body.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation can leave weights gathered
+
+    def averages(self) -> dict[str, DTensor]:
+        """The shards themselves, as in `state`."""
+        return {name: self.optimizer.state_of(p)[AVERAGE] for name, p in self.parameters.items()}  # type: ignore[misc]
+
+    def load_averages(self, state: dict[str, DTensor]) -> None:
+        """Does nothing: `averages` were filled in place."""
 
     def _piece(self, name: str, stacked: tuple[int, ...], ranks: int) -> Piece:
         parameter = self.parameters[name]

@@ -18,21 +18,21 @@ class FSDP2Footprint:
         self.stepped = sum(RowShard(0, self.ranks, shape[0]).rows_per_rank * shape[1:].numel() for shape in shapes.all)
         cuts = [row_cut(shape, self.ranks) for shape in shapes.hidden]
         self.schedule = shapes.schedule(self.ranks, cuts)
-        self._held = 0 if engine.offload == "cpu" else self.stepped
+        self.held = 0 if engine.offload == "cpu" else self.stepped
         part, state = "body / ranks · 4", f"body / ranks · {shapes.state:g}"
         self.formulas = part, state, part, "2 blocks · i, 1 gradient · 4"
 
     @property
     def weights(self) -> int:
-        return FP32 * self._held
+        return FP32 * self.held
 
     @property
     def states(self) -> int:
-        return round(self.shapes.state * self._held)
+        return round(self.shapes.state * self.held)
 
     def gradients(self, behind: int) -> int:
         part = 1.0 if self.work.micro_batches > 1 else behind / len(self.shapes.blocks)
-        return round(FP32 * self._held * part)
+        return round(FP32 * self.held * part)
 
     def gathered(self, behind: int, in_block: bool) -> int:
         block, rest = numbers(self.shapes.blocks[0]), numbers(self.shapes.rest)

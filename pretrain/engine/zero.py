@@ -41,6 +41,9 @@ class Stage0Weights:
         """Sets a main weight or state tensor. With a main weight, also sets the weight that the forward uses."""
         self.read(parameter, kind).copy_(whole)
 
+    def refresh(self, parameter: nn.Parameter) -> None:
+        """Sets the weight that the forward uses to the main weight. From stage 1 on, collective."""
+
     def grad_norm(self) -> Tensor:
         """Norm of the gradients, which are equal on all ranks: only rank 0 counts. One all-reduce of one number."""
         return global_norm(self._gradients() if self.mesh.rank == 0 else [], self.mesh)
@@ -102,6 +105,9 @@ class Stage1And2Weights(Stage0Weights):
         else:
             safe_set_full_fp32_param(parameter, whole)
             parameter.detach().copy_(whole)
+
+    def refresh(self, parameter: nn.Parameter) -> None:
+        self.write(parameter, self.read(parameter, MAIN), MAIN)
 
     def grad_norm(self) -> Tensor:
         """Norm over the parts of all ranks. One all-reduce of one number."""

@@ -1,6 +1,7 @@
 """Interface of a hook: when it is called, and what it is built from."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,10 +75,10 @@ class Hook:
         """Called once per start, after the last step, before the last save; also if no step was left."""
 
     def state_dict(self) -> HookState:
-        """Returns the state to save, by names that begin with `monitor.`: DTensors, and numbers for the manifest.
+        """Returns the state to save, by names that begin with `monitor.` or `ema.`: DTensors, and numbers.
 
-        Called at each save, and before a load, which fills the tensors in place. A save may read them until the update
-        of the next step, so do not change them in place.
+        Numbers go into the manifest. Called at each save, and before a load, which fills the tensors in place. A save
+        may read them until the update of the next step, so do not change them in place before it.
         """
         return {}
 
@@ -95,6 +96,8 @@ class Run:
     parts: ModelParts
     manager: CheckpointManager
     log: MetricsLog | None = None  # rank 0's; open from `before_training` on
+    #: other weights to evaluate, by the suffix of their scalars: a context in which the model has them
+    variants: dict[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
     ends: list[Callable[[], None]] = field(default_factory=list)  # called at the end of this start, also by an error
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -49,15 +50,22 @@ class EvalHook(Hook):
         return step == trainer.loop.steps or bool(self.config.every and step % self.config.every == 0)
 
     def _measured(self, trainer: TrainerView) -> dict[str, float]:
-        measured = self.measure(trainer)
-        trainer.state.val_loss = measured.get("val_loss")
+        measured: dict[str, float] = {}
+        for suffix, weights in {"": nullcontext, **self.run.variants}.items():
+            with weights():
+                found = self.measure(trainer, suffix)
+            if not found:
+                return {}
+            measured |= found
+        trainer.state.val_loss = measured["val_loss"]
         return measured
 
     @torch.no_grad()
-    def measure(self, trainer: TrainerView) -> dict[str, float]:
+    def measure(self, trainer: TrainerView, suffix: str = "") -> dict[str, float]:
         """Returns val_loss (nats per token) and val_bits_per_byte (over the bytes of the scored targets).
 
         With several corpora: for all targets together, and for each corpus. Empty if the ranks must stop early.
+        suffix: added to both names, before that of a corpus.
         One all-reduce of three numbers per corpus, and one of five numbers per batch, besides the model's.
         """
         sums = torch.zeros(len(self.batches), 3, dtype=torch.float64, device=trainer.mesh.device)
@@ -74,8 +82,8 @@ class EvalHook(Hook):
         scalars = {}
         for title, sums_3 in measured.items() if len(self.batches) > 1 else [("", sums[0])]:
             loss, tokens, text_bytes = on_host(sums_3).tolist()
-            scalars[f"val_loss{title}"] = loss / tokens
-            scalars[f"val_bits_per_byte{title}"] = loss / math.log(2) / max(1.0, text_bytes)
+            scalars[f"val_loss{suffix}{title}"] = loss / tokens
+            scalars[f"val_bits_per_byte{suffix}{title}"] = loss / math.log(2) / max(1.0, text_bytes)
         return scalars
 
     def _sums(self, trainer: TrainerView, micro: MicroBatch) -> Tensor:

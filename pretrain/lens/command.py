@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config.ema import check_choice
 from .examples import EXAMPLES
 from .method import Method
 
@@ -15,6 +16,7 @@ class LensConfig:
 
     run: str = ""  # folder of the run
     step: int | None = None  # step of the checkpoint; null: the newest one
+    weights: str = "last"  # of a run: last: the weights of the step; ema: their running average, see ema.decay
     hf: str = ""  # folder of a Hugging Face model, instead of run
     text: str = ""  # the prompt; read after <|endoftext|>, or after bos of a Hugging Face model
     file: str = ""  # a file with the prompt, instead of text
@@ -36,6 +38,9 @@ class LensConfig:
             raise ValueError("give one of run=, the folder of a run, and hf=, the folder of a Hugging Face model")
         if self.hf and self.step is not None:
             raise ValueError(f"step={self.step} must be null with hf={self.hf}, which has no steps")
+        check_choice(self.weights)
+        if self.hf and self.weights != "last":
+            raise ValueError(f"weights={self.weights} must be last with hf={self.hf}, which has no running average")
         if sum(map(bool, (self.text, self.file, self.example))) != 1:
             raise ValueError("give one of text=, file= and example=: the prompt")
         if self.example and self.example not in EXAMPLES:

@@ -11,8 +11,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout
 from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, PART, SCALARS, Scalar
 
 OVERVIEW = {
-    "Loss, nats/token": ("loss", "val_loss"),
-    "Validation, bits/byte": ("val_bits_per_byte",),
+    "Loss, nats/token": ("loss", "val_loss", "val_loss_ema"),
+    "Validation, bits/byte": ("val_bits_per_byte", "val_bits_per_byte_ema"),
     "Learning rate": ("lr",),
     "Gradient norm": ("grad_norm",),
     "Throughput, tokens/s": ("tokens_per_s",),

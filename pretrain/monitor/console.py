@@ -124,6 +124,7 @@ FORMS = {
     "loss": "loss {:.4f}",
     "val_loss": "val loss {:.4f}",
     "val_bits_per_byte": "val bits/byte {:.4f}",
+    "val_loss_ema": "ema val loss {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "norm {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",

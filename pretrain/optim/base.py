@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..config.ema import AVERAGE
 from ..config.optim import OptimConfig, OwnerConfig
 from .owners import Cut
 
 STATE_PREFIX = "optim."  # of state names in a checkpoint, such as optim.exp_avg.blocks.0.mlp.up.weight
 NUMBER = 4  # bytes per number: states are fp32
+PIECE_BYTES = 64 << 20  # of a parameter, copied at a time
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ class Optimizer(ABC):
     `stepper` is the torch optimizer, with its parameters in groups. An engine may replace the parameters in the groups
     (ZeRO: flat parts of all parameters). After that the engine must call `place`, and `load(0)`, which creates the
     states: a checkpoint of step 0 then has the same tensors as any other.
+
+    averaged: also keep a running average of each parameter, as the state tensor AVERAGE. Set it before the first
+    `load`. A step leaves the average unchanged: `average` moves it.
     """
 
     whole_matrices: ClassVar[bool] = False  # a step moves hidden matrices between the ranks: `owners.Schedule`
 
     def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float) -> None:
-        self.stepper, self.lr_factor = stepper, lr_factor
+        self.stepper, self.lr_factor, self.averaged = stepper, lr_factor, False
 
     @classmethod
     @abstractmethod
@@ -103,7 +108,7 @@ class Optimizer(ABC):
         """
         for parameter in self.parameters if parameters is None else parameters:
             state = self.stepper.state[parameter]
-            for name in self.names_of(parameter):
+            for name in (*self.names_of(parameter), *[AVERAGE] * self.averaged):
                 if name not in state:
                     state[name] = torch.zeros_like(parameter)
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
@@ -113,6 +118,31 @@ class Optimizer(ABC):
         (group,) = (g for g in self.stepper.param_groups if any(parameter is source for parameter in g["params"]))
         group["params"].append(new)
         self.stepper.state[new] = {name: tensor.clone() for name, tensor in self.state_of(source).items()}
+
+    @torch.no_grad()
+    def average(self, share: float, parameters: Iterable[Tensor] | None = None) -> None:
+        """Moves the running averages by `share` of the distance to the parameters; 1: a copy. parameters: as in `load`.
+
+        No collective: works on this rank's parts.
+        """
+        averages, weights = self._averages(parameters)
+        torch._foreach_lerp_(averages, weights, share)
+
+    @torch.no_grad()
+    def swap_averages(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Exchanges parameters and running averages in place, on this rank's parts. Twice: nothing has changed."""
+        for average, weight in zip(*self._averages(parameters), strict=True):
+            rows = max(1, PIECE_BYTES // max(1, weight[:1].nbytes))
+            for one, other in zip(average.split(rows), weight.split(rows), strict=True):
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+
+    def _averages(self, parameters: Iterable[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns this rank's parts of the averages and of the parameters, without empty ones."""
+        chosen = self.parameters if parameters is None else list(parameters)
+        chosen = [parameter for parameter in chosen if local(parameter).numel()]
+        return [local(self.state_of(one)[AVERAGE]) for one in chosen], [local(one.detach()) for one in chosen]
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rates of the groups: the common rate times this owner's factor."""
@@ -132,6 +162,8 @@ class Optimizer(ABC):
 
 def saved_name(parameter: str, kind: str) -> str:
     """Name of a state tensor in a checkpoint, or of the parameter itself if `kind` is empty."""
+    if kind == AVERAGE:
+        return f"{AVERAGE}.{parameter}"
     return f"{STATE_PREFIX}{kind}.{parameter}" if kind else parameter
 
 

@@ -13,11 +13,13 @@ from .clip import apply_clip, global_norm
 class VocabOptimizer:
     """Steps this rank's rows. Replicas over `dp` stay equal because they get the same gradient and the same step."""
 
-    def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh) -> None:
+    def __init__(self, rows: Iterable[nn.Parameter], config: OptimConfig, mesh: Mesh, averaged: bool = False) -> None:
+        """averaged: keep a running average of the rows."""
         self.rows = list(rows)
         self.mesh = mesh
         self.observers: list[Callable[[], None]] = []  # called after the gradients are summed, before they are clipped
         self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab)
+        self.optimizer.averaged = averaged
         self.optimizer.load(step=0)
 
     def add_copy(self, rows: nn.Parameter, source: nn.Parameter) -> None:
