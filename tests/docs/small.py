@@ -32,7 +32,7 @@ INSTEAD = {  # only if the command has the key
     },
     "-m pretrain.generate": {"step": "2", "tokens": "8"},
     "-m pretrain.lens": {"step": "2"},
-    "-m pretrain.checkpoint": {"step": "2"},
+    "-m pretrain.checkpoint": {"step": "2", "steps": "1..2"},
     "-m pretrain.interop.hf": {"step": "2"},
     "-m pretrain.data": {"rank": "1", "world": "2"},
 }

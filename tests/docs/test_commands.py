@@ -36,6 +36,7 @@ NOT_RUN = {  # the beginnings of commands that no test runs, and why; each is in
     "python tests/reliability.py": "takes an hour; tests/test_reliability.py runs a smaller one",
     "python -m tests.pretrain.lens.memory": "takes minutes; tests/pretrain/lens runs the first",
     "python -m tests.pretrain.interop.memory": "takes minutes",
+    "python -m tests.benchmarks.averaging": "trains for minutes",
 }
 FOLDERS = ("run", "run.dir", "data.path", "out")  # keys whose values only name a folder
 BLOCKS = [block for page in pages() for block in blocks(page) if block.language == "sh"]
@@ -62,7 +63,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "texts" / f"{i}.txt").write_text(line.upper())
     data = "data_prep/tokenize.py corpus=files corpus.paths=a.jsonl tokenizer=bpe val_fraction=0.2 out=data"
     same = f"tokenizer=file tokenizer.path={folder}/data/tokenizer"
-    train = f"launch/local.py model=gpt2 data.path={folder}/data checkpoint.every=2 monitor.embedding_every=1 run.dir="
+    train = f"launch/local.py model=gpt2 data.path={folder}/data checkpoint.every=1 monitor.embedding_every=1 run.dir="
     for arguments in (
         data,
         f"data_prep/tokenize.py corpus=files corpus.paths=texts {same} out=other",

@@ -129,12 +129,12 @@ def test_prune_keeps_damaged_checkpoints_and_running_runs(run):
 @pytest.mark.parametrize(
     "arguments,expected",
     [
-        (["erase"], "erase must be one of list, verify, prune"),
+        (["erase"], "erase must be one of list, verify, prune, average"),
         (["list"], "run is missing"),
         (["list", "run=/nowhere"], "run=/nowhere has no checkpoint"),
         (["verify", "run=RUN", "step=3"], "step=3 has no checkpoint; there are 2, 4, 6, 8, 10, 12"),
         (["verify", "run=RUN", "step=x"], "step=x must be a number"),
-        (["prune", "run=RUN", "kep=3"], "'kep=3' must be run=, step=, keep=, keep_every=, keep_best="),
+        (["prune", "run=RUN", "kep=3"], "'kep=3' must be run=, step=, steps=, weights=, out=, keep="),
         (["prune", "run=RUN", "step=4"], "step must not be given to prune"),
     ],
 )

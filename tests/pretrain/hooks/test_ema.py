@@ -84,7 +84,7 @@ def train_all(rank: int, world: int, configs: list[JobConfig]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_average_is_the_float64_recursion(data, tmp_path, world):
-    """On each engine; with and without a split of the matrix, and with fewer updates than steps."""
+    """Trains with each engine, with and without a split of the matrix, and with fewer updates than steps."""
     cases: list[tuple[str, dict, int]] = [("fsdp2", {"vocab__untie_at": 3}, 1), ("zero3", {}, 2)]
     if world == 2:
         cases = [(name, {"vocab__untie_at": 3} if name in ("hsdp", "zero1") else {}, 1) for name in ENGINES]
