@@ -13,7 +13,7 @@ from .rows import CheckpointRows
 from .state import HOOK_PREFIXES
 from .tensor_file import Streamed
 
-PARTS = 4  # an average needs a float64 sum and a float64 copy beside its rows: pieces are smaller by this factor
+PARTS = 16  # an average has float64 sums and several checkpoints' rows: its pieces are smaller by this factor
 
 
 def averaged(found: Sequence[CheckpointRows], factors: Sequence[float]) -> list[Streamed]:
