@@ -16,6 +16,7 @@ from pretrain.checkpoint import checkpoint_of
 
 STEPS, EVERY = 1200, 40
 BRANCH = STEPS * 4 // 5
+FIRST = (720, 960, 1040)  # steps at which the averages begin
 MODEL = "model=nano model.layers=2 model.width=128 model.heads=4 model.context=128"
 TRAIN = f"train.steps={STEPS} train.global_batch=16 train.micro_batch=8 optim.lr=2e-3 optim.warmup_steps=50"
 STABLE = f"optim.schedule=wsd optim.decay_fraction=0 checkpoint.every={EVERY} checkpoint.keep=0"
@@ -33,7 +34,7 @@ def main() -> None:
     python("launch/local.py", f"nproc=2 resume={decayed} {DECAY}")
     constant, end = measured(stable), measured(decayed)
     print(f"\nvalidation bits per byte at step {STEPS}: constant {constant:.4f}, decayed {end:.4f}")
-    for first in range(BRANCH - 240, STEPS - EVERY, 80):
+    for first in FIRST:
         average = out / f"average-{first}"
         if not average.exists():
             python("-m", f"pretrain.checkpoint average run={stable} steps={first}..{STEPS} out={average}")
