@@ -59,7 +59,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{tokenize.replace('web', 'code')} tokenizer=file tokenizer.path={folder}/web/tokenizer out={folder}/code",
         f"launch/local.py nproc=2 run.dir={folder}/run data.corpora.web={folder}/web data.corpora.code={folder}/code"
         " log.tensorboard=false train.steps=4 log.every=1 eval.every=2 vocab.parallel=2 vocab.untie_at=2"
-        " monitor.embedding_every=1 monitor.lens_every=2 monitor.lens_windows=2"
+        " monitor.embedding_every=1 monitor.lens_every=2 monitor.lens_windows=2 ema.decay=0.9"
         " model.layers=2 model.width=32 model.heads=2 model.context=32 train.global_batch=4 train.micro_batch=2",
     ):
         done = run(arguments)
