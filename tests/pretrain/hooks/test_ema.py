@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from launch.step import StepCost
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checkpoint.rows import CheckpointRows
 from pretrain.commands import hf
@@ -82,19 +83,27 @@ def train_all(rank: int, world: int, configs: list[JobConfig]) -> None:
         train_rank(rank, world, config)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+SPLIT, MUON, OFFLOAD = {"vocab__untie_at": 3}, {"optim__name": "muon"}, {"engine__offload": "cpu"}
+CASES: dict[int, list[tuple[str, dict[str, object], int]]] = {  # per world: engine, settings, steps between updates
+    1: [("fsdp2", SPLIT, 1), ("zero1", {}, 2)],
+    2: [(engine, MUON | SPLIT if engine in ("hsdp", "zero1") else MUON, 1) for engine in ENGINES],
+    3: [("fsdp2", MUON | SPLIT, 1), ("zero3", OFFLOAD, 2)],
+    4: [("fsdp2", SPLIT, 1), ("zero2", OFFLOAD, 2)],
+}
+
+
+@pytest.mark.parametrize("world", CASES)
 def test_average_is_the_float64_recursion(data, tmp_path, world):
-    """Trains with each engine, with and without a split of the matrix, and with fewer updates than steps."""
-    cases: list[tuple[str, dict, int]] = [("fsdp2", {"vocab__untie_at": 3}, 1), ("zero3", {}, 2)]
-    if world == 2:
-        cases = [(name, {"vocab__untie_at": 3} if name in ("hsdp", "zero1") else {}, 1) for name in ENGINES]
+    """Trains with each engine and optimizer, with and without a split of the matrix, and with fewer updates."""
     runs, batch = {}, {"train__micro_batch": 2 if world == 3 else 3}
-    for engine, changes, every in cases:
+    for engine, changes, every in CASES[world]:
         config = settings_of(data, tmp_path / engine, engine=ENGINES[engine], ema__every=every, **batch, **changes)
         runs[config.run_dir] = (config, every)
     run_ranks(world, train_all, [config for config, _ in runs.values()], timeout=120)
-    for run, (_, every) in runs.items():
+    for run, (config, every) in runs.items():
         assert_average(run, every)
+        momentum = "optim.momentum_buffer.blocks.0.mlp.up.weight" in read_manifest(checkpoints(run)[-1])["tensors"]
+        assert momentum == (config.optim.name == "muon")
 
 
 def swaps(rank: int, world: int, config: JobConfig) -> list[bool]:
@@ -158,7 +167,7 @@ def lines_of(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
-    config = settings_of(data, tmp_path_factory.mktemp("straight") / "run", vocab__untie_at=3)
+    config = settings_of(data, tmp_path_factory.mktemp("straight") / "run", **SPLIT, **MUON)
     freeze(config, open_data(config.data))
     run_ranks(2, train_rank, config)
     return config.run_dir
@@ -182,7 +191,7 @@ def test_resume_is_bit_exact(data, tmp_path, engine):
 def test_any_engine_and_world_loads_the_same_bits(data, straight, tmp_path, world, engine):
     run = tmp_path / "run"
     shutil.copytree(straight, run)
-    changes = {"engine": ENGINES[engine], "vocab__untie_at": 3, "checkpoint__every": 0}
+    changes = SPLIT | MUON | {"engine": ENGINES[engine], "checkpoint__every": 0}
     changes |= {"train__micro_batch": 2 if world == 3 else 3}
     found = run_ranks(world, loaded_average, settings_of(data, run, **changes))
     for name, tensor in weights_of(checkpoints(straight)[-1], "ema.").items():
@@ -254,13 +263,29 @@ def test_settings_have_rules(settings):
         EmaConfig(**settings)
 
 
-def test_plan_counts_four_bytes_per_number():
-    for engine in ([], ["engine=deepspeed", "engine.zero_stage=1"]):
-        plain, kept = (
-            step_of(configured(*SMALL, *engine, *more), 5000, 2, 4, GPU) for more in ([], ["ema.decay=0.999"])
-        )
-        numbers = plain.body.stepped + plain.shard.rows * plain.work.width
-        for name, items in plain.phases().items():
-            found = {item.name: item.bytes for item in kept.phases()[name]}
-            assert found.pop("average") == 4 * numbers
-            assert found == {item.name: item.bytes for item in items}
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "engine", [["engine.hsdp=true"], *(["engine=deepspeed", f"engine.zero_stage={n}"] for n in range(4))]
+)
+def test_plan_counts_four_bytes_per_number(engine, optim):
+    settings = [*SMALL, f"optim={optim}", *engine]
+    plain, kept = (step_of(configured(*settings, *more), 5000, 2, 4, GPU) for more in ([], ["ema.decay=0.999"]))
+    assert average_of(plain, kept) == 4 * (plain.body.stepped + plain.shard.rows * plain.work.width)
+
+
+@pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "engine.zero_stage=3"]])
+def test_plan_counts_no_average_in_host_memory(engine):
+    settings = [*SMALL, *engine, "engine.offload=cpu", "vocab.tie=untied"]
+    plain, kept = (step_of(configured(*settings, *more), 5000, 2, 4, GPU) for more in ([], ["ema.decay=0.999"]))
+    assert average_of(plain, kept) == 4 * 2 * plain.shard.rows * plain.work.width
+
+
+def average_of(plain: StepCost, kept: StepCost) -> int:
+    """Bytes of the average, the same in each phase. The other items must not change."""
+    averages = set()
+    for name, items in plain.phases().items():
+        found = {item.name: item.bytes for item in kept.phases()[name]}
+        averages.add(found.pop("average"))
+        assert found == {item.name: item.bytes for item in items}
+    (average,) = averages
+    return average
