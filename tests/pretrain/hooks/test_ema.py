@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launch.step import StepCost
-from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.checkpoint.rows import CheckpointRows
 from pretrain.commands import hf
 from pretrain.compose import freeze
@@ -20,33 +22,42 @@ from pretrain.config.ema import EmaConfig
 from pretrain.config.generation import GenerateConfig
 from pretrain.config.job import JobConfig
 from pretrain.data import open_data
-from pretrain.generation import generate
+from pretrain.generation import generate, load_model
 from pretrain.hooks import ema
 from tests.in_process import in_process
-from tests.launch.test_plan import GPU, SMALL, configured, step_of
+from tests.launch.test_plan import GPU, SMALL, configured
+from tests.launch.test_plan import step_of as cost_of
 from tests.pretrain.engine.test_engines import ENGINES
 from tests.pretrain.helpers import make_corpus
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
 
-STEPS, DECAY = 6, 0.8
+STEPS, DECAY = 4, 0.8
 SETTINGS = {
     "train__steps": STEPS,
     "checkpoint__every": 1,
     "ema__decay": DECAY,
     "eval__every": 2,
     "model__width": 21,  # not divisible by any number of ranks
+    "model__layers": 1,
     "vocab__size": None,
 }
+SPLIT, MUON, OFFLOAD = {"vocab__untie_at": 2}, {"optim__name": "muon"}, {"engine__offload": "cpu"}
+GATHERED = {"engine__reshard_after_forward": False}  # an evaluation then leaves weights gathered
+CASES: dict[str, dict[str, object]] = {  # settings per engine, on two ranks
+    "fsdp2": SPLIT | GATHERED,
+    "hsdp": MUON | SPLIT,
+    "zero0": MUON | {"ema__every": 2},
+    "zero1": MUON | SPLIT | {"train__precision": "auto"},
+    "zero2": OFFLOAD,
+    "zero3": MUON,
+}
+WATCHED = ("fsdp2", "zero1", "zero3")  # the three ways to set the weights that the forward uses
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("ema") / "data", val=160)
-
-
-def settings_of(data: Path, run: Path, **changes: object) -> JobConfig:
-    return tiny_config(data, run, **SETTINGS | changes)
+def settings_of(data: Path, run: Path, engine: str, world: int = 2, **changes: object) -> JobConfig:
+    settings = SETTINGS | {"engine": ENGINES[engine], "train__micro_batch": 12 // world} | changes
+    return tiny_config(data, run, **settings)
 
 
 def weights_of(folder: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -70,6 +81,7 @@ def truth_of(run: Path, every: int = 1) -> dict[str, Tensor]:
 
 
 def assert_average(run: Path, every: int = 1) -> None:
+    assert [step_of(folder) for folder in checkpoints(run)] == list(range(1, STEPS + 1))
     truth, found = truth_of(run, every), weights_of(checkpoints(run)[-1], "ema.")
     last = weights_of(checkpoints(run)[-1])
     assert found.keys() == truth.keys() == last.keys()
@@ -78,54 +90,69 @@ def assert_average(run: Path, every: int = 1) -> None:
         assert not torch.allclose(found[name], last[name], rtol=1e-4, atol=1e-5), f"{name} did not move"
 
 
-def train_all(rank: int, world: int, configs: list[JobConfig]) -> None:
-    for config in configs:
-        train_rank(rank, world, config)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("ema") / "data", val=160)
 
 
-SPLIT, MUON, OFFLOAD = {"vocab__untie_at": 3}, {"optim__name": "muon"}, {"engine__offload": "cpu"}
-CASES: dict[int, list[tuple[str, dict[str, object], int]]] = {  # per world: engine, settings, steps between updates
-    1: [("fsdp2", SPLIT, 1), ("zero1", {}, 2)],
-    2: [(engine, MUON | SPLIT if engine in ("hsdp", "zero1") else MUON, 1) for engine in ENGINES],
-    3: [("fsdp2", MUON | SPLIT, 1), ("zero3", OFFLOAD, 2)],
-    4: [("fsdp2", SPLIT, 1), ("zero2", OFFLOAD, 2)],
-}
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> tuple[Path, dict[str, list[bool]]]:
+    """The folder of the runs of `train_all`, and what the ranks saw."""
+    folder = tmp_path_factory.mktemp("trained")
+    seen, others = run_ranks(2, train_all, data, folder, timeout=240)
+    assert seen == others
+    return folder, seen
 
 
-@pytest.mark.parametrize("world", CASES)
-def test_average_is_the_float64_recursion(data, tmp_path, world):
-    """Trains with each engine and optimizer, with and without a split of the matrix, and with fewer updates."""
-    runs, batch = {}, {"train__micro_batch": 2 if world == 3 else 3}
-    for engine, changes, every in CASES[world]:
-        config = settings_of(data, tmp_path / engine, engine=ENGINES[engine], ema__every=every, **batch, **changes)
-        runs[config.run_dir] = (config, every)
-    run_ranks(world, train_all, [config for config, _ in runs.values()], timeout=120)
-    for run, (config, every) in runs.items():
-        assert_average(run, every)
-        momentum = "optim.momentum_buffer.blocks.0.mlp.up.weight" in read_manifest(checkpoints(run)[-1])["tensors"]
-        assert momentum == (config.optim.name == "muon")
+def train_all(rank: int, world: int, data: Path, folder: Path) -> dict[str, list[bool]]:
+    """Trains all runs on two ranks in the same processes, as each new process costs seconds."""
+    seen = {}
+    for engine, changes in CASES.items():
+        config = settings_of(data, folder / engine, engine, **changes)
+        if rank == 0:
+            freeze(config, open_data(config.data))
+        seen[engine] = swaps(rank, world, config)
+    for engine in WATCHED:
+        changes = CASES[engine]
+        off = {"eval__every": 0, "ema__decay": None, "checkpoint__every": 0}
+        train_rank(rank, world, settings_of(data, folder / f"{engine}-plain", engine, **changes | off))
+        exported = folder / f"{engine}-exported"
+        if rank == 0:
+            done = in_process(hf.main, "export", f"run={folder / engine}", f"out={exported}", "weights=ema")
+            assert done.returncode == 0, done.stderr
+        dist.barrier()
+        frozen = off | {"init_from": f"hf:{exported}", "optim__lr": 1e-30, "train__steps": 2, "vocab__untie_at": None}
+        frozen |= {"vocab__tie": "untied" if "vocab__untie_at" in changes else "tied"}
+        train_rank(rank, world, settings_of(data, folder / f"{engine}-of-average", engine, **changes | frozen))
+    for engine in ("fsdp2", "zero3"):
+        for stop in (2, STEPS):
+            config = settings_of(data, folder / f"{engine}-parts", engine, **CASES[engine], train__stop_after=stop)
+            train_rank(rank, world, config)
+    for stop, changes in ((1, {"ema__decay": None}), (3, {}), (4, {"ema__decay": None})):
+        train_rank(rank, world, settings_of(data, folder / "on-off", "fsdp2", train__stop_after=stop, **changes))
+    return seen
 
 
 def swaps(rank: int, world: int, config: JobConfig) -> list[bool]:
-    """After each evaluation: the state has the bits from before it; inside: the model has the average's loss."""
+    """Trains. Two results per evaluation: the model had the average's bits inside, and its own bits again after it."""
     seen: list[bool] = []
     swapped = ema.EmaHook.swapped
 
     def watched(self):
         before = bits_of(self)
         average = {name: t for name, t in before.items() if name.startswith("ema.")}
-        context = swapped(self)
-        context.__enter__()
-        inside = bits_of(self)
+        with swapped(self):
+            inside = bits_of(self)
         seen.append(all(torch.equal(inside[name.removeprefix("ema.")], t) for name, t in average.items()))
-        context.__exit__(None, None, None)
         after = bits_of(self)
         seen.append(before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items()))
         return swapped(self)
 
     ema.EmaHook.swapped = watched
-    train_rank(rank, world, config)
-    ema.EmaHook.swapped = swapped
+    try:
+        train_rank(rank, world, config)
+    finally:
+        ema.EmaHook.swapped = swapped
     return seen
 
 
@@ -137,69 +164,64 @@ def bits_of(hook: ema.EmaHook) -> dict[str, Tensor]:
     return {name: (t.to_local() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("engine,precision", [("fsdp2", "auto"), ("zero1", "auto"), ("zero3", "fp32")])
-def test_evaluation_of_the_average_is_that_of_its_weights(data, tmp_path, engine, precision):
-    """A run that begins with the average as its weights, and learns nothing, has the same validation loss.
-
-    A run without evaluations has the same training losses: each swap is undone, also in the copies of the engine.
-    """
-    kept = {"reshard_after_forward": False} if engine == "fsdp2" else {}  # an evaluation leaves weights gathered
-    settings = {"engine": ENGINES[engine] | kept, "train__precision": precision}
-    config = settings_of(data, tmp_path / "run", **settings)
-    assert run_ranks(2, swaps, config) == [[True] * 6] * 2
-    plain = settings_of(data, tmp_path / "plain", **settings | {"eval__every": 0, "ema__decay": None})
-    run_ranks(2, train_rank, plain)
-    lines, others = (lines_of(run) for run in (config.run_dir, plain.run_dir))
-    assert [line["loss"] for line in lines] == [line["loss"] for line in others]
-    assert "val_loss_ema" in lines[-1] and "val_loss_ema" not in others[-1] and "val_loss" in others[-1]
-    assert ["val_bits_per_byte_ema" in line for line in lines] == [False, True] * 3
-    done = in_process(hf.main, "export", f"run={config.run_dir}", f"out={tmp_path / 'hf'}", "weights=ema")
-    assert done.returncode == 0, done.stderr
-    changes = {"init_from": f"hf:{tmp_path / 'hf'}", "optim__lr": 1e-30, "ema__decay": None, "train__steps": 2}
-    unchanged = settings_of(data, tmp_path / "of-average", **settings | changes)
-    run_ranks(2, train_rank, unchanged)
-    assert lines_of(unchanged.run_dir)[-1]["val_loss"] == lines[-1]["val_loss_ema"] != lines[-1]["val_loss"]
+@pytest.mark.parametrize("engine", CASES)
+def test_average_is_the_float64_recursion(trained, engine):
+    """Covers both optimizers, with and without a split of the matrix, and an update every second step."""
+    folder, seen = trained
+    assert_average(folder / engine, every=CASES[engine].get("ema__every", 1))
+    assert seen[engine] == [True] * 4
+    saved = read_manifest(checkpoints(folder / engine)[-1])["tensors"]
+    momentum = "optim.momentum_buffer.blocks.0.mlp.up.weight" in saved
+    assert momentum == (CASES[engine].get("optim__name") == "muon")
 
 
 def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> Path:
-    config = settings_of(data, tmp_path_factory.mktemp("straight") / "run", **SPLIT, **MUON)
-    freeze(config, open_data(config.data))
-    run_ranks(2, train_rank, config)
-    return config.run_dir
+@pytest.mark.parametrize("engine", WATCHED)
+def test_evaluation_of_the_average_is_that_of_its_weights(trained, engine):
+    """A run that begins with the average as its weights, and learns nothing, has the same validation loss.
+
+    A run without evaluations has the same training losses: each swap is undone, also in the copies of the engine.
+    """
+    folder, _ = trained
+    lines, others, frozen = (lines_of(folder / f"{engine}{kind}") for kind in ("", "-plain", "-of-average"))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in others]
+    assert "val_loss" in others[-1] and "val_loss_ema" not in others[-1]
+    assert ["val_bits_per_byte_ema" in line for line in lines] == [False, True] * 2
+    assert frozen[-1]["val_loss"] == lines[-1]["val_loss_ema"] != lines[-1]["val_loss"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_resume_is_bit_exact(data, tmp_path, engine):
-    for name, stops in (("straight", [STEPS]), ("parts", [3, STEPS])):
-        for stop in stops:
-            changes = {"engine": ENGINES[engine], "vocab__untie_at": 3, "train__stop_after": stop}
-            run_ranks(2, train_rank, settings_of(data, tmp_path / name, **changes))
-    whole, parts = (saved_tensors(tmp_path / name) for name in ("straight", "parts"))
-    assert whole.keys() == parts.keys() >= {"ema.head.weight", "ema.blocks.0.mlp.up.weight"}
+def test_resume_is_bit_exact(trained, engine):
+    folder, _ = trained
+    runs = folder / engine, folder / f"{engine}-parts"
+    whole, parts = (saved_tensors(run) for run in runs)
+    assert whole.keys() == parts.keys() >= {"ema.embedding.weight", "ema.blocks.0.mlp.up.weight"}
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
-    masses = [read_manifest(checkpoints(tmp_path / name)[-1])["hooks"] for name in ("straight", "parts")]
+    masses = [read_manifest(checkpoints(run)[-1])["hooks"] for run in runs]
     assert masses[0] == masses[1] == {"ema.mass": pytest.approx(1 - DECAY**STEPS, rel=1e-14)}
 
 
 @pytest.mark.parametrize("world,engine", [(1, "zero2"), (3, "fsdp2"), (4, "zero3")])
-def test_any_engine_and_world_loads_the_same_bits(data, straight, tmp_path, world, engine):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    changes = SPLIT | MUON | {"engine": ENGINES[engine], "checkpoint__every": 0}
-    changes |= {"train__micro_batch": 2 if world == 3 else 3}
-    found = run_ranks(world, loaded_average, settings_of(data, run, **changes))
-    for name, tensor in weights_of(checkpoints(straight)[-1], "ema.").items():
-        assert all(torch.equal(of_rank[name], tensor) for of_rank in found), name
+def test_any_engine_and_world_continues_it(data, trained, tmp_path, world, engine):
+    """Resumes FSDP2's run of two ranks: the loaded bits are the saved ones, and the recursion goes on."""
+    run = Path(shutil.copytree(trained[0] / "fsdp2", tmp_path / "run"))
+    *_, saved, third, fourth = checkpoints(run)
+    shutil.rmtree(third)
+    shutil.rmtree(fourth)
+    found = run_ranks(world, loaded_average, settings_of(data, run, engine, world, eval__every=0, **SPLIT))
+    average = weights_of(saved, "ema.")
+    for of_rank in found:
+        assert of_rank.keys() == average.keys()
+        assert all(torch.equal(of_rank[name], tensor) for name, tensor in average.items())
+    assert_average(run)
 
 
 def loaded_average(rank: int, world: int, config: JobConfig) -> dict[str, Tensor]:
-    """Whole tensors of the average after a resume."""
+    """Resumes and trains. Returns whole tensors of the average from before the first step."""
     kept: dict[str, Tensor] = {}
     begin = ema.EmaHook.before_training
 
@@ -211,48 +233,44 @@ def loaded_average(rank: int, world: int, config: JobConfig) -> dict[str, Tensor
 
     ema.EmaHook.before_training = watched
     train_rank(rank, world, config)
-    ema.EmaHook.before_training = begin
     return kept
 
 
-def test_average_can_be_turned_on_and_off(data, tmp_path):
-    run = tmp_path / "run"
-    off = {"ema__decay": None, "checkpoint__every": 0}
-    run_ranks(2, train_rank, settings_of(data, run, **off, train__stop_after=2))
-    run_ranks(2, train_rank, settings_of(data, run, train__stop_after=4))
-    step_3, step_4 = checkpoints(run)[-2:]
-    first, last, average = weights_of(step_3), weights_of(step_4), weights_of(step_4, "ema.")
-    for name, weight in first.items():
-        expected = (DECAY * weight.double() + last[name].double()) / (1 + DECAY)
+def test_average_can_be_turned_on_and_off(trained):
+    run = trained[0] / "on-off"
+    step_1, step_2, step_3, step_4 = checkpoints(run)
+    second, third, average = weights_of(step_2), weights_of(step_3), weights_of(step_3, "ema.")
+    for name, weight in second.items():
+        expected = (DECAY * weight.double() + third[name].double()) / (1 + DECAY)
         np.testing.assert_allclose(average[name], expected, rtol=1e-6, atol=1e-8)
-    run_ranks(2, train_rank, settings_of(data, run, **off))
-    assert not [name for name in saved_tensors(run) if name.startswith("ema.")]
+    for folder in (step_1, step_4):
+        assert not [name for name in read_manifest(folder)["tensors"] if name.startswith("ema.")]
 
 
-def test_generate_and_export_choose_the_average(straight, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    for weights, prefix in (("last", ""), ("ema", "ema.")):
-        done = in_process(hf.main, "export", f"run={run}", f"out={tmp_path / weights}", f"weights={weights}")
-        assert done.returncode == 0, done.stderr
-        theirs = load_file(tmp_path / weights / "model.safetensors")
-        ours = weights_of(checkpoints(run)[-1], prefix)
-        assert torch.equal(theirs["transformer.wte.weight"], ours["embedding.weight"][: len(theirs["lm_head.weight"])])
-        assert torch.equal(theirs["lm_head.weight"], ours["head.weight"][: len(theirs["lm_head.weight"])])
-    texts = []
-    for weights in ("last", "ema"):
-        settings = GenerateConfig(run=str(run), weights=weights, prompt="the", tokens=30, temperature=0)
-        texts.append("".join(generate(settings, torch.device("cpu"))))
-    assert texts[0].startswith("the") and texts[1].startswith("the") and texts[0] != texts[1]
-    done = in_process(hf.main, "export", f"out={tmp_path / 'x'}", f"run={run}", "weights=mean")
-    assert done.returncode == 2 and "weights=mean must be last or ema" in done.stderr
+@pytest.mark.parametrize("weights,prefix", [("last", ""), ("ema", "ema.")])
+def test_generate_and_export_choose_the_average(trained, tmp_path, weights, prefix):
+    run = trained[0] / "fsdp2"
+    last, ours = checkpoints(run)[-1], weights_of(checkpoints(run)[-1], prefix)
+    done = in_process(hf.main, "export", f"run={run}", f"out={tmp_path / 'hf'}", f"weights={weights}")
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, own in (("transformer.wte.weight", "embedding.weight"), ("lm_head.weight", "head.weight")):
+        assert torch.equal(theirs[name], ours[own][: len(theirs[name])])
+    model, _ = load_model(last, torch.device("cpu"), weights)
+    loaded = dict(model.body.named_parameters()) | model.vocab.named_rows()
+    assert loaded.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(loaded[name][: len(tensor)], tensor), name
+    settings = GenerateConfig(run=str(run), weights=weights, prompt="the", tokens=3)
+    assert "".join(generate(settings, torch.device("cpu"))).startswith("the")
 
 
-def test_missing_average_is_named(data, tmp_path):
-    run = tmp_path / "run"
-    run_ranks(1, train_rank, settings_of(data, run, ema__decay=None, train__stop_after=1))
-    done = in_process(hf.main, "export", f"run={run}", f"out={tmp_path / 'x'}", "weights=ema")
-    assert done.returncode == 2 and "weights=ema must be last: " in done.stderr
+def test_wrong_choice_of_weights_is_named(trained, tmp_path):
+    run = trained[0] / "on-off"
+    for weights, expected in (("ema", "weights=ema must be last: "), ("mean", "weights=mean must be last or ema")):
+        done = in_process(hf.main, "export", f"run={run}", f"out={tmp_path / 'x'}", f"weights={weights}")
+        assert done.returncode == 2 and expected in done.stderr and not any(tmp_path.iterdir())
+    shutil.copytree(trained[0] / "fsdp2" / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"^weights=ema must be last: .* has no running average"):
         next(generate(GenerateConfig(run=str(run), weights="ema"), torch.device("cpu")))
 
@@ -263,21 +281,27 @@ def test_settings_have_rules(settings):
         EmaConfig(**settings)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "engine", [["engine.hsdp=true"], *(["engine=deepspeed", f"engine.zero_stage={n}"] for n in range(4))]
+    "engine,optim",
+    [("engine.hsdp=true", "muon"), *((f"engine.zero_stage={n}", ("adamw", "muon")[n % 2]) for n in range(4))],
 )
 def test_plan_counts_four_bytes_per_number(engine, optim):
-    settings = [*SMALL, f"optim={optim}", *engine]
-    plain, kept = (step_of(configured(*settings, *more), 5000, 2, 4, GPU) for more in ([], ["ema.decay=0.999"]))
+    of_engine = [engine] if "hsdp" in engine else ["engine=deepspeed", engine]
+    plain, kept = costs(f"optim={optim}", *of_engine)
     assert average_of(plain, kept) == 4 * (plain.body.stepped + plain.shard.rows * plain.work.width)
 
 
 @pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "engine.zero_stage=3"]])
 def test_plan_counts_no_average_in_host_memory(engine):
-    settings = [*SMALL, *engine, "engine.offload=cpu", "vocab.tie=untied"]
-    plain, kept = (step_of(configured(*settings, *more), 5000, 2, 4, GPU) for more in ([], ["ema.decay=0.999"]))
+    plain, kept = costs(*engine, "engine.offload=cpu", "vocab.tie=untied")
     assert average_of(plain, kept) == 4 * 2 * plain.shard.rows * plain.work.width
+
+
+def costs(*settings: str) -> tuple[StepCost, StepCost]:
+    """Cost of a step without and with an average."""
+    job = configured(*SMALL, *settings)
+    kept = replace(job, ema=EmaConfig(decay=0.999))
+    return cost_of(job, 5000, 2, 4, GPU), cost_of(kept, 5000, 2, 4, GPU)
 
 
 def average_of(plain: StepCost, kept: StepCost) -> int:
