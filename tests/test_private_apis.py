@@ -33,6 +33,7 @@ PRIVATE = [  # the path in the other package; our use
     ("torch._assert_async", "a check of the loss that does not wait for the GPU"),
     ("torch._foreach_norm", "the norm of the gradients, in one kernel"),
     ("torch._foreach_mul_", "the clip, in one kernel"),
+    ("torch._foreach_lerp_", "the running average, in one kernel"),
     ("torch.cuda.memory._record_memory_history", "the memory snapshot of a trace"),
     ("torch.cuda.memory._dump_snapshot", "the memory snapshot of a trace"),
     ("torch.utils.cpp_extension._get_build_directory", "finds the lock of a killed build of DeepSpeed"),
