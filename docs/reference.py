@@ -26,6 +26,7 @@ from launch.training import LaunchConfig  # noqa: E402
 from pretrain.commands import checkpoint, data, hf, profile, tie_report  # noqa: E402
 from pretrain.compose import PARTS  # noqa: E402
 from pretrain.config.engine import ENGINES  # noqa: E402
+from pretrain.config.evaluation import EvaluateConfig  # noqa: E402
 from pretrain.config.generation import GenerateConfig  # noqa: E402
 from pretrain.config.job import JobConfig  # noqa: E402
 from pretrain.config.optim import OPTIMIZERS  # noqa: E402
@@ -112,6 +113,7 @@ def _commands() -> list[tuple[str, str, dict[str, Setting]]]:
         ),
         ("Token files of other programs", "`python -m data_prep.formats import` and `export`.", _texts(formats.KEYS)),
         ("Sampling", "`python -m pretrain.generate`.", describe(GenerateConfig)),
+        ("Benchmarks", "`python -m pretrain.evaluate`.", describe(EvaluateConfig)),
         ("The lens", "`python -m pretrain.lens`.", describe(LensConfig)),
         ("Checkpoints", "`python -m pretrain.checkpoint list`, `verify` and `prune`.", _texts(checkpoint.KEYS)),
         ("The data of a step", "`python -m pretrain.data show`.", _texts(data.KEYS)),

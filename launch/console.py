@@ -42,6 +42,11 @@ def generate() -> None:
     _run("pretrain.generate")
 
 
+def evaluate() -> None:
+    """Runs benchmarks on a run, as `python -m pretrain.evaluate` does."""
+    _run("pretrain.commands.evaluate")
+
+
 def lens() -> None:
     """Draws the logit lens, as `python -m pretrain.lens` does."""
     _run("pretrain.commands.lens")

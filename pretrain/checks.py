@@ -21,9 +21,11 @@ from .checkpoint import (
 from .checkpoint.resume import check_resumable
 from .compilers import check_compilers
 from .config.engine import DeepSpeedConfig, FSDP2Config
+from .config.evaluation import check_tasks
 from .config.job import CONFIG_FILE, JobConfig
 from .corpora import validation_windows, vocab_rows
 from .data import Data, open_data
+from .evaluate.tasks import check_names
 from .exits import RESTARTS_FILE
 from .interop.initial import check_initial
 from .locks import LAUNCH_LOCK, RANKS_LOCK
@@ -53,7 +55,13 @@ def check_job(
     config.train.check_world(world)
     config.vocab.check_world(world)
     config.profile.check_world(world)
+    check_tasks("eval.", config.eval.tasks, config.eval.tasks_path)
     data, rows, unchecked = settled or check_settings(config, world)
+    if config.eval.tasks:
+        if data.tokenizer is None:
+            raise ValueError(f"eval.tasks={','.join(config.eval.tasks)} need the tokenizer of the data: it has none")
+        if config.eval.tasks_path:  # to list lm-eval's own tasks takes it half a minute
+            check_names("eval.", config.eval.tasks, config.eval.tasks_path)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
     if unchecked:
         warn(unchecked)

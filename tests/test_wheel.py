@@ -63,7 +63,7 @@ def test_tokenises_trains_and_samples(installed: Path, tmp_path: Path):
     run([installed / "rowshard-generate", "run=runs/a", "prompt=The", "tokens=2"], tmp_path)
 
 
-@pytest.mark.parametrize("command", ["tokenize", "train", "slurm", "plan", "generate", "lens", "hf"])
+@pytest.mark.parametrize("command", ["tokenize", "train", "slurm", "plan", "generate", "evaluate", "lens", "hf"])
 def test_help(installed: Path, tmp_path: Path, command: str):
     assert "=" in run([installed / f"rowshard-{command}", "--help"], tmp_path)
 

@@ -74,6 +74,8 @@ class JobConfig:
     def resolve(self) -> None:
         """Makes the paths of all inputs absolute, because a job may run in another folder."""
         self.data.resolve()
+        if self.eval.tasks_path:
+            self.eval.tasks_path = str(Path(self.eval.tasks_path).absolute())
         if self.init_from is not None:
             self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
 

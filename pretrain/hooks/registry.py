@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 from ..config.job import JobConfig
-from . import ema, embedding, evaluation, lens, log, profile, save, untie
+from . import ema, embedding, evaluation, lens, log, profile, save, tasks, untie
 from .base import Hook, Run
 
 BUILDERS: tuple[Callable[[JobConfig, Run], Hook | None], ...] = (
     profile.build,  # first: a trace ends before the work of the others after its last step
     ema.build,  # before the evaluation, which measures it as well
     evaluation.build,
+    tasks.build,
     untie.build,
     embedding.build,
     lens.build,

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Mask = Tensor | BlockMask
+from .cache import NewOfBlock
+
+Mask = Tensor | BlockMask | NewOfBlock
 
 
 def within_documents(starts_BT: Tensor) -> Mask:
@@ -42,7 +44,9 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
 
 
 def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask: Mask | None) -> Tensor:
-    """Returns softmax(q·kᵀ/√d)·v, [B, H, T, d]. mask None: causal."""
+    """Returns softmax(q·kᵀ/√d)·v, [B, H, T, d]. mask None: causal; new tokens of a cache: with what it holds, too."""
+    if isinstance(mask, NewOfBlock):
+        keys_BKTd, values_BKTd, mask = mask.extended(keys_BKTd, values_BKTd)
     shared = keys_BKTd.shape[1] != queries_BHTd.shape[1]
     if isinstance(mask, BlockMask):
         # uncompiled, it computes the whole matrix of scores

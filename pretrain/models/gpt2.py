@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..families.gpt2 import GELUS, GPT2Config
 from .attention import Mask, attention, within_documents
+from .cache import NewTokens
 from .initial import STD, initial_rows
 
 
@@ -18,7 +19,7 @@ class Body(nn.Module):
     """Positions, blocks, final norm: hidden [B, T, D] -> hidden [B, T, D].
 
     starts_BT: for each position, the first position of its document; attention and positions then stay within
-    documents. None: each sequence is one document.
+    documents. None: each sequence is one document. cache: the tokens are new ones of sequences that it holds.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -29,14 +30,17 @@ class Body(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, config.eps)
 
-    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        length, mask = hidden_BTD.shape[1], None
-        if starts_BT is None:
+    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None, cache: NewTokens | None = None) -> Tensor:
+        length = hidden_BTD.shape[1]
+        masks: list[Mask | None] = [None] * len(self.blocks)
+        if cache is not None:
+            hidden_BTD, masks = hidden_BTD + self.positions[cache.positions_BT], [*cache.blocks]
+        elif starts_BT is None:
             hidden_BTD = hidden_BTD + self.positions[:length]
         else:
             hidden_BTD = hidden_BTD + self.positions[torch.arange(length, device=starts_BT.device) - starts_BT]
-            mask = within_documents(starts_BT)
-        for block in self.blocks:
+            masks = [within_documents(starts_BT)] * len(self.blocks)
+        for block, mask in zip(self.blocks, masks, strict=True):
             hidden_BTD = block(hidden_BTD, mask)
         return self.norm(hidden_BTD)
 

@@ -6,7 +6,7 @@ Architecture: Touvron et al., arXiv:2302.13971; Grattafiori et al., arXiv:2407.2
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..families.llama import LlamaConfig
 from .attention import Mask, attention, within_documents
+from .cache import NewTokens
 from .initial import initial_rows
 
 
@@ -38,7 +39,7 @@ class Body(nn.Module):
     """Blocks and final norm: hidden [B, T, D] -> hidden [B, T, D].
 
     starts_BT: for each position, the first position of its document; attention and positions then stay within
-    documents. None: each sequence is one document.
+    documents. None: each sequence is one document. cache: the tokens are new ones of sequences that it holds.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -49,17 +50,23 @@ class Body(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
 
-    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        tables = self.tables(hidden_BTD, starts_BT)
-        for block in self.blocks:
+    def forward(self, hidden_BTD: Tensor, starts_BT: Tensor | None = None, cache: NewTokens | None = None) -> Tensor:
+        tables_of_blocks = [self.tables(hidden_BTD, starts_BT, cache)] * len(self.blocks)
+        if cache is not None:
+            tables_of_blocks = [
+                replace(tables, mask=new) for tables, new in zip(tables_of_blocks, cache.blocks, strict=True)
+            ]
+        for block, tables in zip(self.blocks, tables_of_blocks, strict=True):
             hidden_BTD = block(hidden_BTD, tables)
         return self.norm(hidden_BTD)
 
-    def tables(self, hidden_BTD: Tensor, starts_BT: Tensor | None) -> RotaryTables:
+    def tables(self, hidden_BTD: Tensor, starts_BT: Tensor | None, cache: NewTokens | None = None) -> RotaryTables:
         """Computes the tables, again per forward: a buffer would be cast and emptied together with the weights."""
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         mask = None
-        if starts_BT is not None:
+        if cache is not None:
+            positions = cache.positions_BT.unsqueeze(1)
+        elif starts_BT is not None:
             positions, mask = (positions - starts_BT).unsqueeze(1), within_documents(starts_BT)
         angles = positions.float().unsqueeze(-1) * frequencies(self.config, hidden_BTD.device)
         angles = torch.cat((angles, angles), dim=-1)

@@ -8,7 +8,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import metadata
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
-from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, PART, SCALARS, Scalar
+from .scalars import BIN, BY_KEY, CORPUS, DETAILS, LAYER, PART, SCALARS, TASK, Scalar
 
 OVERVIEW = {
     "Loss, nats/token": ("loss", "val_loss", "val_loss_ema"),
@@ -22,6 +22,7 @@ OVERVIEW = {
 CATEGORIES = {  # by the form of the key
     PART: "Parts of a step",
     CORPUS: "Corpora",
+    TASK: "Tasks",
     BIN: "Rows and tokens by frequency",
     "/topNpct": "Spectrum of the matrix",
     LAYER: "Lens by layer",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 TRAINING, DATA, MATRIX, LENS = "1 training", "2 data", "3 matrix", "4 lens"
 DETAILS = "details"
 ABOUT = "about"  # group of the texts about the run: before `rows`
-CORPUS, BIN, LAYER, PART = "/CORPUS", "/BIN", "/LAYER", "/PART"
+CORPUS, BIN, LAYER, PART, TASK = "/CORPUS", "/BIN", "/LAYER", "/PART", "/TASK"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scalar:
     meaning: str
     healthy: str
     card: str = ""  # tag in TensorBoard of the key alone; "": it is a detail
-    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN, LAYER and PART stand for names
+    forms: tuple[str, ...] = ("",)  # what may follow the key: CORPUS, BIN, LAYER, PART and TASK stand for names
 
     @property
     def tag(self) -> str:
@@ -158,6 +158,15 @@ SCALARS = (
         "As val_loss_ema.",
         f"{TRAINING}/loss/val_bits_per_byte_ema",
         ("", CORPUS),
+    ),
+    Scalar(
+        "task",
+        "Tasks",
+        "",
+        "Measures of the tasks in eval.tasks, as lm-eval defines them. /TASK: names of a task and of a measure, such as"
+        " task/arc_easy/acc.",
+        "acc: rises from that of a guess. Perplexities fall.",
+        forms=(TASK,),
     ),
     Scalar(
         "lr",

@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config.generation import check_sampling
-from .collectives import all_gather
+from .collectives import all_gather, on_host
 from .readout import logits_in
 from .shard import VocabShard
 
 SCORE_BYTES = 32 * 2**20  # of scores at once
+BETWEEN_CHECKS = 8  # bisections for `top_p` between two checks whether it has ended
 
 
 @torch.no_grad()
@@ -27,14 +28,16 @@ def sample(
     top_k: int | None = None,
     top_p: float = 1.0,
     softcap: float | None = None,
+    positions_N: Tensor | None = None,
 ) -> Tensor:
     """Samples one id per hidden state, [N]. All ranks of the group pass the same hidden states and get the same ids.
 
     The sample is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p` keep.
     The noise is a function of (seed, draw, position in N, row), so the sample is the same for any number of ranks.
+    `positions_N` [N] replaces the position in N: hidden states with the same number get the same noise.
     temperature=0 takes the largest logit. Ties go to the lowest id, but all ties at the edge of `top_p` are kept.
     Memory: SCORE_BYTES of scores, and a few times as much to draw from them; n positions are processed at once.
-    Collectives for n positions: gathers of k values, sums of n floats (64 of them for `top_p`), one gather of the
+    Collectives for n positions: gathers of k values, sums of n floats (up to 64 of them for `top_p`), one gather of the
     winners. Raises ValueError if a setting is out of range.
 
     >>> rows, shard = torch.eye(4), VocabShard.of(rank=0, world=1, vocab_size=4, multiple=1)
@@ -47,6 +50,8 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
     rows_vD = weight_vD[: shard.valid_rows]
+    if positions_N is None:
+        positions_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
     found = []
     for start in range(0, len(hidden_ND), at_once := max(1, SCORE_BYTES // (8 * shard.rows_per_rank))):
         scores_nv = logits_in(torch.float64, hidden_ND[start : start + at_once], rows_vD, softcap)
@@ -56,7 +61,7 @@ def sample(
                 scores_nv = _keep_top_k(scores_nv, ids_v, top_k, group)
             if top_p < 1:
                 scores_nv = _keep_top_p(scores_nv, top_p, group)
-            scores_nv += _gumbel(seed, draw, start, len(scores_nv), ids_v)
+            scores_nv += _gumbel(seed, draw, positions_N[start : start + at_once], ids_v)
         best_n, best_ids_n = _largest(scores_nv, ids_v)
         best_pn, ids_pn = all_gather(best_n, group), all_gather(best_ids_n, group)
         winner_n = best_pn.max(0).indices  # the lowest rank on ties, so the lowest id
@@ -90,14 +95,17 @@ def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGro
 def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
     """Keeps the smallest set of largest scores that has `top_p` of the probability; sets the others to -inf.
 
-    The set's lowest score is found by bisection; only its mass crosses the ranks.
+    The set's lowest score is found by bisection, until it is the only score between the bounds; only masses and bounds
+    cross the ranks.
     """
     floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)  # for a shard without rows
     top_N1 = all_gather(torch.cat([scores_Nv, floor_N1], 1).amax(1, keepdim=True), group).amax(0)
     mass_Nv = (scores_Nv - top_N1).exp()
     needed_N = top_p * _total(mass_Nv.sum(1), group)
     low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: there is no mass below it
-    for _ in range(64):
+    for turn in range(64):
+        if turn % BETWEEN_CHECKS == BETWEEN_CHECKS - 1 and _one_left(scores_Nv, low_N1, high_N1, group):
+            break
         middle_N1 = (low_N1 + high_N1) / 2
         enough_N1 = (_total((mass_Nv * (scores_Nv >= middle_N1)).sum(1), group) >= needed_N).unsqueeze(1)
         low_N1 = torch.where(enough_N1, middle_N1, low_N1)
@@ -105,13 +113,26 @@ def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None
     return scores_Nv.masked_fill(scores_Nv < low_N1, -math.inf)
 
 
-def _gumbel(seed: int, draw: int, start: int, n: int, ids_v: Tensor) -> Tensor:
+def _one_left(scores_Nv: Tensor, low_N1: Tensor, high_N1: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """True if all scores of a position in [low, high) are equal: further bisection keeps the same set."""
+    between_Nv = (scores_Nv >= low_N1) & (scores_Nv < high_N1)
+    floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)
+    ends_2N = torch.stack(
+        [
+            torch.cat([torch.where(between_Nv, part_Nv, -math.inf), floor_N1], 1).amax(1)
+            for part_Nv in (scores_Nv, -scores_Nv)
+        ]
+    )
+    highest_N, minus_lowest_N = all_gather(ends_2N, group).amax(0)
+    return bool(on_host((highest_N <= -minus_lowest_N).all()))
+
+
+def _gumbel(seed: int, draw: int, positions_n: Tensor, ids_v: Tensor) -> Tensor:
     """Returns Gumbel noise [n, v] in float64, made from a hash (SplitMix64, Steele et al., 2014).
 
-    The hash is of seed, draw, position (counted from `start`) and row.
+    The hash is of seed, draw, position and row.
     """
-    position_n1 = torch.arange(start, start + n, device=ids_v.device).unsqueeze(1)
-    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + position_n1)
+    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + positions_n.unsqueeze(1))
     bits_nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
     return bits_nv.double().add_(0.5).div_(2**52).log_().neg_().log_().neg_()
 

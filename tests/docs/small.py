@@ -31,6 +31,7 @@ INSTEAD = {  # only if the command has the key
         "profile.steps": "[1,2]",
     },
     "-m pretrain.generate": {"step": "2", "tokens": "8"},
+    "-m pretrain.evaluate": {"step": "2", "limit": "2"},
     "-m pretrain.lens": {"step": "2"},
     "-m pretrain.checkpoint": {"step": "2", "steps": "1..2"},
     "-m pretrain.interop.hf": {"step": "2"},
@@ -97,6 +98,8 @@ def provide(words: list[str], folder: Path, template: Path) -> None:
             _copy(template / layout / ("train" if layout == "datatrove" else ""), folder / value.partition("*")[0])
         elif key == "in":
             _copy(template / "data", folder / value)
+        elif key == "tasks_path":
+            _copy(ROOT / "tests/pretrain/evaluate/tasks", folder / value)
         elif key == "file":
             (folder / value).write_text("One line of text.\n" * 20)
         elif key in ("out", "plot"):

@@ -18,6 +18,7 @@ from tests.launch.commands import run
 NOT_HERE = {  # forms of keys that the run below does not write
     ("mfu", ""),  # needs a GPU
     ("epochs", ""),  # only with one corpus
+    ("task", "/TASK"),  # only with eval.tasks: tests/pretrain/evaluate
 }
 FORMS = {  # what stands for the names in a key, as regular expressions
     CORPUS: "/(web|code)",

@@ -109,10 +109,10 @@ def test_lens_and_generate_start_with_bos_and_stop_at_any_eos(llama3, tmp_path, 
             return real(self, ids, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr("pretrain.generation.sample", sample)
+            patch.setattr("pretrain.decoding.sample", sample)
             patch.setattr(VocabParallelEmbedding, "lookup", recorded)
             list(generate(GenerateConfig(run=str(run), prompt="the", tokens=3), CPU))
-        assert [ids[0] for ids in seen] == [BOS, BOS]
+        assert seen[0][0] == BOS and seen[1:] == [[5]]
 
 
 def test_class_default_that_is_ordinary_token_is_not_bos(llama3, tmp_path):
