@@ -36,7 +36,8 @@ def main() -> None:
         folder = checkpoint_of(Path(settings.run), settings.step)  # a mistake is reported before torch is imported
         check_weights(folder, read_manifest(folder), settings.weights)
         check_tasks("", settings.tasks, settings.tasks_path)
-        out = Path(settings.out) if settings.out else Path(settings.run) / "evaluations" / f"{folder.name}.json"
+        name = folder.name if settings.weights == "last" else f"{folder.name}-{settings.weights}"
+        out = Path(settings.out) if settings.out else Path(settings.run) / "evaluations" / f"{name}.json"
         if settings.out:
             check_file(f"out={settings.out}", out)
         from ..rendezvous import NotMet
