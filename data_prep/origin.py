@@ -28,7 +28,7 @@ def remember(choices: dict[str, Any], overrides: Iterable[str]) -> None:
 def origins(message: str) -> str:
     """Names the files of conf/ that set the values in a message, as in "; recipe=gpt2_124m sets train.precision"."""
     sources = {f"{group}={name}": _values(file_of(f"{group}/{name}"), group) for group, name in _chosen.items()}
-    resumed = "resume" in _typed
+    resumed = {"resume", "decay_from"} & _typed
     found: dict[str, str] = {}  # key to source
     for key, value in SETTING.findall(message):
         for source, values in sources.items():

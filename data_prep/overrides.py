@@ -19,9 +19,9 @@ from data_prep.renamed import RENAMED
 
 WITHOUT_DEFAULT = ("cluster", "recipe")  # groups that Hydra wants with a plus
 TEXT, TEXTS, NAMED_TEXTS, OTHER = "text", "texts", "named texts", "other"
-UNTYPED = {"init_from": TEXT, "resume": TEXT, "plot": TEXT}  # texts in conf/*.yaml without a dataclass
+UNTYPED = dict.fromkeys(("init_from", "decay_from", "resume", "plot"), TEXT)  # in conf/*.yaml without a dataclass
 PATHS = {"path", "paths", "dir", "out", "verify", "stats", "plot", "exclude", "resume", "init_from", "corpora"}
-PATHS |= {"mounts", "container"}  # keys whose texts are paths
+PATHS |= {"mounts", "container", "decay_from"}  # keys whose texts are paths
 FOLDERS = {"run", "hf", "in", "out", "tied", "untied", "tokenizer"}  # the same, for commands without Hydra
 SETTING = re.compile(r"(\+{0,2}[^=~@+\s-][^=]*)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""'.*'|".*\"""", re.DOTALL)

@@ -34,12 +34,33 @@ def announce(
         + (f"{parallel.why}\n" if parallel.why else "")
         + "".join(f"data: {line}\n" for line in _data_lines(data, samples, state))
         + "".join(f"validation: {line}\n" for line in not_validated(config, data))
-        + (f"resumed: {resumed}, step {state.step}" if resumed else f"new run: {config.run.dir}")
-        + (f", with the weights of {config.init_from}" if config.init_from and not resumed else "")
+        + f"length: {length(config)}\n"
+        + _beginning(config, state, resumed)
         + (f"\nsettings changed since step {state.step}:" if changes else "")
         + "".join(f"\n  {line}" for line in (table(changes) if changes else [])),
         flush=True,
     )
+
+
+def length(config: JobConfig) -> str:
+    """Formats the length of the run in steps and tokens, its batch sizes, and the phases of its schedule."""
+    steps, batches, optim = config.train.steps, config.train.batches, config.optim
+    (_, first), *later = batches.sizes
+    sizes = [f"{first:,}", *(f"{size:,} from step {batches.steps_for(begin) + 1:,} on" for begin, size in later)]
+    decay = f", decay over the last {optim.decay(steps):,}" if optim.schedule == "wsd" else ""
+    return (
+        f"{steps:,} steps = {batches.samples_after(steps) * config.seq_len:,} tokens, in batches of {', '.join(sizes)}"
+        f" × {config.seq_len:,}; {optim.schedule}: warm-up {optim.warmup(steps):,} steps{decay}"
+    )
+
+
+def _beginning(config: JobConfig, state: TrainState, resumed: Path | None) -> str:
+    """Says where the weights come from. resumed: a checkpoint of this run, or the one that it decays from."""
+    if resumed is None:
+        return f"new run: {config.run.dir}" + (f", with the weights of {config.init_from}" if config.init_from else "")
+    if config.decay_from is not None and resumed == Path(config.decay_from):
+        return f"new run: {config.run.dir}, decays from {resumed}, step {state.step}"
+    return f"resumed: {resumed}, step {state.step}"
 
 
 def counts(config: JobConfig, rows: int) -> tuple[int, int]:

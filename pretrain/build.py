@@ -39,7 +39,7 @@ def vocab_workload(config: JobConfig, rows: int, world: int, itemsize: int) -> W
         width=config.model.width,
         matrices=config.vocab.matrices,
         tokens=config.train.micro_batch * config.seq_len,
-        micro_batches=config.train.global_batch // (config.train.micro_batch * world),
+        micro_batches=config.train.batches.largest // (config.train.micro_batch * world),
         itemsize=itemsize,
         state=VOCAB_OPTIMIZER.bytes_per_parameter(torch.Size((rows, config.model.width))),
         smoothing=config.vocab.label_smoothing > 0,

@@ -19,7 +19,7 @@ from .config.job import CONFIG_FILE
 
 MANIFEST = "manifest.json"
 Change = dict[str, Any]  # key, was, is
-PATHS = ("data.", "init_from")  # a launcher may have made these absolute
+PATHS = ("data.", "init_from", "decay_from")  # a launcher may have made these absolute
 
 
 def keep_older(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ The settings check themselves; this module checks them against device, data and 
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_prep.durable import check_file, check_folder
@@ -18,7 +19,7 @@ from .checkpoint import (
     read_manifest,
     step_of,
 )
-from .checkpoint.resume import check_resumable
+from .checkpoint.resume import check_resumable, check_stable
 from .compilers import check_compilers
 from .config.engine import DeepSpeedConfig, FSDP2Config
 from .config.evaluation import check_tasks
@@ -91,8 +92,15 @@ def check_settings(config: JobConfig, world: int | None) -> Settled:
 
 
 def _check_weights(config: JobConfig, data: Data, rows: int, saved: dict[str, Any] | None) -> str:
-    """Checks the initial weights: the manifest's checkpoint, or `init_from`. Returns a warning, or ""."""
-    if saved is not None:
+    """Checks the initial weights: the manifest's checkpoint, `decay_from` or `init_from`. Returns a warning, or ""."""
+    if saved is None and config.decay_from is not None:
+        try:
+            stable = read_manifest(Path(config.decay_from))
+        except CheckpointError as error:
+            raise ValueError(f"decay_from={config.decay_from} cannot be read: {error}") from error
+        check_stable(config, stable)
+        check_resumable(config, data, rows, stable, "decay_from")
+    elif saved is not None:
         check_resumable(config, data, rows, saved)
         if saved.get("weights_only", False) and saved["tokenizer_fingerprint"] is None:
             return f"run.dir={config.run.dir} was imported without a tokenizer: it cannot be compared with the data's"

@@ -30,7 +30,7 @@ from .data import Data
 from .families import FAMILIES
 from .interop.initial import special_tokens
 
-TOP_LEVEL_KEYS = ("seed", "init_from")  # outside of all groups
+TOP_LEVEL_KEYS = ("seed", "init_from", "decay_from")  # outside of all groups
 OPTIONAL_GROUPS = {"ema", "monitor", "profile"}  # older frozen configurations may lack these groups
 PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
 
@@ -56,7 +56,7 @@ def register_groups() -> None:
     store.store(group="optim", name="default", node=OptimConfig)  # the group's former only option
     for group in PARTS.keys() - {"engine", "model", "optim"}:
         node = OmegaConf.structured(PARTS[group])
-        for key in {"corpora", "weights", "stages"} & set(node):  # these accept any key
+        for key in {"corpora", "weights", "stages", "batch_schedule"} & set(node):  # these accept any key
             OmegaConf.set_struct(node[key], False)
         store.store(group=group, name="default", node=node)
 
@@ -79,8 +79,10 @@ def build_config(composed: DictConfig) -> JobConfig:
     parts = {name: _part(name, part, _group(composed, name)) for name, part in chosen.items()}
     if type(composed.seed) is not int or composed.seed < 0:
         raise ValueError(f"seed={composed.seed} must be a whole number of at least 0")
-    init_from = composed.get("init_from")
-    return JobConfig(seed=composed.seed, init_from=None if init_from is None else str(init_from), **parts)
+    for key in ("init_from", "decay_from"):
+        value = composed.get(key)
+        parts[key] = None if value is None else str(value)
+    return JobConfig(seed=composed.seed, **parts)
 
 
 def _part(name: str, kind: type, given: Any) -> Any:

@@ -200,9 +200,15 @@ def _manager(config: JobConfig, data: Data, parts: ModelParts) -> CheckpointMana
 
 
 def _restore(config: JobConfig, manager: CheckpointManager) -> tuple[TrainState, Path | None]:
-    """Returns the state of the run and the checkpoint that it resumes; a new run may start with given weights."""
+    """Returns the state of the run and the checkpoint that it resumes or decays from, if any; a new run may start with
+    given weights.
+    """
     state, found = manager.restore(lambda fault: print(f"warning: {fault}", file=sys.stderr, flush=True))
-    if found is None and config.init_from is not None:
+    if found is None and config.decay_from is not None:
+        found = Path(config.decay_from)
+        state = manager.load(found)
+        manager.check_shards()
+    elif found is None and config.init_from is not None:
         initialise(config.init_from, manager.model)
         manager.check_shards()
     return state, found
@@ -219,7 +225,7 @@ def _log(config: JobConfig, data: Data, step: int, changes: list[Change]) -> Met
 def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
     return BatchLoader(
         samples(config, data),
-        global_batch=config.train.global_batch,
+        batches=config.train.batches,
         micro_batch=config.train.micro_batch,
         rank=mesh.data_rank,
         world=mesh.data_world,

@@ -99,7 +99,7 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {self.state.step + 1}: this step changed nothing;"
                 " lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
             )
-        lr = lr_at(self.optim, self.state.step, self.loop.steps)
+        lr = lr_at(self.optim, self.state.step, self.loop.steps, self.loop.clock)
         self.mark(HOOKS)
         for hook in self.hooks:
             hook.before_update(self)

@@ -96,8 +96,9 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
     consumed = _consumed(request, drawn)
     first = sum(consumed.values())
     titles = {id(windows): title for title, (windows, _) in drawn.sources.items()}
-    yield f"step {request.step:,}: samples {first:,} to {first + train.global_batch - 1:,}"
-    for i, (windows, index) in enumerate(drawn.next(consumed, train.global_batch)):
+    size = train.batches.size_at(first)
+    yield f"step {request.step:,}: samples {first:,} to {first + size - 1:,}"
+    for i, (windows, index) in enumerate(drawn.next(consumed, size)):
         rank = i // train.micro_batch % request.world
         if request.rank in (None, rank):
             part = f"rank {rank} of {request.world}, " if request.world > 1 else ""
@@ -108,12 +109,14 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
 def _consumed(request: Request, samples: Samples) -> dict[str, int]:
     """Samples consumed before the step, counted from the newest checkpoint before it."""
     steps, consumed = request.step - 1, {}
-    for folder in reversed(checkpoints(request.run) if request.run else []):
+    began = [Path(request.config.decay_from)] if request.config.decay_from else []
+    for folder in reversed([*began, *checkpoints(request.run)] if request.run else []):
         if step_of(folder) < request.step:
             consumed = read_manifest(folder)["samples"]
             steps -= step_of(folder)
             break
-    return samples.after(consumed, steps * request.config.train.global_batch)
+    start = sum(consumed.values())
+    return samples.after(consumed, request.config.train.batches.samples_after(steps, start) - start)
 
 
 def _documents(windows: Windows, index: int, tokenizer: Tokenizer | None, coloured: bool) -> Iterator[str]:

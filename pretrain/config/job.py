@@ -6,6 +6,7 @@ from pathlib import Path
 from ..families import ModelConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
+from .decay_from import step_decayed
 from .ema import EmaConfig
 from .engine import DeepSpeedConfig, FSDP2Config
 from .evaluation import EvalConfig
@@ -49,13 +50,15 @@ class JobConfig:
     profile: ProfileConfig  # traces of some steps
     run: RunConfig  # folder of the run
     init_from: str | None = None  # hf:DIR: start from the weights of a Hugging Face model; null: random weights by seed
+    #: RUN or RUN/STEP: a new run that goes on from this checkpoint of a wsd run, with its settings, and decays over
+    #: optim.decay_steps; null: none
+    decay_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.init_from is not None:
             folder_of(self.init_from)
         if self.train.seq_len is None:
             self.train.seq_len = min(self.model.context, LONGEST_SEQUENCE)
-        self.optim.warmup_steps = self.optim.warmup(self.train.steps)
         if self.train.seq_len > self.model.context:
             raise ValueError(f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}")
         if self.engine.offload != "none" and not self.optim.can_offload:
@@ -63,6 +66,7 @@ class JobConfig:
                 f"engine.offload={self.engine.offload} must be none with optim.name={self.optim.name}:"
                 " Newton-Schulz would run on the CPU; give engine.offload=none or optim=adamw"
             )
+        self._settle_lengths()
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
@@ -71,6 +75,23 @@ class JobConfig:
                 f"train.time_limit={self.train.time_limit} must exceed checkpoint.reserve_seconds={reserve}"
             )
 
+    def _settle_lengths(self) -> None:
+        """Converts all lengths to steps."""
+        train, optim, batches = self.train, self.optim, self.train.batches
+        if self.decay_from is not None:
+            begin = step_decayed(self.decay_from)
+            if optim.schedule != "wsd" or not optim.decay_steps:
+                raise ValueError(
+                    f"decay_from={self.decay_from} must have optim.schedule=wsd and the length of the decay, such as"
+                    f" optim.decay_steps=1000; they are {optim.schedule} and {optim.decay_steps or 'null'}"
+                )
+            train.steps = begin + batches.steps("optim.decay_steps", optim.decay_steps, since=begin)
+            optim.decay_steps = train.steps - begin
+        train.steps = batches.steps("train.steps", train.steps)
+        if train.stop_after is not None:
+            train.stop_after = batches.steps("train.stop_after", train.stop_after)
+        optim.settle(batches, train.steps)
+
     def resolve(self) -> None:
         """Makes the paths of all inputs absolute, because a job may run in another folder."""
         self.data.resolve()
@@ -78,12 +99,15 @@ class JobConfig:
             self.eval.tasks_path = str(Path(self.eval.tasks_path).absolute())
         if self.init_from is not None:
             self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
+        if self.decay_from is not None:
+            self.decay_from = str(Path(self.decay_from).absolute())
 
     @property
     def reads(self) -> list[Path]:
-        """Paths of all inputs: the corpora and the model of `init_from`."""
+        """Paths of all inputs: the corpora, the model of `init_from` and the checkpoint of `decay_from`."""
         model = [] if self.init_from is None else [folder_of(self.init_from)]
-        return [*map(Path, self.data.paths.values()), *model]
+        checkpoint = [] if self.decay_from is None else [Path(self.decay_from)]
+        return [*map(Path, self.data.paths.values()), *model, *checkpoint]
 
     @property
     def seq_len(self) -> int:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from .lengths import Batches, Steps, steps_or_text
+
 LONGEST_WARMUP = 100  # steps, if optim.warmup_steps is not given
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, the rule, the rule in words
     (("lr", "eps"), lambda value: 0 < value < math.inf, "must be positive"),
-    (("warmup_steps", "clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
+    (("clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
     (("min_lr_ratio", "decay_fraction"), lambda value: 0 <= value <= 1, "must be in [0, 1]"),
     (("beta1", "beta2", "momentum"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
 )
@@ -46,9 +48,11 @@ class OptimConfig:
     #: cosine: falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395):
     #: constant, then falls linearly over the last decay_fraction of the steps
     schedule: str = "cosine"
-    warmup_steps: int | None = None  # steps of linear warm-up; null: a tenth of train.steps, at most 100
+    #: steps of linear warm-up, or its samples or tokens: 2B tokens; null: a tenth of train.steps, at most 100
+    warmup_steps: Steps | None = None
     min_lr_ratio: float = 0.1  # learning rate of the last step / lr
     decay_fraction: float = 0.2  # fraction of the steps, at the end, over which wsd decays; cosine ignores it
+    decay_steps: Steps | None = None  # instead of decay_fraction: steps of this decay, or its samples or tokens
     clip: float = 1.0  # largest norm of the gradient of body and matrix together; 0: no clipping
     beta1: float = 0.9  # decay per step of the running mean of the gradients
     beta2: float = 0.95  # decay per step of the running mean of their squares
@@ -60,6 +64,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "wsd"):
             raise ValueError(f"optim.schedule={self.schedule} must be cosine or wsd")
+        if self.warmup_steps is not None:
+            self.warmup_steps = steps_or_text("optim.warmup_steps", self.warmup_steps, 0)
+        if self.decay_steps is not None:
+            self.decay_steps = steps_or_text("optim.decay_steps", self.decay_steps, 0)
         _check("optim", self)
         _check("optim.body", self.body)
         _check("optim.vocab", self.vocab)
@@ -78,6 +86,14 @@ class OptimConfig:
         """Bytes of a number of a matrix that is stepped whole; None: of the compute dtype, or no matrix is."""
         return None
 
+    def settle(self, batches: Batches, steps: int) -> None:
+        """Converts the lengths of a schedule of `steps` steps to steps, and sets the warm-up if it is not given."""
+        if self.decay_steps is not None:
+            self.decay_steps = batches.steps("optim.decay_steps", self.decay_steps, until=steps)
+        if self.warmup_steps is not None:
+            self.warmup_steps = batches.steps("optim.warmup_steps", self.warmup_steps)
+        self.warmup_steps = self.warmup(steps)
+
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up in a schedule of `steps` steps."""
         if self.warmup_steps is not None:
@@ -86,7 +102,11 @@ class OptimConfig:
 
     def decay(self, steps: int) -> int:
         """Steps of the final decay of wsd; 0 for cosine, which has no separate decay."""
-        if self.schedule != "wsd" or self.decay_fraction == 0:
+        if self.schedule != "wsd":
+            return 0
+        if self.decay_steps is not None:
+            return self.decay_steps
+        if self.decay_fraction == 0:
             return 0
         return max(1, round(self.decay_fraction * steps))
 
@@ -97,9 +117,11 @@ class OptimConfig:
         if warmup >= steps:
             raise ValueError(f"optim.warmup_steps={warmup} must be below train.steps={steps}: {advice}")
         if warmup + decay > steps:
+            by_fraction = f"the {decay} steps of optim.decay_fraction={self.decay_fraction}"
             raise ValueError(
-                f"optim.warmup_steps={warmup} and the {decay} steps of optim.decay_fraction={self.decay_fraction} must"
-                f" not overlap in train.steps={steps}: {advice}"
+                f"optim.warmup_steps={warmup} and"
+                f" {by_fraction if self.decay_steps is None else f'optim.decay_steps={decay}'} must not overlap in"
+                f" train.steps={steps}: {advice}"
             )
 
 

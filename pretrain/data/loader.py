@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.lengths import Batches
 from ..vocab import VocabShard
 from ..vocab.lookup import LookupPlan, plan_lookup
 from .dataset import IGNORED, Window, Windows
@@ -39,7 +40,7 @@ class Batch:
 
 
 class BatchLoader:
-    """Serves the samples of the run in order, `global_batch` per step over all ranks.
+    """Serves the samples of the run in order, per step as many over all ranks as `batches` says.
 
     A rank reads the tokens of its whole vocab group (`shard.world` neighbouring ranks). Therefore it can plan its part
     of the group's lookup, of rows in `dtype`, without communication.
@@ -52,7 +53,7 @@ class BatchLoader:
         self,
         samples: Samples,
         *,
-        global_batch: int,
+        batches: Batches,
         micro_batch: int,
         rank: int,
         world: int,
@@ -62,7 +63,7 @@ class BatchLoader:
         prefetch: int,
     ) -> None:
         self.samples, self.device, self.prefetch = samples, device, prefetch
-        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+        self.batches, self.micro_batch, self.rank, self.world = batches, micro_batch, rank, world
         self.shard, self.dtype = shard, dtype
         self.consumed: dict[str, int] = {}
         self._ready: queue.Queue[Batch | Exception] | None = None
@@ -87,7 +88,7 @@ class BatchLoader:
         batch = self._ready.get()
         if isinstance(batch, Exception):
             raise batch
-        self.consumed = self.samples.after(self.consumed, self.global_batch)
+        self.consumed = self._after(self.consumed)
         return Batch([sent(micro, self.device) for micro in batch.micro_batches], batch.n_targets)
 
     def close(self) -> None:
@@ -109,10 +110,16 @@ class BatchLoader:
             except Exception as error:
                 self._ready.put(error)
                 return
-            consumed = self.samples.after(consumed, self.global_batch)
+            consumed = self._after(consumed)
+
+    def _size(self, consumed: dict[str, int]) -> int:
+        return self.batches.size_at(sum(consumed.values()))
+
+    def _after(self, consumed: dict[str, int]) -> dict[str, int]:
+        return self.samples.after(consumed, self._size(consumed))
 
     def _batch(self, consumed: dict[str, int]) -> Batch:
-        samples = self.samples.next(consumed, self.global_batch)
+        samples = self.samples.next(consumed, self._size(consumed))
         together = self.micro_batch * self.world
         micro_batches = [self._micro_batch(samples[first:][:together]) for first in range(0, len(samples), together)]
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))

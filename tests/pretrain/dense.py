@@ -52,9 +52,17 @@ def windows_of(config: JobConfig, step: int) -> list[Tensor]:
     else:
         windows = Windows(corpus.train, config.seq_len, masked=config.data.masked)
     order = Order(len(windows), config.seed, corpus.name)
-    size = config.train.global_batch
-    chosen = [windows[index] for index in order(step * size, size).tolist()]
+    begin, end = begins_of(config)[step : step + 2]
+    chosen = [windows[index] for index in order(begin, end - begin).tolist()]
     return [torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True) if part[0] is not None]
+
+
+def begins_of(config: JobConfig) -> list[int]:
+    """First sample of each step, and the end of the last one."""
+    begins = [0]
+    for _ in range(config.train.steps):
+        begins.append(begins[-1] + [size for begin, size in config.train.batches.sizes if begin <= begins[-1]][-1])
+    return begins
 
 
 class Dense(NamedTuple):
@@ -75,7 +83,8 @@ def dense_training(config: JobConfig) -> Dense:
         losses.append(float(loss.detach()))
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
-        optimizer.step(lr_at(config.optim, step, config.train.steps))
+        progress = int if config.train.batches.constant else begins_of(config).__getitem__
+        optimizer.step(lr_at(config.optim, step, config.train.steps, progress))
     weights = {name: parameter.detach() for name, parameter in model.body.named_parameters()}
     weights["embedding.weight"] = model.weight.detach()
     if model.head_weight is not None:

@@ -33,12 +33,13 @@ def write_tokens(prefix: Path, vocab_size: int = VOCAB, documents: int = 40, see
 
 def tiny_config(data: Path, run: Path, **changes: object) -> JobConfig:
     """Configuration of two blocks of width 24 in fp32. changes: keys with __ for the dot, such as train__steps=40."""
+    steps = changes.get("train__steps", 20)
     settings: dict = {
         "seed": 7,
         "model": {"family": "gpt2", "layers": 2, "width": 24, "heads": 3, "context": 16},
         "vocab": {"size": VOCAB, "multiple": 8},
         "data": {"path": str(data)},
-        "optim": {"lr": 1e-2, "warmup_steps": min(5, int(str(changes.get("train__steps", 20))) - 1), "clip": 0.5},
+        "optim": {"lr": 1e-2, "warmup_steps": min(5, steps - 1) if isinstance(steps, int) else 5, "clip": 0.5},
         "engine": {"name": "fsdp2"},
         "train": {"steps": 20, "global_batch": 12, "micro_batch": 3, "precision": "fp32"},
         "eval": {},

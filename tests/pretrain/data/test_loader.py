@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_prep.token_file import TokenFile
+from pretrain.config.lengths import Batches
 from pretrain.data import IGNORED, Order, Samples, Windows
 from pretrain.data import loader as loading
 from pretrain.data.blend import Blend
@@ -31,8 +32,9 @@ def loader(windows):
     """Builds loaders and closes all of them."""
     built = []
 
-    def build(rank=0, world=1, global_batch=8, micro_batch=1, shard=ONE_SHARD, data=windows, **state):
-        settings = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world}
+    def build(rank=0, world=1, global_batch=8, micro_batch=1, shard=ONE_SHARD, data=windows, schedule=None, **state):
+        batches = Batches.of(global_batch, schedule or {}, SEQ_LEN)
+        settings = {"batches": batches, "micro_batch": micro_batch, "rank": rank, "world": world}
         samples = Samples({"a": (data, Order(len(windows), seed=0, corpus="a"))}, Blend({0: [1]}))
         device = torch.device("cpu")
         built.append(BatchLoader(samples, shard=shard, dtype=torch.float32, device=device, prefetch=2, **settings))
@@ -106,6 +108,23 @@ def test_no_sample_repeats_or_is_lost_after_change(loader):
         assert states == [{"a": len(seen)}] * world  # prefetched batches do not count
         state = states[0]
     assert sorted(seen) == list(range(WINDOWS))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_growing_batches_keep_the_order(loader, windows, world):
+    """Stops inside each size: the next loader takes the same samples, for any number of ranks."""
+    schedule, order, taken = {"24 samples": 12, "30 samples": 18}, Order(len(windows), seed=0, corpus="a"), 0
+    sizes = [6, 6, 6, 6, 12, 18, 18]
+    for stop in (3, 5, 6, 7):
+        ranks = [loader(rank, world, 6, 2 if world == 3 else 1, schedule=schedule, a=taken) for rank in range(world)]
+        begun = next(step for step in range(8) if sum(sizes[:step]) == taken)
+        for size in sizes[begun:stop]:
+            batches = [next(rank).micro_batches for rank in ranks]
+            dealt = [micro for together in zip(*batches, strict=True) for micro in together]
+            served = [int(tokens[0]) // SEQ_LEN for micro in dealt for tokens in micro.tokens_BT]
+            assert served == order(taken, size).tolist()
+            taken += size
+        assert all(rank.state_dict() == {"a": taken} for rank in ranks)
 
 
 def test_last_window_counts_its_targets(loader):

@@ -37,7 +37,7 @@ def batches_of(config: JobConfig, rank: int, world: int, steps: int) -> list[lis
     """Tokens of each sequence that the training loader serves to this rank, step by step."""
     loader = BatchLoader(
         samples(config, open_data(config.data)),
-        global_batch=config.train.global_batch,
+        batches=config.train.batches,
         micro_batch=config.train.micro_batch,
         rank=rank,
         world=world,

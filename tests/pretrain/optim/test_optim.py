@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from pretrain.config.lengths import Batches
 from pretrain.config.optim import OptimConfig
 from pretrain.optim import body_optimizer, clip_factor, local, lr_at
 from pretrain.optim.adamw import AdamW
@@ -26,6 +27,28 @@ def test_wsd_is_constant_then_linear_to_floor():
     rates = [lr_at(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
     assert lr_at(OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_fraction=0.0), 9, 10) == 1.0  # no decay
+
+
+def test_decay_steps_replace_the_fraction():
+    config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, min_lr_ratio=0.0, decay_steps=4)
+    rates = [lr_at(config, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_rates_follow_the_samples_while_batches_grow():
+    """At each step that begins at sample n, the rate is that of n in a run of equal batches of 1."""
+    batches = Batches.of(1, {"6 samples": 2, "14 samples": 3}, 1)  # steps begin at 0 to 6, 8 … 14, 17 …
+    begins = [batches.samples_after(step) for step in range(16)]
+    assert begins == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 29]
+    wsd = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=8, min_lr_ratio=0.1, decay_steps=4)
+    rates = [lr_at(wsd, step, 16, batches.samples_after) for step in range(16)]
+    assert rates[:8] == pytest.approx([begin / 10 for begin in begins[1:9]]), "warm-up over the first 10 samples"
+    assert rates[8:11] == [1.0] * 3
+    assert rates[11:] == pytest.approx([1 - 0.9 * (begin - 17) / 12 for begin in begins[11:]]), "it ends at the floor"
+    cosine = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
+    rates = [lr_at(cosine, step, 16, batches.samples_after) for step in range(16)]
+    alone = [lr_at(cosine, sample, 30) for sample in range(30)]
+    assert rates[2:] == pytest.approx([alone[begin] for begin in begins[2:]])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -61,6 +84,11 @@ def test_default_warmup_of_a_long_run_is_100_steps():
 def test_too_long_schedule_raises(setting, steps, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**setting).check_steps(steps)
+
+
+def test_too_long_decay_raises():
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps=5 and optim\.decay_steps=96 must not overlap in"):
+        OptimConfig(schedule="wsd", warmup_steps=5, decay_steps=96).check_steps(100)
 
 
 def test_longest_schedule_is_accepted():
