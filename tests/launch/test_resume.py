@@ -123,6 +123,41 @@ def test_changes_are_those_since_the_checkpoint(frozen, tmp_path):
     assert changes_at_start(frozen) == []
 
 
+def test_decay_starts_from_a_stable_run_and_resumes(tmp_path):
+    """A new run with the settings of the stable one; its end follows from the checkpoint."""
+    data, stable, folder = write_tokens(tmp_path / "tokens"), tmp_path / "stable", tmp_path / "decayed"
+    wsd = "optim.schedule=wsd optim.warmup_steps=1 train.batch_schedule={128:8} train.steps=40 optim.lr=3e-3"
+    begin = f"data.path={data} run.dir={stable} {SMALL} {wsd} checkpoint.every=2 train.stop_after=4"
+    done = run(f"launch/local.py nproc=1 {begin}")
+    assert done.returncode == 0, done.stderr
+    assert "40 steps = 4,864 tokens, in batches of 4, 8 from step 3 on × 16; wsd: warm-up 1 steps" in done.stdout
+    command = f"nproc=1 decay_from={stable}/2 run.dir={folder} optim.decay_steps=3"
+    done = run(f"launch/local.py {command} train.stop_after=3")
+    assert done.returncode == 0, done.stderr
+    assert f"new run: {folder}, decays from {stable}/checkpoints/step-00000002, step 2" in done.stdout
+    done = run(f"launch/local.py {command} train.stop_after=null")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed: {folder}/checkpoints/step-00000003, step 3" in done.stdout
+    config = load_config(folder / "config.yaml")
+    assert (config.train.steps, config.optim.decay_steps, config.optim.lr) == (5, 3, 3e-3)
+    newest = resumed([f"decay_from={stable}", f"run.dir={tmp_path}/new", "optim.decay_steps=24 samples"])
+    assert newest.decay_from == f"{stable}/checkpoints/step-00000004" and newest.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    "typed,message",
+    [
+        ("run.dir={run}", "run.dir must be a new folder with decay_from={run}: that run stays as it is"),
+        ("run.dir={run}x train.steps=9", "train.steps must be left out with decay_from"),
+        ("run.dir={run}x +recipe=gpt2_124m", "recipe=gpt2_124m must be left out with decay_from={run}"),
+        ("run.dir={run}x", "decay_from={run}: run={run} has no checkpoint"),
+    ],
+)
+def test_wrong_decay_is_refused(frozen, typed, message):
+    done = in_process(local.main, f"decay_from={frozen}", *typed.format(run=frozen).split())
+    assert done.returncode == 2 and message.format(run=frozen) in done.stderr, done.stderr
+
+
 def test_resume_prints_changes_and_a_finished_run_is_not_started(tmp_path):
     folder = tmp_path / "run"
     begin = f"data.path={write_tokens(tmp_path / 'tokens')} run.dir={folder} train.steps=6 {SMALL}"

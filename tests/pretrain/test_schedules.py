@@ -126,7 +126,9 @@ def test_decay_of_an_unstable_checkpoint_is_refused(data, tmp_path):
         check_job(decay_of(tmp_path / "cosine", data, tmp_path / "new", 2), 1, "cpu")
     with pytest.raises(ValueError, match=r"decay_from=.* cannot be read: .*is missing"):
         check_job(decay_of(tmp_path / "wsd", data, tmp_path / "new", 77), 1, "cpu")
-    with pytest.raises(ValueError, match=r"decay_from=.* holds a run with seed=7, this command has 8: choose another d"):
+    with pytest.raises(
+        ValueError, match=r"decay_from=.* holds a run with seed=7, this command has 8: choose another d"
+    ):
         check_job(decay_of(tmp_path / "wsd", data, tmp_path / "new", 4, seed=8), 1, "cpu")
     for changes in ({"optim__schedule": "cosine"}, {"optim__decay_steps": None}):
         with pytest.raises(ValueError, match=r"must have optim.schedule=wsd and the length of the decay"):
