@@ -87,7 +87,7 @@ class Batches:
         return self.sizes[bisect_right(self.sizes, sample, key=lambda entry: entry[0]) - 1][1]
 
     def samples_after(self, steps: int, start: int = 0) -> int:
-        """First sample after so many steps from sample `start` on. Negative steps go back at the first size."""
+        """First sample after this number of steps from sample `start` on. Negative steps go back at the first size."""
         for (_, size), (end, _) in zip(self.sizes, self.sizes[1:], strict=False):
             inside = max(0, -(-(end - start) // size))
             if steps <= inside:

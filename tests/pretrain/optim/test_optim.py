@@ -36,7 +36,7 @@ def test_decay_steps_replace_the_fraction():
 
 
 def test_rates_follow_the_samples_while_batches_grow():
-    """At each step that begins at sample n, the rate is that of n in a run of equal batches of 1."""
+    """The rate of a step that begins at sample n is that of n in a run with batches of 1."""
     batches = Batches.of(1, {"6 samples": 2, "14 samples": 3}, 1)  # steps begin at 0 to 6, 8 … 14, 17 …
     begins = [batches.samples_after(step) for step in range(16)]
     assert begins == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 29]
