@@ -36,6 +36,8 @@ def in_full(arguments: list[str]) -> list[str]:
     run = None if run == "null" else run
     if run is None and source == "null":
         return arguments
+    if source != "null" and Path(typed.get("run.dir", "")).absolute() == _run_and_step(source)[0].absolute():
+        raise ValueError(f"run.dir must be a new folder with decay_from={source}: that run stays as it is")
     frozen = _frozen(run) if run is not None else _frozen(str(_run_and_step(source)[0]), "decay_from")
     first = next(i for i, argument in enumerate(arguments) if _key(argument) in typed and "=" in argument)
     named = {group: frozen[group].name for group in NAMED}
@@ -74,17 +76,22 @@ def _changed(composed: DictConfig, overrides: list[str]) -> DictConfig:
         frozen.run.dir = run
     elif source is not None:
         frozen = _frozen(str(_run_and_step(source)[0]), "decay_from")
-        frozen.train.stop_after, own = None, frozen.run.dir
+        _refuse_steps(overrides)
+        frozen.train.stop_after, frozen.run.dir = None, composed.run.dir
         frozen = _typed_on(frozen, f"decay_from={source}", composed, overrides)
-        if Path(frozen.run.dir).absolute() == Path(own).absolute():
-            raise ValueError(f"run.dir must be a new folder with decay_from={source}: that run stays as it is")
     else:
         return OmegaConf.create()
-    if frozen.get("decay_from") is not None and any(_key(override) == "train.steps" for override in overrides):
+    if frozen.get("decay_from") is not None:
+        _refuse_steps(overrides)
+    return frozen
+
+
+def _refuse_steps(overrides: list[str]) -> None:
+    """Raises ValueError if a decay's train.steps is typed."""
+    if any(_key(override) == "train.steps" for override in overrides):
         raise ValueError(
             "train.steps must be left out with decay_from: the run ends optim.decay_steps after that checkpoint"
         )
-    return frozen
 
 
 def _typed_on(frozen: DictConfig, given: str, composed: DictConfig, overrides: list[str]) -> DictConfig:

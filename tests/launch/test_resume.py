@@ -130,7 +130,7 @@ def test_decay_starts_from_a_stable_run_and_resumes(tmp_path):
     begin = f"data.path={data} run.dir={stable} {SMALL} {wsd} checkpoint.every=2 train.stop_after=4"
     done = run(f"launch/local.py nproc=1 {begin}")
     assert done.returncode == 0, done.stderr
-    assert "40 steps = 4,864 tokens, in batches of 4, 8 from step 3 on × 16; wsd: warm-up 1 steps" in done.stdout
+    assert "40 steps = 4,992 tokens, in batches of 4, 8 from step 3 on × 16; wsd: warm-up 1 steps" in done.stdout
     command = f"nproc=1 decay_from={stable}/2 run.dir={folder} optim.decay_steps=3"
     done = run(f"launch/local.py {command} train.stop_after=3")
     assert done.returncode == 0, done.stderr
