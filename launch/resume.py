@@ -111,7 +111,7 @@ def _typed_on(frozen: DictConfig, given: str, composed: DictConfig, overrides: l
             if not value.startswith(FAMILY) and not (key in NAMED and value == frozen[key].name):
                 frozen[key] = composed[key]
         else:
-            OmegaConf.update(frozen, key, OmegaConf.select(composed, key), force_add=True)
+            OmegaConf.update(frozen, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     return frozen
 
 

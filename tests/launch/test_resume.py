@@ -59,6 +59,13 @@ def test_resume_takes_the_frozen_settings_and_the_typed_ones_on_top(frozen, way)
     assert config == old
 
 
+def test_typed_batches_replace_those_of_the_run(frozen):
+    for typed in ("{1M: 64, 2M: 128}", "{1M: 64, 3M: 96}"):
+        config = resumed([f"resume={frozen}", f"train.batch_schedule={typed}"])
+        write_config(config, None)
+    assert config.train.batch_schedule == {"1M": 64, "3M": 96}
+
+
 def test_another_engine_may_be_typed(frozen):
     config = resumed([f"resume={frozen}", "engine=fsdp2", "engine.hsdp=true"])
     assert config.engine.name == "fsdp2" and config.engine.hsdp
