@@ -23,6 +23,7 @@ from launch.corpus import TokenizeJobConfig  # noqa: E402
 from launch.hardware import HARDWARE  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
 from launch.training import LaunchConfig  # noqa: E402
+from pretrain import publish  # noqa: E402
 from pretrain.commands import checkpoint, data, hf, profile, tie_report  # noqa: E402
 from pretrain.compose import PARTS  # noqa: E402
 from pretrain.config.engine import ENGINES  # noqa: E402
@@ -112,6 +113,7 @@ def _commands() -> list[tuple[str, str, dict[str, Setting]]]:
             {key: job[key] for key in ("dry_run", "tail")},
         ),
         ("Token files of other programs", "`python -m data_prep.formats import` and `export`.", _texts(formats.KEYS)),
+        ("Weights & Biases, MLflow", "`python -m pretrain.publish`.", _texts(publish.KEYS)),
         ("Sampling", "`python -m pretrain.generate`.", describe(GenerateConfig)),
         ("Benchmarks", "`python -m pretrain.evaluate`.", describe(EvaluateConfig)),
         ("The lens", "`python -m pretrain.lens`.", describe(LensConfig)),
@@ -121,6 +123,7 @@ def _commands() -> list[tuple[str, str, dict[str, Setting]]]:
         ("The tie report", "`python -m pretrain.tie_report`.", _texts(tie_report.KEYS)),
         ("Hugging Face: import", "`python -m pretrain.interop.hf import`.", _texts(hf.IMPORT_KEYS)),
         ("Hugging Face: export", "`python -m pretrain.interop.hf export`.", _texts(hf.EXPORT_KEYS)),
+        ("Hugging Face: push", "`python -m pretrain.interop.hf push`.", _texts(hf.PUSH_KEYS)),
     ]
 
 

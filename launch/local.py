@@ -73,7 +73,7 @@ def _composed(composed: DictConfig) -> None:
         settled = check_settings(config, asked or None)
         nproc, device = asked if asked and only_freeze else ranks_here(asked), device_type()
         data = check_job(config, nproc, device, warn=warn, environment=os.environ, settled=settled)
-        check_logs(config)
+        check_logs(config, os.environ)
         if device == "cpu" and not only_freeze and nproc > (cores := len(os.sched_getaffinity(0))):
             warn(f"nproc={nproc} should not exceed the {cores} CPU cores of this process: the ranks take turns")
         with lock_run(config.run_dir, LAUNCH_LOCK):

@@ -4,6 +4,7 @@ slurm.py is the command, which composes the settings; corpus.py is the counterpa
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -167,7 +168,7 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     config, hardware = build_config(composed), cluster.hardware
     config.resolve()
     data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
-    check_logs(config)
+    check_logs(config, os.environ)
     rows = vocab_rows(config, data)
     from pretrain.announce import counts, parameters
 

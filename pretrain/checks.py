@@ -80,6 +80,7 @@ def check_settings(config: JobConfig, world: int | None) -> Settled:
         config.vocab.check_world(world)
         config.profile.check_world(world)
     config.optim.check_steps(config.train.steps)
+    config.log.check_targets()
     data = open_data(config.data)
     if config.monitor.lens_every and not validation_windows(config, data):
         raise ValueError(f"monitor.lens_every={config.monitor.lens_every} must be 0: the data has no validation split")
@@ -132,8 +133,12 @@ def _check_with_torch(
     vocab_parallel(config, rows, world, world, device_type, bf16)
 
 
-def check_logs(config: JobConfig) -> None:
-    """Raises DataError if the run could not write its logs. For launchers: a running training continues without."""
+def check_logs(config: JobConfig, environment: Mapping[str, str] | None = None) -> None:
+    """Raises ValueError if the run could not write its logs. For launchers: a running training continues without.
+
+    environment: of the launcher, where W&B needs a key; None: not checked.
+    """
+    config.log.check_targets(environment)
     key, run = f"run.dir={config.run.dir}", config.run_dir
     check_folder(key, run / TOKENIZER_FOLDER)
     for file in (CONFIG_FILE, "metrics.jsonl", RESTARTS_FILE, LAUNCH_LOCK, RANKS_LOCK):

@@ -90,6 +90,7 @@ COMMANDS = {
         (["export", "run={capped}", "out={run}"], "vocab.softcap=9.0 cannot be exported"),
         (["export", "run={trained}", "out={held}"], "out={held} exists; choose another out="),
         (["export", "run={run}", "out={run}", "dtype=fp8"], "dtype=fp8 must be one of fp32, bf16, fp16"),
+        (["push", "folder={none}", "repo=me/a"], "{none}/config.json is missing"),
         (["import", "hf={run}", "run={held}"], "run.dir={held} is in use by another process"),
         *((["import", f"hf={{{name}}}", "run={run}"], said) for name, said in NO_MODELS.items()),
         (["import", "hf={hf}", "run={run}", "model.layers=1"], "model.layers must not be given"),
@@ -105,6 +106,7 @@ COMMANDS = {
         (["run={none}"], "run={none} must be the folder of a run"),
         (["run={hf}"], "run={hf} has no trace: train some steps with a trace"),
     ],
+    "pretrain.publish": [(["run={run}"], "run={run} must be the folder of a run: it has no metrics.jsonl")],
     "pretrain.commands.tie_report": [(["tied={run}"], "untied is missing")],
 }
 

@@ -1,4 +1,4 @@
-"""Imports and exports Hugging Face models: `python -m pretrain.interop.hf --help`.
+"""Imports, exports and uploads Hugging Face models: `python -m pretrain.interop.hf --help`.
 
 Runs in one process, which never holds the whole matrix.
 """
@@ -19,16 +19,18 @@ from ..config.ema import WEIGHTS, check_choice
 from ..config.job import JobConfig
 from ..families import FAMILIES, hugging_face_types
 from ..interop.folder import HFModel
+from ..interop.hub import push
 from ..interop.initial import tokenizer_of
 from ..locks import LAUNCH_LOCK, check_free, lock_run
 
 NAMES = ", ".join(family.hugging_face.model_types[kind] for kind, family in hugging_face_types().items())
-HELP = f"""Imports and exports Hugging Face models: {NAMES}; safetensors only, never a pickle.
+HELP = f"""Imports, exports and uploads Hugging Face models: {NAMES}; safetensors only, never a pickle.
 
   python -m pretrain.interop.hf import hf=DIR run=RUN               makes a run with this model as step 0
   python -m pretrain.interop.hf import hf=DIR run=RUN seed=1 …      with settings of the training
   python -m pretrain.interop.hf export run=RUN out=DIR              writes the newest checkpoint for transformers
   python -m pretrain.interop.hf export run=RUN out=DIR step=500 dtype=bf16 materialize_head=true
+  python -m pretrain.interop.hf push folder=DIR repo=OWNER/NAME     uploads an exported folder to the hub
 
 dtype: fp32 (the main weights unchanged), bf16 or fp16. materialize_head: writes the output matrix of a tied model, too,
 for readers that expect one. To continue training a model, init_from=hf:DIR in launch/local.py is enough.
@@ -44,6 +46,11 @@ EXPORT_KEYS = {
     "weights": "last: the weights of the step (default); ema: their running average, see ema.decay",
     "dtype": "type of the weights: fp32 (default), bf16 or fp16",
     "materialize_head": "true: write lm_head.weight for a tied model, too; default: false",
+}
+PUSH_KEYS = {
+    "folder": "folder that was exported",
+    "repo": "repository on the hub: OWNER/NAME; created if it does not exist",
+    "private": "false: a new repository is public; default: true",
 }
 DTYPES = ("fp32", "bf16", "fp16")  # of export.py, which needs torch
 SET_BY_MODEL = ("model", *(f"vocab.{key}" for key in ("size", "tie", "softcap", "embed_scale")), "run.dir", "init_from")
@@ -126,7 +133,20 @@ def export_model(arguments: list[str]) -> Iterator[str]:
     yield from export_run(CheckpointRows(folder, WEIGHTS[weights]), config, run, out, dtype, head == "true")
 
 
-COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {"import": import_model, "export": export_model}
+def push_model(arguments: list[str]) -> Iterator[str]:
+    """Uploads an exported folder; yields what to print."""
+    given = key_values(arguments, PUSH_KEYS, f"{'=, '.join(PUSH_KEYS)}=")
+    folder, repo, private = Path(_needed(given, "folder")), _needed(given, "repo"), given.get("private", "true")
+    if private not in ("true", "false"):
+        raise ValueError(f"private={private} must be true or false")
+    yield f"pushed: {push(folder, repo, private == 'true')}"
+
+
+COMMANDS: dict[str, Callable[[list[str]], Iterator[str]]] = {
+    "import": import_model,
+    "export": export_model,
+    "push": push_model,
+}
 
 
 def _needed(given: dict[str, str], key: str) -> str:

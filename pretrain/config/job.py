@@ -97,6 +97,7 @@ class JobConfig:
         self.data.resolve()
         if self.eval.tasks_path:
             self.eval.tasks_path = str(Path(self.eval.tasks_path).absolute())
+        self.log.resolve()
         if self.init_from is not None:
             self.init_from = f"hf:{folder_of(self.init_from).absolute()}"
         if self.decay_from is not None:

@@ -1,6 +1,9 @@
 """Settings of what a run shows of itself: log, measurements of the weights, traces. Groups log, monitor, profile."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
 LONGEST_TRACE = 50  # steps: each takes megabytes of memory and of the trace
 
@@ -11,10 +14,50 @@ class LogConfig:
 
     every: int = 10  # steps between log entries; the first and the last step of each start are always logged
     tensorboard: bool = True  # also write event files for TensorBoard to the run's folder
+    wandb: str | None = None  # online or offline: also log to Weights & Biases, offline to RUN/wandb; null: do not
+    mlflow: str | None = None  # also log to MLflow: a server, as in http://host:5000, or file:DIR; null: do not
+    project: str = "rowshard"  # project in Weights & Biases, experiment in MLflow
+    wait_seconds: float = 20.0  # at the end of a start, when all is saved: longest wait for their last steps to arrive
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every={self.every} must be at least 1")
+        if self.wait_seconds < 0:
+            raise ValueError(f"log.wait_seconds={self.wait_seconds} must not be negative")
+        if self.wandb not in (None, "online", "offline"):
+            raise ValueError(f"log.wandb={self.wandb} must be online, offline or null")
+        if self.mlflow is not None and self.mlflow != "databricks" and ":" not in self.mlflow:
+            raise ValueError(f"log.mlflow={self.mlflow} must be an address such as http://host:5000, or file:DIR")
+        if not self.project:
+            raise ValueError("log.project must not be empty: it names the project in W&B and the experiment in MLflow")
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The targets besides files, by their keys in this group."""
+        return {name: value for name in ("wandb", "mlflow") if (value := getattr(self, name)) is not None}
+
+    def resolve(self) -> None:
+        """Makes the folder of MLflow absolute."""
+        scheme, _, folder = (self.mlflow or "").partition(":")
+        if scheme == "file" and not folder.startswith("/"):
+            self.mlflow = f"file:{Path(folder).absolute()}"
+
+    def check_targets(self, environment: Mapping[str, str] | None = None) -> None:
+        """Raises ValueError if the package of a target is missing. environment: W&B must find a key there or in netrc's
+        file; None: not checked.
+        """
+        for name, value in self.targets.items():
+            if find_spec(name) is None:
+                raise ValueError(
+                    f"log.{name}={value} needs a package that is not installed: pip install 'rowshard[{name}]',"
+                    f" or give log.{name}=null"
+                )
+        if self.wandb == "online" and environment is not None:
+            netrc = Path(environment.get("NETRC", "~/.netrc")).expanduser()
+            if not (environment.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} or netrc.exists()):
+                raise ValueError(
+                    "log.wandb=online needs an API key: run `wandb login`, set WANDB_API_KEY, or give log.wandb=offline"
+                )
 
 
 @dataclass

@@ -19,6 +19,7 @@ from .append import GrowingFile
 from .board import Board, replace_settings, text_summary
 from .charts import Charts
 from .console import Console, Summary
+from .followers import Followers
 from .hparams import session, table
 from .older_board import move_older
 from .scalars import ABOUT, BEST, tag_of
@@ -42,6 +43,7 @@ class MetricsLog:
             with _no_more_than_a_warning():
                 move_older(run)
             self._board = Board(run, step + 1)
+        self._followers = Followers(run, config)
         self._charts, self._best, self._listed = Charts(()), dict[str, float](), set[str]()
         self._tokens = TokenTexts(None)
         self._read_back()
@@ -62,6 +64,7 @@ class MetricsLog:
         matrix by what they are; they go under "rows" into the file, and as text with their tokens into TensorBoard.
         """
         self._file.write(json.dumps(scalars | ({"rows": rows} if rows else {})).encode() + b"\n")
+        self._followers.look()
         self._show(scalars)
         for name, ids in (rows or {}).items():
             self._list(name, ids, scalars)
@@ -105,6 +108,7 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        self._followers.close()
 
     def _show(self, scalars: dict[str, float]) -> None:
         step = int(scalars["step"])

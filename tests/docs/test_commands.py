@@ -31,6 +31,8 @@ NOT_RUN = {  # the beginnings of commands that no test runs, and why; each is in
     "conda ": "downloads",
     "docker ": "downloads",
     "tensorboard --logdir": "serves until it is stopped; tests/pretrain/monitor looks at its page",
+    "python -m pretrain.publish": "needs a server; tests/pretrain/test_publish.py sends to folders",
+    "python -m pretrain.interop.hf push": "needs a hub; tests/pretrain/interop/test_hub.py has a small one",
     "torchrun --nproc-per-node 2 examples/": "tests/examples runs each",
     "python -m tests.data_prep.kills": "takes minutes; tests/data_prep kills, too",
     "python tests/reliability.py": "takes an hour; tests/test_reliability.py runs a smaller one",
