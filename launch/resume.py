@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.errors import nearest
 from data_prep.overrides import home, with_new_names
-from pretrain.checkpoint import checkpoint_of
+from pretrain.checkpoint import checkpoint_of, checkpoints
 from pretrain.compose import PARTS, TOP_LEVEL_KEYS, load_config
 from pretrain.config.job import CONFIG_FILE
 from pretrain.config.optim import OptimConfig
 
 FAMILY = "family/"  # prefix of the option with only a family's keys
 RECIPE = "recipe"  # group of conf/recipe: values of many groups, frozen with the others
+DECIDED = ("optim.lr", "optim.warmup_steps", "train.global_batch")  # null: set from the model and the length of the run
 NAMED = ("engine", "optim")  # groups whose options have different keys; each option has its own name as `name`
 
 
@@ -46,9 +47,13 @@ def in_full(arguments: list[str]) -> list[str]:
 
 
 def apply(composed: DictConfig, overrides: list[str]) -> None:
-    """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones."""
+    """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones.
+
+    Without `resume`: a run that has a checkpoint keeps the values of DECIDED, even if its length changes.
+    """
     frozen = _changed(composed, overrides)
-    composed.pop("resume", None)
+    if composed.pop("resume", None) is None:
+        _keep_decided(composed)
     for name in map(str, frozen):
         composed[name] = frozen[name]
 
@@ -136,6 +141,17 @@ def _run_and_step(source: str) -> tuple[Path, int | None]:
     if not re.fullmatch(r"\d+", number) or (path / CONFIG_FILE).is_file():
         return path, None
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent, int(number)
+
+
+def _keep_decided(composed: DictConfig) -> None:
+    run = OmegaConf.select(composed, "run.dir")
+    path = _config_of(str(run)) if run else None
+    if path is None or not path.is_file() or not checkpoints(path.parent):
+        return
+    frozen = OmegaConf.create(yaml.safe_load(path.read_bytes()))
+    for key in DECIDED:
+        if OmegaConf.select(composed, key) is None:
+            OmegaConf.update(composed, key, OmegaConf.select(frozen, key))
 
 
 def _key(argument: str) -> str:

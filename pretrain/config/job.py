@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..families import ModelConfig
+from ..families import FAMILIES, ModelConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .decay_from import step_decayed
@@ -13,6 +13,7 @@ from .evaluation import EvalConfig
 from .init_from import folder_of
 from .monitor import LogConfig, MonitorConfig, ProfileConfig
 from .optim import OptimConfig
+from .step_law import learning_rate
 from .training import TrainingConfig
 from .vocab import VocabConfig
 
@@ -76,7 +77,8 @@ class JobConfig:
             )
 
     def _settle_lengths(self) -> None:
-        """Converts all lengths to steps."""
+        """Converts all lengths to steps, and sets batch size, learning rate and warm-up if they are not given."""
+        self.train.settle_batch()
         train, optim, batches = self.train, self.optim, self.train.batches
         if self.decay_from is not None:
             begin = step_decayed(self.decay_from)
@@ -91,6 +93,9 @@ class JobConfig:
         if train.stop_after is not None:
             train.stop_after = batches.steps("train.stop_after", train.stop_after)
         optim.settle(batches, train.steps)
+        if optim.lr is None:
+            parameters = FAMILIES[self.model.family].parameters(self.model)
+            optim.lr = learning_rate(parameters, batches.samples_after(train.steps) * self.seq_len)
 
     def resolve(self) -> None:
         """Makes the paths of all inputs absolute, because a job may run in another folder."""

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    Steps = int  # JobConfig converts all lengths
+if TYPE_CHECKING:  # JobConfig converts all lengths, and sets what is not given
+    Steps = int
+    Number = float
+    Count = int
 else:
     Steps = int | float | str
+    Number = float | None
+    Count = int | None
 
 UNITS = ("steps", "samples", "tokens")
 FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

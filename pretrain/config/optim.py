@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from .lengths import Batches, Steps, steps_or_text
+from .lengths import Batches, Number, Steps, steps_or_text
 
-LONGEST_WARMUP = 100  # steps, if optim.warmup_steps is not given
+LONGEST_WARMUP = 2000  # steps, if optim.warmup_steps is not given; as OLMo 2 and SmolLM3
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, the rule, the rule in words
     (("lr", "eps"), lambda value: 0 < value < math.inf, "must be positive"),
     (("clip", "weight_decay"), lambda value: 0 <= value < math.inf, "must be a number of at least 0"),
@@ -44,11 +44,13 @@ class OptimConfig:
     can_offload: ClassVar[bool] = True  # engine.offload=cpu is possible
 
     name: str = "adamw"  # optimizer of the body: adamw or muon; the vocabulary always uses AdamW
-    lr: float = 6e-4  # peak learning rate
+    #: peak learning rate; null: from the parameters of the body and the tokens of the run, by Step Law
+    #: (Li et al., arXiv:2503.04715), at most 2e-3
+    lr: Number = None  # type: ignore[assignment]
     #: cosine: falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395):
     #: constant, then falls linearly over the last decay_fraction of the steps
     schedule: str = "cosine"
-    #: steps of linear warm-up, or its samples or tokens: 2B tokens; null: a tenth of train.steps, at most 100
+    #: steps of linear warm-up, or its samples or tokens: 2B tokens; null: a tenth of train.steps, at most 2000
     warmup_steps: Steps | None = None
     min_lr_ratio: float = 0.1  # learning rate of the last step / lr
     decay_fraction: float = 0.2  # fraction of the steps, at the end, over which wsd decays; cosine ignores it
@@ -113,7 +115,7 @@ class OptimConfig:
     def check_steps(self, steps: int) -> None:
         """Raises ValueError if warm-up and decay together take more than `steps` steps."""
         warmup, decay = self.warmup(steps), self.decay(steps)
-        advice = "give fewer warm-up steps, or null: a tenth of the steps, at most 100"
+        advice = "give fewer warm-up steps, or null: a tenth of the steps, at most 2000"
         if warmup >= steps:
             raise ValueError(f"optim.warmup_steps={warmup} must be below train.steps={steps}: {advice}")
         if warmup + decay > steps:

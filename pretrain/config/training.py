@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .lengths import Batches, Steps, length_of, steps_or_text
+from .lengths import Batches, Count, Steps, length_of, steps_or_text
+from .step_law import batch_for_steps, batch_for_tokens
 
 
 @dataclass
@@ -21,7 +22,9 @@ class TrainingConfig:
     #: seconds without a finished step, evaluation batch or save before a rank prints its stacks and ends; 0: never
     hang_timeout: float = 1800.0
     seq_len: int | None = None  # tokens per sequence; null: model.context, at most 8192
-    global_batch: int = 32  # sequences per step, over all ranks
+    #: sequences per step, over all ranks; null: from the tokens of the run, by Step Law (Li et al., arXiv:2503.04715),
+    #: as a power of two of at least 32
+    global_batch: Count = None  # type: ignore[assignment]
     #: other batch sizes for later parts of the run, by the number of tokens, or samples, at which they begin:
     #: {2B: 512, 5M samples: 1024}; an entry at 0 replaces global_batch; empty: none
     batch_schedule: dict[Any, int] = field(default_factory=dict)
@@ -48,6 +51,16 @@ class TrainingConfig:
             raise ValueError(f"train.hang_timeout={self.hang_timeout} must not be negative (0: never)")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"train.precision={self.precision} must be auto, bf16 or fp32")
+
+    def settle_batch(self) -> None:
+        """Sets the batch size if it is not given. JobConfig sets seq_len, which this needs."""
+        assert self.seq_len is not None
+        if self.global_batch is None:
+            number, unit = length_of("train.steps", self.steps)
+            if unit == "steps":
+                self.global_batch = batch_for_steps(number, self.seq_len)
+            else:
+                self.global_batch = batch_for_tokens(number * (self.seq_len if unit == "samples" else 1), self.seq_len)
 
     def check_world(self, world: int) -> None:
         """Raises ValueError unless each batch is a whole number of micro-batches per rank, on `world` ranks."""

@@ -3,6 +3,7 @@
 Separate from the families' files because all of them use it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -97,6 +98,10 @@ class Family:
     @property
     def name(self) -> str:
         return self.config.family
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Number of parameters of the body."""
+        return sum(math.prod(weight.shape) for weight in self.hugging_face.mappings(model))
 
 
 HEAD = "lm_head.weight"

@@ -85,6 +85,20 @@ def test_the_full_command_takes_no_frozen_settings(frozen, tmp_path):
     assert resume.in_full(typed) == typed
 
 
+def test_longer_run_keeps_the_values_that_followed_from_its_length(frozen, tmp_path):
+    """Only once there is a checkpoint; before it, and for what is typed, the new length decides."""
+    old = load_config(frozen / "config.yaml")
+    assert (old.optim.lr, old.optim.warmup_steps, old.train.global_batch) == (2e-3, 100, 32)
+    longer = [f"run.dir={frozen}", f"data.path={tmp_path}/tokens", "train.steps=100_000", "model=gpt2"]
+    new = resumed(longer)
+    assert (new.optim.lr, new.optim.warmup_steps, new.train.global_batch) == (2e-3, 2000, 1024)
+    checkpoint = frozen / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    kept = resumed([*longer, "optim.warmup_steps=7"])
+    assert (kept.optim.lr, kept.optim.warmup_steps, kept.train.global_batch, kept.train.steps) == (2e-3, 7, 32, 100_000)
+
+
 def test_resume_of_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"resume={tmp_path} must be the folder of a run"):
         resume.in_full([f"resume={tmp_path}"])
@@ -114,13 +128,13 @@ def test_changes_are_those_since_the_checkpoint(frozen, tmp_path):
     (checkpoint / "manifest.json").write_text(json.dumps({"config": was}))
     changes = [
         {"key": "engine.name", "was": "fsdp2", "is": "deepspeed"},
-        {"key": "optim.lr", "was": 1.0, "is": 6e-4},
+        {"key": "optim.lr", "was": 1.0, "is": 2e-3},
     ]
     assert settings_changed(frozen, checkpoint) == changes_at_start(frozen) == changes
     assert table(changes) == [
         "setting      was    is",
         "engine.name  fsdp2  deepspeed",
-        "optim.lr     1.0    0.0006",
+        "optim.lr     1.0    0.002",
     ]
     record = cause([Record(0, Exit.FINISHED, 0)])
     history = History(frozen)

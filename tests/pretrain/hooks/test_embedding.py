@@ -133,7 +133,7 @@ def gradients(rank: int, world: int, parallel: int, tie: str) -> tuple[dict[str,
     )
     for rows in vocab.parameters():
         rows.data = padded_rows(weight, shard)
-    vocab_optimizer = VocabOptimizer(vocab.parameters(), OptimConfig(), mesh)
+    vocab_optimizer = VocabOptimizer(vocab.parameters(), OptimConfig(lr=6e-4), mesh)
     health = EmbeddingHealth(2, vocab, vocab_optimizer, mesh)
     for step in range(2):
         health.before_step(SimpleNamespace(state=SimpleNamespace(step=step)))

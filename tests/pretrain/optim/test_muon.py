@@ -200,7 +200,7 @@ def first_steps(rank: int, world: int, factors: list[float]) -> list[dict[str, T
     for factor in factors:
         with torch.device("meta"):
             body = Body()
-        optim = MuonConfig(weight_decay=0.0)
+        optim = MuonConfig(lr=6e-4, weight_decay=0.0)
         engine = BUILDERS[FSDP2Config](FSDP2Config(), optim, torch.float32, 0)
         forward = engine.wrap(body, mesh)
         body.gradient = drawn("positions", torch.Size((4, 5)), 0)
