@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # JobConfig converts all lengths, and sets what is not given
     Steps = int
@@ -19,6 +19,7 @@ else:
     Number = float | None
     Count = int | None
 
+NOT_GIVEN: Any = None  # default of a Number or Count
 UNITS = ("steps", "samples", "tokens")
 FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FORM = re.compile(rf"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d+)?) ?([kKMBT]?)[ _]?({'|'.join(UNITS)})?")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from .lengths import Batches, Number, Steps, steps_or_text
+from .lengths import NOT_GIVEN, Batches, Number, Steps, steps_or_text
 
 LONGEST_WARMUP = 2000  # steps, if optim.warmup_steps is not given; as OLMo 2 and SmolLM3
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (  # keys, the rule, the rule in words
@@ -46,7 +46,7 @@ class OptimConfig:
     name: str = "adamw"  # optimizer of the body: adamw or muon; the vocabulary always uses AdamW
     #: peak learning rate; null: from the parameters of the body and the tokens of the run, by Step Law
     #: (Li et al., arXiv:2503.04715), at most 2e-3
-    lr: Number = None  # type: ignore[assignment]
+    lr: Number = NOT_GIVEN
     #: cosine: falls to min_lr_ratio·lr at the last step; wsd (warm-up, stable, decay; Hu et al., arXiv:2404.06395):
     #: constant, then falls linearly over the last decay_fraction of the steps
     schedule: str = "cosine"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .lengths import Batches, Count, Steps, length_of, steps_or_text
+from .lengths import NOT_GIVEN, Batches, Count, Steps, length_of, steps_or_text
 from .step_law import batch_for_steps, batch_for_tokens
 
 
@@ -24,7 +24,7 @@ class TrainingConfig:
     seq_len: int | None = None  # tokens per sequence; null: model.context, at most 8192
     #: sequences per step, over all ranks; null: from the tokens of the run, by Step Law (Li et al., arXiv:2503.04715),
     #: as a power of two of at least 32
-    global_batch: Count = None  # type: ignore[assignment]
+    global_batch: Count = NOT_GIVEN
     #: other batch sizes for later parts of the run, by the number of tokens, or samples, at which they begin:
     #: {2B: 512, 5M samples: 1024}; an entry at 0 replaces global_batch; empty: none
     batch_schedule: dict[Any, int] = field(default_factory=dict)

@@ -13,8 +13,8 @@ from tests.in_process import in_process
 @pytest.mark.parametrize(
     ("main", "arguments", "expected"),
     [
-        (local.main, "--help optim.lr", "optim.lr=0.0006  number\n    peak learning rate\n"),
-        (local.main, "optim.lr=1e-3 --help optim.lr", "optim.lr=0.001  number\n    peak learning rate\n"),
+        (local.main, "--help optim.lr", "optim.lr=null  number or null\n    peak learning rate; null: "),
+        (local.main, "optim.lr=1e-3 --help optim.lr", "optim.lr=0.001  number or null\n    peak learning rate; null: "),
         (local.main, "--help seed", "seed=0\n    seed of the initial weights and of the order of the samples\n"),
         (app.main, "--help corpus.paths corpus=files", "corpus.paths=  list of text\n    files, globs, folders"),
     ],
@@ -29,7 +29,7 @@ def test_help_shows_every_key_with_its_text():
     keys = re.findall(r"^  (\S+)=\S* {2,}\w", said, re.MULTILINE)
     assert {"optim.lr", "optim.body.lr", "seed", "nproc", "restart.delay", "run.dir", "model.layers"} <= set(keys)
     assert len(keys) == len(re.findall(r"^  [\w.]+=", said, re.MULTILINE))
-    assert re.search(r"^  optim\.lr=0\.001 +peak learning rate$", said, re.MULTILINE)
+    assert re.search(r"^  optim\.lr=0\.001 +peak learning rate; null: ", said, re.MULTILINE)
 
 
 def test_help_shows_the_values_of_the_run_to_resume(tmp_path):
@@ -44,7 +44,7 @@ def test_help_shows_the_values_of_the_run_to_resume(tmp_path):
     for given in (f"resume={run}", f"run.dir={run}"):
         done = in_process(local.main, given, "optim.clip=4", "--help", "optim.lr", "optim.clip", "nproc")
         assert done.stdout.splitlines()[::2] == [
-            f"optim.lr=0.003  number, from {run}/config.yaml",
+            f"optim.lr=0.003  number or null, from {run}/config.yaml",
             "optim.clip=4.0  number, from the command line",
             "nproc=0  default",
         ], done.stderr

@@ -192,14 +192,14 @@ def test_resume_prints_changes_and_a_finished_run_is_not_started(tmp_path):
     rows = ["setting", "optim.lr", "train.global_batch", "train.stop_after"]
     said = done.stdout.split("settings changed since step 2:\n")[1].splitlines()
     assert [line.split()[0] for line in said[:4]] == rows and said[2].split()[1:] == ["4", "8"]
-    changes = [{"key": "optim.lr", "was": 6e-4, "is": 5e-3}, {"key": "train.global_batch", "was": 4, "is": 8}]
+    changes = [{"key": "optim.lr", "was": 2e-3, "is": 5e-3}, {"key": "train.global_batch", "was": 4, "is": 8}]
     changes.append({"key": "train.stop_after", "was": 2, "is": None})
     lines = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
     assert [line.get("changes") for line in lines] == [None, changes]
     board = b"".join(path.read_bytes() for path in folder.glob("events.*"))
     assert b"settings changed" in board and b"| train.global_batch | 4 | 8 |" in board
     old = load_config(folder / "config-0001.yaml")
-    assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (6e-4, 4, 2)
+    assert (old.optim.lr, old.train.global_batch, old.train.stop_after) == (2e-3, 4, 2)
     for again in (f"resume={folder}", f"resume={folder} train.steps=5"):
         done = in_process(local.main, "nproc=1", *again.split())
         assert done.returncode == 0, done.stderr
