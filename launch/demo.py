@@ -33,9 +33,10 @@ from data_prep.tokenizer import Tokenizer  # noqa: E402
 from launch.supervisor import own_code  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
-STEPS = 450
-SETTINGS = "train.global_batch=8 train.micro_batch=4 optim.lr=2e-3 optim.warmup_steps=50 optim.min_lr_ratio=0.02"
-CADENCE = "log.every=20 eval.every=225 checkpoint.every=100"
+STEPS = 360
+SETTINGS = "train.global_batch=8 train.micro_batch=4 optim=muon optim.lr=2e-3 optim.vocab.lr=6e-3"
+SCHEDULE = "optim.warmup_steps=40 optim.min_lr_ratio=0.02"
+CADENCE = "log.every=20 eval.every=180 checkpoint.every=100"
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # two ranks may have only two cores
     nproc = min(2, torch.cuda.device_count()) or 2
     paths = f"data.path={DATA} run.dir={RUN}"
-    train = f"launch/local.py nproc={nproc} model=nano {paths} train.steps={STEPS} {SETTINGS} {CADENCE}"
+    train = f"launch/local.py nproc={nproc} model=nano {paths} train.steps={STEPS} {SETTINGS} {SCHEDULE} {CADENCE}"
 
     step(
         "1. Turn Python's standard library into token files",
