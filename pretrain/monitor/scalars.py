@@ -147,8 +147,7 @@ SCALARS = (
         "nats/token",
         "Validation loss of the running average of the weights (ema.decay).",
         "Below val_loss while the learning rate is high; both meet as it falls.",
-        f"{TRAINING}/loss/val_ema",
-        ("", CORPUS),
+        forms=("", CORPUS),
     ),
     Scalar(
         "val_bits_per_byte_ema",
@@ -156,8 +155,7 @@ SCALARS = (
         "bits/byte",
         "Validation bits per byte of the running average of the weights (ema.decay).",
         "As val_loss_ema.",
-        f"{TRAINING}/loss/val_bits_per_byte_ema",
-        ("", CORPUS),
+        forms=("", CORPUS),
     ),
     Scalar(
         "task",

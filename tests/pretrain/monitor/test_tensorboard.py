@@ -20,7 +20,7 @@ from PIL import Image
 from pretrain.config.monitor import LogConfig
 from pretrain.hooks.lens import HeatMaps
 from pretrain.monitor import BINS, MetricsLog
-from pretrain.monitor.scalars import BIN, CORPUS, DETAILS, LAYER, PART, SCALARS, tag_of
+from pretrain.monitor.scalars import BIN, CORPUS, DETAILS, LAYER, PART, SCALARS, TASK, tag_of
 from pretrain.timeline import PARTS as PARTS_OF_STEP
 from tests.browser import DARK, dumped, screenshot
 
@@ -28,7 +28,7 @@ STEPS, EVERY = 30, 10
 LAYERS = ("input", "block_0", "block_1", "output")
 PARTS = {"": [""], CORPUS: ["/web", "/code"], BIN: [f"/{name}" for name in BINS], LAYER: [f"/{row}" for row in LAYERS]}
 PARTS |= {BIN + LAYER: [f"/{name}/{row}" for name in BINS for row in LAYERS], "/topNpct": ["/top1pct", "/top50pct"]}
-PARTS |= {PART: [f"/{part}" for part in PARTS_OF_STEP]}
+PARTS |= {TASK: ["/arc_easy/acc", "/arc_easy/acc_norm"], PART: [f"/{part}" for part in PARTS_OF_STEP]}
 FIRST = ["loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm"]
 RARE = {"val_loss", "val_bits_per_byte"}
 
@@ -178,7 +178,7 @@ def test_the_hparams_tab_compares_the_runs(tensorboard):
 def test_no_chart_of_the_custom_tab_is_empty(tensorboard):
     """Parts of one quantity are lines of one chart."""
     layout = fetched(tensorboard, "plugin/custom_scalars/layout")["category"]
-    assert layout[0]["title"] == "Overview" and [category.get("closed", False) for category in layout[1:]] == [True] * 6
+    assert layout[0]["title"] == "Overview" and [category.get("closed", False) for category in layout[1:]] == [True] * 7
     titles = [chart["title"] for category in layout for chart in category["chart"]]
     assert len(titles) == len(set(titles)), "charts of two runs are merged"
     for category in layout:
