@@ -24,6 +24,8 @@ PUBLIC = {
 }  # Python's own, documented
 
 PRIVATE = [  # the path in the other package; our use
+    ("sys.__stderr__", "lm-eval's progress while standard error is closed"),
+    ("lm_eval.api.task.Task._instances", "the requests of an earlier evaluation, removed"),
     ("atexit._run_exitfuncs", "a rank's end, which skips Python's own shutdown"),
     (
         "torch.distributed.distributed_c10d._set_pg_timeout",

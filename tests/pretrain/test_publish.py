@@ -107,14 +107,14 @@ def test_each_step_is_there_once_after_kill_9_and_resume(tmp_path, store):
     assert scalars(folder)[-1]["step"] >= before["loss"][-1][0] > 40
     stop = scalars(folder)[-1]["step"] + 60
 
-    done = run(f"{both} train.stop_after={stop} optim.lr=0.002 log.every=30", timeout=300)
+    done = run(f"{both} train.stop_after={stop} optim.lr=0.004 log.every=30", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "log.wandb=offline: " in done.stderr and "warning" not in done.stderr, done.stderr
     lines = scalars(folder)
     assert lines[-1]["step"] == stop
 
     run_id, project, settings, logged = wandb_run(folder)
-    assert (run_id, project, settings["optim.lr"], identity(folder)) == (name, "ours", 0.002, name)
+    assert (run_id, project, settings["optim.lr"], identity(folder)) == (name, "ours", 0.004, name)
     own = {"_step", "_runtime", "_timestamp"}
     assert [{k: v for k, v in line.items() if k not in own} for line in logged] == lines
 

@@ -149,7 +149,7 @@ def test_text_after_the_window_does_not_matter(run):
         (["run={run}", "text=a", "window=0:9"], "window=0:9 must be START:STOP within the text's 2 positions"),
         (["run={run}", "text=a", "only=b"], "only=b must be the text of a token in the window"),
         (["run={run}", "text=" + "a" * 256], "the text has 257 tokens up to the end of the window, but model"),
-        (["run={run}", "text=a", "colour=red"], "unknown key colour; there are run, step, hf"),
+        (["run={run}", "text=a", "colour=red"], "unknown key colour; there are run, step, weights, hf"),
         (["run={run}", "text=a", "step=abc"], "step=abc must be a whole number or null"),
         (["run={run}", "text=a", "guesses=many"], "guesses=many must be a whole number"),
         (["run={run}", "text"], "'text' must be key=value"),
