@@ -183,7 +183,7 @@ def test_generate_with_stale_variables_says_what_it_waits_for(monkeypatch, capsy
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000001/manifest.json").touch()
     monkeypatch.setattr(
-        generate, "read_manifest", lambda folder: {"tensors": {}}
+        generate, "read_manifest", lambda folder: {"tensors": ["embedding.weight"]}
     )  # the ranks meet before they read the checkpoint
     monkeypatch.setattr(mesh, "PATIENCE", timedelta(seconds=0.2))
     monkeypatch.setattr(sys, "argv", ["generate", f"run={tmp_path}", "prompt=x"])
