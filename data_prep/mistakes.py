@@ -93,7 +93,7 @@ def _of_override(message: str, error: BaseException) -> str:
     if first_line.startswith("Ambiguous value for argument"):
         setting = first_line.partition("'")[2].rstrip("'")
         key, _, value = setting.partition("=")
-        sweep = "a sweep is launch/slurm.py --multirun"
+        sweep = "a sweep is launch/local.py or launch/slurm.py with --multirun"
         return f"{setting} is several values: give one, or a list as {key}=[{value}]; {sweep}"
     if "No match in the defaults list" in first_line:
         append = re.search(r"To append to your default list use (.*)", message)

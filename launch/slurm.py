@@ -5,10 +5,8 @@ Composes the configuration once. launch/training.py checks it for the cluster's 
 run, and submits one job, or a sweep as one array. launch/job.py runs inside the job.
 """
 
-import re
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # this code comes before other code with the same names
@@ -20,11 +18,9 @@ if __name__ == "__main__":
     terminal.begin()  # before the imports that take seconds
 
 from hydra.core.config_store import ConfigStore  # noqa: E402
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
 
-from data_prep.command import one_line, run_hydra  # noqa: E402
-from launch import cluster, corpus, resume, training  # noqa: E402
+from data_prep.command import one_line  # noqa: E402
+from launch import cluster, corpus, resume, sweep, training  # noqa: E402
 from launch.alone import alone  # noqa: E402
 from launch.job_state import follow  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
@@ -40,7 +36,7 @@ def main() -> None:
     ConfigStore.instance().store(group="restart", name="default", node=RestartConfig)
     with one_line():
         sys.argv[1:] = resume.in_full(sys.argv[1:])
-    composed = compose()
+    composed = sweep.compose("slurm")
     if not composed:  # --help and the like
         return
     with one_line():
@@ -49,20 +45,6 @@ def main() -> None:
         else:
             jobs = training.launch(composed)
         sys.exit(next(filter(None, map(follow, jobs)), 0))  # no further job after one that failed
-
-
-def compose() -> list[tuple[DictConfig, list[str]]]:
-    """Composes the configurations of the command line, each with its overrides: a sweep has several."""
-    composed: list[tuple[DictConfig, list[str]]] = []
-
-    def keep(config: DictConfig) -> None:
-        composed.append((config, list(HydraConfig.get().overrides.task)))
-
-    first = next((i for i, argument in enumerate(sys.argv) if re.match(r"[^-].*=", argument)), len(sys.argv))
-    with TemporaryDirectory() as scratch:  # Hydra writes a file there
-        sys.argv.insert(first, f"hydra.sweep.dir={scratch}")  # Hydra needs all overrides together
-        run_hydra(keep, "slurm", sweeps=True, frozen=resume.settings)
-    return composed
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ slurm.py is the command, which composes the settings; corpus.py is the counterpa
 
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -27,8 +25,7 @@ from data_prep.durable import durable
 from data_prep.mistakes import said
 from data_prep.overrides import shown
 from data_prep.progress import working
-from data_prep.renamed import former
-from launch import resume, site
+from launch import site, sweep
 from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
 from launch.job import SlurmRank
 from launch.job_state import JOB_FILE, holder_of
@@ -37,7 +34,7 @@ from launch.snapshot import Snapshot, import_from
 from launch.submission import Job
 from pretrain.checks import check_job, check_logs, finished
 from pretrain.compose import build_config, config_text, freeze
-from pretrain.config.job import JobConfig, RunConfig
+from pretrain.config.job import JobConfig
 from pretrain.corpora import vocab_rows
 from pretrain.data import Data
 from pretrain.locks import LAUNCH_LOCK, RANKS_LOCK, lock_run
@@ -67,7 +64,7 @@ class Run:
         return self.config.run_dir
 
 
-def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Job[object]]:
+def launch(composed: sweep.Composed) -> list[submitit.Job[object]]:
     """Submits the composed runs, each with its overrides; with `dry_run` prints the job. Returns the job to follow.
 
     Raises ValueError if a setting is wrong.
@@ -75,13 +72,10 @@ def launch(composed: Sequence[tuple[DictConfig, list[str]]]) -> list[submitit.Jo
     configs = [config for config, _ in composed]
     ours = settings_of(configs)
     need_slurm(ours.dry_run)
-    if len(configs) > 1 and any(config.resume for config in configs):
-        raise ValueError("resume is for one run: in a sweep each job has its own folder")
-    for config, overrides in composed:
-        resume.apply(config, overrides)
+    sweep.resumed(composed)
     site.check(ours.cluster, ours.dry_run)
-    base = run_dir(configs)
-    for config, folder in zip(configs, folders(base, [overrides for _, overrides in composed]), strict=True):
+    base = plain_path("run.dir", sweep.run_dir(composed))  # absolute: a job's current folder may differ
+    for config, folder in zip(configs, sweep.folders(base, [overrides for _, overrides in composed]), strict=True):
         config.run.dir = str(folder)
     runs = [prepared(config, ours.cluster) for config in configs]
     if not ours.dry_run and (runs := unfinished(runs)) == []:
@@ -120,37 +114,6 @@ def settings_of(composed: list[DictConfig]) -> LaunchConfig:
             f"cluster.tasks={ours.cluster.tasks} is for tokenising; ranks: cluster.nodes and cluster.tasks_per_node"
         )
     return ours
-
-
-def run_dir(composed: list[DictConfig]) -> Path:
-    """Returns run.dir as an absolute path: a job's current folder may differ. Raises ValueError if Slurm would change
-    it.
-    """
-    given, *others = {config.run.dir for config in composed}
-    RunConfig(given)
-    if others:
-        raise ValueError("run.dir cannot be swept: each job of a sweep has its own folder in it")
-    return plain_path("run.dir", given)
-
-
-def folders(base: Path, overrides: Sequence[list[str]]) -> list[Path]:
-    """Returns the folder of each job: `base`, or in a sweep a folder inside. A folder that an earlier version named by
-    a setting's old name is kept.
-    """
-    found = []
-    for name, old in zip(names(overrides), names([list(map(former, job)) for job in overrides]), strict=True):
-        found.append(base / (old if (base / old).exists() and not (base / name).exists() else name))
-    return found
-
-
-def names(overrides: Sequence[list[str]]) -> list[str]:
-    """Names the folder of each job of a sweep by the settings in which they differ; "" for a single job."""
-    common = set.intersection(*map(set, overrides))
-    own = ["_".join(override.lstrip("+") for override in job if override not in common) for job in overrides]
-    found = [re.sub(r"[^\w.]", "-", name, flags=re.ASCII) for name in own]
-    if len(set(found)) < len(found):
-        raise ValueError(f"two jobs of this sweep would share the folder {max(found, key=found.count)}")
-    return found
 
 
 def prepared(composed: DictConfig, cluster: ClusterConfig) -> Run:

@@ -1,6 +1,5 @@
 """Reads a run from the disk: the newest checkpoint's manifest, the metrics, the tokenizer."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
 from ..checkpoint import newest_manifest
+from ..metrics_file import logged
 
 Point = tuple[float, float]
 
@@ -41,20 +41,8 @@ class ReportRun:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, without a last one cut short by a kill. Raises ValueError if another is damaged."""
-        path = self.folder / "metrics.jsonl"
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            return []
-        found = []
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            if line.endswith("\n"):
-                try:
-                    found.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is damaged: {error}; delete the line") from error
-        return found
+        """Lines of metrics.jsonl. Raises ValueError if one is damaged."""
+        return logged(self.folder)
 
     @property
     def matrices(self) -> int:

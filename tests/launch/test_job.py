@@ -448,7 +448,7 @@ def test_launcher_on_a_full_disk_gives_up(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("launch.local.Supervisor", Starts)
     config = SimpleNamespace(run_dir=tmp_path, path=tmp_path / "config.yaml", run=SimpleNamespace(dir=str(tmp_path)))
-    assert local.run_ranks(config, 1, RestartConfig(max_failures=3)) == 1
+    assert local.run_ranks(config, 1, RestartConfig(max_failures=3), StopRequests()) == 1
     assert starts == [0, 1, 2]
     assert "3 consecutive starts without a newer checkpoint" in capsys.readouterr().err
 

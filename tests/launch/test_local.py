@@ -255,7 +255,7 @@ BAD = {
     "moving off from no GPU": ("engine.offload=cpu", "engine.offload=cpu must be none on a CPU"),
     "a clip that is not a number": ("optim.clip=nan", "optim.clip=nan must be a number"),
     "more rows than there can be": ("vocab.size=20000000", "vocab.size=20000000 must be in [1, 16777216]"),
-    "a sweep": ("--multirun", "--multirun is not possible here"),
+    "several values": ("seed=1,2", "seed=1,2 is several values: give one, or a list as seed=[1,2]; a sweep is launch/"),
     "no data": ("data.path=", "data.path is missing"),
     "data that is not there": (
         "data.path=/nowhere",

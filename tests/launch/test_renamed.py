@@ -11,7 +11,7 @@ from data_prep.mistakes import unknown
 from data_prep.renamed import RENAMED, renamed
 from launch import local
 from launch.restart import RestartConfig
-from launch.training import folders
+from launch.sweep import folders
 from pretrain.changes import settings_changed
 from pretrain.compose import PARTS, load_config, write_config
 from pretrain.tie_report.report import _flat
