@@ -19,6 +19,10 @@ from .config.job import CONFIG_FILE
 
 MANIFEST = "manifest.json"
 Change = dict[str, Any]  # key, was, is
+NOT_COMPARED = (  # settings that cannot change a loss
+    *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
+    *("train.stop_after", "train.time_limit", "train.hang_timeout"),
+)
 PATHS = ("data.", "init_from", "decay_from")  # a launcher may have made these absolute
 
 
@@ -63,7 +67,7 @@ def table(changes: list[Change]) -> list[str]:
     """Formats lines of text in three columns."""
     rows = [
         ("setting", "was", "is"),
-        *((change["key"], _text(change["was"]), _text(change["is"])) for change in changes),
+        *((change["key"], text(change["was"]), text(change["is"])) for change in changes),
     ]
     return aligned(rows, left=(0, 1, 2))
 
@@ -71,7 +75,7 @@ def table(changes: list[Change]) -> list[str]:
 def markdown(changes: list[Change]) -> str:
     """Formats a table for TensorBoard."""
     rows = ["| setting | was | is |", "| --- | --- | --- |"]
-    rows += [f"| {change['key']} | {_text(change['was'])} | {_text(change['is'])} |" for change in changes]
+    rows += [f"| {change['key']} | {text(change['was'])} | {text(change['is'])} |" for change in changes]
     return "\n".join(rows)
 
 
@@ -97,5 +101,6 @@ def _whole(value: Any) -> Any:
     return scheme + os.path.abspath(value.removeprefix(scheme))
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """The value as it is typed."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,10 +15,10 @@ function draw(name, attributes, parent, text) {
   parent.appendChild(element);
   return element;
 }
-function show(value) {  // three digits; large numbers in groups of thousands
+function show(value, digits = 3) {  // significant digits; large numbers in groups of thousands
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value) || Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
-  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
 }
 function brief(value) {  // for an axis: 1k, 2.5M
   for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
@@ -76,7 +76,7 @@ function save(text, name) {
   link.remove();
 }
 
-// A chart: {title, note, x: {label, log, ticks: [[value, text]]}, y: {log, percent}, bars, lines: [{name, colour, dashed, points}]}
+// A chart: {title, note, x: {label, log, ticks: [[value, text]]}, y: {log, percent, digits}, bars, lines: [{name, colour, dashed, points}]}
 function ticksOf(low, high, log, count) {
   if (log) {
     const found = [], decades = Math.log10(high / low);
@@ -106,7 +106,7 @@ function chart(parent, spec) {
   const svg = draw("svg", { role: "img", tabindex: 0, "aria-label": `${spec.title}, ${spec.note}. Arrow keys read the values.` }, box);
   const xs = [...new Set(spec.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
   const ys = spec.lines.flatMap((line) => line.points.map((point) => point[1]));
-  const format = (value) => spec.y.percent ? `${show(100 * value)}%` : show(value);
+  const format = (value) => spec.y.percent ? `${show(100 * value)}%` : show(value, spec.y.digits);
   let at = null, move = () => {};
 
   function layout() {

@@ -7,7 +7,9 @@ from .folder import (
     check_weights,
     checkpoint_of,
     checkpoints,
+    matrices,
     newest_manifest,
+    parameters,
     read_manifest,
     step_of,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "check_weights",
     "checkpoint_of",
     "checkpoints",
+    "matrices",
     "newest_manifest",
+    "parameters",
     "read_manifest",
     "step_of",
 ]

@@ -10,6 +10,7 @@ Uses no process group.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -56,6 +57,20 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def matrices(manifest: dict[str, Any]) -> int:
+    """Number of vocabulary matrices: 1 if tied, 2 if untied."""
+    return sum(name in manifest["tensors"] for name in ("embedding.weight", "head.weight"))
+
+
+def parameters(manifest: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of the model and, of these, in its matrices; without padding rows."""
+    tensors = manifest["tensors"]
+    in_matrices = matrices(manifest) * int(manifest["vocab_size"]) * int(tensors["embedding.weight"][1])
+    others = ("optim.", "monitor.", "embedding.weight", "head.weight")
+    body = sum(math.prod(shape) for name, shape in tensors.items() if not name.startswith(others))
+    return in_matrices + body, in_matrices
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

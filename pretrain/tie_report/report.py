@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 from data_prep.renamed import RENAMED
 
+from ..changes import NOT_COMPARED
 from ..monitor import BINS
 from .run import Point, ReportRun
 
 EXPECTED_TO_DIFFER = ("vocab.tie", "vocab.untie_at", "run.dir")  # settings that are meant to differ
-NOT_COMPARED = (  # settings that cannot change a loss
-    *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
-    *("train.stop_after", "train.time_limit", "train.hang_timeout"),
-)
 TOPS = (1, 2, 5, 10, 20, 50)  # percent of the spectrum, as it is logged
 FREQUENCIES = tuple(name.replace("ppm", "") for name in BINS)
 NOTES = [

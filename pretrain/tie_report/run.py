@@ -12,7 +12,7 @@ from data_prep.stats import NO_TOKEN, shown
 from data_prep.token_file import TOKENIZER_FOLDER
 from data_prep.tokenizer import Tokenizer
 
-from ..checkpoint import newest_manifest
+from ..checkpoint import matrices, newest_manifest, parameters
 from ..metrics_file import logged
 
 Point = tuple[float, float]
@@ -46,20 +46,15 @@ class ReportRun:
 
     @property
     def matrices(self) -> int:
-        return sum(name in self.manifest["tensors"] for name in ("embedding.weight", "head.weight"))
+        return matrices(self.manifest)
 
     @property
     def in_matrices(self) -> int:
-        """Parameters in the matrices, without padding rows."""
-        return self.matrices * int(self.manifest["vocab_size"]) * int(self.manifest["tensors"]["embedding.weight"][1])
+        return parameters(self.manifest)[1]
 
     @property
     def parameters(self) -> int:
-        tensors = self.manifest["tensors"]
-        others = ("optim.", "monitor.", "embedding.weight", "head.weight")
-        return self.in_matrices + sum(
-            math.prod(shape) for name, shape in tensors.items() if not name.startswith(others)
-        )
+        return parameters(self.manifest)[0]
 
     def measured(self, key: str) -> list[dict[str, Any]]:
         """The lines that have this key as a finite number."""
