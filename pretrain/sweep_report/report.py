@@ -114,7 +114,7 @@ def difference_rows(sweep: Sweep) -> list[list[str]]:
 def learning_rates(sweep: Sweep) -> dict[str, Curve]:
     """Loss by learning rate, for each value of the other settings; the curve with the lowest loss first.
 
-    Empty if no curve has two learning rates. Of runs with the same settings, the lowest loss counts.
+    Without curves of a single learning rate. Of runs with the same settings, the lowest loss counts.
     """
     if LEARNING_RATE not in own(sweep.differences):
         return {}
@@ -126,21 +126,18 @@ def learning_rates(sweep: Sweep) -> dict[str, Curve]:
         curve = found.setdefault(label(run, others), {})
         rate = float(run.settings[LEARNING_RATE])
         curve[rate] = min(loss, curve.get(rate, math.inf))
-    if all(len(curve) < 2 for curve in found.values()):
-        return {}
-    return {
-        name: sorted(curve.items()) for name, curve in sorted(found.items(), key=lambda pair: min(pair[1].values()))
-    }
+    compared = [name for name, curve in found.items() if len(curve) > 1]
+    return {name: sorted(found[name].items()) for name in sorted(compared, key=lambda name: min(found[name].values()))}
 
 
 def best_rates(curves: dict[str, Curve]) -> list[list[str]]:
     """Head and rows: the best learning rate of each curve, and if the grid ends there."""
-    rows = [["other settings", LEARNING_RATE, "loss", ""]]
+    rows = [["other settings", LEARNING_RATE, "loss", "remark"]]
     for name, curve in curves.items():
         rates = [rate for rate, _ in curve]
         best, loss = min(curve, key=lambda point: point[1])
-        edge = "the only one" if len(rates) == 1 else ""
-        if len(rates) > 1 and best in (rates[0], rates[-1]):
+        edge = ""
+        if best in (rates[0], rates[-1]):
             edge = f"at the edge of the grid: try a {'smaller' if best == rates[0] else 'larger'} one"
         rows.append([name, f"{best:g}", f"{loss:.4f}", edge])
     return rows

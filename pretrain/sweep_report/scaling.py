@@ -5,8 +5,11 @@ arXiv:2203.15556), approach 3. N: parameters, D: training tokens, L: loss in nat
 """
 
 import math
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +19,7 @@ STARTS = 16  # of L-BFGS
 RESAMPLES = 100  # of the bootstrap, as in the paper
 LOW, HIGH = 10, 90  # percentiles of the intervals, as in the paper
 LARGEST_EXPONENT = 3.0
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # variable of the library that scipy's wheels bring
 FLOPS = 6.0  # per parameter and token: forward and backward
 
 
@@ -106,18 +110,30 @@ def fit(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> F
 
 def _starts(data: np.ndarray, count: int = STARTS) -> list[Law]:
     """The most promising pairs of exponents, with their E, A and B."""
-    from scipy.optimize import nnls
-
     parameters, tokens, losses = data.T
     found = []
     for alpha in np.arange(0.1, 1.25, 0.1):
         for beta in np.arange(0.1, 1.25, 0.1):
             columns = np.stack([np.ones_like(losses), _power(parameters, alpha), _power(tokens, beta)], axis=1)
-            weights, error = nnls(columns / losses[:, None], np.ones_like(losses))
+            weights, error = _scipy().nnls(columns / losses[:, None], np.ones_like(losses))
             E, A, B = np.maximum(weights, 1e-6)  # a start needs logarithms
             law = Law(E, A * _middle(parameters) ** alpha, alpha, B * _middle(tokens) ** beta, beta)
             found.append((error, law))
     return [law for _, law in sorted(found)[:count]]
+
+
+@cache
+def _scipy() -> Any:
+    """Imports scipy.optimize with one thread for its linear algebra: the matrices are 5 × 5, and threads that wait for
+    them take ten times as much processor time.
+    """
+    before = os.environ.get(BLAS_THREADS)
+    os.environ.setdefault(BLAS_THREADS, "1")  # read when the library is loaded
+    try:
+        return import_module("scipy.optimize")
+    finally:
+        if before is None:
+            del os.environ[BLAS_THREADS]
 
 
 def _middle(values: np.ndarray) -> float:
@@ -134,8 +150,6 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
     The variables are the logarithms of E and of the two other terms at the mean of log N and log D, and the exponents:
     so they are of one size and hardly correlated.
     """
-    from scipy.optimize import minimize
-
     parameters, tokens, losses = np.log(data).T
     n, d = parameters.mean(), tokens.mean()
 
@@ -156,7 +170,7 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
     for law in starts:
         a, b = math.log(law.A) - law.alpha * n, math.log(law.B) - law.beta * d
         first = np.array([math.log(law.E), a, b, law.alpha, law.beta])
-        done = minimize(
+        done = _scipy().minimize(
             objective,
             np.clip(first, *zip(free, free, free, exponent, exponent, strict=True)),
             jac=True,
