@@ -147,8 +147,8 @@ def train_one(run: Run, ours: LocalConfig) -> int:
 
 
 def train_all(base: Path, runs: list[Run], ours: LocalConfig) -> int:
-    """Trains the runs of a sweep one after the other, up to a request to stop. A run that fails is told, and the others
-    go on. Returns 1 if one has failed.
+    """Trains the runs of a sweep one after the other, up to a request to stop. The others go on after a failure.
+    Returns 1 if a run has failed.
     """
     failed: dict[Path, str] = {}
     with StopRequests() as requests:

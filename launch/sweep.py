@@ -1,4 +1,4 @@
-"""Composes a command's runs, of which a sweep (`--multirun`) has several, and names their folders.
+"""Composes the runs of a command, one or those of a sweep (`--multirun`), and names their folders.
 
 Not part of a launcher, because both use it: local.py trains the runs one after the other, slurm.py submits an array.
 """

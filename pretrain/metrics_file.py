@@ -8,7 +8,7 @@ METRICS_FILE = "metrics.jsonl"  # in the run's folder: one object per logged ste
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines, without a last one cut short by a kill; none if there is no file.
+    """Returns the lines, without a last one cut short by a kill; none without the file.
 
     Raises ValueError if another line is damaged.
     """

@@ -107,6 +107,11 @@ COMMANDS = {
         (["run={hf}"], "run={hf} has no trace: train some steps with a trace"),
     ],
     "pretrain.publish": [(["run={run}"], "run={run} must be the folder of a run: it has no metrics.jsonl")],
+    "pretrain.commands.sweep_report": [
+        ([], "runs is missing"),
+        (["runs={none}"], "runs={none} must be a folder with runs in it"),
+        (["runs={hf}"], "runs={hf} has no run with logged steps"),
+    ],
     "pretrain.commands.tie_report": [(["tied={run}"], "untied is missing")],
 }
 

@@ -76,7 +76,7 @@ function save(text, name) {
   link.remove();
 }
 
-// A chart: {title, note, x: {label, log, ticks: [[value, text]]}, y: {log, percent, digits}, bars, lines: [{name, colour, dashed, points}]}
+// A chart: {title, note, x: {label, log, ticks: [[value, text]]}, y: {log, percent, digits}, bars, lines: [{name, colour, dashed, quiet, points}]}
 function ticksOf(low, high, log, count) {
   if (log) {
     const found = [], decades = Math.log10(high / low);
@@ -101,6 +101,7 @@ function chart(parent, spec) {
   const names = spec.lines.map((line) => {
     const entry = make("span", line.name, legend, spec.bars ? "bar" : line.dashed ? "dashed" : "");
     entry.style.setProperty("--colour", `var(--${line.colour})`);
+    entry.hidden = Boolean(line.quiet);
     return entry;
   });
   const svg = draw("svg", { role: "img", tabindex: 0, "aria-label": `${spec.title}, ${spec.note}. Arrow keys read the values.` }, box);

@@ -81,7 +81,7 @@ def fit_of(points: list[Point]) -> tuple[Fit | None, str]:
 def said(sweep: Sweep, fitted: Fit | None, why: str, budget: float | None) -> Iterator[str]:
     """Yields the lines for the terminal."""
     yield from report.notes(sweep)
-    yield from aligned(report.table(sweep), left=(0, -1))
+    yield from aligned(report.table(sweep), left=(-1,))
     if rates := report.learning_rates(sweep):
         yield from ["", *aligned(report.best_rates(rates), left=(0, -1))]
     if fitted is None:

@@ -70,5 +70,7 @@ def own(found: Sequence[Difference], *without: str) -> list[str]:
 
 
 def label(run: SweepRun, keys: Sequence[str]) -> str:
-    """Names a run by these settings; "all runs" without any."""
-    return ", ".join(f"{key}={value_of(run, key)}" for key in keys) or "all runs"
+    """Names a run by these settings, in short: lr=0.001 if no other key ends in lr. "all runs" without any."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    names = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
+    return ", ".join(f"{name}={value_of(run, key)}" for name, key in zip(names, keys, strict=True)) or "all runs"

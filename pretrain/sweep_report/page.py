@@ -30,14 +30,14 @@ def page(sweep: Sweep, folder: Path, fitted: Fit | None, why: str, budget: float
     """The whole page. fitted: the scaling law, or None, and `why` there is none."""
     charts: dict[str, list[dict[str, Any]]] = {}
     title = f"Sweep {folder.resolve().name}"
+    rows = report.table(sweep)
+    last = len(rows[0]) - 1  # the column of names
     parts = [
         html.header(title),
         "<main>",
         html.facts(report.facts(sweep, folder)),
         *(html.note(line, "warning") for line in report.notes(sweep)),
-        html.section(
-            "Runs", html.note(f"Sorted by {sweep.loss_name}, the lowest first."), html.table(report.table(sweep))
-        ),
+        html.section("Runs", html.note(f"By {sweep.loss_name}, the lowest first."), html.table(rows, long=last)),
         _settings(sweep),
         _rates(sweep, charts),
         _curves(sweep, charts),
@@ -110,7 +110,9 @@ def _law(sweep: Sweep, fitted: Fit | None, why: str, budget: float | None, chart
     if fitted.doubt:
         use = html.note(f"No best size for a budget: {fitted.doubt}.", "warning")
     else:
-        use = html.note(OPTIMUM) + html.table(report.optimum_rows(fitted, measured, budget), "Best size for a budget")
+        use = html.note(OPTIMUM) + html.table(
+            report.optimum_rows(fitted, measured, budget), "Best N and D for a budget"
+        )
     return html.section(
         "Scaling law",
         html.note(METHOD),

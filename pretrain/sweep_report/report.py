@@ -24,6 +24,7 @@ class Line(NamedTuple):
     colour: str
     points: Curve
     dashed: bool = False
+    quiet: bool = False  # not in the legend
 
 
 class Sweep(NamedTuple):
@@ -78,24 +79,24 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def table(sweep: Sweep) -> list[list[str]]:
-    """Head and rows, lowest loss first."""
+    """Head and rows, lowest loss first; without columns that no run has."""
     keys = own(sweep.differences)
-    head = ["run", *keys, "val loss", "bits per byte", "training loss", "parameters", "tokens", "tokens/s", "state"]
+    head = ["val loss", *keys, "bits per byte", "training loss", "parameters", "tokens", "tokens/s", "state", "run"]
     rows = [
         [
-            run.name,
-            *(value_of(run, key) for key in keys),
             _number(run.last("val_loss"), ".4f"),
+            *(value_of(run, key) for key in keys),
             _number(run.last("val_bits_per_byte"), ".4f"),
             _number(run.training_loss, ".4f"),
-            _number(run.parameters, ",d"),
-            _number(run.tokens, ",.0f"),
+            "–" if run.parameters is None else short(run.parameters),
+            short(run.tokens),
             _number(run.speed, ",.0f"),
             run.state,
+            run.name,
         ]
         for run in sweep.runs
     ]
-    empty = [k for k in range(1, len(head)) if all(row[k] == "–" for row in rows)]
+    empty = [k for k in range(len(head)) if all(row[k] == "–" for row in rows)]
     return [[cell for k, cell in enumerate(row) if k not in empty] for row in [head, *rows]]
 
 
@@ -105,9 +106,10 @@ def _number(value: float | None, form: str) -> str:
 
 def difference_rows(sweep: Sweep) -> list[list[str]]:
     """Head and rows: each setting that differs, its values, and the setting that it changes together with."""
-    rows = [["setting", "values", "changes together with"]]
+    rows = [["setting", "values"]]
     for difference in sweep.differences:
-        rows.append([difference.key, _listed(difference.values, most=8), difference.follows])
+        together = f"; changes together with {difference.follows}" if difference.follows else ""
+        rows.append([difference.key, _listed(difference.values, most=8) + together])
     return rows
 
 
@@ -138,7 +140,7 @@ def best_rates(curves: dict[str, Curve]) -> list[list[str]]:
         best, loss = min(curve, key=lambda point: point[1])
         edge = ""
         if best in (rates[0], rates[-1]):
-            edge = f"at the edge of the grid: try a {'smaller' if best == rates[0] else 'larger'} one"
+            edge = f"edge: try {'smaller' if best == rates[0] else 'larger'}"
         rows.append([name, f"{best:g}", f"{loss:.4f}", edge])
     return rows
 
@@ -164,7 +166,7 @@ def learning_curves(sweep: Sweep, key: str) -> dict[str, Curve]:
 
 def thinned(curve: Curve) -> Curve:
     """Means of neighbours, if there are more points than the eye can tell apart. Keeps the first and last tokens."""
-    each = math.ceil(len(curve) / MOST_POINTS)
+    each = max(1, math.ceil(len(curve) / MOST_POINTS))
     groups = [curve[k : k + each] for k in range(0, len(curve), each)]
     return [(group[-1][0], mean(value for _, value in group)) for group in groups]
 
@@ -200,13 +202,13 @@ def optimum_rows(fit: Fit, measured: Sequence[Point], budget: float | None) -> l
     """Head and rows: the best N and D for a budget in FLOPs, or for 1, 10 and 100 times that of the largest run."""
     largest = max(scaling.FLOPS * point.parameters * point.tokens for point in measured)
     budgets = [largest, 10 * largest, 100 * largest] if budget is None else [budget]
-    rows = [["FLOPs", "of the largest run", "parameters N", "10 % to 90 %", "tokens D", "tokens per N", "loss"]]
+    rows = [["FLOPs", "× largest run", "N", f"{scaling.LOW} % to {scaling.HIGH} %", "D", "D / N", "loss"]]
     for flops in budgets:
         parameters, tokens = fit.law.optimum(flops)
         others = [law.optimum(flops)[0] for law in fit.resampled if min(law.alpha, law.beta) > 0]
         low, high = fit.interval(others)
         loss = fit.law.loss(parameters, tokens)
-        cells = [f"{flops:.2e}", f"{flops / largest:,.3g} ×", short(parameters), f"{short(low)} to {short(high)}"]
+        cells = [f"{flops:.2e}", f"{flops / largest:,.3g}", short(parameters), f"{short(low)} to {short(high)}"]
         rows.append([*cells, short(tokens), f"{tokens / parameters:,.3g}", f"{loss:.4f}"])
     return rows
 
@@ -231,7 +233,7 @@ def law_lines(fit: Fit, measured: Sequence[Point], x: str, other: str) -> list[L
         own = sorted((getattr(point, x), point.loss) for point in measured if getattr(point, other) == value)
         curve = [(at, fit.law.loss(**{x: at, other: value})) for at in grid]
         name = f"{short(value)} {other}"
-        found += [Line(name, colour, own), Line("fit", colour, curve, dashed=True)]
+        found += [Line(name, colour, own), Line(f"{name}, fitted", colour, curve, dashed=True, quiet=True)]
     return found
 
 
@@ -248,7 +250,7 @@ def facts(sweep: Sweep, folder: Path) -> list[tuple[str, str]]:
     best = sweep.runs[0]
     loss = sweep.loss(best)
     ended = sum(run.ended for run in sweep.runs)
-    found = [("folder", str(folder)), ("runs", f"{len(sweep.runs)}, {ended} of them at their end")]
+    found = [("folder", str(folder)), ("runs", f"{len(sweep.runs)} ({ended} have ended)")]
     if loss is not None:
         found += [("best run", best.name), (f"its {sweep.loss_name}", f"{loss:.4f}")]
     return [*found, ("settings that differ", ", ".join(own(sweep.differences)) or "none")]

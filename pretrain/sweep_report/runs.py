@@ -53,7 +53,7 @@ class SweepRun:
     def state(self) -> str:
         if self.complete:
             return "finished"
-        return "at train.stop_after" if self.ended else f"unfinished, {self.step:,} of {self.steps:,} steps"
+        return "at train.stop_after" if self.ended else f"step {self.step:,} of {self.steps:,}"
 
     def curve(self, key: str) -> Curve:
         """Tokens seen and value of each line that has the value as a finite number."""

@@ -114,6 +114,7 @@ COMMANDS = [
     "-m pretrain.checkpoint",
     "-m pretrain.lens",
     "-m pretrain.profile",
+    "-m pretrain.sweep_report",
     "-m pretrain.tie_report",
     "-m pretrain.interop.hf",
 ]

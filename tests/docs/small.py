@@ -88,6 +88,8 @@ def provide(words: list[str], folder: Path, template: Path) -> None:
             _copy(template / ("data" if first else "other"), folder / value)
         elif key in ("run", "resume", "tied", "untied") and "import" not in words:
             _copy(template / ("untied" if key == "untied" else "run"), folder / value)
+        elif key == "runs" and not (folder / value).exists():
+            _copy(template / "run", folder / value / "a")
         elif key in ("hf", "tokenizer.path") or value.startswith("hf:"):
             _copy(template / "hf", folder / value.removeprefix("hf:"))
         elif key == "corpus.paths":

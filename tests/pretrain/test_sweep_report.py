@@ -145,9 +145,9 @@ def test_runs_are_sorted_and_compared_by_their_settings(rates):
     assert next(d for d in sweep.differences if d.key == "optim.lr").values == ["0.0005", "0.001", "0.002", "0.004"]
     head, *rows = report.table(sweep)
     losses = [float(row[head.index("val loss")]) for row in rows]
-    assert losses == sorted(losses) and len(rows) == 7 and rows[0][0] == "512-0.002"
+    assert losses == sorted(losses) and len(rows) == 7 and rows[0][-1] == "512-0.002"
     count = 12 * 512**2 * 8 + ROWS * 512
-    assert rows[0][head.index("parameters")] == f"{count:,}" and rows[0][head.index("val loss")] == (
+    assert rows[0][head.index("parameters")] == report.short(count) and rows[0][head.index("val loss")] == (
         f"{LAW.loss(count, 1000 * BATCH):.4f}"
     )
     assert list(report.notes(sweep)) == [
@@ -159,11 +159,11 @@ def test_runs_are_sorted_and_compared_by_their_settings(rates):
 def test_learning_rates_have_one_curve_per_other_settings(rates):
     curves = report.learning_rates(report.sweep_of(*read_runs(rates)))
     assert {name: [rate for rate, _ in curve] for name, curve in curves.items()} == {
-        "model.width=512": [5e-4, 1e-3, 2e-3],
-        "model.width=256": [5e-4, 1e-3, 2e-3],
+        "width=512": [5e-4, 1e-3, 2e-3],
+        "width=256": [5e-4, 1e-3, 2e-3],
     }
     _, wide, narrow = report.best_rates(curves)
-    assert wide[1] == "0.002" and wide[3] == "at the edge of the grid: try a larger one"
+    assert wide[1] == "0.002" and wide[3] == "edge: try larger"
     assert narrow[1] == "0.001" and narrow[3] == ""
 
 
@@ -172,7 +172,7 @@ def test_runs_without_validation_are_compared_by_training_loss(tmp_path):
         write_run(tmp_path / f"{lr}", lambda n, d, lr=lr: 3 + lr, val=False, optim__lr=lr)
     sweep = report.sweep_of(*read_runs(tmp_path))
     assert "No run has a validation loss" in next(report.notes(sweep))
-    assert report.learning_rates(sweep)["all runs"] == pytest.approx([(1e-3, 3.011), (2e-3, 3.012)])
+    assert dict(report.learning_rates(sweep)["all runs"]) == pytest.approx({1e-3: 3.011, 2e-3: 3.012})
 
 
 def test_law_takes_complete_runs_and_the_lowest_of_a_pair(sizes):
@@ -182,7 +182,7 @@ def test_law_takes_complete_runs_and_the_lowest_of_a_pair(sizes):
 
 
 def test_page_and_terminal_have_the_law(browser, sizes, tmp_path):
-    """On a medium dark screen nothing scrolls sideways, and text is legible."""
+    """Nothing scrolls sideways on a medium dark screen, and text is legible."""
     out = tmp_path / "sweep.html"
     done = in_process(command.main, f"runs={sizes}", f"out={out}", "budget=1e20")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"page: {out}", done.stderr
