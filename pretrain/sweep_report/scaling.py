@@ -176,7 +176,7 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
             jac=True,
             method="L-BFGS-B",
             bounds=[free, free, free, exponent, exponent],
-            options={"maxiter": 2000, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9},
+            options={"maxiter": 300, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-9},
         )
         found.append((float(done.fun), tuple(map(float, done.x))))
     _, (e, a, b, alpha, beta) = min(found)
