@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint import checkpoints, parameters, read_manifest
+from pretrain.commands import sweep_report
 from pretrain.compose import load_config
 from tests.in_process import in_process
 from tests.launch.commands import SMALL, refused, run, scalars, start
@@ -56,6 +57,18 @@ def test_failed_run_is_told_and_the_others_go_on(swept):
     assert rows[good.name] == f"finished 4 of 4 {scalars(good)[-1]['loss']:.4f} –"
     assert re.match(r"failed \(exit code 3, DIVERGED\) 0 of 4 ", rows[bad.name])
     assert said.splitlines()[-2:] == [f"report: python -m pretrain.sweep_report runs={base}", f"runs: {base}"]
+
+
+def test_report_reads_a_real_sweep(swept, tmp_path):
+    base, _, _ = swept
+    done = in_process(sweep_report.main, f"runs={base}", f"out={tmp_path}/sweep.html")
+    assert done.returncode == 0, done.stderr
+    good = next(line for line in done.stdout.splitlines() if line.endswith("  optim.lr-0.01"))
+    manifest = read_manifest(checkpoints(base / "optim.lr-0.01")[-1])
+    count, _ = parameters(manifest)
+    assert count == 2 * 12 * 32**2 + 2 * 13 * 32 + 2 * 32 + 32 * 32 + VOCAB * 32  # blocks, norm, positions, matrix
+    assert f" {count / 1e3:.3g}k " in good and " finished " in good and "1.02k" in good
+    assert "No run has a validation loss" in done.stdout
 
 
 def test_rerun_repeats_no_finished_run(swept, tokens):
