@@ -22,7 +22,7 @@ from data_prep.errors import nearest
 from data_prep.progress import progress
 
 from ..config.checkpoint import CheckpointConfig
-from ..config.ema import WEIGHTS
+from ..config.ema import AVERAGE, WEIGHTS
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -68,7 +68,7 @@ def parameters(manifest: dict[str, Any]) -> tuple[int, int]:
     """Parameters of the model and, of these, in its matrices; without padding rows."""
     tensors = manifest["tensors"]
     in_matrices = matrices(manifest) * int(manifest["vocab_size"]) * int(tensors["embedding.weight"][1])
-    others = ("optim.", "monitor.", "embedding.weight", "head.weight")
+    others = ("optim.", "monitor.", f"{AVERAGE}.", "embedding.weight", "head.weight")
     body = sum(math.prod(shape) for name, shape in tensors.items() if not name.startswith(others))
     return in_matrices + body, in_matrices
 

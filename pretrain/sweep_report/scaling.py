@@ -98,7 +98,7 @@ def fit(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> F
         raise ValueError(lacking)
     data, random = np.array(points, dtype=np.float64), np.random.default_rng(seed)
     law = _best(data, _starts(data))
-    resampled = []
+    resampled: list[Law] = []
     while len(resampled) < resamples:
         sample = data[random.integers(len(data), size=len(data))]
         distinct = np.unique(sample, axis=0)
@@ -165,17 +165,17 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
         gradient = np.array([e_, a_, b_, -shares[1] @ (parameters - n), -shares[2] @ (tokens - d)])
         return value / DELTA, gradient / DELTA
 
-    free, exponent = (-20.0, 10.0), (0.0, LARGEST_EXPONENT)
+    bounds = np.array([(-20.0, 10.0)] * 3 + [(0.0, LARGEST_EXPONENT)] * 2)
     found = []
     for law in starts:
         a, b = math.log(law.A) - law.alpha * n, math.log(law.B) - law.beta * d
         first = np.array([math.log(law.E), a, b, law.alpha, law.beta])
         done = _scipy().minimize(
             objective,
-            np.clip(first, *zip(free, free, free, exponent, exponent, strict=True)),
+            np.clip(first, bounds[:, 0], bounds[:, 1]),
             jac=True,
             method="L-BFGS-B",
-            bounds=[free, free, free, exponent, exponent],
+            bounds=bounds,
             options={"maxiter": 300, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-9},
         )
         found.append((float(done.fun), tuple(map(float, done.x))))

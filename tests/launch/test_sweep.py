@@ -67,7 +67,7 @@ def test_report_reads_a_real_sweep(swept, tmp_path):
     manifest = read_manifest(checkpoints(base / "optim.lr-0.01")[-1])
     count, _ = parameters(manifest)
     assert count == 2 * 12 * 32**2 + 2 * 13 * 32 + 2 * 32 + 32 * 32 + VOCAB * 32  # blocks, norm, positions, matrix
-    assert f" {count / 1e3:.3g}k " in good and " finished " in good and "1.02k" in good
+    assert f" {count / 1e3:.3g}k " in good and " finished " in good
     assert "No run has a validation loss" in done.stdout
 
 
