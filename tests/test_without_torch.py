@@ -108,7 +108,7 @@ COMMANDS = {
     ],
     "pretrain.publish": [(["run={run}"], "run={run} must be the folder of a run: it has no metrics.jsonl")],
     "pretrain.commands.sweep_report": [
-        ([], "runs is missing"),
+        (["out=a.html"], "runs is missing"),
         (["runs={none}"], "runs={none} must be a folder with runs in it"),
         (["runs={hf}"], "runs={hf} has no run with logged steps"),
     ],
