@@ -5,11 +5,8 @@ arXiv:2203.15556), approach 3. N: parameters, D: training tokens, L: loss in nat
 """
 
 import math
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +16,6 @@ STARTS = 16  # of L-BFGS
 RESAMPLES = 100  # of the bootstrap, as in the paper
 LOW, HIGH = 10, 90  # percentiles of the intervals, as in the paper
 LARGEST_EXPONENT = 3.0
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # variable of the library that scipy's wheels bring
 FLOPS = 6.0  # per parameter and token: forward and backward
 
 
@@ -110,30 +106,18 @@ def fit(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> F
 
 def _starts(data: np.ndarray, count: int = STARTS) -> list[Law]:
     """The most promising pairs of exponents, with their E, A and B."""
+    from scipy.optimize import nnls  # only here: it takes half a second
+
     parameters, tokens, losses = data.T
     found = []
     for alpha in np.arange(0.1, 1.25, 0.1):
         for beta in np.arange(0.1, 1.25, 0.1):
             columns = np.stack([np.ones_like(losses), _power(parameters, alpha), _power(tokens, beta)], axis=1)
-            weights, error = _scipy().nnls(columns / losses[:, None], np.ones_like(losses))
+            weights, error = nnls(columns / losses[:, None], np.ones_like(losses))
             E, A, B = np.maximum(weights, 1e-6)  # a start needs logarithms
             law = Law(E, A * _middle(parameters) ** alpha, alpha, B * _middle(tokens) ** beta, beta)
             found.append((error, law))
     return [law for _, law in sorted(found)[:count]]
-
-
-@cache
-def _scipy() -> Any:
-    """Imports scipy.optimize with one thread for its linear algebra: the matrices are 5 × 5, and threads that wait for
-    them take ten times as much processor time.
-    """
-    before = os.environ.get(BLAS_THREADS)
-    os.environ.setdefault(BLAS_THREADS, "1")  # read when the library is loaded
-    try:
-        return import_module("scipy.optimize")
-    finally:
-        if before is None:
-            del os.environ[BLAS_THREADS]
 
 
 def _middle(values: np.ndarray) -> float:
@@ -150,6 +134,8 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
     The variables are the logarithms of E and of the two other terms at the mean of log N and log D, and the exponents:
     so they are of one size and hardly correlated.
     """
+    from scipy.optimize import minimize
+
     parameters, tokens, losses = np.log(data).T
     n, d = parameters.mean(), tokens.mean()
 
@@ -170,13 +156,13 @@ def _best(data: np.ndarray, starts: Sequence[Law]) -> Law:
     for law in starts:
         a, b = math.log(law.A) - law.alpha * n, math.log(law.B) - law.beta * d
         first = np.array([math.log(law.E), a, b, law.alpha, law.beta])
-        done = _scipy().minimize(
+        done = minimize(
             objective,
             np.clip(first, bounds[:, 0], bounds[:, 1]),
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
-            options={"maxiter": 300, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-9},
+            options={"maxiter": 300, "ftol": 1e-11, "gtol": 1e-9},
         )
         found.append((float(done.fun), tuple(map(float, done.x))))
     _, (e, a, b, alpha, beta) = min(found)
