@@ -69,7 +69,7 @@ def flops_of(text: str | None) -> float | None:
 
 
 def fit_of(points: list[Point]) -> tuple[Fit | None, str]:
-    """Fits the scaling law; or returns None, and why there is no fit."""
+    """Fits the scaling law. Returns the fit and "", or None and the reason why there is no fit."""
     if lacking := scaling.missing(points):
         return None, lacking
     if find_spec("scipy") is None:

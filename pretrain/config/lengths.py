@@ -48,9 +48,9 @@ def length_of(key: str, value: object, unit: str = "steps") -> Length:
 
 
 def steps_or_text(key: str, value: object, least: int) -> int:
-    """Returns a length as a number if its unit is steps; else as it is, for `Batches.steps`.
+    """Returns a length in steps as a number, and any other length unchanged: `Batches.steps` converts it later.
 
-    The type is the one that it has in the end. Raises ValueError if the value is no length, or below `least`.
+    Raises ValueError if the value is not a length, or is below `least`.
     """
     length = length_of(key, value)
     if length.number < least:

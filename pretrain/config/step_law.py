@@ -5,7 +5,7 @@ parameters on 2B to 100B tokens. N is the number of parameters without the vocab
 Muon takes AdamW's learning rate. Not part of optim.py, because the batch size is a setting of train.
 """
 
-LARGEST_LR = 2e-3  # the largest that was tried here, with the demo; the law exceeds it for small models
+LARGEST_LR = 2e-3  # the largest that was tried here with AdamW; the law exceeds it for small models
 SMALLEST_BATCH = 32  # sequences; a smaller batch would not divide among eight ranks
 
 

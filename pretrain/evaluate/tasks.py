@@ -11,9 +11,9 @@ from data_prep.errors import headline
 
 
 def check_names(prefix: str, tasks: Sequence[str], folder: str) -> Any:
-    """Raises ValueError if there is no task of a name in the YAML files in `folder`; "": among those of lm-eval.
+    """Returns lm-eval's TaskManager for the YAML files in `folder`, or for lm-eval's own tasks if `folder` is "".
 
-    prefix: of the keys. Returns lm-eval's TaskManager.
+    prefix: of the keys in messages. Raises ValueError if a name in `tasks` is not a task.
     """
     from lm_eval.tasks import TaskManager
 

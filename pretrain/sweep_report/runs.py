@@ -86,7 +86,7 @@ class SweepRun:
 def read_runs(folder: Path) -> tuple[list[SweepRun], list[str]]:
     """Returns the runs below the folder by name, and the names of those that have logged nothing.
 
-    Raises ValueError if there is no run, or if a file of one is damaged.
+    Raises ValueError if the folder has no run, or if a file of a run is damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"runs={folder} must be a folder with runs in it{nearest(folder, ': ')}")

@@ -1,6 +1,8 @@
 """Learning rate, batch size and warm-up that follow from the model and the length of the run."""
 
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,19 @@ def test_batch_for_steps_is_the_batch_for_their_tokens(steps):
 def test_what_is_not_given_follows_from_model_and_length(settings, expected):
     config = composed(settings)
     assert (config.train.global_batch, config.optim.lr, config.optim.warmup_steps) == expected
+
+
+def test_table_of_the_documentation():
+    text = (Path(__file__).resolve().parents[3] / "docs/training.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,BM]+) (steps|tokens) \| ([\d,]+) × ([\d,]+) \| (\S+) \| ([\d,]+) \|$", text, re.MULTILINE
+    )
+    assert len(rows) == 12
+    for model, *numbers in rows:
+        number, unit, batch, length, lr, warmup = (word.replace(",", "") for word in numbers)
+        config = composed(f"model={model} train.seq_len={length} 'train.steps={number} {unit}'")
+        found = (config.train.global_batch, f"{config.optim.lr:.1e}", config.optim.warmup_steps)
+        assert found == (int(batch), lr, int(warmup)), (model, number, unit)
 
 
 def test_parameters_are_those_of_the_body():
