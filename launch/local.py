@@ -115,6 +115,8 @@ def settings_of(composed: list[DictConfig]) -> LocalConfig:
 
 def checked(composed: list[DictConfig], ours: LocalConfig) -> list[Run]:
     """Checks all runs before one starts: first what needs no torch, whose import takes seconds."""
+    for run in composed:
+        resume.keep_decided(run)
     configs = [build_config(config) for config in composed]
     check_nproc(ours.nproc)
     if not isinstance(ours.freeze, bool):

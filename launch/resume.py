@@ -47,13 +47,9 @@ def in_full(arguments: list[str]) -> list[str]:
 
 
 def apply(composed: DictConfig, overrides: list[str]) -> None:
-    """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones.
-
-    Without `resume`: a run that has a checkpoint keeps the values of DECIDED, even if its length changes.
-    """
+    """Removes `resume`, and replaces the composed settings by the run's, overridden by the typed ones."""
     frozen = _changed(composed, overrides)
-    if composed.pop("resume", None) is None:
-        _keep_decided(composed)
+    composed.pop("resume", None)
     for name in map(str, frozen):
         composed[name] = frozen[name]
 
@@ -143,7 +139,8 @@ def _run_and_step(source: str) -> tuple[Path, int | None]:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent, int(number)
 
 
-def _keep_decided(composed: DictConfig) -> None:
+def keep_decided(composed: DictConfig) -> None:
+    """Keeps the values of DECIDED if the run in run.dir has a checkpoint, even if its length changes."""
     run = OmegaConf.select(composed, "run.dir")
     path = _config_of(str(run)) if run else None
     if path is None or not path.is_file() or not checkpoints(path.parent):

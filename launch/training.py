@@ -25,7 +25,7 @@ from data_prep.durable import durable
 from data_prep.mistakes import said
 from data_prep.overrides import shown
 from data_prep.progress import working
-from launch import site, sweep
+from launch import resume, site, sweep
 from launch.cluster import ClusterConfig, need_cluster, need_slurm, plain_path
 from launch.job import SlurmRank
 from launch.job_state import JOB_FILE, holder_of
@@ -128,6 +128,7 @@ def prepared(composed: DictConfig, cluster: ClusterConfig) -> Run:
 
 def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     """Checks the settings of a run against its data and its checkpoint, if there is one."""
+    resume.keep_decided(composed)
     config, hardware = build_config(composed), cluster.hardware
     config.resolve()
     data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)

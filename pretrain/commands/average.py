@@ -31,7 +31,9 @@ def write_average(folders: Sequence[Path], factors: Sequence[float], run: Path, 
     for checkpoint in found:
         check_files(checkpoint.folder, checkpoint.manifest)
     last, steps = found[-1].manifest, [step_of(folder) for folder in folders]
-    config = _config(build_config(OmegaConf.create(last["config"])), out, any(one.name == OUTPUT for one in tensors))
+    config = settings_of_average(
+        build_config(OmegaConf.create(last["config"])), out, any(one.name == OUTPUT for one in tensors)
+    )
     about = {key: last[key] for key in ("vocab_size", "tokenizer_fingerprint")} | {
         "config": asdict(config),
         "average": {"run": str(run), "steps": steps, "weights": [factor / sum(factors) for factor in factors]},
@@ -54,8 +56,8 @@ def write_average(folders: Sequence[Path], factors: Sequence[float], run: Path, 
     return f"{place}: average of {len(steps)} checkpoints, {between}, {count / 1e6:,.1f}M numbers"
 
 
-def _config(config: JobConfig, out: Path, untied: bool) -> JobConfig:
+def settings_of_average(config: JobConfig, out: Path, untied: bool) -> JobConfig:
     """Settings of a run that begins with the average: a split matrix is untied from its start."""
     tie = "untied" if untied else config.vocab.tie
     vocab = replace(config.vocab, tie=tie, untie_at=None)
-    return replace(config, vocab=vocab, run=replace(config.run, dir=str(out)), init_from=None)
+    return replace(config, vocab=vocab, run=replace(config.run, dir=str(out)), init_from=None, decay_from=None)

@@ -47,6 +47,7 @@ def resumed(arguments: list[str]):
     OmegaConf.set_struct(composed, False)
     del composed["nproc"], composed["freeze"], composed["restart"]
     resume.apply(composed, typed)
+    resume.keep_decided(composed)
     return build_config(composed)
 
 

@@ -98,8 +98,10 @@ def test_stop_saves_starts_no_further_run_and_a_rerun_continues(tokens, tmp_path
     step = scalars(base / "seed-1")[-1]["step"]
     assert table(rest)["seed-1"].startswith(f"stopped {step} of 100000 ")
     assert table(rest)["seed-2"] == "not started 0 of 100000 – –" and not (base / "seed-2").exists()
-    done = run(sweep(tokens, base, f"seed=1,2 optim.schedule=wsd train.stop_after={step + 1}", steps=100_000))
+    done = run(sweep(tokens, base, f"seed=1,2 optim.schedule=wsd train.stop_after={step + 1}", steps=10_000))
     assert done.returncode == 0, done.stderr
+    warmups = [load_config(base / f"seed-{seed}" / "config.yaml").optim.warmup_steps for seed in (1, 2)]
+    assert warmups == [2000, 1000], "a run with a checkpoint keeps what followed from its length"
     assert "run 2 of 2" in done.stdout and f"{checkpoints(base / 'seed-1')[0]}, step {step}" in done.stdout
     for seed in (1, 2):
         assert [line["step"] for line in scalars(base / f"seed-{seed}")] == list(range(1, step + 2))

@@ -17,6 +17,7 @@ from pretrain.checkpoint import checkpoints, read_manifest, step_of
 from pretrain.checkpoint.rows import CheckpointRows
 from pretrain.commands import checkpoint as program
 from pretrain.commands import hf
+from pretrain.commands.average import settings_of_average
 from pretrain.compose import freeze, load_config
 from pretrain.config.generation import GenerateConfig
 from pretrain.data import open_data
@@ -190,6 +191,13 @@ def test_invalid_command_prints_one_line(run, tmp_path, arguments, expected):
     done = command("average", f"run={run}", *(word.replace("OUT", str(out)) for word in arguments))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and expected in done.stderr, done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_average_of_a_decay_has_its_own_schedule(tmp_path):
+    optim = {"optim__schedule": "wsd", "optim__decay_steps": 3, "optim__warmup_steps": 1}
+    decay = tiny_config(tmp_path, tmp_path / "run", decay_from="a/checkpoints/step-00000004", **optim)
+    own = settings_of_average(decay, tmp_path / "out", untied=False)
+    assert (own.decay_from, own.train.steps, decay.train.steps) == (None, 7, 7)
 
 
 def test_keys_of_average_are_refused_elsewhere(run):
