@@ -13,7 +13,7 @@ from .config.training import TrainingConfig
 from .control import RunControl
 from .data.loader import Batch, BatchLoader
 from .hooks import Hook, StepReport
-from .optim import clip_factor, lr_at
+from .optim import clip_factor, lr_at, momentum_at
 from .parts import ModelParts
 from .stops import StopReason
 from .timeline import BACKWARD, DATA, FORWARD, HOOKS, OPTIMIZER
@@ -104,7 +104,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_update(self)
         self.mark(OPTIMIZER)
-        self.engine.step(lr, factor)
+        self.engine.step(lr, factor, momentum_at(self.optim, self.state.step))
         self.vocab_optimizer.step(lr, factor)
         self.state.step, self.state.val_loss = self.state.step + 1, None
         self.state.tokens += targets

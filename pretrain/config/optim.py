@@ -20,6 +20,7 @@ class Hyperparameters(NamedTuple):
     """Hyperparameters of one owner of parameters: the body or the vocabulary."""
 
     lr_factor: float  # its learning rate / the common one, constant over the schedule
+    decay_peak: float | None  # peak of the common learning rate, if weight decay follows it; None: constant
     beta1: float
     beta2: float
     eps: float
@@ -35,6 +36,7 @@ class OwnerConfig:
     beta2: float | None = None  # decay per step of the running mean of their squares
     eps: float | None = None  # added to the denominator of the update
     weight_decay: float | None = None  # weight decay of matrices; biases and norms are never decayed
+    weight_decay_schedule: str | None = None  # constant or lr
 
 
 @dataclass
@@ -60,6 +62,9 @@ class OptimConfig:
     beta2: float = 0.95  # decay per step of the running mean of their squares
     eps: float = 1e-8  # added to the denominator of the update
     weight_decay: float = 0.1  # weight decay of matrices; biases and norms are never decayed
+    #: constant, or lr: weight_decay · learning rate / its peak, so that the shrinking of a step goes with the rate's
+    #: square, and the norms of weights and gradients stay steady while the rate falls (Defazio, arXiv:2506.02285)
+    weight_decay_schedule: str = "constant"
     body: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the body
     vocab: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the embedding and the head
 
@@ -73,15 +78,21 @@ class OptimConfig:
         _check("optim", self)
         _check("optim.body", self.body)
         _check("optim.vocab", self.vocab)
+        for prefix, settings in (("optim", self), ("optim.body", self.body), ("optim.vocab", self.vocab)):
+            if settings.weight_decay_schedule not in (None, "constant", "lr"):
+                raise ValueError(
+                    f"{prefix}.weight_decay_schedule={settings.weight_decay_schedule} must be constant or lr"
+                )
 
     def hyperparameters(self, own: OwnerConfig) -> Hyperparameters:
         """Hyperparameters of an owner: from `own` (`body` or `vocab`) if set there, else the common ones."""
 
-        def value(key: str) -> float:
+        def value(key: str) -> Any:
             given = getattr(own, key)
             return getattr(self, key) if given is None else given
 
-        return Hyperparameters(value("lr") / self.lr, *map(value, Hyperparameters._fields[1:]))
+        peak = self.lr if value("weight_decay_schedule") == "lr" else None
+        return Hyperparameters(value("lr") / self.lr, peak, *map(value, Hyperparameters._fields[2:]))
 
     @property
     def matrix_itemsize(self) -> int | None:
@@ -144,6 +155,10 @@ class MuonConfig(OptimConfig):
 
     name: str = "muon"  # optimizer of the body: adamw or muon; the vocabulary always uses AdamW
     momentum: float = 0.95  # decay per step of the running mean of a matrix's gradients; beta1 and beta2 are AdamW's
+    #: momentum of the first step; it rises linearly to `momentum` over momentum_warmup_steps (0.85 in modded-nanogpt
+    #: and nanochat); null: no warm-up
+    momentum_start: float | None = None
+    momentum_warmup_steps: Steps = 300  # steps of the momentum's warm-up, or its samples or tokens
     #: dtype of Newton-Schulz: bf16, as torch.optim.Muon always does; fp32; auto: the dtype of the other matmuls, which
     #: train.precision sets
     newton_schulz: str = "auto"
@@ -152,6 +167,16 @@ class MuonConfig(OptimConfig):
         super().__post_init__()
         if self.newton_schulz not in ("auto", "bf16", "fp32"):
             raise ValueError(f"optim.newton_schulz={self.newton_schulz} must be auto, bf16 or fp32")
+        self.momentum_warmup_steps = steps_or_text("optim.momentum_warmup_steps", self.momentum_warmup_steps, 1)
+        if self.momentum_start is not None and not 0 <= self.momentum_start <= self.momentum:
+            raise ValueError(
+                f"optim.momentum_start={self.momentum_start} must be at least 0, and at most"
+                f" optim.momentum={self.momentum}"
+            )
+
+    def settle(self, batches: Batches, steps: int) -> None:
+        super().settle(batches, steps)
+        self.momentum_warmup_steps = batches.steps("optim.momentum_warmup_steps", self.momentum_warmup_steps)
 
     @property
     def matrix_itemsize(self) -> int | None:

@@ -30,8 +30,10 @@ class Engine(Protocol):
         """Norm of the body's gradient over all ranks, before clipping: a scalar."""
         ...
 
-    def step(self, lr: float, clip: float) -> None:
-        """Takes one optimizer step on gradient · clip. clip: the factor computed over body and matrix."""
+    def step(self, lr: float, clip: float, momentum: float | None = None) -> None:
+        """Takes one optimizer step on gradient · clip. clip: the factor computed over body and matrix. momentum: of the
+        optimizer, if it has one; None: as before.
+        """
         ...
 
     def average(self, share: float) -> None:

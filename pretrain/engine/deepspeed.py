@@ -97,8 +97,8 @@ class DeepSpeedEngine:
         """Norm of the body's gradient. One all-reduce of one number; bit-identical on all ranks."""
         return self.weights.grad_norm()
 
-    def step(self, lr: float, clip: float) -> None:
-        self.optimizer.set_lr(lr)
+    def step(self, lr: float, clip: float, momentum: float | None = None) -> None:
+        self.optimizer.set_lr(lr, momentum)
         self.weights.clip(clip)
         self.engine.step()
 

@@ -82,9 +82,9 @@ class FSDP2Engine:
         counts = not self.config.hsdp or self.mesh.first_replica
         return global_norm(self._local_gradients() if counts else [], self.mesh)
 
-    def step(self, lr: float, clip: float) -> None:
+    def step(self, lr: float, clip: float, momentum: float | None = None) -> None:
         apply_clip(self._local_gradients(), clip)
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, momentum)
 
     def state(self) -> dict[str, DTensor]:
         """The shards themselves, not copies: filling them in place loads them."""

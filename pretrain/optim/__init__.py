@@ -3,7 +3,7 @@
 from .base import STATE_PREFIX, Optimizer, Piece, local, saved_name
 from .build import VOCAB_OPTIMIZER, body_optimizer
 from .clip import apply_clip, clip_factor, global_norm
-from .schedule import lr_at
+from .schedule import lr_at, momentum_at
 from .vocab import VocabOptimizer
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "global_norm",
     "local",
     "lr_at",
+    "momentum_at",
     "saved_name",
 ]

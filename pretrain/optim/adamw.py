@@ -27,7 +27,7 @@ class AdamW(Optimizer):
         hidden: Iterable[nn.Parameter] = (),
     ) -> Self:
         chosen = optim.hyperparameters(own)
-        return cls(torch.optim.AdamW(groups_of(parameters, chosen), fused=True), chosen.lr_factor)
+        return cls(torch.optim.AdamW(groups_of(parameters, chosen), fused=True), chosen.lr_factor, chosen.decay_peak)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -46,8 +46,11 @@ class Optimizer(ABC):
 
     whole_matrices: ClassVar[bool] = False  # a step moves hidden matrices between the ranks: `owners.Schedule`
 
-    def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float) -> None:
-        self.stepper, self.lr_factor, self.averaged = stepper, lr_factor, False
+    def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float, decay_peak: float | None = None) -> None:
+        """lr_factor, decay_peak: of the owner's `Hyperparameters`."""
+        self.stepper, self.lr_factor, self.decay_peak = stepper, lr_factor, decay_peak
+        self.averaged = False
+        self.weight_decays = [group["weight_decay"] for group in stepper.param_groups]  # at the peak
 
     @classmethod
     @abstractmethod
@@ -144,14 +147,20 @@ class Optimizer(ABC):
         chosen = [parameter for parameter in chosen if local(parameter).numel()]
         return [local(self.state_of(one)[AVERAGE]) for one in chosen], [local(one.detach()) for one in chosen]
 
-    def set_lr(self, lr: float) -> None:
-        """Sets the learning rates of the groups: the common rate times this owner's factor."""
-        for group in self.stepper.param_groups:
+    def set_lr(self, lr: float, momentum: float | None = None) -> None:
+        """Sets the learning rates of the groups, the common rate times this owner's factor, and the weight decay if it
+        follows the rate. momentum: for groups that have one; None: unchanged.
+        """
+        for group, weight_decay in zip(self.stepper.param_groups, self.weight_decays, strict=True):
             group["lr"] = lr * self.lr_factor
+            if self.decay_peak is not None:
+                group["weight_decay"] = weight_decay * (lr / self.decay_peak)
+            if momentum is not None and "momentum" in group:
+                group["momentum"] = momentum
 
-    def step(self, lr: float) -> None:
-        """Takes one step at the common learning rate `lr` times this owner's factor. Frees the gradients."""
-        self.set_lr(lr)
+    def step(self, lr: float, momentum: float | None = None) -> None:
+        """Takes one step with the values of `set_lr`. Frees the gradients."""
+        self.set_lr(lr, momentum)
         self.update()
         self.stepper.zero_grad(set_to_none=True)
 

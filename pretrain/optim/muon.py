@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config.optim import MuonConfig, OptimConfig, OwnerConfig
+from ..config.optim import Hyperparameters, MuonConfig, OptimConfig, OwnerConfig
 from .adamw import AdamW, groups_of, step_group
 from .base import Optimizer, Piece, local
 from .exchange import Exchange
@@ -35,8 +35,8 @@ class Muon(Optimizer):
 
     whole_matrices = True
 
-    def __init__(self, stepper: "Stepper", lr_factor: float, dtype: torch.dtype | None) -> None:
-        super().__init__(stepper, lr_factor)
+    def __init__(self, stepper: "Stepper", chosen: Hyperparameters, dtype: torch.dtype | None) -> None:
+        super().__init__(stepper, chosen.lr_factor, chosen.decay_peak)
         self._stepper, self.dtype = stepper, dtype  # None: the dtype of the engine's matmuls
 
     @classmethod
@@ -55,7 +55,7 @@ class Muon(Optimizer):
             {"params": matrices, **settings},
             *groups_of((parameter for parameter in parameters if id(parameter) not in ids), chosen),
         ]
-        return cls(Stepper(groups), chosen.lr_factor, DTYPES.get(optim.newton_schulz))
+        return cls(Stepper(groups), chosen, DTYPES.get(optim.newton_schulz))
 
     @staticmethod
     def state_names(shape: torch.Size, hidden: bool = False) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""Learning rate schedule. Separate from the settings, which give only the lengths of its parts."""
+"""Schedules of learning rate and momentum. Separate from the settings, which give only the lengths of their parts."""
 
 import math
 from collections.abc import Callable
 
-from ..config.optim import OptimConfig
+from ..config.optim import MuonConfig, OptimConfig
 
 
 def lr_at(optim: OptimConfig, step: int, steps: int, clock: Callable[[int], int] = int) -> float:
@@ -24,3 +24,12 @@ def lr_at(optim: OptimConfig, step: int, steps: int, clock: Callable[[int], int]
         return optim.lr
     left = (last - now) / (last - clock(steps - 1 - decay))
     return floor + (optim.lr - floor) * min(1.0, max(0.0, left))
+
+
+def momentum_at(optim: OptimConfig, step: int) -> float | None:
+    """Momentum of Muon's matrices at step `step` (counted from 0); None: the optimizer has none."""
+    if not isinstance(optim, MuonConfig):
+        return None
+    if optim.momentum_start is None or step >= optim.momentum_warmup_steps:
+        return optim.momentum
+    return optim.momentum_start + (optim.momentum - optim.momentum_start) * step / optim.momentum_warmup_steps

@@ -14,7 +14,11 @@ from tests.pretrain.dense import dense_training
 from tests.pretrain.tiny import saved_tensors, tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
 
-ENGINES = [{"engine__name": "fsdp2"}, {"engine__name": "deepspeed", "engine__zero_stage": 1}]
+MUON = {"optim__name": "muon", "optim__momentum_start": 0.85, "optim__momentum_warmup_steps": 7}
+ENGINES = [
+    MUON | {"engine__name": "fsdp2", "optim__weight_decay_schedule": "lr"},
+    {"engine__name": "deepspeed", "engine__zero_stage": 1},
+]
 RAMP = {"train__steps": 12, "train__batch_schedule": {0: 6, "24 samples": 12, "768": 18}, "eval__every": 0}
 WSD = {"optim__schedule": "wsd", "optim__warmup_steps": 2, "eval__every": 0}
 

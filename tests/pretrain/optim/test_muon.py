@@ -16,10 +16,10 @@ from pretrain.checkpoint.resume import check_resumable
 from pretrain.checkpoint.state import TrainState
 from pretrain.config.engine import DeepSpeedConfig, FSDP2Config
 from pretrain.config.job import JobConfig
-from pretrain.config.optim import MuonConfig
+from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.data import open_data
 from pretrain.mesh import Mesh
-from pretrain.optim import lr_at
+from pretrain.optim import lr_at, momentum_at
 from pretrain.optim.owners import Cut, Schedule, matrices_of
 from tests.pretrain.checkpoint.test_manager import build, fill, is_filled, no_warning
 from tests.pretrain.dense import Dense, DenseModel, windows_of
@@ -30,6 +30,7 @@ from tests.ranks import run_ranks
 STEPS = 10
 STACKED = (5, 3, 2)
 VOCABULARY = {"embedding.weight", "head.weight"}
+WARM = {"optim__momentum_start": 0.8, "optim__momentum_warmup_steps": 6}
 SETTINGS = {
     "fsdp2": FSDP2Config(),
     "hsdp": FSDP2Config(hsdp=True),
@@ -42,8 +43,8 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        shapes = {"fused": (10, 6), "wide": (3, 14), "tall": (13, 5), "scale": (7,)}
-        for name, shape in shapes.items():
+        self.shapes = {"fused": (10, 6), "wide": (3, 14), "tall": (13, 5), "scale": (7,)}
+        for name, shape in self.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.gradients: dict[str, Tensor] = {}
 
@@ -112,13 +113,18 @@ class Reference:
             fused=True,
         )
 
-    def step(self, gradients: dict[str, Tensor], lr: float) -> None:
+    def step(self, gradients: dict[str, Tensor], lr: float, share: float = 1.0, momentum: float = 0.95) -> None:
+        """share: of the weight decay of all but the vocabulary. momentum: of Muon."""
         for name, parts in self.parts.items():
             for part, gradient in zip(parts, gradients[name].split([len(part) for part in parts]), strict=True):
                 part.grad = gradient.clone()
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("factor", 1.0)
+                if "factor" not in group:
+                    group["weight_decay"] = group.setdefault("at_peak", group["weight_decay"]) * share
+                if "momentum" in group:
+                    group["momentum"] = momentum
             optimizer.step()
 
     @property
@@ -224,6 +230,56 @@ def test_clip_does_not_shrink_the_update():
             assert 0.5 * 0.2 * 0.01 < update < 1.5 * 0.2 * 0.01  # the RMS of AdamW's update
 
 
+def scheduled_steps(rank: int, world: int, engines: list[str], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Whole tensors after three steps with schedules of weight decay and momentum, for each engine.
+
+    The gradient of the fused matrix is the same in each step, all others are zeros.
+    """
+    optim, found = MuonConfig(lr=0.5, weight_decay=0.25, weight_decay_schedule="lr"), []
+    for name in engines:
+        with torch.device("meta"):
+            body = Body()
+        engine = BUILDERS[type(SETTINGS[name])](SETTINGS[name], optim, dtype, 0)
+        forward = engine.wrap(body, Mesh.of(world, torch.device("cpu")))
+        body.gradient = torch.zeros(4, 5)
+        for block in body.blocks:
+            given = {key: drawn(key, shape, 0) * (key == "fused" and rank == 0) for key, shape in block.shapes.items()}
+            block.gradients = given
+        for lr, momentum in ((0.25, 0.5), (0.5, 0.75), (0.125, 0.875)):
+            engine.backward(forward(torch.zeros((), requires_grad=True)), last_micro_batch=True)
+            engine.step(lr, 1.0, momentum)
+        found.append({key: tensor.full_tensor() for key, tensor in engine.state().items()})
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_and_momentum_follow_their_schedules(dtype):
+    """Computed by hand: a step multiplies by 1 - lr · 0.25 · lr / 0.5, and the momentum of a constant gradient G is
+    0.5·G, then (0.75·0.5 + 0.25)·G, then (0.875·0.625 + 0.125)·G.
+    """
+    shrunk = (1 - 0.25 * 0.125) * (1 - 0.5 * 0.25) * (1 - 0.125 * 0.0625)
+    engines = [name for name in SETTINGS if name != "hsdp"]
+    for states in run_ranks(2, scheduled_steps, engines, dtype, timeout=120):
+        for state in states:
+            for name in ("positions", "blocks.1.wide", "blocks.1.tall"):
+                assert torch.allclose(state[name], drawn(name, state[name].shape) * shrunk, rtol=1e-6), name
+            assert torch.equal(state["blocks.1.scale"], drawn("blocks.1.scale", torch.Size((7,))))
+            mean = state["optim.momentum_buffer.blocks.1.fused"]
+            assert torch.allclose(mean, drawn("fused", mean.shape, 0) * 0.671875, rtol=1e-6)
+
+
+def test_momentum_rises_to_its_value():
+    warm = MuonConfig(momentum_start=0.85, momentum_warmup_steps=4)
+    assert [momentum_at(warm, step) for step in range(6)] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    assert [momentum_at(MuonConfig(momentum=0.9), step) for step in (0, 299)] == [0.9, 0.9]
+    assert momentum_at(OptimConfig(), 0) is None
+
+
+def test_momentum_warmup_in_tokens(tmp_path):
+    config = muon_config(tmp_path / "run", 1, **WARM | {"optim__momentum_warmup_steps": "1k tokens"})
+    assert config.optim.momentum_warmup_steps == 3  # 63 windows of 16 tokens, 24 in a step
+
+
 def dense_training(config: JobConfig) -> Dense:
     """Trains with torch.optim.Muon in fp32, AdamW for the rest, and the clip over all."""
     model = DenseModel(config, torch.float32)
@@ -239,8 +295,9 @@ def dense_training(config: JobConfig) -> Dense:
         losses.append(float(loss.detach()))
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(weights.values(), config.optim.clip)))
+        lr, momentum = lr_at(config.optim, step, config.train.steps), 0.8 + (0.95 - 0.8) * min(1, step / 6)
         with in_its_dtype():
-            reference.step({n: w.grad for n, w in weights.items()}, lr_at(config.optim, step, config.train.steps))
+            reference.step({n: w.grad for n, w in weights.items()}, lr, lr / config.optim.lr, momentum)
         for name, value in reference.weights.items():
             weights[name].data, weights[name].grad = value, None
     return Dense(
@@ -265,6 +322,8 @@ def muon_config(run: Path, world: int, engine: str = "fsdp2", **changes: object)
         "optim__name": "muon",
         "vocab__tie": "untied",
         "optim__vocab": {"lr": 5e-3, "beta2": 0.9, "weight_decay": 0.2},
+        "optim__body": {"weight_decay_schedule": "lr"},
+        **WARM,
     }
     return config_of(run, world, 2, engine, **settings | changes)
 
@@ -315,6 +374,11 @@ def test_momentum_survives_other_engines_and_worlds_bit_for_bit(tmp_path):
             "engine.offload=cpu must be none with optim.name=muon: .*; give engine.offload=none",
         ),
         ({"optim__momentum": 1.0}, r"optim.momentum=1.0 must be in \[0, 1\)"),
+        (
+            {"optim__momentum_start": 0.99},
+            r"optim.momentum_start=0.99 must be at least 0, and at most optim.momentum=0.95",
+        ),
+        ({"optim__momentum_warmup_steps": 0}, "optim.momentum_warmup_steps=0 must be at least 1"),
         ({"optim__newton_schulz": "fp16"}, "optim.newton_schulz=fp16 must be auto, bf16 or fp32"),
         ({"optim__name": "adamw", "optim__momentum": 0.9}, "unknown key optim.momentum"),
     ],

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pretrain.config.lengths import Batches
-from pretrain.config.optim import OptimConfig
+from pretrain.config.optim import OptimConfig, OwnerConfig
 from pretrain.optim import body_optimizer, clip_factor, local, lr_at
 from pretrain.optim.adamw import AdamW
 from tests.ranks import run_ranks
@@ -121,6 +121,11 @@ def test_clip_covers_both_owners():
         ({"lr": float("nan")}, "optim.lr=nan must be positive"),
         ({"clip": -1.0}, "optim.clip=-1.0 must be a number of at least 0"),
         ({"schedule": "linear"}, "optim.schedule=linear must be cosine or wsd"),
+        ({"weight_decay_schedule": "linear"}, "optim.weight_decay_schedule=linear must be constant or lr"),
+        (
+            {"vocab": OwnerConfig(weight_decay_schedule="cosine")},
+            "optim.vocab.weight_decay_schedule=cosine must be constant or lr",
+        ),
         ({"beta2": 1.0}, r"optim.beta2=1.0 must be in \[0, 1\)"),
         ({"decay_fraction": 1.5}, r"optim.decay_fraction=1.5 must be in \[0, 1\]"),
     ],

@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 
 STEPS = 6
 BODY = {"lr": 2e-2, "beta1": 0.7, "beta2": 0.9, "weight_decay": 0.3}
-VOCAB = {"lr": 3e-3, "beta1": 0.8, "beta2": 0.99, "eps": 1e-4, "weight_decay": 0.5}
+VOCAB = {"lr": 3e-3, "beta1": 0.8, "beta2": 0.99, "eps": 1e-4, "weight_decay": 0.5, "weight_decay_schedule": "lr"}
 SETTINGS = {"both": (BODY, VOCAB), "body": (BODY, {}), "vocab": ({}, VOCAB), "neither": ({}, {})}
 CASES = [("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("zero0", 1), ("zero1", 2), ("zero2", 3), ("zero3", 4)]
 
@@ -64,7 +64,10 @@ def dense_training(config: JobConfig) -> Dense:
         losses.append(float(loss.detach()))
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
         for group, (_, own) in zip(adamw.param_groups, groups, strict=True):
-            group["lr"] = own["lr"] * lr_at(config.optim, step, STEPS) / config.optim.lr
+            share = lr_at(config.optim, step, STEPS) / config.optim.lr
+            group["lr"] = own["lr"] * share
+            if own["weight_decay_schedule"] == "lr":
+                group["weight_decay"] = own["weight_decay"] * share
         adamw.step()
         adamw.zero_grad()
     return Dense(losses, norms, {name: p.detach() for name, p in (weights | matrices).items()})
@@ -107,8 +110,8 @@ def test_overrides_of_one_owner_keep_the_other(folder, truth, given):
 
 def test_owner_defaults_to_common_settings():
     optim = OptimConfig(lr=0.3, beta1=0.5, vocab=OwnerConfig(beta1=0.6))
-    assert optim.hyperparameters(optim.body) == (1.0, 0.5, 0.95, 1e-8, 0.1)
-    assert optim.hyperparameters(optim.vocab) == (1.0, 0.6, 0.95, 1e-8, 0.1)
+    assert optim.hyperparameters(optim.body) == (1.0, None, 0.5, 0.95, 1e-8, 0.1)
+    assert optim.hyperparameters(optim.vocab) == (1.0, None, 0.6, 0.95, 1e-8, 0.1)
 
 
 @pytest.mark.parametrize(
