@@ -28,11 +28,12 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
     known_then = {  # a key that is newer than the checkpoint had its default
         "model": asdict(type(config.model)()) | saved["model"],
         "vocab": asdict(VocabConfig()) | saved["vocab"],
-        "optim": {"name": OptimConfig.name} | saved["optim"],
+        "optim": {"name": OptimConfig.name, "base_width": None} | saved["optim"],
     }
     saved = saved | known_then
     drawn = not manifest.get("weights_only", False)
-    kept = [("seed",), ("train", "seq_len"), ("data", "packing"), ("optim", "name")] if drawn else []
+    kept = [("seed",), ("train", "seq_len"), ("data", "packing")] if drawn else []
+    kept += [("optim", name) for name in ("name", "base_width") if drawn]
     kept += [("vocab", name) for name in ("multiple", "tie", "softcap", "embed_scale")]
     kept += [("model", name) for name in now["model"]]
     for path in kept:

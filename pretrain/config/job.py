@@ -93,6 +93,11 @@ class JobConfig:
         if train.stop_after is not None:
             train.stop_after = batches.steps("train.stop_after", train.stop_after)
         optim.settle(batches, train.steps)
+        if optim.lr is None and optim.base_width is not None:
+            raise ValueError(
+                f"optim.base_width={optim.base_width} must have optim.lr, the rate at that width: the default is for"
+                f" model.width={self.model.width}"
+            )
         if optim.lr is None:
             parameters = FAMILIES[self.model.family].parameters(self.model)
             optim.lr = learning_rate(parameters, batches.samples_after(train.steps) * self.seq_len)

@@ -65,6 +65,9 @@ class OptimConfig:
     #: constant, or lr: weight_decay · learning rate / its peak, so that the shrinking of a step goes with the rate's
     #: square, and the norms of weights and gradients stay steady while the rate falls (Defazio, arXiv:2506.02285)
     weight_decay_schedule: str = "constant"
+    #: width for which the learning rates are given: rates, initial values, eps and weight decay follow model.width from
+    #: there, by muP (Yang et al., arXiv:2203.03466); null: they are for this model as it is
+    base_width: int | None = None
     body: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the body
     vocab: OwnerConfig = field(default_factory=OwnerConfig)  # overrides for the embedding and the head
 
@@ -75,6 +78,8 @@ class OptimConfig:
             self.warmup_steps = steps_or_text("optim.warmup_steps", self.warmup_steps, 0)
         if self.decay_steps is not None:
             self.decay_steps = steps_or_text("optim.decay_steps", self.decay_steps, 0)
+        if self.base_width is not None and self.base_width < 1:
+            raise ValueError(f"optim.base_width={self.base_width} must be at least 1 (or null: off)")
         _check("optim", self)
         _check("optim.body", self.body)
         _check("optim.vocab", self.vocab)

@@ -19,7 +19,7 @@ from ..config.ema import AVERAGE
 from ..config.engine import DeepSpeedConfig
 from ..config.optim import OptimConfig
 from ..mesh import Mesh, name_rank
-from ..optim import body_optimizer, saved_name
+from ..optim import body_factors, body_optimizer, saved_name
 from ..vocab import summed
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
@@ -51,7 +51,10 @@ class DeepSpeedEngine:
                 print(f"stale build lock {lock}: harmless here, but DeepSpeed's builds would wait for it; delete it")
         self.body, self.mesh = body, mesh
         self.shapes = {name: parameter.shape for name, parameter in body.named_parameters()}
-        initial = {name: self._initial(body, name) for name in self.shapes}  # stage 3 hides the shapes later
+        self.hidden, optimizer = hidden_matrices(body), body_optimizer(self.optim)
+        factors = body_factors(self.optim, body, self.hidden, optimizer.whole_matrices)
+        # stage 3 hides the shapes later
+        initial = {name: self._initial(body, name, factors[name].initial) for name in self.shapes}
         low_precision = self.compute_dtype != torch.float32
         if self.config.zero_stage == 0 and low_precision:
             autocast = torch.autocast(mesh.device.type, self.compute_dtype)
@@ -66,10 +69,9 @@ class DeepSpeedEngine:
         checkpoint_activations(blocks, self.config.activation_checkpointing)
         for block in blocks:  # stage 3 gathers whole blocks: a recomputed part would free its own weights
             deepspeed.utils.set_z3_leaf_module(block, True)
-        self.hidden = hidden_matrices(body)
         matrices = [self.parameters[name] for name in self.hidden]
-        optimizer = body_optimizer(self.optim)
-        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body, matrices)
+        own = {self.parameters[name]: factors[name] for name in self.parameters}
+        self.optimizer = optimizer.build(self.parameters.values(), self.optim, self.optim.body, matrices, own)
         numbers = sum(parameter.numel() for parameter in self.parameters.values())
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
             self.engine, *_ = deepspeed.initialize(
@@ -137,10 +139,10 @@ class DeepSpeedEngine:
     def _kinds(self, name: str) -> tuple[str, ...]:
         return MAIN, *self.optimizer.state_names(self.shapes[name], name in self.hidden)
 
-    def _initial(self, body: nn.Module, name: str) -> DTensor:
+    def _initial(self, body: nn.Module, name: str, factor: float) -> DTensor:
         rows = self._rows(name)
         values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
-        return self._dtensor(name, values.to(self.mesh.device))
+        return self._dtensor(name, values.to(self.mesh.device) * factor)
 
     def _slice(self, name: str, whole: Tensor) -> DTensor:
         rows = self._rows(name)

@@ -11,7 +11,7 @@ from ..config.ema import AVERAGE
 from ..config.engine import FSDP2Config
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
-from ..optim import Piece, apply_clip, body_optimizer, global_norm, local
+from ..optim import Piece, apply_clip, body_factors, body_optimizer, global_norm, local
 from ..vocab.shard import RowShard
 from .activations import checkpoint_activations
 from .footprint import hidden_matrices
@@ -53,17 +53,19 @@ class FSDP2Engine:
         body.to_empty(device="cpu" if offload else mesh.device)
         # Saved here because the module has other parameters while its weights are gathered.
         self.parameters: dict[str, DTensor] = dict(body.named_parameters())  # type: ignore[arg-type]
+        hidden, optimizer = hidden_matrices(body), body_optimizer(self.optim)
+        factors = body_factors(self.optim, body, hidden, optimizer.whole_matrices)
         for name, parameter in self.parameters.items():
             rows = RowShard(rank, ranks, parameter.shape[0])  # the same split as FSDP2's
             values = body.initial_rows(name, self.seed, rows.start, rows.stop)  # type: ignore[operator]
-            local(parameter.detach()).copy_(values)
+            local(parameter.detach()).copy_(values * factors[name].initial)
         self.body, self.mesh = body, mesh
-        hidden = hidden_matrices(body)
-        self.optimizer = body_optimizer(self.optim).build(
+        self.optimizer = optimizer.build(
             self.parameters.values(),  # type: ignore[arg-type]
             self.optim,
             self.optim.body,
             [self.parameters[name] for name in hidden],  # type: ignore[misc]
+            {self.parameters[name]: own for name, own in factors.items()},  # type: ignore[misc]
         )
         pieces = [self._piece(name, stacked, ranks) for name, stacked in hidden.items()]
         group = mesh.vocab_group if self.config.hsdp else mesh.flat.get_group()

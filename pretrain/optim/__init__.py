@@ -5,6 +5,7 @@ from .build import VOCAB_OPTIMIZER, body_optimizer
 from .clip import apply_clip, clip_factor, global_norm
 from .schedule import lr_at, momentum_at
 from .vocab import VocabOptimizer
+from .width import body_factors
 
 __all__ = [
     "STATE_PREFIX",
@@ -13,6 +14,7 @@ __all__ = [
     "Piece",
     "VocabOptimizer",
     "apply_clip",
+    "body_factors",
     "body_optimizer",
     "clip_factor",
     "global_norm",

@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 from ..config.optim import Hyperparameters, OptimConfig, OwnerConfig
 from .base import Optimizer, local
+from .width import NONE, SAME, Factors
 
 
 class AdamW(Optimizer):
@@ -25,9 +26,11 @@ class AdamW(Optimizer):
         optim: OptimConfig,
         own: OwnerConfig,
         hidden: Iterable[nn.Parameter] = (),
+        factors: Mapping[nn.Parameter, Factors] = NONE,
     ) -> Self:
         chosen = optim.hyperparameters(own)
-        return cls(torch.optim.AdamW(groups_of(parameters, chosen), fused=True), chosen.lr_factor, chosen.decay_peak)
+        groups = groups_of(parameters, chosen, factors)
+        return cls(torch.optim.AdamW(groups, fused=True), chosen.lr_factor, chosen.decay_peak)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,15 +47,23 @@ class AdamW(Optimizer):
         return "exp_avg", "exp_avg_sq"
 
 
-def groups_of(parameters: Iterable[nn.Parameter], chosen: Hyperparameters) -> list[dict[str, Any]]:
-    """Groups with and without weight decay; an empty one is left out."""
-    parameters = list(parameters)
-    common = {"betas": (chosen.beta1, chosen.beta2), "eps": chosen.eps}
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": chosen.weight_decay, **common},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, **common},
+def groups_of(
+    parameters: Iterable[nn.Parameter], chosen: Hyperparameters, factors: Mapping[nn.Parameter, Factors]
+) -> list[dict[str, Any]]:
+    """Groups with and without weight decay, and of parameters with the same factors; an empty one is left out."""
+    groups: dict[tuple[bool, Factors], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.dim() < 2, factors.get(parameter, SAME)), []).append(parameter)
+    return [
+        {
+            "params": groups[vectors, own],
+            "weight_decay": 0.0 if vectors else chosen.weight_decay * own.weight_decay,
+            "betas": (chosen.beta1, chosen.beta2),
+            "eps": chosen.eps * own.eps,
+            "width_factor": own.lr,
+        }
+        for vectors, own in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def step_group(group: dict[str, Any], states: Mapping[Tensor, dict[str, Tensor]]) -> None:

@@ -4,7 +4,7 @@ Separate from the implementation in adamw.py, which only build.py names.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..config.ema import AVERAGE
 from ..config.optim import OptimConfig, OwnerConfig
 from .owners import Cut
+from .width import NONE, Factors
 
 STATE_PREFIX = "optim."  # of state names in a checkpoint, such as optim.exp_avg.blocks.0.mlp.up.weight
 NUMBER = 4  # bytes per number: states are fp32
@@ -48,9 +49,9 @@ class Optimizer(ABC):
 
     def __init__(self, stepper: torch.optim.Optimizer, lr_factor: float, decay_peak: float | None = None) -> None:
         """lr_factor, decay_peak: of the owner's `Hyperparameters`."""
-        self.stepper, self.lr_factor, self.decay_peak = stepper, lr_factor, decay_peak
-        self.averaged = False
+        self.stepper, self.decay_peak, self.averaged = stepper, decay_peak, False
         self.weight_decays = [group["weight_decay"] for group in stepper.param_groups]  # at the peak
+        self.lr_factors = [lr_factor * group.get("width_factor", 1.0) for group in stepper.param_groups]
 
     @classmethod
     @abstractmethod
@@ -60,8 +61,11 @@ class Optimizer(ABC):
         optim: OptimConfig,
         own: OwnerConfig,
         hidden: Iterable[nn.Parameter] = (),
+        factors: Mapping[nn.Parameter, Factors] = NONE,
     ) -> Self:
-        """Builds the optimizer of these parameters. own: optim.body or optim.vocab. hidden: 2-d weights of blocks."""
+        """Builds the optimizer of these parameters. own: optim.body or optim.vocab. hidden: 2-d weights of blocks.
+        factors: on the settings of single parameters.
+        """
 
     @staticmethod
     @abstractmethod
@@ -151,8 +155,9 @@ class Optimizer(ABC):
         """Sets the learning rates of the groups, the common rate times this owner's factor, and the weight decay if it
         follows the rate. momentum: for groups that have one; None: unchanged.
         """
-        for group, weight_decay in zip(self.stepper.param_groups, self.weight_decays, strict=True):
-            group["lr"] = lr * self.lr_factor
+        groups = zip(self.stepper.param_groups, self.lr_factors, self.weight_decays, strict=True)
+        for group, lr_factor, weight_decay in groups:
+            group["lr"] = lr * lr_factor
             if self.decay_peak is not None:
                 group["weight_decay"] = weight_decay * (lr / self.decay_peak)
             if momentum is not None and "momentum" in group:

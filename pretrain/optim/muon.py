@@ -1,7 +1,7 @@
 """Muon: steps the hidden matrices by their momentum, orthogonalised. Everything else of the body takes AdamW's step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from .adamw import AdamW, groups_of, step_group
 from .base import Optimizer, Piece, local
 from .exchange import Exchange
 from .owners import STEPS, Schedule, matrices_of
+from .width import NONE, SAME, Factors
 
 MOMENTUM = "momentum_buffer"  # torch's name
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Newton-Schulz: a quintic with the largest slope at 0
@@ -46,14 +47,16 @@ class Muon(Optimizer):
         optim: OptimConfig,
         own: OwnerConfig,
         hidden: Iterable[nn.Parameter] = (),
+        factors: Mapping[nn.Parameter, Factors] = NONE,
     ) -> Self:
         assert isinstance(optim, MuonConfig)
         chosen, matrices = optim.hyperparameters(own), list(hidden)
         ids = {id(matrix) for matrix in matrices}
-        settings = {"weight_decay": chosen.weight_decay, "momentum": optim.momentum}
+        common = factors.get(matrices[0], SAME) if matrices else SAME
+        settings = {"weight_decay": chosen.weight_decay * common.weight_decay, "momentum": optim.momentum}
         groups = [
-            {"params": matrices, **settings},
-            *groups_of((parameter for parameter in parameters if id(parameter) not in ids), chosen),
+            {"params": matrices, "width_factor": common.lr, **settings},
+            *groups_of((parameter for parameter in parameters if id(parameter) not in ids), chosen, factors),
         ]
         return cls(Stepper(groups), chosen, DTYPES.get(optim.newton_schulz))
 

@@ -8,6 +8,7 @@ from ..config.optim import OptimConfig
 from ..mesh import Mesh
 from .build import VOCAB_OPTIMIZER
 from .clip import apply_clip, global_norm
+from .width import row_factors
 
 
 class VocabOptimizer:
@@ -18,7 +19,8 @@ class VocabOptimizer:
         self.rows = list(rows)
         self.mesh = mesh
         self.observers: list[Callable[[], None]] = []  # called after the gradients are summed, before they are clipped
-        self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab)
+        factors = {row: row_factors(config, row.shape[1]) for row in self.rows}
+        self.optimizer = VOCAB_OPTIMIZER.build(self.rows, config, config.vocab, factors=factors)
         self.optimizer.averaged = averaged
         self.optimizer.load(step=0)
 

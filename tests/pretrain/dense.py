@@ -65,6 +65,15 @@ def begins_of(config: JobConfig) -> list[int]:
     return begins
 
 
+def scale_to_width(body: nn.Module, ratio: float) -> None:
+    """Scales initial values as muP has them, for `ratio` times the base width."""
+    for name, parameter in body.named_parameters():
+        if name.startswith("blocks.") and parameter.dim() == 2:
+            parameter.data *= ratio**-0.5
+        elif name == "norm.weight":
+            parameter.data /= ratio
+
+
 class Dense(NamedTuple):
     """Results of a run: loss and norm per step, and final weights by their names in a checkpoint."""
 

@@ -5,6 +5,7 @@ import torch
 from pretrain.build import body_footprint, vocab_workload
 from pretrain.optim import Optimizer
 from pretrain.optim.build import OF_BODY
+from pretrain.optim.width import NONE
 from tests.pretrain.engine.test_engines import apart, config_of, outcome
 from tests.pretrain.tiny import VOCAB, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -14,7 +15,7 @@ class Momentum(Optimizer):
     """SGD with momentum: one state tensor per matrix, none for biases and norms."""
 
     @classmethod
-    def build(cls, parameters, optim, own, hidden=()):
+    def build(cls, parameters, optim, own, hidden=(), factors=NONE):
         parameters, chosen = list(parameters), optim.hyperparameters(own)
         groups = [
             {"params": [p for p in parameters if p.dim() == 2], "momentum": chosen.beta1},

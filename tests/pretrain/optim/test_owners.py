@@ -16,7 +16,7 @@ from pretrain.compose import build_config, config_text
 from pretrain.config.job import JobConfig
 from pretrain.config.optim import OptimConfig, OwnerConfig
 from pretrain.optim import lr_at
-from tests.pretrain.dense import Dense, DenseModel, windows_of
+from tests.pretrain.dense import Dense, DenseModel, scale_to_width, windows_of
 from tests.pretrain.engine.test_engines import apart, config_of, outcome
 from tests.pretrain.tiny import tiny_config, train_rank, write_tokens
 from tests.ranks import run_ranks
@@ -31,21 +31,29 @@ CASES = [("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("zero0", 1), ("
 def owners_config(run: Path, given: str, engine: str = "fsdp2", world: int = 1) -> JobConfig:
     body, vocab = SETTINGS[given]
     changes = {"vocab__tie": "untied", "vocab__parallel": 2 if world % 2 == 0 else world, "train__steps": STEPS}
+    if given == "both":
+        changes |= {"optim__base_width": 7, "optim__clip": 0.1}  # a third of the width
     return config_of(run, world, engine=engine, **changes, optim__body=body, optim__vocab=vocab)
 
 
 def dense_training(config: JobConfig) -> Dense:
-    """Trains in float64 with three groups. Each uses the settings above, otherwise the common ones."""
-    model = DenseModel(config, torch.float64)
+    """Trains in float64 with groups. Each uses the settings above, otherwise the common ones, and follows the width."""
+    model, m = DenseModel(config, torch.float64), config.model.width / (config.optim.base_width or config.model.width)
+    scale_to_width(model.body, m)
     common = asdict(config.optim)
     body = common | {key: value for key, value in common["body"].items() if value is not None}
     vocab = common | {key: value for key, value in common["vocab"].items() if value is not None}
     weights = dict(model.body.named_parameters())
     matrices = {"embedding.weight": model.weight, "head.weight": model.head_weight}
+    hidden = {"lr": body["lr"] / m, "weight_decay": body["weight_decay"] * m, "eps": body["eps"] / m}
+    vectors = [name for name, weight in weights.items() if weight.dim() == 1]
+    last = [name for name in vectors if name.startswith("norm.")]
     groups = [
-        ([p for p in weights.values() if p.dim() == 2], body),
-        ([p for p in weights.values() if p.dim() == 1], body | {"weight_decay": 0.0}),
-        ([*matrices.values()], vocab),
+        ([weight for name, weight in weights.items() if "blocks" in name and weight.dim() == 2], body | hidden),
+        ([weights["positions"]], body | {"eps": body["eps"] / m}),
+        ([weights[name] for name in vectors if name not in last], body | {"eps": body["eps"] / m, "weight_decay": 0.0}),
+        ([weights[name] for name in last], body | {"lr": body["lr"] / m, "weight_decay": 0.0}),
+        ([*matrices.values()], vocab | {"eps": vocab["eps"] / m}),
     ]
     adamw = torch.optim.AdamW(
         [
@@ -90,6 +98,7 @@ def test_owners_match_dense_adamw_with_groups(folder, truth, engine, world):
     run = folder / f"{engine}-{world}"
     run_ranks(world, train_rank, owners_config(run, "both", engine, world))
     found, dense = outcome(run), truth("both")
+    assert min(dense.norms) > 0.1, "the clip must be active"
     np.testing.assert_allclose(found.losses, dense.losses, rtol=1e-5)
     np.testing.assert_allclose(found.norms, dense.norms, rtol=1e-4)
     for name, weight in dense.weights.items():
