@@ -24,7 +24,7 @@ from launch.hardware import HARDWARE  # noqa: E402
 from launch.restart import RestartConfig  # noqa: E402
 from launch.training import LaunchConfig  # noqa: E402
 from pretrain import publish  # noqa: E402
-from pretrain.commands import checkpoint, data, hf, profile, sweep_report, tie_report  # noqa: E402
+from pretrain.commands import checkpoint, coordinate_check, data, hf, profile, sweep_report, tie_report  # noqa: E402
 from pretrain.compose import PARTS  # noqa: E402
 from pretrain.config.engine import ENGINES  # noqa: E402
 from pretrain.config.evaluation import EvaluateConfig  # noqa: E402
@@ -121,6 +121,7 @@ def _commands() -> list[tuple[str, str, dict[str, Setting]]]:
         ("The data of a step", "`python -m pretrain.data show`.", _texts(data.KEYS)),
         ("The profile", "`python -m pretrain.profile`.", _texts(profile.KEYS)),
         ("The sweep report", "`python -m pretrain.sweep_report`.", _texts(sweep_report.KEYS)),
+        ("The coordinate check", "`python -m pretrain.coordinate_check`.", _texts(coordinate_check.KEYS)),
         ("The tie report", "`python -m pretrain.tie_report`.", _texts(tie_report.KEYS)),
         ("Hugging Face: import", "`python -m pretrain.interop.hf import`.", _texts(hf.IMPORT_KEYS)),
         ("Hugging Face: export", "`python -m pretrain.interop.hf export`.", _texts(hf.EXPORT_KEYS)),

@@ -7,8 +7,9 @@ import torch
 
 from .config.engine import DeepSpeedConfig, FSDP2Config
 from .config.job import JobConfig
-from .corpora import vocab_rows
+from .corpora import samples, vocab_rows
 from .data import Data
+from .data.loader import BatchLoader
 from .engine import Engine
 from .engine.deepspeed import DeepSpeedEngine
 from .engine.footprint import BodyFootprint, Shapes
@@ -99,3 +100,18 @@ def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, Langu
     engine = ENGINES[type(config.engine)](config.engine, config.optim, dtype, config.seed, config.ema.on)
     model = LanguageModel(vocab, engine.wrap(body, mesh))
     return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh, config.ema.on)
+
+
+def batch_loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
+    """Builds the loader of this rank's batches, at the first sample."""
+    return BatchLoader(
+        samples(config, data),
+        batches=config.train.batches,
+        micro_batch=config.train.micro_batch,
+        rank=mesh.data_rank,
+        world=mesh.data_world,
+        shard=vocab.shard,
+        dtype=vocab.compute_dtype,
+        device=mesh.device,
+        prefetch=config.data.prefetch,
+    )

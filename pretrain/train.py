@@ -21,7 +21,7 @@ import torch
 from data_prep.errors import DataError
 
 from .announce import announce
-from .build import about, build_model, vocab_parallel
+from .build import about, batch_loader, build_model, vocab_parallel
 from .changes import Change, markdown, settings_changed, settings_of
 from .checkpoint import CheckpointError, DamagedCheckpoint, checkpoints, step_of
 from .checkpoint.manager import CheckpointManager
@@ -30,9 +30,8 @@ from .checks import check_job, reached
 from .compose import load_config
 from .config.job import JobConfig
 from .control import RunControl
-from .corpora import samples, vocab_rows
+from .corpora import vocab_rows
 from .data import Data
-from .data.loader import BatchLoader
 from .exits import Exit, leave
 from .hooks import Run
 from .hooks.registry import build_hooks
@@ -46,7 +45,6 @@ from .parts import ModelParts
 from .rendezvous import NotMet, hopeless, words
 from .stops import StopReason, StopRequests
 from .trainer import Trainer
-from .vocab import VocabParallelEmbedding
 
 LOCK_SECONDS = 180  # to wait for the lock of an earlier start
 FREEZE = "without that launcher, write config.yaml again: launch/local.py resume=RUN KEY=VALUE freeze=true"
@@ -133,7 +131,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
         run = Run(data, parts, _manager(config, data, parts))
         run.manager.hooks = hooks = build_hooks(config, run)
         state, found = _restore(config, run.manager)
-        loader = _loader(config, data, mesh, parts.model.vocab)
+        loader = batch_loader(config, data, mesh, parts.model.vocab)
         loader.load_state_dict(state.samples)
         if mesh.rank == 0:
             changes = settings_changed(config.run_dir, found)
@@ -220,20 +218,6 @@ def _log(config: JobConfig, data: Data, step: int, changes: list[Change]) -> Met
     if changes:
         log.tell("settings changed", markdown(changes), step)
     return log
-
-
-def _loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
-    return BatchLoader(
-        samples(config, data),
-        batches=config.train.batches,
-        micro_batch=config.train.micro_batch,
-        rank=mesh.data_rank,
-        world=mesh.data_world,
-        shard=vocab.shard,
-        dtype=vocab.compute_dtype,
-        device=mesh.device,
-        prefetch=config.data.prefetch,
-    )
 
 
 if __name__ == "__main__":

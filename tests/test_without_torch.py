@@ -112,6 +112,10 @@ COMMANDS = {
         (["runs={none}"], "runs={none} must be a folder with runs in it"),
         (["runs={hf}"], "runs={hf} has no run with logged steps"),
     ],
+    "pretrain.commands.coordinate_check": [
+        (["data.path={run}"], "optim.lr is missing"),
+        (["data.path={run}", "optim.lr=1", "widths=16"], "widths=16 must be at least two widths"),
+    ],
     "pretrain.commands.tie_report": [(["tied={run}"], "untied is missing")],
 }
 

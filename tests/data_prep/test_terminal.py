@@ -115,6 +115,7 @@ COMMANDS = [
     "-m pretrain.lens",
     "-m pretrain.profile",
     "-m pretrain.sweep_report",
+    "-m pretrain.coordinate_check",
     "-m pretrain.tie_report",
     "-m pretrain.interop.hf",
 ]

@@ -57,6 +57,8 @@ def small(words: list[str], template: Path) -> list[str]:
         changed |= {"dry_run": "true"} if name == "launch/slurm.py" else {"workers": "1"}
     elif name in ("launch/local.py", "launch/slurm.py", "launch/plan.py"):
         changed |= _training(name, arguments, typed)
+    elif name == "-m pretrain.coordinate_check":
+        changed |= BODY | BATCH | {"widths": "32,64", "steps": "2"}
     elif name == "-m data_prep.formats" and "tokenizer" in typed:
         changed["tokenizer"] = str(template / "data" / "tokenizer")
     kept = [word for word in arguments if word.lstrip("+").partition("=")[0] not in changed]

@@ -1,0 +1,1 @@
+"""Coordinate check: do activations keep their size while the width grows?"""
