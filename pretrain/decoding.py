@@ -12,6 +12,7 @@ from torch import Tensor
 from .models.cache import KeyValueCache
 from .models.language_model import LanguageModel
 from .vocab.collectives import all_gather
+from .vocab.lookup import plan_lookup
 from .vocab.sampling import sample
 
 KEPT_BYTES = 2**28  # of rows in float64, which `sample` otherwise converts for each id
@@ -54,7 +55,7 @@ class Batch:
         self.rank = dist.get_rank(self.group) if self.group else 0
         self.device = model.vocab.weight.device
         rows_vD = model.vocab.output_weight.detach()
-        self.rows_vD = rows_vD.double() if 8 * rows_vD.numel() <= KEPT_BYTES else rows_vD
+        self.rows_vD = rows_vD.double().T.contiguous().T if 8 * rows_vD.numel() <= KEPT_BYTES else rows_vD
         self.ids = [list(prompt) for prompt in prompts]
         assert all(1 <= len(ids) <= context for ids in self.ids)
         self.live, self.draw = list(range(len(prompts))), 0
@@ -69,7 +70,8 @@ class Batch:
         """Draws one id for each live prompt. Returns pairs of the prompt's index and the id. Prompts with `tokens` ids
         drawn, or whose ids no longer fit in the context, are then no longer live.
 
-        Collectives: the lookup's, a gather of one hidden state per prompt, and those of `sample`.
+        Collectives: one of the lookup, which needs no ids of other ranks, a gather of one hidden state per prompt, and
+        those of `sample`.
         """
         vocab = self.model.vocab
         drawn = sample(
@@ -83,7 +85,7 @@ class Batch:
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,
             softcap=vocab.config.softcap,
-            positions_N=torch.zeros(len(self.live), dtype=torch.int64, device=self.device),
+            same_noise=True,
         ).tolist()
         self.draw += 1
         pairs = list(zip(self.live, drawn, strict=True))
@@ -112,17 +114,23 @@ class Batch:
         """Returns the last hidden state of each live prompt, [N, D]. Reads only the newest id if the rest is cached."""
         newest = self.draw > 0 and self.cache is not None
         texts = {index: self.ids[index][-1:] if newest else self.ids[index] for index in self.live}
-        owners = [self._owner(index) for index in self.live]
-        most, longest = max(map(owners.count, range(self.ranks))), max(map(len, texts.values()))
-        own = [texts[index] for index in self.mine] or [[0]]  # all ranks run the body: an engine may gather its weights
-        padded_BT = torch.tensor([text + [0] * (longest - len(text)) for text in own], device=self.device)
-        hidden_BTD = self.model.vocab.lookup(padded_BT, max_tokens_per_rank=most * longest)
+        longest = max(map(len, texts.values()))
+        own_p = [[index for index in self.live if self._owner(index) == rank] for rank in range(self.ranks)]
+        # all ranks run the body: an engine may gather its weights
+        texts_p = [[texts[index] for index in own] or [[0]] for own in own_p]
+        ids_pBT = [torch.tensor([text + [0] * (longest - len(text)) for text in own]) for own in texts_p]
+        vocab, own_BT = self.model.vocab, ids_pBT[self.rank].to(self.device)
+        plan = plan_lookup([ids_BT.flatten() for ids_BT in ids_pBT], vocab.shard, vocab.compute_dtype)
+        hidden_BTD = vocab.lookup(own_BT, plan.to(self.device))
         if self.cache is None or not self.mine:
             hidden_BTD = self.model.body(hidden_BTD)
         else:
             new = self.cache.next([len(self.ids[i]) - 1 for i in self.mine]) if newest else self.cache.whole(longest)
             hidden_BTD = self.model.body(hidden_BTD, cache=new)
-        last_B = torch.tensor([len(text) - 1 for text in own], device=self.device)
-        last_BD = hidden_BTD[torch.arange(len(own), device=self.device), last_B]
-        gathered_pBD = all_gather(F.pad(last_BD, (0, 0, 0, most - len(last_BD))), self.group)
-        return gathered_pBD[owners, [owners[:place].count(owner) for place, owner in enumerate(owners)]]
+        if longest > 1:
+            last_BD = torch.stack([hidden_BTD[row, len(text) - 1] for row, text in enumerate(texts_p[self.rank])])
+        else:
+            last_BD = hidden_BTD[:, 0]
+        most = max(map(len, own_p))
+        gathered_MD = all_gather(F.pad(last_BD, (0, 0, 0, most - len(last_BD))), self.group).flatten(0, 1)
+        return gathered_MD[[self._owner(i) * most + own_p[self._owner(i)].index(i) for i in self.live]]

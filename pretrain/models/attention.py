@@ -45,15 +45,17 @@ def block_mask(starts_BT: Tensor) -> BlockMask:
 
 def attention(queries_BHTd: Tensor, keys_BKTd: Tensor, values_BKTd: Tensor, mask: Mask | None) -> Tensor:
     """Returns softmax(q·kᵀ/√d)·v, [B, H, T, d]. mask None: causal; new tokens of a cache: with what it holds, too."""
+    causal = mask is None
     if isinstance(mask, NewOfBlock):
-        keys_BKTd, values_BKTd, mask = mask.extended(keys_BKTd, values_BKTd)
+        keys_BKTd, values_BKTd = mask.extended(keys_BKTd, values_BKTd)
+        causal, mask = mask.filled == 0, mask.seen_B11C
     shared = keys_BKTd.shape[1] != queries_BHTd.shape[1]
     if isinstance(mask, BlockMask):
         # uncompiled, it computes the whole matrix of scores
         flex: Any = _compiled(flex_attention) if queries_BHTd.is_cuda else flex_attention
         return flex(queries_BHTd, keys_BKTd, values_BKTd, block_mask=mask, enable_gqa=shared)
     return F.scaled_dot_product_attention(
-        queries_BHTd, keys_BKTd, values_BKTd, attn_mask=mask, is_causal=mask is None, enable_gqa=shared
+        queries_BHTd, keys_BKTd, values_BKTd, attn_mask=mask, is_causal=causal, enable_gqa=shared
     )
 
 

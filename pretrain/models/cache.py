@@ -20,13 +20,15 @@ class KeyValueCache:
 
     def whole(self, longest: int) -> "NewTokens":
         """Prepares a forward of all sequences from their first position, padded to `longest`."""
-        return self._new(torch.arange(longest, device=self.device).expand(self.sequences, -1), None)
+        return self._new(torch.arange(longest, device=self.device).expand(self.sequences, -1))
 
     def next(self, positions: list[int]) -> "NewTokens":
         """Prepares a forward of one new token of each sequence, at these positions."""
-        positions_B1 = torch.tensor(positions, device=self.device)[:, None]
-        seen_BC = torch.arange(max(positions) + 1, device=self.device) <= positions_B1
-        return self._new(positions_B1, seen_BC[:, None, None])
+        positions_B1, filled = torch.tensor(positions, device=self.device)[:, None], max(positions) + 1
+        if min(positions) + 1 == filled:
+            return self._new(positions_B1, filled)
+        seen_BC = torch.arange(filled, device=self.device) <= positions_B1
+        return self._new(positions_B1, filled, seen_BC[:, None, None])
 
     def keep(self, rows: list[int]) -> None:
         """Drops all other sequences; the kept ones are renumbered in this order."""
@@ -34,10 +36,9 @@ class KeyValueCache:
         for block in self.blocks:
             block.keep(rows)
 
-    def _new(self, positions_BT: Tensor, seen_B11C: Tensor | None) -> "NewTokens":
-        return NewTokens(
-            positions_BT, [NewOfBlock(block, self.slots, positions_BT, seen_B11C) for block in self.blocks]
-        )
+    def _new(self, positions_BT: Tensor, filled: int = 0, seen_B11C: Tensor | None = None) -> "NewTokens":
+        blocks = [NewOfBlock(block, self.slots, positions_BT, filled, seen_B11C) for block in self.blocks]
+        return NewTokens(positions_BT, blocks)
 
 
 class BlockCache:
@@ -73,15 +74,18 @@ class NewOfBlock:
     cache: BlockCache
     slots: int
     positions_BT: Tensor
-    seen_B11C: Tensor | None  # slots that the new token attends to; None: whole sequences, causal
+    filled: int  # slots that the longest sequence fills, with its new token; 0: whole sequences, causal
+    seen_B11C: Tensor | None  # slots that the new token attends to; None: all that are filled
 
-    def extended(self, keys_BKTd: Tensor, values_BKTd: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores new keys and values. Returns the keys, values and mask to attend with."""
+    def extended(self, keys_BKTd: Tensor, values_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values. Returns the keys and values to attend with."""
         keys, values = self.cache.tensors(self.slots, keys_BKTd)
-        if self.seen_B11C is None:
+        if self.filled == 0:
             keys[:, :, : keys_BKTd.shape[2]], values[:, :, : keys_BKTd.shape[2]] = keys_BKTd, values_BKTd
-            return keys_BKTd, values_BKTd, None
-        rows, slots_B = torch.arange(len(keys), device=keys.device), self.positions_BT[:, 0]
-        keys[rows, :, slots_B], values[rows, :, slots_B] = keys_BKTd[:, :, 0], values_BKTd[:, :, 0]
-        longest = self.seen_B11C.shape[-1]
-        return keys[:, :, :longest], values[:, :, :longest], self.seen_B11C
+            return keys_BKTd, values_BKTd
+        if self.seen_B11C is None:
+            keys[:, :, self.filled - 1], values[:, :, self.filled - 1] = keys_BKTd[:, :, 0], values_BKTd[:, :, 0]
+        else:
+            rows, slots_B = torch.arange(len(keys), device=keys.device), self.positions_BT[:, 0]
+            keys[rows, :, slots_B], values[rows, :, slots_B] = keys_BKTd[:, :, 0], values_BKTd[:, :, 0]
+        return keys[:, :, : self.filled], values[:, :, : self.filled]

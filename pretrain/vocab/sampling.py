@@ -12,7 +12,7 @@ from .readout import logits_in
 from .shard import VocabShard
 
 SCORE_BYTES = 32 * 2**20  # of scores at once
-BETWEEN_CHECKS = 8  # bisections for `top_p` between two checks whether it has ended
+ADDED, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 
 
 @torch.no_grad()
@@ -28,17 +28,17 @@ def sample(
     top_k: int | None = None,
     top_p: float = 1.0,
     softcap: float | None = None,
-    positions_N: Tensor | None = None,
+    same_noise: bool = False,
 ) -> Tensor:
     """Samples one id per hidden state, [N]. All ranks of the group pass the same hidden states and get the same ids.
 
     The sample is the largest of logit / temperature + Gumbel noise, over the rows that `top_k` and then `top_p` keep.
     The noise is a function of (seed, draw, position in N, row), so the sample is the same for any number of ranks.
-    `positions_N` [N] replaces the position in N: hidden states with the same number get the same noise.
-    temperature=0 takes the largest logit. Ties go to the lowest id, but all ties at the edge of `top_p` are kept.
-    Memory: SCORE_BYTES of scores, and a few times as much to draw from them; n positions are processed at once.
-    Collectives for n positions: gathers of k values, sums of n floats (up to 64 of them for `top_p`), one gather of the
-    winners. Raises ValueError if a setting is out of range.
+    `same_noise`: all hidden states get the noise of position 0. temperature=0 takes the largest logit. Ties go to the
+    lowest id, but all ties at the edge of `top_p` are kept. Memory: SCORE_BYTES of scores, and a few times as much to
+    draw from them; n positions are processed at once. Collectives for n positions: one gather of the winners, 3·n
+    floats; for `top_k` one gather of k·n; for `top_p` one of 2·n, and another of n and of winners for each rejected
+    draw, 1 / top_p draws on average at most. Raises ValueError if a setting is out of range.
 
     >>> rows, shard = torch.eye(4), VocabShard.of(rank=0, world=1, vocab_size=4, multiple=1)
     >>> hidden = torch.tensor([[0.0, 3.0, 1.0, 2.0]])  # with these rows, the logits
@@ -50,81 +50,85 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     ids_v = torch.arange(shard.start, shard.start + shard.valid_rows, device=hidden_ND.device)
     rows_vD = weight_vD[: shard.valid_rows]
-    if positions_N is None:
-        positions_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
     found = []
     for start in range(0, len(hidden_ND), at_once := max(1, SCORE_BYTES // (8 * shard.rows_per_rank))):
         scores_nv = logits_in(torch.float64, hidden_ND[start : start + at_once], rows_vD, softcap)
-        if temperature > 0:
-            scores_nv /= temperature
-            if top_k is not None and top_k < shard.vocab_size:
-                scores_nv = _keep_top_k(scores_nv, ids_v, top_k, group)
-            if top_p < 1:
-                scores_nv = _keep_top_p(scores_nv, top_p, group)
-            scores_nv += _gumbel(seed, draw, positions_N[start : start + at_once], ids_v)
-        best_n, best_ids_n = _largest(scores_nv, ids_v)
-        best_pn, ids_pn = all_gather(best_n, group), all_gather(best_ids_n, group)
-        winner_n = best_pn.max(0).indices  # the lowest rank on ties, so the lowest id
-        found.append(ids_pn.gather(0, winner_n.unsqueeze(0)).squeeze(0))
+        if temperature == 0:
+            found.append(_winners(scores_nv, scores_nv, ids_v, group)[0])
+            continue
+        scores_nv /= temperature
+        if top_k is not None and top_k < shard.vocab_size:
+            scores_nv = _keep_top_k(scores_nv, top_k, shard, group)
+        positions_n = torch.arange(*((0, 1) if same_noise else (start, start + len(scores_nv))), device=ids_v.device)
+        noise_nv = _gumbel(seed, draw, positions_n, ids_v)
+        found.append(_draw(scores_nv, noise_nv, ids_v, top_p, group))
     return torch.cat(found) if found else ids_v.new_zeros(0)
 
 
-def _largest(scores_Nv: Tensor, ids_v: Tensor) -> tuple[Tensor, Tensor]:
-    if len(ids_v) == 0:
-        return scores_Nv.new_full((len(scores_Nv),), -math.inf), ids_v.new_zeros(len(scores_Nv))
-    best_N, index_N = scores_Nv.max(1)
-    return best_N, ids_v[index_N]
+def _draw(scores_nv: Tensor, noise_nv: Tensor, ids_v: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Returns the ids [n] of the largest score + noise, over the rows that `top_p` keeps.
 
-
-def _keep_top_k(scores_Nv: Tensor, ids_v: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Sets all scores except the k largest of all shards to -inf; among equal ones the lowest ids are kept."""
-    N, v = scores_Nv.shape
-    values_Nk = scores_Nv.new_full((N, k), -math.inf)
-    candidates_Nk = ids_v.new_zeros(N, k)
-    order_Nv = scores_Nv.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    values_Nk[:, : min(k, v)] = scores_Nv.gather(1, order_Nv)
-    candidates_Nk[:, : min(k, v)] = ids_v[order_Nv]
-    all_NK = all_gather(values_Nk, group).transpose(0, 1).flatten(1)
-    ids_NK = all_gather(candidates_Nk, group).transpose(0, 1).flatten(1)
-    last_N1 = all_NK.sort(dim=1, descending=True, stable=True).indices[:, k - 1 : k]
-    edge_N1, edge_id_N1 = all_NK.gather(1, last_N1), ids_NK.gather(1, last_N1)
-    kept_Nv = (scores_Nv > edge_N1) | ((scores_Nv == edge_N1) & (ids_v <= edge_id_N1))
-    return scores_Nv.masked_fill(~kept_Nv, -math.inf)
-
-
-def _keep_top_p(scores_Nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Keeps the smallest set of largest scores that has `top_p` of the probability; sets the others to -inf.
-
-    The set's lowest score is found by bisection, until it is the only score between the bounds; only masses and bounds
-    cross the ranks.
+    Draws from all rows. If `top_p` does not keep the row drawn, neither does it keep rows with lower scores: draws
+    again, with the same noise, without them. So no threshold is searched, and most positions are drawn once.
     """
-    floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)  # for a shard without rows
-    top_N1 = all_gather(torch.cat([scores_Nv, floor_N1], 1).amax(1, keepdim=True), group).amax(0)
-    mass_Nv = (scores_Nv - top_N1).exp()
-    needed_N = top_p * _total(mass_Nv.sum(1), group)
-    low_N1, high_N1 = top_N1 - 800.0, top_N1 + 1.0  # exp(-800) is 0 in float64: there is no mass below it
-    for turn in range(64):
-        if turn % BETWEEN_CHECKS == BETWEEN_CHECKS - 1 and _one_left(scores_Nv, low_N1, high_N1, group):
-            break
-        middle_N1 = (low_N1 + high_N1) / 2
-        enough_N1 = (_total((mass_Nv * (scores_Nv >= middle_N1)).sum(1), group) >= needed_N).unsqueeze(1)
-        low_N1 = torch.where(enough_N1, middle_N1, low_N1)
-        high_N1 = torch.where(enough_N1, high_N1, middle_N1)
-    return scores_Nv.masked_fill(scores_Nv < low_N1, -math.inf)
+    nucleus = _Nucleus(scores_nv, top_p, group) if top_p < 1 else None
+    while True:
+        drawn_n, score_n1 = _winners(scores_nv + noise_nv, scores_nv, ids_v, group)
+        if nucleus is None:
+            return drawn_n
+        outside_n = nucleus.outside(score_n1)
+        if not on_host(outside_n.any()):
+            return drawn_n
+        scores_nv = scores_nv.masked_fill(outside_n.unsqueeze(1) & (scores_nv <= score_n1), -math.inf)
 
 
-def _one_left(scores_Nv: Tensor, low_N1: Tensor, high_N1: Tensor, group: dist.ProcessGroup | None) -> bool:
-    """True if all scores of a position in [low, high) are equal: further bisection keeps the same set."""
-    between_Nv = (scores_Nv >= low_N1) & (scores_Nv < high_N1)
-    floor_N1 = scores_Nv.new_full((len(scores_Nv), 1), -math.inf)
-    ends_2N = torch.stack(
-        [
-            torch.cat([torch.where(between_Nv, part_Nv, -math.inf), floor_N1], 1).amax(1)
-            for part_Nv in (scores_Nv, -scores_Nv)
-        ]
-    )
-    highest_N, minus_lowest_N = all_gather(ends_2N, group).amax(0)
-    return bool(on_host((highest_N <= -minus_lowest_N).all()))
+def _winners(
+    noisy_nv: Tensor, scores_nv: Tensor, ids_v: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the ids [n] of the largest noisy scores of all shards, and their scores [n, 1]. One gather."""
+    if len(ids_v) == 0:
+        best_3n = noisy_nv.new_full((3, len(noisy_nv)), -math.inf)
+    else:
+        best_n, index_n = noisy_nv.max(1)
+        score_n = scores_nv.gather(1, index_n.unsqueeze(1)).squeeze(1)
+        best_3n = torch.stack([best_n, score_n, ids_v[index_n].double()])  # exact: an id is below 2^53
+    best_p3n = all_gather(best_3n, group)
+    winner_n = best_p3n[:, 0].max(0).indices  # the lowest rank on ties, so the lowest id
+    _, score_n, id_n = best_p3n[winner_n, :, torch.arange(len(winner_n), device=winner_n.device)].unbind(1)
+    return id_n.long(), score_n.unsqueeze(1)
+
+
+def _keep_top_k(scores_nv: Tensor, k: int, shard: VocabShard, group: dist.ProcessGroup | None) -> Tensor:
+    """Sets all scores except the k largest of all shards to -inf; among equal ones the lowest ids are kept."""
+    n, v = scores_nv.shape
+    values_nk = scores_nv.new_full((n, k), -math.inf)
+    values_nk[:, : min(k, v)] = scores_nv.topk(min(k, v)).values
+    values_pnk = all_gather(values_nk, group)
+    edge_n1 = values_pnk.transpose(0, 1).flatten(1).topk(k).values[:, -1:]
+    wanted_n1 = k - (values_pnk > edge_n1).sum((0, 2)).unsqueeze(1)  # scores at the edge that are kept
+    before_n1 = (values_pnk[: shard.rank] == edge_n1).sum((0, 2)).unsqueeze(1)
+    equal_nv = scores_nv == edge_n1
+    kept_nv = (scores_nv > edge_n1) | (equal_nv & (before_n1 + equal_nv.cumsum(1) <= wanted_n1))
+    return scores_nv.masked_fill(~kept_nv, -math.inf)
+
+
+class _Nucleus:
+    """The smallest set of largest scores that has `top_p` of the probability, and all ties at its edge."""
+
+    def __init__(self, scores_nv: Tensor, top_p: float, group: dist.ProcessGroup | None) -> None:
+        """One gather of 2·n floats."""
+        lowest_n1 = scores_nv.new_full((len(scores_nv), 1), torch.finfo(scores_nv.dtype).min)
+        top_n1 = torch.cat([scores_nv, lowest_n1], 1).amax(1, keepdim=True)  # finite, also without rows
+        self.group, self.scores_nv, self.mass_nv = group, scores_nv, (scores_nv - top_n1).exp_()
+        tops_pn, masses_pn = all_gather(torch.stack([top_n1.squeeze(1), self.mass_nv.sum(1)]), group).unbind(1)
+        highest_n = tops_pn.amax(0)
+        self.scale_n = (top_n1.squeeze(1) - highest_n).exp()  # from this shard's top to the highest
+        self.needed_n = top_p * (masses_pn * (tops_pn - highest_n).exp()).sum(0)
+
+    def outside(self, score_n1: Tensor) -> Tensor:
+        """True [n] for a score outside the set: the scores above it have enough. One gather of n floats."""
+        above_n = (self.mass_nv * (self.scores_nv > score_n1)).sum(1) * self.scale_n
+        return all_gather(above_n, self.group).sum(0) >= self.needed_n
 
 
 def _gumbel(seed: int, draw: int, positions_n: Tensor, ids_v: Tensor) -> Tensor:
@@ -132,27 +136,31 @@ def _gumbel(seed: int, draw: int, positions_n: Tensor, ids_v: Tensor) -> Tensor:
 
     The hash is of seed, draw, position and row.
     """
-    state = _mix(_mix(_mix(torch.tensor(seed, device=ids_v.device)) + draw) + positions_n.unsqueeze(1))
-    bits_nv = _shift(_mix(state + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
+    state = _signed(_mixed(_mixed(seed) + draw))
+    positions_n1 = _mix(positions_n + state).unsqueeze(1)
+    bits_nv = _shift(_mix(positions_n1 + ids_v), 12)  # 52 bits: with 53, adding a half could round up to 1
     return bits_nv.double().add_(0.5).div_(2**52).log_().neg_().log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)  # int64 wraps around, as SplitMix64 wants
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    x = x + _signed(ADDED)  # int64 wraps around, as SplitMix64 wants
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_signed(FACTORS[0]))
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_signed(FACTORS[1]))
+    return _shift(x, 31).bitwise_xor_(x)
+
+
+def _mixed(x: int) -> int:
+    """The same for one number: 64 bits without a sign, and no operation on the device."""
+    x = (x + ADDED) % 2**64
+    x = (x ^ x >> 30) * FACTORS[0] % 2**64
+    x = (x ^ x >> 27) * FACTORS[1] % 2**64
+    return x ^ x >> 31
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shifts to the right and fills with zeros; torch's own shift keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _total(mine_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Returns the sum over the ranks, added in rank order."""
-    return all_gather(mine_N, group).sum(0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain.vocab import VocabShard, sampling
-from pretrain.vocab.sampling import _keep_top_k, _keep_top_p, check_sampling, sample
+from pretrain.vocab.sampling import _gumbel, _keep_top_k, _Nucleus, check_sampling, sample
 from tests.benchmarks.measure import extra_peak_mib, free_at_once
 from tests.pretrain.helpers import padded_rows
 from tests.ranks import in_fork, run_ranks
@@ -107,7 +107,8 @@ SCORES = st.lists(st.integers(-12, 12).map(lambda x: x / 3), min_size=1, max_siz
 def test_top_k_keeps_exactly_k(scores, k):
     k = min(k, len(scores))
     row = torch.tensor([scores], dtype=torch.float64)
-    kept = (_keep_top_k(row, torch.arange(len(scores)), k, None) > -torch.inf).squeeze(0).nonzero().flatten()
+    shard = VocabShard.of(0, 1, len(scores), 1)
+    kept = (_keep_top_k(row, k, shard, None) > -torch.inf).squeeze(0).nonzero().flatten()
     best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     assert kept.tolist() == sorted(best)
 
@@ -116,12 +117,27 @@ def test_top_k_keeps_exactly_k(scores, k):
 @given(scores=SCORES, top_p=st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_set_that_is_enough(scores, top_p):
     row = torch.tensor([scores], dtype=torch.float64)
-    kept = (_keep_top_p(row, top_p, None) > -torch.inf).squeeze(0)
+    nucleus = _Nucleus(row, top_p, None)
+    kept = ~torch.stack([nucleus.outside(torch.tensor([[score]])) for score in row[0]]).squeeze(1)
     probabilities = row.softmax(1).squeeze(0)
     assert probabilities[kept].sum() >= top_p - 1e-12
     edge = probabilities[kept].min()
     assert (probabilities[~kept] < edge).all()  # the largest, and all ties at the edge
     assert probabilities[probabilities > edge].sum() < top_p + 1e-12  # without the edge it is not enough
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.95])
+def test_top_p_draws_the_largest_noisy_score_of_those_kept(top_p):
+    hidden, weight = problem(VOCABULARIES[0][0])
+    scores = hidden.double() @ weight.double().T
+    probabilities, order = scores.softmax(1).sort(descending=True)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, probabilities.cumsum(1) - probabilities < top_p)
+    noisy = scores + _gumbel(3, 5, torch.arange(len(hidden)), torch.arange(len(weight)))
+    if top_p < 0.9:  # without top_p, other ids are drawn
+        assert not kept.gather(1, noisy.argmax(1, keepdim=True)).all()
+    shard = VocabShard.of(0, 1, *VOCABULARIES[0])
+    ids = sample(hidden, padded_rows(weight, shard), shard=shard, seed=3, draw=5, top_p=top_p)
+    assert torch.equal(ids, noisy.masked_fill(~kept, -torch.inf).argmax(1))
 
 
 def test_top_p_applies_after_top_k():
