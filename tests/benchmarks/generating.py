@@ -3,7 +3,8 @@ id and prompt. Both run in turns.
 
     python tests/benchmarks/generating.py --run runs/demo [--tokens 512] [--batch 16] [--repeats 3]
 
-If --tokens do not fit in the model's context, its positions are also repeated until they do. Prints Markdown.
+If --tokens do not fit in the model's context, its positions are also repeated until they do. Prints Markdown. Seconds
+are CPU seconds: generating waits for nothing, and other programs change them less.
 """
 
 import argparse
@@ -56,15 +57,15 @@ def main() -> None:
 def measured(
     model: LanguageModel, prompts: list[list[int]], context: int, settings: GenerateConfig, repeats: int
 ) -> tuple[dict[int, float], dict[int, list[list[int]]]]:
-    """Returns median seconds, and the texts, by the number of prompts continued at once. 0: the old way, one prompt."""
+    """Returns median CPU seconds, and the texts, by the number of prompts at once. 0: the old way, one prompt."""
     ways = {0: (forward_per_id, prompts[:1]), 1: (batched, prompts[:1]), len(prompts): (batched, prompts)}
     seconds: dict[int, list[float]] = {number: [] for number in ways}
     ids = {}
     for _ in range(repeats):
         for number, (way, given) in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             ids[number] = way(model, given, context, settings)
-            seconds[number].append(time.perf_counter() - start)
+            seconds[number].append(time.process_time() - start)
     return {number: median(times) for number, times in seconds.items()}, ids
 
 
