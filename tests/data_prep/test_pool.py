@@ -133,7 +133,7 @@ def test_slow_disk_blames_no_document_and_a_lost_one_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow").mkdir()
-    assert not any(record.quarantined for record in encoded(tmp_path / "slow", TEXTS, patience=1, seconds=3))
+    assert not any(record.quarantined for record in encoded(tmp_path / "slow", TEXTS, patience=1, seconds=2))
     monkeypatch.setattr(pool, "READING_SECONDS", 1.0)
     with pytest.raises(DataError, match=r"unit 0 \(.*a\.jsonl\): nothing came for 1 s; finished units are kept"):
         encoded(tmp_path, TEXTS, seconds=60)
