@@ -1,7 +1,5 @@
 """Decides whether a run is restarted after its ranks have ended. Writes decision and reason to RUN/restarts.jsonl."""
 
-import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.changes import Change, settings_changed
-from pretrain.exits import RESTARTS_FILE, Exit, restarts_in
+from pretrain.exits import RESTARTS_FILE, Exit, restarts_in, tell_restarts
 
 from .supervisor import NO_EXIT_STATUS, Record
 
@@ -156,11 +154,7 @@ class History:
         } | ({"changes": list(changes)} if changes else {})
         self._unwritten.append(line)
         try:
-            with open(self.path, "ab+") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                torn = file.read() not in (b"", b"\n")
-                lines = b"".join(json.dumps(each).encode() + b"\n" for each in self._unwritten)
-                file.write(b"\n" * torn + lines)
+            tell_restarts(self.path.parent, self._unwritten)
         except OSError as error:
             self._warn(error)
             return False

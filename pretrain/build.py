@@ -1,5 +1,6 @@
 """Builds the parts of a run from its settings. Besides config the only module that names the engines."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -102,10 +103,12 @@ def build_model(config: JobConfig, mesh: Mesh, rows: int) -> tuple[Engine, Langu
     return engine, model, VocabOptimizer(vocab.parameters(), config.optim, mesh, config.ema.on)
 
 
-def batch_loader(config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding) -> BatchLoader:
-    """Builds the loader of this rank's batches, at the first sample."""
+def batch_loader(
+    config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding, left_out: Sequence[list[int]] = ()
+) -> BatchLoader:
+    """Builds the loader of this rank's batches, at the first sample. left_out: samples that the guard left out."""
     return BatchLoader(
-        samples(config, data),
+        samples(config, data).without(left_out),
         batches=config.train.batches,
         micro_batch=config.train.micro_batch,
         rank=mesh.data_rank,

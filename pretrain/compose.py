@@ -31,7 +31,7 @@ from .families import FAMILIES
 from .interop.initial import special_tokens
 
 TOP_LEVEL_KEYS = ("seed", "init_from", "decay_from")  # outside of all groups
-OPTIONAL_GROUPS = {"ema", "monitor", "profile"}  # older frozen configurations may lack these groups
+OPTIONAL_GROUPS = {"ema", "guard", "monitor", "profile"}  # older frozen configurations may lack these groups
 PARTS: dict[str, type] = {item.name: item.type for item in fields(JobConfig) if item.name not in TOP_LEVEL_KEYS}  # type: ignore[misc]
 
 

@@ -31,7 +31,7 @@ def samples(config: JobConfig, data: Data) -> Samples:
             path = config.data.paths[title]
             raise ValueError(f"{config.data.key_of(title)}={path}: no document has two tokens to pack")
         sources[title] = windows, Order(len(windows), config.seed, corpus.name)
-    return Samples(sources, data.blend)
+    return Samples(sources, data.blend, config.data.skip)
 
 
 def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:

@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: one line per start that has ended, with the decision
+RESTARTS_FILE = "restarts.jsonl"  # in the run's folder: lines of starts that ended, and of spikes
 
 
 def restarts_in(run: Path) -> list[dict[str, Any]]:
@@ -29,6 +29,14 @@ def restarts_in(run: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
+
+
+def tell_restarts(run: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Appends objects to the file, one line each; a line that a kill has cut short stays alone. Raises OSError."""
+    with open(run / RESTARTS_FILE, "ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 class Exit(IntEnum):

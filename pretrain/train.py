@@ -131,7 +131,7 @@ def train(config: JobConfig, device: torch.device, requests: StopRequests) -> St
         run = Run(data, parts, _manager(config, data, parts))
         run.manager.hooks = hooks = build_hooks(config, run)
         state, found = _restore(config, run.manager)
-        loader = batch_loader(config, data, mesh, parts.model.vocab)
+        loader = batch_loader(config, data, mesh, parts.model.vocab, state.left_out)
         loader.load_state_dict(state.samples)
         if mesh.rank == 0:
             changes = settings_changed(config.run_dir, found)

@@ -13,7 +13,7 @@ from .config.training import TrainingConfig
 from .control import RunControl
 from .data.loader import Batch, BatchLoader
 from .hooks import Hook, StepReport
-from .optim import clip_factor, lr_at, momentum_at
+from .optim import clip_factor, lr_at, momentum_at, read_norm
 from .parts import ModelParts
 from .stops import StopReason
 from .timeline import BACKWARD, DATA, FORWARD, HOOKS, OPTIMIZER
@@ -52,6 +52,8 @@ class Trainer:
             for hook in self.hooks:
                 hook.before_step(self)
             report = self.train_step(batch, targets)
+            if report is None:
+                continue
             self.mark(HOOKS)
             report.seconds, report.waited = time.monotonic() - start, waited
             for hook in self.hooks:
@@ -80,9 +82,13 @@ class Trainer:
         self.reason = max(reason for reason in StopReason if reasons[reason])
         return total
 
-    def train_step(self, batch: Batch, targets: int) -> StepReport:
-        """Does one optimizer step. targets: of all ranks. Collectives besides the model's: two norms."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+    def train_step(self, batch: Batch, targets: int) -> StepReport | None:
+        """Does one optimizer step; returns None if a hook leaves the batch out. targets: of all ranks.
+
+        Collectives besides the model's: two norms, the loss with one of them.
+        """
+        losses = []
+        mine = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         scale = 1 / max(1, targets)
         with self.model.vocab.rows_unchanged():
             for i, micro in enumerate(batch.micro_batches):
@@ -90,24 +96,38 @@ class Trainer:
                 part = self.model.loss(micro.tokens_BT, micro.targets_BT, micro.starts_BT, scale, micro.plan).loss
                 self.mark(BACKWARD)
                 self.engine.backward(part, last_micro_batch=i == len(batch.micro_batches) - 1)
-                loss += part.detach()
+                losses.append(part.detach())
+                mine += losses[-1]
         self.mark(OPTIMIZER)
         self.vocab_optimizer.reduce_gradients()
-        norm, factor = clip_factor(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(), self.optim.clip)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient's norm is {norm} at step {self.state.step + 1}: this step changed nothing;"
-                " lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
-            )
+        norm, loss = read_norm(self.engine.grad_norm(), self.vocab_optimizer.grad_norm(mine))
         lr = lr_at(self.optim, self.state.step, self.loop.steps, self.loop.clock)
+        lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
+        clip = clip_factor(norm, self.optim.clip)
+        report = StepReport(self.state.step + 1, loss, norm, lr, targets, clip, losses, lookups)
+        report.micro_batches = batch.micro_batches
         self.mark(HOOKS)
+        if not all(hook.allows(self, report) for hook in self.hooks):
+            self.engine.discard()
+            self.vocab_optimizer.discard()
+            self.state.samples |= self.batches.state_dict()
+            return None
+        _check_finite(report)
         for hook in self.hooks:
             hook.before_update(self)
         self.mark(OPTIMIZER)
-        self.engine.step(lr, factor, momentum_at(self.optim, self.state.step))
-        self.vocab_optimizer.step(lr, factor)
+        self.engine.step(lr, report.clip, momentum_at(self.optim, self.state.step))
+        self.vocab_optimizer.step(lr, report.clip)
         self.state.step, self.state.val_loss = self.state.step + 1, None
         self.state.tokens += targets
         self.state.samples |= self.batches.state_dict()  # keeps the positions of other corpora
-        lookups = [micro.plan.traffic for micro in batch.micro_batches if micro.plan is not None]
-        return StepReport(self.state.step, loss, norm, lr, targets, lookups, micro_batches=batch.micro_batches)
+        return report
+
+
+def _check_finite(report: StepReport) -> None:
+    """Raises FloatingPointError if the norm or the loss is not finite: the update would destroy the weights."""
+    if not (math.isfinite(report.grad_norm) and math.isfinite(report.loss)):
+        raise FloatingPointError(
+            f"the gradient's norm is {report.grad_norm} and the loss {report.loss} at step {report.step}: this step"
+            " changed nothing; lower optim.lr or raise optim.warmup_steps, and resume from the last checkpoint"
+        )

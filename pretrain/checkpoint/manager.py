@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from .folder import (
     remove,
     remove_unfinished,
     set_aside,
+    step_of,
     superfluous,
     write_manifest,
 )
@@ -197,11 +198,37 @@ class CheckpointManager:
             )
         parameters = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE_PREFIX)}
         read_tensors(folder, parameters if manifest.get("weights_only") else tensors, alone=False)
-        state = TrainState(manifest["step"], manifest["tokens"], manifest["samples"], manifest.get("val_loss"))
+        known = {item.name for item in fields(TrainState)} & manifest.keys()
+        state = TrainState(**{name: manifest[name] for name in known})
         self.model.load(tensors, state.step)
         hooks.load(manifest)
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
         return state
+
+    def roll_back(self, last: int, left_out: list[list[int]], rollbacks: int) -> TrainState | None:
+        """Loads the newest intact checkpoint up to step `last`, as `load` does, and removes all newer ones. Its
+        manifest gets `left_out` and `rollbacks`, so that a later start continues from here in the same way.
+
+        Skips checkpoints without a tensor that the run now has (a second matrix, a running average, a monitor's
+        counts), and imported weights, which have no optimizer state. Returns None and changes nothing if there is no
+        checkpoint.
+        """
+        self.wait()
+        needed = {*self.model.vocab.named_rows(), *HookStates(self.hooks).tensors}
+
+        def candidates() -> list[Path]:
+            return [one for one in checkpoints(self.run) if step_of(one) <= last and _has(one, needed)]
+
+        for folder in reversed(self._as_seen_by_first_rank(candidates)):
+            try:
+                state = self.load(folder)
+            except DamagedCheckpoint:
+                continue
+            state.left_out, state.rollbacks = left_out, rollbacks
+            self._val_losses.clear()
+            self._on_first_rank(lambda: _forget_after(self.run, folder, state))  # noqa: B023 - called at once
+            return state
+        return None
 
     def check_shards(self) -> None:
         """Raises CheckpointError if shards are equal or replicas differ. Reads the rows once."""
@@ -293,11 +320,28 @@ def _is_sound(folder: Path) -> bool:
     return True
 
 
+def _has(folder: Path, tensors: set[str]) -> bool:
+    """True if the checkpoint has these tensors and the optimizer's states."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return not manifest.get("weights_only") and tensors <= manifest["tensors"].keys()
+
+
 def _complete(folder: Path, val_loss: float | None) -> None:
     """Adds the validation loss to a checkpoint that was saved before the evaluation at its step."""
     manifest = read_manifest(folder)
     if manifest.get("val_loss") is None and val_loss is not None:
         write_manifest(folder, manifest | {"val_loss": val_loss})
+
+
+def _forget_after(run: Path, folder: Path, state: TrainState) -> None:
+    """Writes into a checkpoint's manifest what a rollback has decided, then removes the newer checkpoints."""
+    write_manifest(folder, read_manifest(folder) | {"left_out": state.left_out, "rollbacks": state.rollbacks})
+    for newer in checkpoints(run):
+        if step_of(newer) > step_of(folder):
+            remove(newer)
 
 
 def _cause(error: BaseException) -> str:

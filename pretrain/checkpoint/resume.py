@@ -12,6 +12,7 @@ from ..config.lengths import Batches
 from ..config.optim import OptimConfig
 from ..config.vocab import VocabConfig
 from ..data import Data
+from ..data.intervals import below
 
 
 def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str, Any], key: str = "run.dir") -> None:
@@ -42,6 +43,8 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
             was, current = was.get(part), current[part]
         if was != current:
             _refuse(source, f"{'.'.join(path)}={was}", f"{current}")
+    if drawn:
+        _check_left_out(source, config, manifest)
     began = saved.get("init_from")
     if config.init_from is not None and (
         began is None or folder_of(began).absolute() != folder_of(config.init_from).absolute()
@@ -86,6 +89,19 @@ def _check_batches(source: str, config: JobConfig, was: dict[str, Any], step: in
     if (schedule or config.train.batch_schedule) and then.samples_after(step) != now.samples_after(step):
         sizes = [" ".join(f"{size} from sample {begin}" for begin, size in b.sizes) for b in (then, now)]
         _refuse(source, f"batches of {sizes[0]}", f"{sizes[1]}, which differ before step {step}")
+
+
+def _check_left_out(source: str, config: JobConfig, manifest: dict[str, Any]) -> None:
+    """Raises ValueError if data.skip differs below the run's position: those samples are consumed, or left out."""
+    position, by_guard = sum(manifest["samples"].values()), manifest.get("left_out", [])
+    was, now = (
+        below([*skip, *by_guard], position) for skip in (manifest["config"]["data"].get("skip", []), config.data.skip)
+    )
+    if was != now:
+        raise ValueError(
+            f"data.skip={config.data.skip} must not change samples below {position}, the position of {source},"
+            f" which left out {was} of them: choose another {source.partition('=')[0]}, or the same samples"
+        )
 
 
 def _source(settings: dict[str, Any], of_rows: bool = False) -> str:

@@ -30,9 +30,15 @@ class TrainState:
     tokens: int = 0  # targets seen
     samples: dict[str, int] = field(default_factory=dict)  # samples consumed, by `Order.corpus`
     val_loss: float | None = None  # measured at this step; None: not measured
+    left_out: list[list[int]] = field(default_factory=list)  # intervals of samples that the guard has left out
+    rollbacks: int = 0  # of the guard, so far
+
+    def become(self, other: "TrainState") -> None:
+        """Takes the values of another state."""
+        vars(self).update(vars(other))
 
 
-HookState = Mapping[str, DTensor | float]  # names begin with one of HOOK_PREFIXES
+HookState = Mapping[str, DTensor | float | list[float]]  # names begin with one of HOOK_PREFIXES
 HOOK_PREFIXES = ("monitor.", f"{AVERAGE}.")  # of optional entries: the checkpoint or the resuming run may lack them
 
 
@@ -56,8 +62,8 @@ class HookStates:
         return {name: value for name, value in self.all.items() if isinstance(value, DTensor)}
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """Numbers for the manifest's entry "hooks"."""
+    def numbers(self) -> dict[str, float | list[float]]:
+        """Numbers and lists of numbers for the manifest's entry "hooks"."""
         return {name: value for name, value in self.all.items() if not isinstance(value, DTensor)}
 
     def load(self, manifest: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from data_prep.arguments import count_of, key_values
 from data_prep.command import arguments_or, compose_settings, one_line
 from data_prep.tokenizer import Tokenizer
 
-from ..checkpoint import CheckpointError, checkpoints, read_manifest, step_of
+from ..checkpoint import CheckpointError, checkpoints, newest_manifest, read_manifest, step_of
 from ..compose import build_config, load_config, register_groups
 from ..config.job import CONFIG_FILE, JobConfig
 from ..corpora import samples
@@ -91,18 +91,18 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
     """Yields the lines to print."""
     config, train = request.config, request.config.train
     data = open_data(config.data)
-    drawn = samples(config, data)
+    drawn = samples(config, data).without(_left_out(request.run))
     tokenizer = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
     consumed = _consumed(request, drawn)
-    first = sum(consumed.values())
+    size = train.batches.size_at(sum(consumed.values()))
+    numbers = drawn.numbers(consumed, size)
     titles = {id(windows): title for title, (windows, _) in drawn.sources.items()}
-    size = train.batches.size_at(first)
-    yield f"step {request.step:,}: samples {first:,} to {first + size - 1:,}"
+    yield f"step {request.step:,}: samples {numbers[0]:,} to {numbers[-1]:,}"
     for i, (windows, index) in enumerate(drawn.next(consumed, size)):
         rank = i // train.micro_batch % request.world
         if request.rank in (None, rank):
             part = f"rank {rank} of {request.world}, " if request.world > 1 else ""
-            yield f"\nsample {first + i:,}: {part}{titles[id(windows)]}, window {index:,} of {len(windows):,}"
+            yield f"\nsample {numbers[i]:,}: {part}{titles[id(windows)]}, window {index:,} of {len(windows):,}"
             yield from _documents(windows, index, tokenizer, coloured)
 
 
@@ -117,6 +117,12 @@ def _consumed(request: Request, samples: Samples) -> dict[str, int]:
             break
     start = sum(consumed.values())
     return samples.after(consumed, request.config.train.batches.samples_after(steps, start) - start)
+
+
+def _left_out(run: Path | None) -> list[list[int]]:
+    """Samples that the guard of a run has left out, up to its newest checkpoint."""
+    manifest = None if run is None else newest_manifest(run)
+    return [] if manifest is None else manifest.get("left_out", [])
 
 
 def _documents(windows: Windows, index: int, tokenizer: Tokenizer | None, coloured: bool) -> Iterator[str]:

@@ -22,6 +22,8 @@ class DataConfig:
     documents: str = "causal"
     #: none: cut the stream of documents into windows of T tokens; best_fit: pack whole documents into windows
     packing: str = "none"
+    #: intervals [first, stop) of sample numbers that are left out, such as [[1200,1216]]; the others keep their order
+    skip: list[list[int]] = field(default_factory=list)
     prefetch: int = 2  # batches prepared in advance
 
     def __post_init__(self) -> None:
@@ -53,6 +55,12 @@ class DataConfig:
                 f"data.documents={self.documents} must be masked with data.packing=best_fit: documents packed into"
                 " one window are unrelated"
             )
+        for interval in self.skip:
+            if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+                text = ",".join(map(str, interval))
+                raise ValueError(
+                    f"data.skip=[[{text}]] must be [first, stop) with 0 <= first < stop, such as [[1200,1216]]"
+                )
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch} must be at least 1")
 

@@ -10,6 +10,7 @@ from .decay_from import step_decayed
 from .ema import EmaConfig
 from .engine import DeepSpeedConfig, FSDP2Config
 from .evaluation import EvalConfig
+from .guard import GuardConfig
 from .init_from import folder_of
 from .monitor import LogConfig, MonitorConfig, ProfileConfig
 from .optim import OptimConfig
@@ -48,6 +49,7 @@ class JobConfig:
     checkpoint: CheckpointConfig  # when the run saves and which checkpoints it keeps
     log: LogConfig  # when and where metrics are logged
     monitor: MonitorConfig  # measurements of the weights during training
+    guard: GuardConfig  # what a run does at a loss spike
     profile: ProfileConfig  # traces of some steps
     run: RunConfig  # folder of the run
     init_from: str | None = None  # hf:DIR: start from the weights of a Hugging Face model; null: random weights by seed
@@ -70,6 +72,11 @@ class JobConfig:
         self._settle_lengths()
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)
+        if self.guard.level == "rollback" and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
+            raise ValueError(
+                f"guard.level=rollback needs older checkpoints: checkpoint.every={self.checkpoint.every} must not be"
+                f" 0, and checkpoint.keep={self.checkpoint.keep} must not be 1"
+            )
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
         if limit is not None and limit <= reserve:
             raise ValueError(

@@ -72,6 +72,12 @@ class BatchLoader:
     def state_dict(self) -> dict[str, int]:
         return dict(self.consumed)
 
+    def restart(self, state: dict[str, int], samples: Samples) -> None:
+        """Continues at another position, with other samples. Batches prepared so far are dropped."""
+        self.close()
+        self._ready, self._stop, self.samples = None, threading.Event(), samples
+        self.load_state_dict(state)
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert self._ready is None, "the position must be set before the first batch"
         self.consumed = dict(state)
@@ -112,14 +118,14 @@ class BatchLoader:
                 return
             consumed = self._after(consumed)
 
-    def _size(self, consumed: dict[str, int]) -> int:
+    def size(self, consumed: dict[str, int]) -> int:
         return self.batches.size_at(sum(consumed.values()))
 
     def _after(self, consumed: dict[str, int]) -> dict[str, int]:
-        return self.samples.after(consumed, self._size(consumed))
+        return self.samples.after(consumed, self.size(consumed))
 
     def _batch(self, consumed: dict[str, int]) -> Batch:
-        samples = self.samples.next(consumed, self._size(consumed))
+        samples = self.samples.next(consumed, self.size(consumed))
         together = self.micro_batch * self.world
         micro_batches = [self._micro_batch(samples[first:][:together]) for first in range(0, len(samples), together)]
         return Batch(micro_batches, sum(int((m.targets_BT != IGNORED).sum()) for m in micro_batches))

@@ -1,11 +1,12 @@
 """Samples of a run in order: the corpus and the window of each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from .blend import Blend
 from .dataset import Windows
+from .intervals import Interval, kept, merged
 from .order import Order
 
 
@@ -15,10 +16,19 @@ class Samples:
     The position of a run is the number of samples consumed per corpus, by `Order.corpus`. Their sum is the number of
     the run's next sample and determines its corpus. The corpus's own count determines the window. So corpora can be
     added, removed or reweighted during a run, and each continues at its own position.
+
+    left_out: intervals [first, stop) of sample numbers that are passed over. They count as consumed, so every other
+    sample keeps its number, its corpus and its window.
     """
 
-    def __init__(self, sources: dict[str, tuple[Windows, Order]], blend: Blend) -> None:
-        self.sources, self.blend = sources, blend
+    def __init__(
+        self, sources: dict[str, tuple[Windows, Order]], blend: Blend, left_out: Iterable[Interval] = ()
+    ) -> None:
+        self.sources, self.blend, self.left_out = sources, blend, merged(left_out)
+
+    def without(self, left_out: Iterable[Interval]) -> "Samples":
+        """Returns the samples without these, either."""
+        return Samples(self.sources, self.blend, [*self.left_out, *left_out])
 
     @property
     def seq_len(self) -> int:
@@ -26,6 +36,22 @@ class Samples:
 
     def next(self, consumed: Mapping[str, int], count: int) -> list[tuple[Windows, int]]:
         """Returns the next `count` samples: for each, the corpus's windows and the index of the window."""
+        found: list[tuple[Windows, int]] = []
+        for first, stop in kept(self.left_out, sum(consumed.values()), count):
+            found += self._from(self._moved(consumed, first), stop - first)
+        return found
+
+    def after(self, consumed: Mapping[str, int], count: int) -> dict[str, int]:
+        """Returns the position after the next `count` samples."""
+        *_, end = [sum(consumed.values()), *(stop for _, stop in kept(self.left_out, sum(consumed.values()), count))]
+        return self._moved(consumed, end)
+
+    def numbers(self, consumed: Mapping[str, int], count: int) -> list[int]:
+        """Returns the numbers of the next `count` samples."""
+        pieces = kept(self.left_out, sum(consumed.values()), count)
+        return [number for first, stop in pieces for number in range(first, stop)]
+
+    def _from(self, consumed: Mapping[str, int], count: int) -> list[tuple[Windows, int]]:
         start = sum(consumed.values())
         corpora = self.blend.corpora(start, start + count)
         found = np.empty(count, np.int64)
@@ -35,10 +61,9 @@ class Samples:
         windows = [windows for windows, _ in self.sources.values()]
         return [(windows[corpus], index) for corpus, index in zip(corpora.tolist(), found.tolist(), strict=True)]
 
-    def after(self, consumed: Mapping[str, int], count: int) -> dict[str, int]:
-        """Returns the position after the next `count` samples."""
-        start = sum(consumed.values())
-        counts = self.blend.counts(start, start + count)
+    def _moved(self, consumed: Mapping[str, int], to: int) -> dict[str, int]:
+        """Returns the position before sample `to`."""
+        counts = self.blend.counts(sum(consumed.values()), to)
         orders = [order for _, order in self.sources.values()]
         added = {order.corpus: consumed.get(order.corpus, 0) + n for order, n in zip(orders, counts, strict=True)}
         return {**consumed, **added}

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """
         ...
 
+    def discard(self) -> None:
+        """Frees the gradients without a step: weights and optimizer states keep their bits."""
+        ...
+
     def average(self, share: float) -> None:
         """Moves this rank's part of the running average towards the weights by `share`; 1: a copy. No collective."""
         ...

@@ -104,6 +104,17 @@ class DeepSpeedEngine:
         self.weights.clip(clip)
         self.engine.step()
 
+    def discard(self) -> None:
+        """Lets DeepSpeed step with an optimizer that does nothing: it then frees gradients and buffers of every stage,
+        and writes the rounded weights again, from main weights that have not changed.
+        """
+        stepper = self.optimizer.stepper
+        stepper.step = lambda *_: None  # type: ignore[assignment, method-assign]  # hides the method
+        try:
+            self.engine.step()
+        finally:
+            del stepper.step
+
     def state(self) -> dict[str, DTensor]:
         """Copies of this rank's rows, sharded as under FSDP2. Gathers one parameter at a time and keeps a slice."""
         return {

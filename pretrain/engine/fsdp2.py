@@ -88,6 +88,9 @@ class FSDP2Engine:
         apply_clip(self._local_gradients(), clip)
         self.optimizer.step(lr, momentum)
 
+    def discard(self) -> None:
+        self.optimizer.discard()
+
     def state(self) -> dict[str, DTensor]:
         """The shards themselves, not copies: filling them in place loads them."""
         state: dict[str, DTensor] = {}

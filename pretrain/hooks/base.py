@@ -27,10 +27,12 @@ class StepReport:
     """Measurements of one step, and values that hooks add for the log. Equal on all ranks."""
 
     step: int
-    loss: Tensor  # this rank's part; the sum over all ranks is the loss of the batch
+    loss: float  # of the global batch
     grad_norm: float
     lr: float
     tokens: int  # targets in the global batch
+    clip: float = 1.0  # factor by which the update scales the gradient; a hook may lower it in `allows`
+    losses: list[Tensor] = field(default_factory=list)  # of this rank's micro-batches, on the device: parts of `loss`
     lookups: list[LookupTraffic] = field(default_factory=list)  # of this vocab group
     seconds: float = 0.0  # wall time of the step without hooks
     waited: float = 0.0  # part of `seconds` that the step waited for its batch
@@ -64,6 +66,12 @@ class Hook:
 
     def before_step(self, trainer: TrainerView) -> None:
         """Called before forward and backward. `trainer.state.step` steps are done."""
+
+    def allows(self, trainer: TrainerView, report: StepReport) -> bool:
+        """Called between backward and update, before `before_update`. False leaves the batch out: nothing changes, its
+        samples count as consumed, and the next batch repeats the step. Must be equal on all ranks.
+        """
+        return True
 
     def before_update(self, trainer: TrainerView) -> None:
         """Called between backward and update: gradients are summed and not yet clipped, no weight has changed."""

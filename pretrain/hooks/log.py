@@ -24,9 +24,9 @@ class LogHook(Hook):
     """Logs every few steps, the first and the last step of each start, and each step on which another hook has measured
     something or a stop has kept it from measuring. Rank 0 holds the log.
 
-    Logged steps: an all-reduce of the loss, and one of the peak memory. The parts of such a step are this rank's, and
-    missing if the step was not known to be logged when it began. capacity: tokens/s of all ranks at the peak of their
-    matmuls; None if the peak is unknown.
+    Logged steps: an all-reduce of the peak memory. The parts of such a step are this rank's, and missing if the step
+    was not known to be logged when it began. capacity: tokens/s of all ranks at the peak of their matmuls; None if the
+    peak is unknown.
     """
 
     def __init__(self, every: int, run: Run, capacity: float | None = None) -> None:
@@ -69,16 +69,15 @@ class LogHook(Hook):
 
     def after_training(self, trainer: TrainerView) -> None:
         """Logs the last step if a stop came after it."""
-        if self._unlogged is not None:
+        if self._unlogged is not None and self._unlogged.step == trainer.state.step:  # else rolled back
             self._log(trainer, self._unlogged)
 
     def _log(self, trainer: TrainerView, report: StepReport) -> None:
         self._first, self._unlogged = False, None
-        dist.all_reduce(report.loss)
         tokens_per_s = self.tokens / self.seconds
         scalars = {
             "step": report.step,
-            "loss": float(on_host(report.loss)),
+            "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "tokens": trainer.state.tokens,
@@ -88,7 +87,7 @@ class LogHook(Hook):
             "peak_memory_gib": _peak_memory(trainer.mesh.device) / 2**30,
             **({"mfu": tokens_per_s / self.capacity} if self.capacity else {}),
             "data_wait": self.waited / self.seconds,
-            **self.clock.seconds(),  # after the loss was read: a GPU has passed the marks
+            **self.clock.seconds(),  # after the peak was read: a GPU has passed the marks
             **_of_corpora(trainer.batches.epochs()),
             **_of_lookups(report.lookups),
             **report.scalars,

@@ -64,7 +64,7 @@ class Trace:
     """A running trace of this process. Close it: a profiler that still runs at the end crashes Python."""
 
     def __init__(self, timeline: Timeline, step: int, device: torch.device) -> None:
-        self.first, self.done, self._next = step, step - 1, step
+        self.first, self.done = step, step - 1
         self._timeline, self._on_gpu = timeline, device.type == "cuda"
         self._labels = ExitStack()  # of the step and its part
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
@@ -79,9 +79,8 @@ class Trace:
         """Labels the part that begins, inside of a label of its step, as TensorBoard's plugin knows it."""
         if part == DATA:
             self._labels.close()
-            self._labels.enter_context(record_function(f"ProfilerStep#{self._next}"))
+            self._labels.enter_context(record_function(f"ProfilerStep#{self.done + 1}"))
             self._part = self._labels.enter_context(ExitStack())
-            self._next += 1
         self._part.close()
         self._part.enter_context(record_function(part))
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from ..config.job import JobConfig
-from . import ema, embedding, evaluation, lens, log, profile, save, tasks, untie
+from . import ema, embedding, evaluation, guard, lens, log, profile, save, tasks, untie
 from .base import Hook, Run
 
 BUILDERS: tuple[Callable[[JobConfig, Run], Hook | None], ...] = (
-    profile.build,  # first: a trace ends before the work of the others after its last step
+    guard.build,  # first: a step that it leaves out is no step for the others
+    profile.build,  # before the next: a trace ends before the work of the others after its last step
     ema.build,  # before the evaluation, which measures it as well
     evaluation.build,
     tasks.build,

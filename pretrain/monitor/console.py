@@ -32,6 +32,11 @@ class Console:
         self._step, self._rate = step, f"{tokens_per_s:,.0f} tokens/s"
         self.busy()
 
+    def rewind(self, step: int) -> None:
+        """Continues after an earlier step."""
+        self._edges = deque([(step, time.monotonic())], maxlen=RECENT + 1)
+        self._step = step
+
     def busy(self, doing: str = "", at_once: bool = False) -> None:
         """Draws the bar on a terminal. doing: the work between two steps, such as an evaluation."""
         if terminal.status_columns():

@@ -32,23 +32,37 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, config: LogConfig, step: int, steps: int) -> None:
-        self._run, self.path = run, run / "metrics.jsonl"
+        self._run, self._config, self.path = run, config, run / "metrics.jsonl"
         self.console, self.first_step = Console(step, steps), step
+        self._tokens = TokenTexts(None)
+        self._open(step)
+        self._followers = Followers(run, config)
+        with _no_more_than_a_warning():
+            self._tell_restarts(run, step)
+
+    def _open(self, step: int) -> None:
+        """Opens the files, to write what comes after `step`."""
         with _no_more_than_a_warning():
             self._drop_after(step)
         self._file = GrowingFile(self.path)
         self._file.write(b"")  # so that the file exists from the start
         self._board: Board | None = None
-        if config.tensorboard:
+        if self._config.tensorboard:
             with _no_more_than_a_warning():
-                move_older(run)
-            self._board = Board(run, step + 1)
-        self._followers = Followers(run, config)
+                move_older(self._run)
+            self._board = Board(self._run, step + 1)
         self._charts, self._best, self._listed = Charts(()), dict[str, float](), set[str]()
-        self._tokens = TokenTexts(None)
         self._read_back()
-        with _no_more_than_a_warning():
-            self._tell_restarts(run, step)
+
+    def rewind(self, step: int) -> None:
+        """Continues after an earlier step, without what was logged after it."""
+        self._close_files()
+        self._open(step)
+        self.console.rewind(step)
+
+    def named(self, row: int) -> str:
+        """Text and id of a row's token."""
+        return self._tokens.named(row)
 
     def describe(self, settings: dict[str, Any], tokenizer: Path | None) -> None:
         """Shows all settings in TensorBoard: as a table, and for its comparison of runs. `tokenizer`: names the tokens
@@ -105,10 +119,13 @@ class MetricsLog:
 
     def close(self) -> None:
         self.console.close()
+        self._close_files()
+        self._followers.close()
+
+    def _close_files(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
-        self._followers.close()
 
     def _show(self, scalars: dict[str, float]) -> None:
         step = int(scalars["step"])

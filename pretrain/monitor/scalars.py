@@ -260,6 +260,28 @@ SCALARS = (
         f"{DATA}/wait",
     ),
     Scalar(
+        "guard_spikes",
+        "Guard: spikes",
+        "spikes",
+        "Batches that spiked since the last finished step, this step's included. Logged only after a spike.",
+        "Absent. restarts.jsonl has the samples, documents and rows of each.",
+        f"{TRAINING}/guard/spikes",
+    ),
+    Scalar(
+        "guard_left_out",
+        "Guard: samples left out",
+        "samples",
+        "Samples that the guard has left out so far. Logged with guard_spikes.",
+        "A small part of all samples.",
+    ),
+    Scalar(
+        "guard_rollbacks",
+        "Guard: rollbacks",
+        "rollbacks",
+        "Times that the guard has returned to an earlier checkpoint so far. Logged with guard_spikes.",
+        "0. Several close together: lower optim.lr.",
+    ),
+    Scalar(
         "communication_s",
         "Exposed communication",
         "s",

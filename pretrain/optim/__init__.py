@@ -2,7 +2,7 @@
 
 from .base import STATE_PREFIX, Optimizer, Piece, local, saved_name
 from .build import VOCAB_OPTIMIZER, body_optimizer
-from .clip import apply_clip, clip_factor, global_norm
+from .clip import apply_clip, clip_factor, global_norm, read_norm
 from .schedule import lr_at, momentum_at
 from .vocab import VocabOptimizer
 from .width import body_factors
@@ -21,5 +21,6 @@ __all__ = [
     "local",
     "lr_at",
     "momentum_at",
+    "read_norm",
     "saved_name",
 ]

@@ -167,6 +167,10 @@ class Optimizer(ABC):
         """Takes one step with the values of `set_lr`. Frees the gradients."""
         self.set_lr(lr, momentum)
         self.update()
+        self.discard()
+
+    def discard(self) -> None:
+        """Frees the gradients."""
         self.stepper.zero_grad(set_to_none=True)
 
     def update(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..config.optim import OptimConfig
 from ..mesh import Mesh
 from .build import VOCAB_OPTIMIZER
-from .clip import apply_clip, global_norm
+from .clip import apply_clip, global_norm_and_sum
 from .width import row_factors
 
 
@@ -35,15 +35,21 @@ class VocabOptimizer:
         for observe in self.observers:
             observe()
 
-    def grad_norm(self) -> Tensor:
-        """Norm of the gradient of the whole matrix: float64 scalar. One all-reduce of one number over all ranks.
+    def grad_norm(self, loss: Tensor) -> Tensor:
+        """Norm of the gradient of the whole matrix, and the sum of the ranks' losses, a float64 scalar each: [2]. One
+        all-reduce of two numbers over all ranks.
 
         A sum over one vocab group would be enough, but the groups' sums could differ in the last bit; then replicas
         would clip differently and drift apart.
         """
         counts = self.mesh.first_replica
-        return global_norm([row.grad for row in self.rows if row.grad is not None] if counts else [], self.mesh)
+        mine = [row.grad for row in self.rows if row.grad is not None] if counts else []
+        return global_norm_and_sum(mine, loss, self.mesh)
 
     def step(self, lr: float, clip: float) -> None:
         apply_clip([row.grad for row in self.rows if row.grad is not None], clip)
         self.optimizer.step(lr)
+
+    def discard(self) -> None:
+        """Frees the gradients without a step."""
+        self.optimizer.discard()

@@ -19,6 +19,7 @@ NOT_HERE = {  # forms of keys that the run below does not write
     ("mfu", ""),  # needs a GPU
     ("epochs", ""),  # only with one corpus
     ("task", "/TASK"),  # only with eval.tasks: tests/pretrain/evaluate
+    *((f"guard_{key}", "") for key in ("spikes", "left_out", "rollbacks")),  # only after a spike: hooks/test_guard.py
 }
 FORMS = {  # what stands for the names in a key, as regular expressions
     CORPUS: "/(web|code)",

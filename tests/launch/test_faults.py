@@ -121,7 +121,8 @@ def test_a_run_that_diverges_is_not_started_again(data, tmp_path):
     arguments = f"nproc=2 data.path={data} run.dir={tmp_path}/run train.steps=9 checkpoint.every=1 {SMALL}"
     done = run(f"launch/local.py {arguments} optim.lr=1e20 optim.warmup_steps=0")
     assert done.returncode == 1 and "the gradient's norm is" in done.stderr and "Traceback" not in done.stderr
-    (end,) = restarts(tmp_path / "run")
+    *spikes, end = restarts(tmp_path / "run")
+    assert [spike["decision"] for spike in spikes] == ["batch left out"] * 4 + ["the run ends"], "the guard's lines"
     assert (end["class"], end["decision"]) == ("DIVERGED", "give up") and end["step"] > end["from"]
 
 

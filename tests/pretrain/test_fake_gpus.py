@@ -17,7 +17,8 @@ from pretrain.checkpoint.host_copies import HostCopies
 from pretrain.checkpoint.state import HookStates, ModelState, slices
 from pretrain.config.evaluation import EvalConfig
 from pretrain.data.loader import Batch, MicroBatch, sent
-from pretrain.hooks.base import Run
+from pretrain.hooks.base import Hook, Run
+from pretrain.hooks.culprits import highest, largest_rows
 from pretrain.hooks.embedding import EmbeddingHealth
 from pretrain.hooks.evaluation import EvalHook
 from pretrain.hooks.lens import LensMonitor
@@ -53,17 +54,19 @@ class Wait(NamedTuple):
 AGREE = Wait("Trainer.agree", TO_HOST, 1, "the number of targets of all ranks, and whether to stop")
 STEP = [  # every training step
     AGREE,
-    Wait("clip_factor", TO_HOST, 1, "a norm that is not finite must end the run before the update"),
+    Wait(
+        "read_norm",
+        TO_HOST,
+        1,
+        "loss and norms: a spike, or a norm that is not finite, must be known before the update",
+    ),
 ]
 UNPLANNED = [  # a lookup that no loader has planned
     Wait("_all_ids", TO_HOST, 1, "the plan is made on the host"),
     Wait("_Tensors.to", TO_DEVICE, 4, "the plan is in pageable memory; the device has just been waited for"),
 ]
 SOMETIMES = {  # the parts of a run that are not in every step
-    "log": [
-        Wait("LogHook._log", TO_HOST, 1, "the loss"),
-        Wait("_peak_memory", TO_HOST, 1, "the largest of all ranks"),
-    ],
+    "log": [Wait("_peak_memory", TO_HOST, 1, "the largest of all ranks")],
     "evaluation": [  # of one batch
         AGREE,
         Wait("EvalHook.measure", TO_HOST, 1, "the sums"),
@@ -85,6 +88,10 @@ SOMETIMES = {  # the parts of a run that are not in every step
         Wait("LensMonitor.measure", TO_HOST, 1, "the sums"),
     ],
     "untied": [Wait("UntieHook.drift", TO_HOST, 1, "the sums")],
+    "spike": [
+        Wait("highest", TO_HOST, 1, "the losses of all micro-batches"),
+        Wait("largest_rows", TO_HOST, 1, "the largest norms of all shards"),
+    ],
     "save": [Wait("digest", TO_HOST, 2, "on the writer thread, of each matrix")],
 }
 
@@ -140,6 +147,15 @@ def session(parallel: int, engine: str) -> Seen:
             return Seen(Session(stage, waits).parts(), waits.faults, launched)
 
 
+class Spike(Hook):
+    """Finds what is behind a spike, and leaves the batch out."""
+
+    def allows(self, trainer: Any, report: Any) -> bool:
+        highest(trainer, report)
+        largest_rows(trainer.model.vocab)
+        return False
+
+
 class Session:
     """A trainer with all its hooks on fake GPUs, and the waits of each of its parts."""
 
@@ -168,6 +184,9 @@ class Session:
         untied = UntieHook(self.vocab, self.vocab_optimizer, 1, lambda: None)
         found["untied"] = self.part(lambda: untied.after_step(self.trainer, report))
         found["save"] = self.part(self.saved)
+        self.trainer.hooks = [Spike()]
+        found["spike"] = self.part(self.step) - found["step"]
+        assert self.result is None, "the batch is left out"
         return found
 
     def agree(self, number: int) -> int:
@@ -185,8 +204,9 @@ class Session:
         batch = Batch([sent(micro, CUDA) for _ in given.micro_batches], given.n_targets)
         self.health.before_step(trainer)
         report = trainer.train_step(batch, trainer.agree(batch.n_targets))
-        self.health.after_step(trainer, report)
-        report.seconds = 1.0
+        if report is not None:
+            self.health.after_step(trainer, report)
+            report.seconds = 1.0
         return report
 
     def sampled_step(self) -> None:

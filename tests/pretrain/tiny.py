@@ -59,9 +59,9 @@ def train_rank(rank: int, world: int, config: JobConfig) -> None:
         train(config, torch.device("cpu"), requests)
 
 
-def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Whole tensors of the newest checkpoint by name: parameters and both moments."""
-    folder = checkpoints(run)[-1]
+def saved_tensors(run: Path, folder: Path | None = None) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint, by default the newest, by name: parameters and both moments."""
+    folder = folder or checkpoints(run)[-1]
     dtypes = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     shapes = read_manifest(folder)["tensors"]
     tensors = {name: torch.empty(shape, dtype=dtypes[name].properties.dtype) for name, shape in shapes.items()}

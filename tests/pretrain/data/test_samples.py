@@ -42,6 +42,22 @@ def test_samples_do_not_depend_on_batch_size(sources):
     assert Counter(title for title, _ in whole) == {title: end[title] for title in SIZES}
 
 
+@pytest.mark.parametrize("skip", [[[0, 3]], [[5, 8], [7, 20], [48, 61]], [[40, 41], [90, 10_000]]])
+def test_left_out_samples_are_missing_and_others_stay(sources, skip):
+    samples = Samples(sources, Blend({0: [3, 2, 1], 50: [1, 1, 1]}))
+    whole, _ = served(samples, {}, 120)
+    gone = {number for first, stop in skip for number in range(first, stop)}
+    left = [number for number in range(120) if number not in gone]
+    some, pieces, consumed = samples.without(skip), [], {}
+    for count in (1, 4, 30, len(left) - 35):
+        assert some.numbers(consumed, count) == left[len(pieces) :][:count]
+        part, consumed = served(some, consumed, count)
+        pieces += part
+        assert sum(consumed.values()) == left[len(pieces) - 1] + 1, "left out samples count as consumed"
+    assert pieces == [whole[number] for number in left]
+    assert consumed == samples.after({}, sum(consumed.values()))
+
+
 def test_no_window_repeats_after_corpora_change(sources):
     """Adds a corpus, changes weights, removes a corpus and adds it again. No window repeats within an epoch."""
     some = {name: sources[name] for name in ("web", "code")}
@@ -91,6 +107,8 @@ def test_epochs_are_counted_per_corpus(sources):
         ({"corpora": {"web": "a"}, "stages": {0: {"web": 1.0}}}, r"data.stages.0 must be a sample number"),
         ({"corpora": {"web": "a"}, "stages": {9: {"wab": 1.0}}}, r"data.stages.9=.* must give one weight per corpus"),
         ({"corpora": {"web": "a"}, "stages": {9: {"web": "much"}}}, r"data.stages.9.web=much must be a number"),
+        ({"path": "a", "skip": [[5, 5]]}, r"data.skip=\[\[5,5\]\] must be \[first, stop\)"),
+        ({"path": "a", "skip": [[5]]}, r"data.skip=\[\[5\]\] must be"),
         ({"path": "a", "documents": "packed"}, "data.documents=packed must be causal or masked"),
     ],
 )

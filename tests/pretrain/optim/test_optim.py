@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from pretrain.config.lengths import Batches
 from pretrain.config.optim import OptimConfig, OwnerConfig
-from pretrain.optim import body_optimizer, clip_factor, local, lr_at
+from pretrain.optim import body_optimizer, clip_factor, local, lr_at, read_norm
 from pretrain.optim.adamw import AdamW
 from tests.ranks import run_ranks
 
@@ -108,10 +108,10 @@ def test_only_matrices_decay():
 
 
 def test_clip_covers_both_owners():
-    norm, factor = clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=1.0)
-    assert norm == 5.0 and factor == pytest.approx(0.2, rel=1e-6)
-    assert clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=6.0) == (5.0, 1.0)
-    assert clip_factor(torch.tensor(3.0), torch.tensor(4.0), clip=0.0) == (5.0, 1.0)
+    norm, loss = read_norm(torch.tensor(3.0), torch.tensor([4.0, 2.5]))
+    assert (norm, loss) == (5.0, 2.5)
+    assert clip_factor(norm, clip=1.0) == pytest.approx(0.2, rel=1e-6)
+    assert clip_factor(norm, clip=6.0) == clip_factor(norm, clip=0.0) == 1.0
 
 
 @pytest.mark.parametrize(
