@@ -52,7 +52,7 @@ def check_resumable(config: JobConfig, data: Data, rows: int, manifest: dict[str
         _refuse(source, f"init_from={began or 'null'}", config.init_from)
     if key == "run.dir" and config.decay_from not in (None, saved.get("decay_from")):
         _refuse(source, f"decay_from={saved.get('decay_from') or 'null'}", str(config.decay_from))
-    _check_batches(source, config, saved["train"], manifest["step"])
+    _check_batches(source, config, saved["train"], sum(manifest["samples"].values()))
     split = config.vocab.split_otherwise(saved["vocab"], manifest["step"])
     if split is not None:
         _refuse(source, *split)
@@ -82,13 +82,17 @@ def check_stable(config: JobConfig, manifest: dict[str, Any]) -> None:
         )
 
 
-def _check_batches(source: str, config: JobConfig, was: dict[str, Any], step: int) -> None:
-    """Raises ValueError if batches grow, now or then, and the steps done would take another number of samples."""
+def _check_batches(source: str, config: JobConfig, was: dict[str, Any], position: int) -> None:
+    """Raises ValueError if batches grow, now or then, and the sizes differ below the run's position.
+
+    The number of steps is not enough: samples that were left out move the position, but take no step.
+    """
     schedule = was.get("batch_schedule", {})
     then, now = Batches.of(was["global_batch"], schedule, config.seq_len), config.train.batches
-    if (schedule or config.train.batch_schedule) and then.samples_after(step) != now.samples_after(step):
+    past = [[entry for entry in batches.sizes if entry[0] < position] for batches in (then, now)]
+    if (schedule or config.train.batch_schedule) and past[0] != past[1]:
         sizes = [" ".join(f"{size} from sample {begin}" for begin, size in b.sizes) for b in (then, now)]
-        _refuse(source, f"batches of {sizes[0]}", f"{sizes[1]}, which differ before step {step}")
+        _refuse(source, f"batches of {sizes[0]}", f"{sizes[1]}, which differ below sample {position}, its position")
 
 
 def _check_left_out(source: str, config: JobConfig, manifest: dict[str, Any]) -> None:

@@ -91,10 +91,10 @@ def show(request: Request, coloured: bool) -> Iterator[str]:
     """Yields the lines to print."""
     config, train = request.config, request.config.train
     data = open_data(config.data)
-    drawn = samples(config, data).without(_left_out(request.run))
+    drawn = samples(config, data).without(_left_out(request))
     tokenizer = None if data.tokenizer is None else Tokenizer.load(data.tokenizer)
     consumed = _consumed(request, drawn)
-    size = train.batches.size_at(sum(consumed.values()))
+    size = train.batches.size_at(drawn.start(consumed))
     numbers = drawn.numbers(consumed, size)
     titles = {id(windows): title for title, (windows, _) in drawn.sources.items()}
     yield f"step {request.step:,}: samples {numbers[0]:,} to {numbers[-1]:,}"
@@ -115,13 +115,14 @@ def _consumed(request: Request, samples: Samples) -> dict[str, int]:
             consumed = read_manifest(folder)["samples"]
             steps -= step_of(folder)
             break
-    start = sum(consumed.values())
-    return samples.after(consumed, request.config.train.batches.samples_after(steps, start) - start)
+    return samples.after_steps(consumed, steps, request.config.train.batches)
 
 
-def _left_out(run: Path | None) -> list[list[int]]:
-    """Samples that the guard of a run has left out, up to its newest checkpoint."""
-    manifest = None if run is None else newest_manifest(run)
+def _left_out(request: Request) -> list[list[int]]:
+    """Samples that the guard of a run has left out, up to its newest checkpoint, or the one that it decays from."""
+    manifest = newest_manifest(request.run) if request.run else None
+    if manifest is None and request.run and request.config.decay_from:
+        manifest = read_manifest(Path(request.config.decay_from))
     return [] if manifest is None else manifest.get("left_out", [])
 
 

@@ -119,7 +119,8 @@ class BatchLoader:
             consumed = self._after(consumed)
 
     def size(self, consumed: dict[str, int]) -> int:
-        return self.batches.size_at(sum(consumed.values()))
+        """Size of the next batch, over all ranks: that at its first sample, which may follow samples left out."""
+        return self.batches.size_at(self.samples.start(consumed))
 
     def _after(self, consumed: dict[str, int]) -> dict[str, int]:
         return self.samples.after(consumed, self.size(consumed))

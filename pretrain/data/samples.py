@@ -1,9 +1,11 @@
 """Samples of a run in order: the corpus and the window of each."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from ..config.lengths import Batches
 from .blend import Blend
 from .dataset import Windows
 from .intervals import Interval, kept, merged
@@ -45,6 +47,20 @@ class Samples:
         """Returns the position after the next `count` samples."""
         *_, end = [sum(consumed.values()), *(stop for _, stop in kept(self.left_out, sum(consumed.values()), count))]
         return self._moved(consumed, end)
+
+    def start(self, consumed: Mapping[str, int]) -> int:
+        """Returns the number of the next sample. A batch takes the size at this number."""
+        return next(kept(self.left_out, sum(consumed.values()), 1))[0]
+
+    def after_steps(self, consumed: Mapping[str, int], steps: int, batches: Batches) -> dict[str, int]:
+        """Returns the position after the next `steps` steps."""
+        changes = sorted([*(begin for begin, _ in batches.sizes), *(first for first, _ in self.left_out)])
+        while steps:  # goes at once to the next change: all steps that begin before it have one size
+            start = self.start(consumed)
+            size, later = batches.size_at(start), changes[bisect_right(changes, start) :]
+            ahead = min(steps, -(-(later[0] - start) // size)) if later else steps
+            consumed, steps = self.after(consumed, ahead * size), steps - ahead
+        return dict(consumed)
 
     def numbers(self, consumed: Mapping[str, int], count: int) -> list[int]:
         """Returns the numbers of the next `count` samples."""

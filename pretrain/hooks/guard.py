@@ -62,7 +62,7 @@ class GuardHook(Hook):
             self.steps.append(here)
 
     def allows(self, trainer: TrainerView, report: StepReport) -> bool:
-        now = self.data + bisect_right(self.stages, sum(trainer.state.samples.values()))
+        now = self.data + bisect_right(self.stages, trainer.batches.samples.start(trainer.state.samples))
         if now != self.seen:
             self.spikes.clear()
             self.seen, self.streak = now, 0

@@ -80,7 +80,7 @@ def test_changed_batches_of_the_past_are_refused(data, tmp_path):
     check_job(tiny_config(data, tmp_path / "run", **later), 1, "cpu")  # from sample 48 on, where step 6 ends
     earlier = RAMP | {"train__batch_schedule": {0: 6, "36 samples": 12}}
     with pytest.raises(
-        ValueError, match=r"holds a run with batches of 6 from sample 0 12 from sample 24.*before step 6"
+        ValueError, match=r"holds a run with batches of 6 from sample 0 12 from sample 24.*below sample 48"
     ):
         check_job(tiny_config(data, tmp_path / "run", **earlier), 1, "cpu")
 

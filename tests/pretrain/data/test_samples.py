@@ -7,6 +7,7 @@ import pytest
 
 from data_prep.token_file import TokenFile
 from pretrain.config.data import DataConfig
+from pretrain.config.lengths import Batches
 from pretrain.data import Order, Samples, Windows, open_data
 from pretrain.data.blend import Blend
 from tests.pretrain.helpers import make_corpus, write_tokens
@@ -56,6 +57,20 @@ def test_left_out_samples_are_missing_and_others_stay(sources, skip):
         assert sum(consumed.values()) == left[len(pieces) - 1] + 1, "left out samples count as consumed"
     assert pieces == [whole[number] for number in left]
     assert consumed == samples.after({}, sum(consumed.values()))
+
+
+@pytest.mark.parametrize("skip", [[], [[0, 3]], [[5, 8], [10, 31], [48, 61]], [[29, 30], [33, 34], [90, 97]]])
+def test_steps_go_on_batch_by_batch(sources, skip):
+    samples = Samples(sources, Blend({0: [3, 2, 1], 50: [1, 1, 1]}), skip)
+    batches = Batches.of(2, {"9 samples": 5, "30 samples": 3, "31 samples": 4, "70 samples": 7}, seq_len=4)
+    positions = [samples.after({}, 0)]
+    for _ in range(25):
+        first = samples.numbers(positions[-1], 1)[0]
+        positions.append(samples.after(positions[-1], batches.size_at(first)))
+    for begin in (0, 1, 7):
+        for steps in range(25 - begin):
+            assert samples.after_steps(positions[begin], steps, batches) == positions[begin + steps]
+    assert sum(samples.after_steps({}, 2**40, batches).values()) > 7 * 2**39
 
 
 def test_no_window_repeats_after_corpora_change(sources):

@@ -12,6 +12,8 @@ import torch
 
 from data_prep.token_file import TokenFileWriter
 from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checks import check_job
+from pretrain.commands.data import Request, show
 from pretrain.config.job import JobConfig
 from pretrain.exits import restarts_in
 from pretrain.models.language_model import LanguageModel
@@ -110,6 +112,27 @@ def test_batch_whose_loss_is_not_a_number_is_left_out(poisoned, tmp_path, engine
     assert spike["loss"] is None and spike["why"].endswith("loss nan, gradient norm nan")
     run_ranks(2, train_rank, tiny_config(poisoned, tmp_path / "told", data__skip=[[12, 18]], **settings))
     assert_same_weights(tmp_path / "run", tmp_path / "told")
+
+
+def test_batch_left_out_where_batches_grow_equals_the_told_run(poisoned, tmp_path):
+    """Larger batches begin inside the one that is left out: both runs take them from the first sample after it."""
+    grow = {"train__batch_schedule": {"15 samples": 12}}
+    settings = {"train__steps": 5, **BATCH, **grow}
+    run_ranks(2, train_with_nan, tiny_config(poisoned, tmp_path / "run", **settings), 3 + 3 + 2)
+    assert left_out(tmp_path / "run") == [[12, 18]]
+    told = settings | {"data__skip": [[12, 18]]}
+    for stop in (2, 5):  # the first ends before the samples that are left out
+        run_ranks(2, train_rank, tiny_config(poisoned, tmp_path / "told", train__stop_after=stop, **told))
+    assert_same_weights(tmp_path / "run", tmp_path / "told")
+    for name, given in (("run", settings), ("told", told)):
+        config = tiny_config(poisoned, tmp_path / name, **given)
+        assert read_manifest(checkpoints(tmp_path / name)[-1])["step"] == 5
+        for step, numbers in ((3, "18 to 29"), (5, "42 to 53")):
+            shown = show(Request(config, tmp_path / name, step, None, 1), coloured=False)
+            assert next(shown) == f"step {step}: samples {numbers}"
+    later = settings | {"train__batch_schedule": {"15 samples": 12, "36 samples": 18}}  # step 5 took 12 from 42 on
+    with pytest.raises(ValueError, match=r"holds a run with batches of .* which differ below sample 54, its position"):
+        check_job(tiny_config(poisoned, tmp_path / "run", **later), 2, "cpu")
 
 
 def test_warn_changes_nothing_and_clip_limits_the_gradient(poisoned, tmp_path):
