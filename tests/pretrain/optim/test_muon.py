@@ -408,7 +408,8 @@ def test_run_keeps_its_optimizer(tmp_path):
     config = tiny_config(write_tokens(tmp_path / "tokens"), tmp_path / "run", optim__name="muon")
     old = asdict(config)
     del old["optim"]
-    manifest = {"config": old | {"optim": {"lr": 1.0}}, "vocab_size": VOCAB, "tokenizer_fingerprint": None, "step": 1}
+    facts = {"vocab_size": VOCAB, "tokenizer_fingerprint": None, "step": 1, "samples": {}}
+    manifest = {"config": old | {"optim": {"lr": 1.0}}, **facts}
     with pytest.raises(ValueError, match=r"holds a run with optim\.name=adamw, this command has muon: choose another"):
         check_resumable(config, open_data(config.data), VOCAB, manifest)
     check_resumable(config, open_data(config.data), VOCAB, manifest | {"config": asdict(config)})
