@@ -19,7 +19,7 @@ def refuse_pointer(path: Path) -> None:
         refuse_pointer_text(path, file.read(len(MARK)))
 
 
-def refuse_pointer_text(path: Path, content: bytes) -> None:
+def refuse_pointer_text(path: Path | str, content: bytes) -> None:
     """Does the same for a file whose content has been read."""
     if content.startswith(MARK):
         raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")

@@ -203,6 +203,13 @@ class TokenFile:
     def tokens(self) -> np.ndarray:
         return self._maps.tokens
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens [start, stop). Raises OSError if they come from a store that cannot be read."""
+        return self._maps.tokens[start:stop]
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Says that the tokens [start, stop) will be read soon. On the disk, they are there already."""
+
     @property
     def lengths(self) -> np.ndarray:
         return self._maps.lengths
@@ -356,22 +363,27 @@ class Manifest:
         path = Path(folder) / MANIFEST_FILE
         try:
             text = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{folder} {no_token_files(Path(folder))}") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        return cls.parse(path, text)
+
+    @classmethod
+    def parse(cls, path: Path | str, text: bytes) -> "Manifest":
+        """Reads the content of `path`. Raises DataError if it is not a manifest, or of another version."""
+        try:
             refuse_pointer_text(path, text)
             content = json.loads(text)
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}")
             files = tuple(typed(TokenFileEntry, entry) for entry in content["files"])
-            manifest = typed(cls, {**content, "files": files})
-        except FileNotFoundError:
-            raise DataError(f"{folder} {no_token_files(Path(folder))}") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            return typed(cls, {**content, "files": files})
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} is not a manifest: {type(error).__name__} {headline(error)}") from error
-        return manifest
 
     def save(self, folder: Path) -> None:
         with durable(Path(folder) / MANIFEST_FILE) as file:

@@ -20,7 +20,7 @@ from .config.job import CONFIG_FILE
 MANIFEST = "manifest.json"
 Change = dict[str, Any]  # key, was, is
 NOT_COMPARED = (  # settings that cannot change a loss
-    *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch"),
+    *("log.", "checkpoint.", "engine.", "monitor.", "data.prefetch", "data.cache"),
     *("train.stop_after", "train.time_limit", "train.hang_timeout"),
 )
 PATHS = ("data.", "init_from", "decay_from")  # a launcher may have made these absolute

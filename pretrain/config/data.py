@@ -10,7 +10,8 @@ from typing import Any
 class DataConfig:
     """The corpora of a run and how they are cut into windows."""
 
-    #: folder made by data_prep/tokenize.py, or PREFIX of a Megatron pair PREFIX.bin and PREFIX.idx
+    #: folder made by data_prep/tokenize.py, or its URL, such as s3://BUCKET/FOLDER; or PREFIX of a Megatron pair
+    #: PREFIX.bin and PREFIX.idx
     path: str = ""
     corpora: dict[str, str] = field(default_factory=dict)  # several corpora instead of path: name to path
     #: share of each corpus in the samples, by name; only the ratios matter; empty: by number of tokens
@@ -25,6 +26,9 @@ class DataConfig:
     #: intervals [first, stop) of sample numbers that are left out, such as [[1200,1216]]; the others keep their order
     skip: list[list[int]] = field(default_factory=list)
     prefetch: int = 2  # batches prepared in advance
+    #: folder on each node for what is read from URLs; $NAMES are those of the node; empty: $SLURM_TMPDIR/rowshard, or
+    #: ~/.cache/rowshard
+    cache: str = ""
 
     def __post_init__(self) -> None:
         if not self.path and not self.corpora:
@@ -75,9 +79,21 @@ class DataConfig:
 
     def resolve(self) -> None:
         """Makes the paths absolute, because a job may run in another folder."""
-        self.path = self.path and os.path.abspath(self.path)
-        self.corpora = {title: os.path.abspath(path) for title, path in self.corpora.items()}
+        self.path = self.path and _absolute(self.path)
+        self.corpora = {title: _absolute(path) for title, path in self.corpora.items()}
+        self.cache = self.cache and _absolute(self.cache)
+
+    @property
+    def reads(self) -> list[str]:
+        """Folders of this machine, or of the file system that it shares with the nodes, that a run reads."""
+        local = [path for path in self.paths.values() if "://" not in path]
+        return [*local, self.cache] if self.cache and "$" not in self.cache else local
 
     @property
     def masked(self) -> bool:
         return self.documents == "masked"
+
+
+def _absolute(path: str) -> str:
+    """Makes a path absolute. Leaves a URL, and a path that begins with a variable of the node."""
+    return path if "://" in path or path.startswith("$") else os.path.abspath(path)

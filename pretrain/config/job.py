@@ -125,7 +125,7 @@ class JobConfig:
         """Paths of all inputs: the corpora, the model of `init_from` and the checkpoint of `decay_from`."""
         model = [] if self.init_from is None else [folder_of(self.init_from)]
         checkpoint = [] if self.decay_from is None else [Path(self.decay_from)]
-        return [*map(Path, self.data.paths.values()), *model, *checkpoint]
+        return [*map(Path, self.data.reads), *model, *checkpoint]
 
     @property
     def seq_len(self) -> int:

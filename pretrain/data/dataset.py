@@ -7,7 +7,7 @@ epoch. The last window may be shorter.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from data_prep.tokenizer_spec import TokenizerSpec
 
 from ..config.data import DataConfig
 from .blend import Blend
+from .blocks import BlockCache, RemoteTokenFile
 
 IGNORED = -100  # target of a position without a target
 NAMED_BY = 2**18  # number of tokens and lengths, at each end of a foreign pair, that its name is hashed from
@@ -79,7 +80,7 @@ def open_data(config: DataConfig) -> Data:
     Raises ValueError if a corpus is faulty, if two have different tokenizers, or if two have the same tokens.
     """
     paths = config.paths
-    corpora = {title: open_corpus(Path(path), config.key_of(title)) for title, path in paths.items()}
+    corpora = {title: open_corpus(path, config.key_of(title), config.cache) for title, path in paths.items()}
     weights = {0: config.weights or {title: corpus.tokens for title, corpus in corpora.items()}} | config.stages
     data = Data(corpora, Blend({begin: [stage[title] for title in corpora] for begin, stage in weights.items()}))
     for title, corpus in data.corpora.items():
@@ -105,11 +106,16 @@ def _check_indices(corpus: Corpus) -> None:
             raise ValueError(fault)
 
 
-def open_corpus(path: Path, key: str = "data.path") -> Corpus:
-    """Opens a corpus. Checks manifest, sizes and tokenizer, not the tokens. Raises ValueError if one is faulty. key:
-    the setting that names it.
+def open_corpus(path: Path | str, key: str = "data.path", cache: str = "") -> Corpus:
+    """Opens a corpus. Checks manifest, sizes and tokenizer, not the tokens. Raises ValueError if one is faulty, OSError
+    if a store cannot be reached. key: the setting that names it; cache: `data.cache`.
     """
-    if (path / MANIFEST_FILE).is_file():
+    if "://" in str(path):
+        from .remote import fetched  # imports fsspec
+
+        remote = fetched(str(path), key, cache)
+        corpus = _open_folder(remote.folder, remote)
+    elif ((path := Path(path)) / MANIFEST_FILE).is_file():
         corpus = _open_folder(path)
     elif any(path.with_name(path.name + end).is_file() for end in (".bin", ".idx")) or path.suffix in (".bin", ".idx"):
         file = TokenFile(path)
@@ -121,9 +127,16 @@ def open_corpus(path: Path, key: str = "data.path") -> Corpus:
     return corpus
 
 
-def _open_folder(path: Path) -> Corpus:
+def _open_folder(path: Path, cache: BlockCache | None = None) -> Corpus:
+    """cache: of the blocks of the token files, if they come from a store."""
     manifest = check(path)
-    train, val = (tuple(TokenFile(path / entry.name) for entry in manifest.split(split)) for split in ("train", "val"))
+    train, val = (
+        tuple(
+            TokenFile(path / entry.name) if cache is None else RemoteTokenFile(path / entry.name, cache)
+            for entry in manifest.split(split)
+        )
+        for split in ("train", "val")
+    )
     spec = TokenizerSpec.load(path / TOKENIZER_FOLDER)
     bytes_of_ids = spec.bytes_of_ids()
     name = hashlib.sha256("".join(entry.sha256[".bin"] for entry in manifest.split("train")).encode()).hexdigest()
@@ -198,6 +211,7 @@ class Windows:
         self._begins = [0, *accumulate(file.size for file in files)]  # start of each file in the stream, and the end
         self.tokens = self._begins[-1]
         self._count = -(-max(0, self.tokens - 1) // seq_len)
+        self.remote = any(isinstance(file, RemoteTokenFile) for file in files)
 
     def __len__(self) -> int:
         return self._count
@@ -213,15 +227,15 @@ class Windows:
             begin, place = index * T, row * T  # in the stream, and in the batch
             file, low = self._file(begin)
             if low + T < file.size:
-                stream = file.tokens[low : low + T + 1]
+                stream = file.read(low, low + T + 1)
                 parts.inputs.append(stream[:-1])
                 parts.targets.append(stream[1:])
                 ranges = [(file, low + 1, low + T + 1)]
             else:  # in several files, or at the end of the stream
                 end = min(begin + T, self.tokens - 1)
-                parts.inputs += [file.tokens[low:high] for file, low, high in self._ranges(begin, end)]
+                parts.inputs += [file.read(low, high) for file, low, high in self._ranges(begin, end)]
                 ranges = self._ranges(begin + 1, end + 1)
-                parts.targets += [file.tokens[low:high] for file, low, high in ranges]
+                parts.targets += [file.read(low, high) for file, low, high in ranges]
                 parts.pad(begin + T - end)
             if self.masked:
                 parts.starts.append(place)
@@ -231,6 +245,17 @@ class Windows:
                     parts.cuts += cuts
                     place += high - low
         return parts.joined(self.masked)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Says that these windows will be read soon. Does nothing for files on the disk."""
+        if self.remote:
+            for index in indices:
+                for file, low, high in self._reads(index):
+                    file.prefetch(low, high)
+
+    def _reads(self, index: int) -> Iterable[tuple[TokenFile, int, int]]:
+        """Lists the ranges of tokens that the window needs, with its last target."""
+        return self._ranges(index * self.seq_len, (index + 1) * self.seq_len + 1)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self._count:

@@ -15,6 +15,8 @@ from ..vocab.lookup import LookupPlan, plan_lookup
 from .dataset import IGNORED, Window, Windows
 from .samples import Samples
 
+LOOK_AHEAD = 32  # batches whose blocks are fetched in advance, if they come from a store
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -110,13 +112,25 @@ class BatchLoader:
         assert self._ready is not None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a new thread uses GPU 0; pinning memory would allocate there
+        ahead, batches = consumed, 0  # the look-ahead's position, and how many batches it is in front
         while not self._stop.is_set():
             try:
+                while self.samples.remote and batches < LOOK_AHEAD:
+                    self._prefetch(ahead)
+                    ahead, batches = self._after(ahead), batches + 1
                 self._ready.put(self._batch(consumed))
             except Exception as error:
                 self._ready.put(error)
                 return
-            consumed = self._after(consumed)
+            consumed, batches = self._after(consumed), batches - 1
+
+    def _prefetch(self, consumed: dict[str, int]) -> None:
+        """Starts to fetch the windows that this rank reads of the next batch."""
+        samples = self.samples.next(consumed, self._size(consumed))
+        group = vocab_group(self.rank, self.shard)
+        for i, (windows, index) in enumerate(samples):
+            if i // self.micro_batch % self.world in group:
+                windows.prefetch([index])
 
     def size(self, consumed: dict[str, int]) -> int:
         """Size of the next batch, over all ranks: that at its first sample, which may follow samples left out."""
@@ -200,6 +214,9 @@ def validation_batches(
     are too few windows for the last batch, it is filled with windows without targets.
     """
     n = min(len(windows), most) if most else len(windows)
+    for member in vocab_group(rank, shard):
+        for start in range(member * batch, n, batch * world):
+            windows.prefetch(range(start, min(start + batch, n)))
     for start in range(0, n, batch * world):
         micro_p = []
         for member in vocab_group(rank, shard):

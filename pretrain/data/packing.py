@@ -61,9 +61,9 @@ class PackedWindows(Windows):
             end = place + self.seq_len
             for begin, size in self._pieces(index):
                 file, low = self._file(begin)
-                stream = file.tokens
-                parts.inputs.append(stream[low : low + size])
-                parts.targets.append(stream[low + 1 : low + size + 1])
+                stream = file.read(low, low + size + 1)
+                parts.inputs.append(stream[:-1])
+                parts.targets.append(stream[1:])
                 parts.starts.append(place)
                 place += size
             parts.starts.append(place)  # of the padding, or of the next window
@@ -78,6 +78,11 @@ class PackedWindows(Windows):
             parts.append(DocumentSpan(file, *file.document_at(low), at, at + size))
             at += size
         return parts
+
+    def _reads(self, index: int) -> Iterable[tuple[TokenFile, int, int]]:
+        for place, size in self._pieces(index):
+            file, low = self._file(place)
+            yield file, low, low + size + 1
 
     def _pieces(self, index: int) -> Iterable[tuple[int, int]]:
         """Returns the pieces of documents in a window: place in the stream, and number of positions."""

@@ -33,6 +33,11 @@ class Samples:
         return Samples(self.sources, self.blend, [*self.left_out, *left_out])
 
     @property
+    def remote(self) -> bool:
+        """True if a corpus is read from a store."""
+        return any(windows.remote for windows, _ in self.sources.values())
+
+    @property
     def seq_len(self) -> int:
         return next(iter(self.sources.values()))[0].seq_len
 

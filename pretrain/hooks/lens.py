@@ -67,7 +67,7 @@ def frequency_bins(files: list[TokenFile], ids_BT: Tensor, vocab_size: int) -> T
         wanted = min(size, -(-COUNTED * size // sum(sizes)))
         pieces = -(-wanted // AT_ONCE)
         for start in np.linspace(0, size - wanted // max(1, pieces), pieces).astype(np.int64):
-            counts += np.bincount(file.tokens[start : start + wanted // pieces], minlength=vocab_size)[:vocab_size]
+            counts += np.bincount(file.read(start, start + wanted // pieces), minlength=vocab_size)[:vocab_size]
     of_ids = torch.from_numpy(counts)[ids_BT].double()
     share = of_ids / max(1, int(counts.sum())) * 1e6
     return torch.where(of_ids > 0, 1 + torch.bucketize(share, torch.tensor(EDGES, dtype=torch.float64), right=True), 0)

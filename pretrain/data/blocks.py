@@ -1,0 +1,280 @@
+"""Token files of a store, fetched by blocks when they are needed and kept on this node's disk.
+
+    FOLDER/train-00000.bin   of its full size from the beginning, but sparse: only the fetched blocks take space
+    FOLDER/blocks            8 bytes per block: 1 and the CRC-32 of its bytes; 0: not fetched
+
+All processes of a node share the folder. A lock on the block's 8 bytes lets one of them fetch it; the system releases
+the lock of a killed process. The bytes are written before their CRC. Each process compares a block with its CRC before
+the first use, so a block that is cut short, lost in a power cut, or stale on a network file system is fetched again.
+"""
+
+import fcntl
+import itertools
+import mmap
+import os
+import queue
+import threading
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.durable import sha256_of
+from data_prep.errors import DataError, headline
+from data_prep.token_file import TokenFile
+
+BLOCK = 1 << 18  # bytes: some tens of windows; a request for less takes as long
+THREADS = 10  # requests of a process at once: the connections that S3's client has
+GIVE_UP_SECONDS = 300.0  # of failed attempts, until a block counts as lost
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
+POLL_SECONDS = 0.01  # between looks at a block that another process fetches
+RECORDS_FILE = "blocks"
+SOON, NOW = 1, 0  # priorities
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a store. fetch(start, stop) returns its bytes; it raises DataError if another attempt cannot help, and
+    any other exception if it can.
+    """
+
+    name: str
+    url: str
+    size: int
+    sha256: str
+    fetch: Callable[[int, int], bytes]
+
+
+class BlockCache:
+    """The blocks of files in `folder`, which `prepare` has made. Blocks have one number over all files.
+
+    A process has one BlockCache per folder, because its locks end when it closes the file of records. Its threads are
+    started by the first request.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[RemoteFile]) -> None:
+        self.folder, self.files = folder, [file for file in files if file.size]
+        counts = [-(-file.size // BLOCK) for file in self.files]
+        self._firsts = [0, *accumulate(counts)]
+        self._numbers = {file.name: i for i, file in enumerate(self.files)}
+        self._descriptor = os.open(folder / RECORDS_FILE, os.O_RDWR)
+        self._records = np.frombuffer(mmap.mmap(self._descriptor, max(8, 8 * self._firsts[-1])), "<u8")
+        self._have = bytearray(self._firsts[-1])  # 1: compared with its CRC by this process
+        self._pending: dict[int, Future[None]] = {}
+        self._running: set[int] = set()
+        self._mutex = threading.Lock()
+        self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._threads: list[threading.Thread] = []
+        self._fault: DataError | None = None
+
+    @staticmethod
+    def prepare(folder: Path, files: Iterable[RemoteFile]) -> None:
+        """Makes the empty files. Raises OSError if the disk does not take files of this size."""
+        blocks = 0
+        for file in files:
+            with open(folder / file.name, "ab") as stream:
+                stream.truncate(file.size)
+            blocks += -(-file.size // BLOCK)
+        with open(folder / RECORDS_FILE, "ab") as stream:
+            stream.truncate(max(8, 8 * blocks))
+
+    @property
+    def missing(self) -> int:
+        """Bytes that were not fetched yet."""
+        return sum(self._place(block)[2] for block in np.flatnonzero(self._records[: len(self._have)] == 0).tolist())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Starts to fetch the bytes [start, stop) of a file. Errors show when they are read."""
+        self._request(self._blocks(name, start, stop), SOON)
+
+    def wait(self, name: str, start: int, stop: int) -> None:
+        """Returns when the bytes [start, stop) of a file are in the folder.
+
+        Raises DataError if the file has changed or the disk is full, OSError if the store cannot be read.
+        """
+        blocks = self._blocks(name, start, stop)
+        if self._fault is not None:
+            raise self._fault
+        if self._have.find(0, blocks.start, blocks.stop) < 0:
+            return
+        for future in self._request(blocks, NOW):
+            try:
+                future.result(2 * GIVE_UP_SECONDS)
+            except TimeoutError as error:
+                url = self.files[self._numbers[name]].url
+                raise ConnectionError(f"{url}: no answer for {2 * GIVE_UP_SECONDS:g} s") from error
+
+    def _blocks(self, name: str, start: int, stop: int) -> range:
+        number = self._numbers.get(name)
+        if number is None or start >= stop:
+            return range(0)
+        first = self._firsts[number]
+        return range(first + start // BLOCK, first + (stop - 1) // BLOCK + 1)
+
+    def _request(self, blocks: range, priority: int) -> list["Future[None]"]:
+        futures = []
+        with self._mutex:
+            if self._fault is not None:
+                raise self._fault
+            for block in blocks:
+                if self._have[block]:
+                    continue
+                known = self._pending.get(block)
+                if known is None or (priority == NOW and block not in self._running):
+                    self._queue.put((priority, next(self._order), block))
+                futures.append(known or self._pending.setdefault(block, Future()))
+            if futures and not self._threads:
+                self._threads = [threading.Thread(target=self._work, daemon=True, name="fetch") for _ in range(THREADS)]
+                for thread in self._threads:
+                    thread.start()
+        return futures
+
+    def _work(self) -> None:
+        while True:
+            *_, block = self._queue.get()
+            with self._mutex:
+                future = self._pending.get(block)
+                if future is None or block in self._running:  # asked for twice
+                    continue
+                self._running.add(block)
+            error, fetched = None, False
+            try:
+                fetched = self._bring(block)
+            except BaseException as found:
+                error = found
+            with self._mutex:
+                self._have[block] = error is None
+                self._running.discard(block)
+                del self._pending[block]
+            future.set_result(None) if error is None else future.set_exception(error)
+            if fetched:
+                self._check_whole(block)
+
+    def _place(self, block: int) -> tuple[RemoteFile, int, int]:
+        """Returns the file of a block, its first byte there, and its number of bytes."""
+        number = bisect_right(self._firsts, block) - 1
+        file, start = self.files[number], (block - self._firsts[number]) * BLOCK
+        return file, start, min(BLOCK, file.size - start)
+
+    def _stored(self, block: int) -> bool:
+        record = int(self._records[block])
+        if not record:
+            return False
+        file, start, size = self._place(block)
+        with open(self.folder / file.name, "rb", buffering=0) as stream:
+            data = os.pread(stream.fileno(), size, start)
+        return record == _record(data)
+
+    def _bring(self, block: int) -> bool:
+        """Returns when the block is stored: True if this process has fetched it."""
+        if self._stored(block):
+            return False
+        with self._locked(block):
+            if self._stored(block):  # by another process, meanwhile
+                return False
+            file, start, size = self._place(block)
+            data = attempted(file, start, start + size)
+            try:
+                with open(self.folder / file.name, "r+b") as stream:
+                    stream.seek(start)
+                    stream.write(data)
+            except OSError as error:
+                raise DataError(
+                    f"{self.folder} cannot be written: {error.strerror}; data.cache must be on a disk with room for"
+                    f" {self.missing / 2**30:.1f} GiB more"
+                ) from error
+            self._records[block] = _record(data)
+        return True
+
+    @contextmanager
+    def _locked(self, block: int) -> Iterator[None]:
+        """Holds the lock of a block. `lockf` could wait itself, but sees deadlocks between the threads of two processes
+        where there are none.
+        """
+        late = time.monotonic() + 2 * GIVE_UP_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 8, 8 * block)
+                break
+            except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+                if time.monotonic() > late:
+                    url = self._place(block)[0].url
+                    raise ConnectionError(f"{url}: another process fetches a block, without an end") from error
+                time.sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 8, 8 * block)
+
+    def _check_whole(self, block: int) -> None:
+        """Compares the file of the block with its hash, if this block was the last one to come."""
+        number = bisect_right(self._firsts, block) - 1
+        file, records = self.files[number], self._records[self._firsts[number] : self._firsts[number + 1]]
+        with suppress(OSError):  # the folder was removed
+            if records.all() and sha256_of(self.folder / file.name) != file.sha256:
+                records[:] = 0
+                self._fault = DataError(
+                    f"{file.url}: its sha256 does not match the manifest: the file in the store is damaged, or of"
+                    " another corpus; upload the folder again"
+                )
+
+
+def attempted(file: RemoteFile, start: int, stop: int) -> bytes:
+    """Fetches bytes, again and again with growing pauses. Raises DataError if another attempt cannot help,
+    ConnectionError after GIVE_UP_SECONDS.
+    """
+    late, pause = time.monotonic() + GIVE_UP_SECONDS, FIRST_PAUSE
+    while True:
+        try:
+            data = file.fetch(start, stop)
+            if len(data) == stop - start:
+                return data
+            fault = f"{len(data)} bytes came instead of {stop - start}"
+        except DataError:
+            raise
+        except Exception as error:  # each protocol's client raises its own
+            fault = f"{type(error).__name__}: {headline(error)}"
+        if time.monotonic() + pause > late:
+            raise ConnectionError(
+                f"{file.url}: cannot be read for {GIVE_UP_SECONDS:g} s: {fault}; the same command resumes the run when"
+                " the store answers again"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _record(data: bytes) -> int:
+    return 1 << 32 | zlib.crc32(data)
+
+
+class RemoteTokenFile(TokenFile):
+    """A token file whose index is on the disk, and whose tokens are fetched when they are read."""
+
+    def __init__(self, prefix: Path, cache: BlockCache) -> None:
+        self._cache, self._name = cache, f"{prefix.name}.bin"
+        super().__init__(prefix)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens. Waits until all are fetched."""
+        return self.read(0, self.size)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self._cache.wait(self._name, start * self._itemsize, min(stop, self.size) * self._itemsize)
+        return super().read(start, stop)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        self._cache.prefetch(self._name, start * self._itemsize, min(stop, self.size) * self._itemsize)
