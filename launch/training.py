@@ -131,7 +131,9 @@ def checked(composed: DictConfig, cluster: ClusterConfig) -> Run:
     resume.keep_decided(composed)
     config, hardware = build_config(composed), cluster.hardware
     config.resolve()
+    of_nodes, config.data.cache = config.data.cache, ""  # this machine may not have the nodes' disk
     data = check_job(config, cluster.ranks, hardware.device, hardware.bf16, warn)
+    config.data.cache = of_nodes
     check_logs(config, os.environ)
     rows = vocab_rows(config, data)
     from pretrain.announce import counts, parameters

@@ -24,7 +24,7 @@ from .compilers import check_compilers
 from .config.engine import DeepSpeedConfig, FSDP2Config
 from .config.evaluation import check_tasks
 from .config.job import CONFIG_FILE, JobConfig
-from .corpora import validation_windows, vocab_rows
+from .corpora import check_room, validation_windows, vocab_rows
 from .data import Data, open_data
 from .evaluate.tasks import check_names
 from .exits import RESTARTS_FILE
@@ -49,7 +49,8 @@ def check_job(
     Checks the number of ranks against batch and vocabulary, precision and engine against the device, the data and its
     tokenizer, and the weights that the run begins with, a checkpoint's or those of `init_from`. bf16: native support of
     a device elsewhere; None: this machine's. warn: called with what could not be checked. environment: of the ranks, if
-    they run here. settled: the result of `check_settings`, if it was called before.
+    they run here: then the cache of a store must have room, too. settled: the result of `check_settings`, if it was
+    called before.
     """
     if isinstance(config.engine, FSDP2Config):
         config.engine.check_device(device_type)
@@ -63,6 +64,8 @@ def check_job(
             raise ValueError(f"eval.tasks={','.join(config.eval.tasks)} need the tokenizer of the data: it has none")
         if config.eval.tasks_path:  # to list lm-eval's own tasks takes it half a minute
             check_names("eval.", config.eval.tasks, config.eval.tasks_path)
+    if environment is not None:
+        check_room(config, data, int(environment.get("LOCAL_WORLD_SIZE", world)) / world)
     _check_with_torch(config, rows, world, device_type, bf16, environment)
     if unchecked:
         warn(unchecked)

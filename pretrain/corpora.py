@@ -3,6 +3,8 @@
 Not part of build.py, because launchers and tools use it without torch.
 """
 
+import shutil
+
 from .config.job import JobConfig
 from .data import Data, Order, PackedWindows, Samples, Windows
 
@@ -38,3 +40,22 @@ def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
     """Returns the windows of the validation splits, by title, for the corpora that have one."""
     windows = {t: Windows(c.val, config.seq_len, masked=config.data.masked) for t, c in data.corpora.items()}
     return {title: split for title, split in windows.items() if len(split)}
+
+
+def check_room(config: JobConfig, data: Data, share: float) -> None:
+    """Raises ValueError if data.cache has too little room on this node for what the run reads from stores.
+
+    share: of the run's ranks, those on this node. A window needs its blocks, but never more than the corpus.
+    """
+    windows = config.train.batches.samples_after(config.train.steps) * share
+    for title, corpus in data.corpora.items():
+        if (cache := corpus.cache) is None:
+            continue
+        needed, free = cache.missing, shutil.disk_usage(cache.folder).free
+        if config.data.packing == "none":  # a packed window may have documents of many blocks
+            needed = min(needed, max(0, cache.bytes_for(windows, config.seq_len) - (cache.size - cache.missing)))
+        if needed > free:
+            raise ValueError(
+                f"data.cache={cache.folder.parent} must have room for {needed / 2**30:.1f} GiB of"
+                f" {config.data.paths[title]}, but has {free / 2**30:.1f}: name a folder on a larger disk"
+            )

@@ -65,7 +65,7 @@ class Store:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user sets."""
+        """Environment variables for the client, as a user sets them."""
         keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
         return {"AWS_ENDPOINT_URL": self.address, **keys}
 

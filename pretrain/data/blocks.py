@@ -89,12 +89,20 @@ class BlockCache:
     @property
     def missing(self) -> int:
         """Bytes that were not fetched yet."""
-        return sum(self._place(block)[2] for block in np.flatnonzero(self._records[: len(self._have)] == 0).tolist())
+        there = self._records != 0
+        total = (self._firsts[-1] - int(there.sum())) * BLOCK
+        for file, end in zip(self.files, self._firsts[1:], strict=True):
+            total -= 0 if there[end - 1] else -file.size % BLOCK  # its last block is shorter
+        return total
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
+
+    def bytes_for(self, windows: float, tokens: int) -> int:
+        """Upper bound of the bytes that these windows of `tokens` tokens bring, at 4 bytes per token."""
+        return int(windows * (4 * tokens // BLOCK + 2) * BLOCK)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """Starts to fetch the bytes [start, stop) of a file. Errors show when they are read."""

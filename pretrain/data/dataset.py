@@ -39,6 +39,7 @@ class Corpus:
     bytes_of_ids: np.ndarray | None  # bytes of text per id; 0 for special tokens
     tokenizer: Path | None
     tokenizer_fingerprint: str | None
+    cache: BlockCache | None = None  # of a store's blocks on this node
 
     @property
     def tokens(self) -> int:
@@ -140,7 +141,8 @@ def _open_folder(path: Path, cache: BlockCache | None = None) -> Corpus:
     spec = TokenizerSpec.load(path / TOKENIZER_FOLDER)
     bytes_of_ids = spec.bytes_of_ids()
     name = hashlib.sha256("".join(entry.sha256[".bin"] for entry in manifest.split("train")).encode()).hexdigest()
-    return Corpus(name[:16], train, val, manifest.vocab_size, bytes_of_ids, path / TOKENIZER_FOLDER, spec.fingerprint)
+    tokenizer = path / TOKENIZER_FOLDER
+    return Corpus(name[:16], train, val, manifest.vocab_size, bytes_of_ids, tokenizer, spec.fingerprint, cache)
 
 
 def _name_of_pair(file: TokenFile) -> str:

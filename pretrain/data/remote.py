@@ -26,12 +26,7 @@ from .blocks import THREADS, BlockCache, RemoteFile, attempted
 TOKENIZER_FILES = (f"{TOKENIZER_FOLDER}/{RANKS_FILE}", f"{TOKENIZER_FOLDER}/{SPEC_FILE}")
 PIECE_BYTES = 1 << 23  # of an index, fetched at once
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
-REFUSALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "ProfileNotFound",
-}  # botocore's
+REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 CREDENTIALS = "the store's client takes credentials and address from its own settings (docs/data.md, Object stores)"
 
 _open: dict[tuple[int, Path], BlockCache] = {}  # by process and folder
@@ -60,7 +55,7 @@ def fetched(url: str, key: str, cache: str) -> BlockCache:
     manifest = Manifest.parse(f"{url}/{MANIFEST_FILE}", text)
     dtype = token_dtype(manifest.vocab_size)
     sizes: dict[str, int | None] = dict.fromkeys(TOKENIZER_FILES)
-    hashes = {}
+    hashes: dict[str, str] = {}
     for entry in manifest.files:
         sizes |= {f"{entry.name}{suffix}": size for suffix, size in entry.sizes(dtype).items()}
         hashes |= {f"{entry.name}{suffix}": digest for suffix, digest in entry.sha256.items()}
