@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 sys.path[0] = str(Path(__file__).resolve().parents[1]) if __name__ == "__main__" else sys.path[0]
 
 BUCKET = "corpora"
+AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=any/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
 
 class Store:
@@ -70,7 +71,7 @@ class Store:
         return {"AWS_ENDPOINT_URL": self.address, **keys}
 
     def put(self, key: str, content: bytes = b"") -> None:
-        headers = {"Content-Type": "application/octet-stream"}
+        headers = {"Content-Type": "application/octet-stream", "Authorization": AUTHORIZATION}
         request = Request(f"{self.address}/{BUCKET}/{key}".rstrip("/"), content, headers, method="PUT")
         urlopen(request, timeout=30).close()
 

@@ -26,6 +26,7 @@ PUBLIC = {
 PRIVATE = [  # the path in the other package; our use
     ("sys.__stderr__", "lm-eval's progress while standard error is closed"),
     ("lm_eval.api.task.Task._instances", "the requests of an earlier evaluation, removed"),
+    ("s3fs.core.S3File._fetch_range", "a part of an object, if its version is that of the start"),
     ("atexit._run_exitfuncs", "a rank's end, which skips Python's own shutdown"),
     (
         "torch.distributed.distributed_c10d._set_pg_timeout",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.families.gpt2 import GPT2Config
-from tests.benchmarks import step, watching
+from tests.benchmarks import step, stores, watching
 from tests.benchmarks.rivals import RANK_RIVALS, RIVALS, Problem, lacks
 from tests.in_process import in_process
 from tests.pretrain.helpers import make_corpus
@@ -100,6 +100,14 @@ def test_reading_benchmark_runs(tmp_path):
     names = [f"Rowshard, {kind}" for kind in ("windows", "masked", "packed")]
     assert [row[0] for row in done[:4]] == ["bare slices", *names]
     assert all(float(row[2]) > 0 for row in done[:4])
+
+
+def test_stores_benchmark_runs(tmp_path):
+    small = "model.layers=1 model.width=32 model.heads=2 train.seq_len=16 train.global_batch=8"
+    data = f"--data {make_corpus(tmp_path / 'tokens')} --steps 3 --delays 5"
+    disk, store = table_here(stores.main, f"{data} --settings {small}")
+    assert (disk[0], store[0]) == ("disk", "store, 5 ms per answer")
+    assert disk[4] == store[4] == "yes"
 
 
 @pytest.mark.parametrize("monitor", ["embedding", "lens"])

@@ -134,7 +134,7 @@ def test_missing_or_silent_web_file_is_named(tmp_path: Path, serve: Serve, monke
         texts(FilesCorpus([f"{serve(SilentHandler)}/a.jsonl"]))
 
 
-@pytest.mark.parametrize(("address", "package"), [("http://127.0.0.1:9/a.txt", "aiohttp"), ("s3://bucket/a", "s3fs")])
+@pytest.mark.parametrize(("address", "package"), [("http://127.0.0.1:9/a.txt", "aiohttp"), ("gs://bucket/a", "gcsfs")])
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, address: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
