@@ -24,6 +24,7 @@ from data_prep.tokenizer_spec import RANKS_FILE, SPEC_FILE
 from .blocks import THREADS, BlockCache, RemoteFile, attempted
 
 TOKENIZER_FILES = (f"{TOKENIZER_FOLDER}/{RANKS_FILE}", f"{TOKENIZER_FOLDER}/{SPEC_FILE}")
+DEFAULT_CACHES = ("$SLURM_TMPDIR/rowshard", "~/.cache/rowshard")
 PIECE_BYTES = 1 << 23  # of an index, fetched at once
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
@@ -88,10 +89,10 @@ def fetched(url: str, key: str, cache: str) -> BlockCache:
 
 def cache_folder(cache: str) -> Path:
     """Returns the folder of data.cache on this node. Raises DataError if it is not a folder that can be written."""
-    scratch = os.environ.get("SLURM_TMPDIR") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.expandvars(cache) if cache else os.path.join(scratch, "rowshard")
-    if "$" in folder:
-        raise DataError(f"data.cache={cache} must have variables that this node knows")
+    places = [os.path.expanduser(os.path.expandvars(place)) for place in ([cache] if cache else DEFAULT_CACHES)]
+    folder = next((place for place in places if "$" not in place), None)
+    if folder is None:
+        raise DataError(f"data.cache={cache} must have variables that this node knows: set them, or name a folder")
     check_folder(f"data.cache={folder}", Path(folder))
     return Path(folder)
 

@@ -8,8 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.job import JobConfig
 from pretrain.corpora import check_room, samples
 from pretrain.data import PackedWindows, Windows, blocks, dataset, loader, open_corpus, open_data, remote
+from tests.data_prep.test_web import RangesHandler
 from tests.in_process import in_process
 from tests.object_store import Store
 from tests.pretrain.data.test_show import batches_of
@@ -98,6 +102,23 @@ def test_windows_match_those_of_the_disk(store, local, url, cache, kind):
             for mine, other in zip(ours[index], theirs[index], strict=True):
                 assert np.array_equal(mine, other)
     assert sum(token_reads(store).values()) == len(token_reads(store)) == 8 + 8 + 3
+
+
+@pytest.mark.parametrize("protocol", ["file", "http"])
+def test_other_protocols_are_read(local, cache, monkeypatch, protocol):
+    monkeypatch.setattr(blocks, "BLOCK", SMALL_BLOCK)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangesHandler, directory=str(local)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"file://{local}" if protocol == "file" else f"http://127.0.0.1:{server.server_port}"
+        corpus, of_disk = open_corpus(url, cache=cache), open_corpus(local)
+        assert corpus.name == of_disk.name
+        for ours, theirs in zip(corpus.train, of_disk.train, strict=True):
+            assert np.array_equal(ours.read(300, 700), theirs.read(300, 700))
+        assert corpus.cache.missing
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def train_from_store(rank: int, world: int, environment: dict[str, str], config: JobConfig) -> None:
