@@ -195,6 +195,7 @@ class BlockCache:
                 return False
             file, start, size = self._place(block)
             data = attempted(file, start, start + size)
+            self._records[block] = 0  # if it is damaged, nobody must take the file for whole now
             try:
                 with open(self.folder / file.name, "r+b") as stream:
                     stream.seek(start)
