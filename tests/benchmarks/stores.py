@@ -2,9 +2,9 @@
 
     python tests/benchmarks/stores.py [--data data/stdlib] [--steps 100] [--delays 0 50] [--settings KEY=VALUE …]
 
-Serves the token files by an S3 server on loopback, in a process of its own, that waits for some milliseconds before
-each answer. Each run begins with an empty cache. Prints Markdown: the share of the time in which steps waited, with
-and without the first step, which waits for the first blocks; the speed; and if the losses are those of the disk.
+Serves the token files by an S3 server on loopback, in a process of its own, that waits for some milliseconds before each answer. Each run begins with an empty cache. Prints Markdown: the share of the time in which steps waited
+for their batches, with and without the first step, which waits for the first blocks; the same in milliseconds per step;
+and if the losses are those of the disk.
 """
 
 import argparse
@@ -35,19 +35,20 @@ def main() -> None:
         for delay in options.delays:
             lines[f"store, {delay:g} ms per answer"] = from_store(folder / f"{delay}", options.data, settings, delay)
     losses = [line["loss"] for line in lines["disk"]]
-    speed = seconds(lines["disk"][1:])
     rows = [
         [
             kind,
-            f"{share(each):.2%}",
-            f"{share(each[1:]):.2%}",
-            f"{speed / seconds(each[1:]):.3f}",
+            f"{waited(each) / seconds(each):.2%}",
+            f"{waited(each[1:]) / seconds(each[1:]):.2%}",
+            f"{1e3 * waited(each[:1]):,.0f}",
+            f"{1e3 * waited(each[1:]) / len(each[1:]):.2f}",
             "yes" if [line["loss"] for line in each] == losses else "no",
         ]
         for kind, each in lines.items()
     ]
-    print(f"{options.steps} steps of {speed / (options.steps - 1):.2f} s\n")
-    print(markdown(["token files", "data wait", "after step 1", "speed", "same losses"], rows))
+    print(f"{options.steps} steps of {seconds(lines['disk'][1:]) / (options.steps - 1):.2f} s on the disk\n")
+    columns = ["data wait", "after step 1", "step 1, ms", "later steps, ms", "same losses"]
+    print(markdown(["token files", *columns], rows))
 
 
 def from_store(folder: Path, data: Path, settings: list[str], delay: float) -> list[dict[str, float]]:
@@ -75,9 +76,9 @@ def seconds(lines: list[dict[str, float]]) -> float:
     return sum(line["step_s"] for line in lines)
 
 
-def share(lines: list[dict[str, float]]) -> float:
-    """Part of the time of these steps in which they waited for their batches."""
-    return sum(line["data_wait"] * line["step_s"] for line in lines) / seconds(lines)
+def waited(lines: list[dict[str, float]]) -> float:
+    """Seconds for which these steps waited for their batches."""
+    return sum(line["data_wait"] * line["step_s"] for line in lines)
 
 
 if __name__ == "__main__":
