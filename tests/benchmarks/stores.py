@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stores.py [--data data/stdlib] [--steps 100] [--delays 0 50] [--settings KEY=VALUE …]
 
-Serves the token files by an S3 server on loopback, in a process of its own, that waits for some milliseconds before each answer. Each run begins with an empty cache. Prints Markdown: the share of the time in which steps waited
-for their batches, with and without the first step, which waits for the first blocks; the same in milliseconds per step;
-and if the losses are those of the disk.
+Serves the token files by an S3 server on loopback, in a process of its own, that waits for some milliseconds before
+each answer. Each run begins with an empty cache. Prints Markdown: the share of the time in which steps waited for their
+batches, with and without the first step, which waits for the first blocks; the same in milliseconds per step; and if
+the losses are those of the disk.
 """
 
 import argparse
