@@ -126,7 +126,7 @@ class BatchLoader:
 
     def _prefetch(self, consumed: dict[str, int]) -> None:
         """Starts to fetch the windows that this rank reads of the next batch."""
-        samples = self.samples.next(consumed, self._size(consumed))
+        samples = self.samples.next(consumed, self.size(consumed))
         group = vocab_group(self.rank, self.shard)
         for i, (windows, index) in enumerate(samples):
             if i // self.micro_batch % self.world in group:
