@@ -38,7 +38,8 @@ def test_packages_only_export_names():
 
 
 def test_environment_is_read_only_in_start_and_mesh():
-    readers = {"mesh.py", "rendezvous.py", "train.py", "publish.py"}  # the last two are processes
+    processes = {"train.py", "publish.py", "coordinate_run.py"}
+    readers = {"mesh.py", "rendezvous.py", *processes}
     for path in (ROOT / "pretrain").rglob("*.py"):
         assert path.name in readers or "os.environ" not in path.read_text(), path
 

@@ -17,7 +17,7 @@ from ..optim.owners import Cut, Schedule, matrices_of
 from ..placement import Transfer
 
 FP32 = 4  # bytes: main weights, gradients and sums
-COUNT, NORM = 40, 8  # bytes per step over all ranks: the count of targets and the reasons to stop; a norm
+COUNT, NUMBER = 40, 8  # bytes per step over all ranks: the count of targets and the reasons to stop; a norm or loss
 
 
 def hidden_matrices(body: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -143,5 +143,5 @@ def exchanges(schedule: Schedule | None, itemsize: int, axis: str) -> list[Trans
 
 
 def agreements(world: int) -> Transfer:
-    """Transfer that every engine has: the count of targets, the reasons to stop, and the norms of body and matrix."""
-    return Transfer("count and norms", "all-reduce", "world", world, 3, COUNT + 2 * NORM, "40 + 2 · 8")
+    """Transfer that every engine has: the count of targets, the reasons to stop, two norms and the loss."""
+    return Transfer("count, norms and loss", "all-reduce", "world", world, 3, COUNT + 3 * NUMBER, "40 + 3 · 8")

@@ -85,7 +85,7 @@ def test_fsdp2_passes_the_bytes_of_the_model_to_collectives(world, ranks):
     body = FSDP2Footprint(FSDP2Config(hsdp=ranks < world), shapes, WORK, ranks, world)
     units = gathered_matrices(WORK, ranks, world // ranks)
     moved = [*body.transfers(), *units["embedding"], *units["head"]]
-    expected = told(one for one in moved if one.purpose != "count and norms")  # of the trainer
+    expected = told(one for one in moved if one.purpose != "count, norms and loss")  # of the trainer
     assert run_ranks(world, fsdp2_traffic, ranks, timeout=120) == [expected] * world
 
 
