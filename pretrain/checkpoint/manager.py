@@ -205,9 +205,11 @@ class CheckpointManager:
         restore_rng(manifest["rng"], self.mesh, self.seed, state.step)
         return state
 
-    def roll_back(self, last: int, left_out: list[list[int]], rollbacks: int) -> TrainState | None:
+    def roll_back(
+        self, last: int, left_out: Callable[[TrainState], list[list[int]]], rollbacks: int
+    ) -> TrainState | None:
         """Loads the newest intact checkpoint up to step `last`, as `load` does, and removes all newer ones. Its
-        manifest gets `left_out` and `rollbacks`, so that a later start continues from here in the same way.
+        manifest gets `left_out`, of its state, and `rollbacks`, so that a later start continues in the same way.
 
         Skips checkpoints without a tensor that the run now has (a second matrix, a running average, a monitor's
         counts), and imported weights, which have no optimizer state. Returns None and changes nothing if there is no
@@ -224,7 +226,7 @@ class CheckpointManager:
                 state = self.load(folder)
             except DamagedCheckpoint:
                 continue
-            state.left_out, state.rollbacks = left_out, rollbacks
+            state.left_out, state.rollbacks = left_out(state), rollbacks
             self._val_losses.clear()
             self._on_first_rank(lambda: _forget_after(self.run, folder, state))  # noqa: B023 - called at once
             return state

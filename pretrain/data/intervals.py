@@ -18,6 +18,11 @@ def merged(intervals: Iterable[Interval]) -> list[list[int]]:
     return found
 
 
+def length(intervals: Iterable[Interval]) -> int:
+    """Returns the number of samples in disjoint intervals."""
+    return sum(stop - first for first, stop in intervals)
+
+
 def below(intervals: Iterable[Interval], sample: int) -> list[list[int]]:
     """Returns the part of the intervals below a sample number, merged."""
     return merged([first, min(stop, sample)] for first, stop in intervals if first < sample)

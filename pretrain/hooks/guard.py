@@ -8,10 +8,10 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from ..checkpoint.state import HookState
+from ..checkpoint.state import HookState, TrainState
 from ..config.guard import GuardConfig
 from ..config.job import JobConfig
-from ..data.intervals import merged
+from ..data.intervals import Interval, length, merged
 from ..exits import tell_restarts
 from ..monitor.console import say
 from ..spikes import Spikes
@@ -34,8 +34,12 @@ class GuardHook(Hook):
     A new stage of the data, or other data or batches after a resume, have other losses: then the window starts again.
     """
 
-    def __init__(self, config: GuardConfig, run: Run, stages: Iterable[int], data: int) -> None:
+    def __init__(
+        self, config: GuardConfig, run: Run, stages: Iterable[int], data: int, skipped: Iterable[Interval] = ()
+    ) -> None:
+        """data: number that names corpora and batch. skipped: `data.skip`."""
         self.config, self.run, self.stages, self.data = config, run, sorted(stages), data
+        self.skipped = merged(skipped)
         self.news: Counter[str] = Counter()  # since the last finished step
         self._reset()
 
@@ -53,13 +57,14 @@ class GuardHook(Hook):
         if self.news:
             report.scalars |= self.news
             state, self.news = trainer.state, Counter()
-            report.scalars["guard_left_out"] = sum(stop - first for first, stop in state.left_out)
+            gone = length(merged([*self.skipped, *state.left_out])) - length(self.skipped)
+            report.scalars["guard_left_out"] = gone
             report.scalars["guard_rollbacks"] = state.rollbacks
 
     def _note(self, trainer: TrainerView) -> None:
-        here = trainer.state.step, sum(trainer.state.samples.values())
-        if here not in self.steps:
-            self.steps.append(here)
+        step = trainer.state.step
+        if not self.steps or self.steps[-1][0] != step:  # a batch that is left out moves the position, but is no step
+            self.steps.append((step, sum(trainer.state.samples.values())))
 
     def allows(self, trainer: TrainerView, report: StepReport) -> bool:
         now = self.data + bisect_right(self.stages, trainer.batches.samples.start(trainer.state.samples))
@@ -103,26 +108,33 @@ class GuardHook(Hook):
 
         Raises FloatingPointError if the run has done so too often.
         """
-        state, (step, position) = trainer.state, self.steps[0]
+        state, stop, last = trainer.state, found.samples[1], trainer.state.step - self.config.margin
+        step, position = self.steps[0]
         if state.rollbacks >= self.config.max_rollbacks:
             self._tell(report, why, found, "the run ends")
             raise FloatingPointError(
-                f"{why}, after guard.max_rollbacks={state.rollbacks}: lower optim.lr or raise optim.warmup_steps, and"
-                " resume from the last checkpoint; or raise guard.max_rollbacks"
+                f"{why}, after guard.max_rollbacks={self.config.max_rollbacks}: lower optim.lr or raise"
+                " optim.warmup_steps, and resume from the last checkpoint; or raise guard.max_rollbacks"
             )
-        left_out = merged([*state.left_out, [position, found.samples[1]]])
+
+        def begin(loaded: TrainState) -> int:
+            return position if step <= last else sum(loaded.samples.values())  # the guard may be new in this run
+
         before = self.state_dict()
         self._reset()
-        loaded = self.run.manager.roll_back(step, left_out, state.rollbacks + 1)
+        trainer.must_stop()  # rearms the watchdog: reading a checkpoint takes time
+        loaded = self.run.manager.roll_back(
+            last, lambda loaded: merged([*state.left_out, [begin(loaded), stop]]), state.rollbacks + 1
+        )
         if loaded is None:
             self.load_state_dict(before)
             return False
         state.become(loaded)
         self._note(trainer)
-        trainer.batches.restart(dict(state.samples), trainer.batches.samples.without(left_out))
+        trainer.batches.restart(dict(state.samples), trainer.batches.samples.without(state.left_out))
         if self.run.log is not None:
             self.run.log.rewind(state.step)
-        what = f"back to step {state.step:,}, without samples {position:,} to {found.samples[1] - 1:,}"
+        what = f"back to step {state.step:,}, without samples {begin(loaded):,} to {stop - 1:,}"
         self._tell(report, why, found, what, state.step)
         return True
 
@@ -172,4 +184,4 @@ def build(config: JobConfig, run: Run) -> GuardHook | None:
         return None
     data, train = config.data, config.train
     settings = data.paths, data.weights, data.documents, data.packing, train.global_batch, config.seq_len
-    return GuardHook(config.guard, run, data.stages, zlib.crc32(repr(settings).encode()))
+    return GuardHook(config.guard, run, data.stages, zlib.crc32(repr(settings).encode()), data.skip)

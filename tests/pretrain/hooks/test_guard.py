@@ -4,6 +4,7 @@ import json
 import math
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,14 @@ import torch
 
 from data_prep.token_file import TokenFileWriter
 from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checkpoint.state import TrainState
 from pretrain.checks import check_job
 from pretrain.commands.data import Request, show
+from pretrain.config.guard import GuardConfig
 from pretrain.config.job import JobConfig
 from pretrain.exits import restarts_in
+from pretrain.hooks.culprits import Culprits
+from pretrain.hooks.guard import GuardHook
 from pretrain.models.language_model import LanguageModel
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -179,6 +184,48 @@ def test_a_hopeless_run_ends_with_the_error_of_its_norm(poisoned, tmp_path):
         run_ranks(2, train_rank, config)
     decisions = [spike["decision"] for spike in spikes_of(tmp_path / "run")]
     assert decisions == ["batch left out", "batch left out", "the run ends"]
+
+
+def trainer_at(step: int, position: int) -> Any:
+    return SimpleNamespace(state=TrainState(step, samples={"a": position}), must_stop=lambda: False)
+
+
+def test_a_stop_after_a_batch_left_out_keeps_the_margin():
+    """The position has moved without a step: a resumed run rolls back to where the other would."""
+    hook, resumed = (GuardHook(GuardConfig(margin=3), None, [], 5) for _ in range(2))
+    for step in range(7, 11):
+        hook.after_step(trainer_at(step, 4 * step), None)
+    resumed.load_state_dict(hook.state_dict())
+    resumed.before_training(trainer_at(10, 44))
+    assert [*resumed.steps] == [*hook.steps] == [(7, 28), (8, 32), (9, 36), (10, 40)]
+
+
+def test_samples_that_were_skipped_are_not_the_guards():
+    hook = GuardHook(GuardConfig(), None, [], 5, [[12, 100]])
+    hook.news["guard_spikes"] = 1
+    trainer, report = trainer_at(3, 102), SimpleNamespace(scalars={})
+    trainer.state.left_out = [[10, 102]]
+    hook.after_step(trainer, report)
+    assert report.scalars["guard_left_out"] == 4
+
+
+def test_a_new_guard_returns_to_before_its_margin():
+    """It has not seen the positions of the steps before the spike: samples are left out from the checkpoint's on."""
+    asked = []
+
+    def roll_back(last: int, left_out: Any, rollbacks: int) -> TrainState:
+        loaded = TrainState(90, samples={"a": 360})
+        asked.append((last, left_out(loaded), rollbacks))
+        return loaded
+
+    for seen, begin in ((100, 360), (92, 372)):
+        run = SimpleNamespace(log=None, manager=SimpleNamespace(roll_back=roll_back))
+        hook, trainer = GuardHook(GuardConfig(level="rollback", margin=8), run, [], 5), trainer_at(100, 404)
+        for step in range(seen, 101):
+            hook.after_step(trainer_at(step, 4 * step + 4), None)
+        trainer.batches = SimpleNamespace(samples=SimpleNamespace(without=list), restart=lambda *_: None)
+        assert hook._roll_back(trainer, None, "", Culprits([404, 408], [404], [], []))
+        assert asked[-1] == (92, [[begin, 408]], 1) and trainer.state.step == 90
 
 
 def test_changing_left_out_samples_of_the_past_is_refused(poisoned, tmp_path):
