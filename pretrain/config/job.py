@@ -72,11 +72,8 @@ class JobConfig:
         self._settle_lengths()
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)
-        if self.guard.level == "rollback" and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
-            raise ValueError(
-                f"guard.level=rollback needs older checkpoints: checkpoint.every={self.checkpoint.every} must not be"
-                f" 0, and checkpoint.keep={self.checkpoint.keep} must not be 1"
-            )
+        if self.guard.level == "rollback":
+            self.checkpoint.check_reach("guard.level=rollback", "guard.margin", self.guard.margin)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
         if limit is not None and limit <= reserve:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Spikes are found by robust statistics, and settings of the guard are checked."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from pretrain.config.guard import GuardConfig
 from pretrain.spikes import Spikes
+from tests.pretrain.tiny import tiny_config
 
 
 def filled(window: int = 32, noise: float = 0.1, outliers: int = 0) -> Spikes:
@@ -60,6 +62,21 @@ def test_recorded_runs_have_no_false_alarm():
             spikes.add(loss, norm)
         assert curve[0, 0] > 6 > 4 > curve[-1, 0] and spikes.found(curve[-1, 0] + 3, curve[-1, 1])
     assert steps == 11_000 and not found
+
+
+@pytest.mark.parametrize(
+    "rules,message",
+    [
+        ({"every": 0}, "checkpoint.every=0 must be positive"),
+        ({"every": 4, "keep": 2}, r"keep=2 must be at least 3 \(or 0: all\), to reach back guard.margin=8 steps"),
+        ({"every": 500, "keep": 1}, "keep=1 must be at least 2"),
+        *(({"every": 4, "keep": keep, "keep_every": more}, None) for keep, more in ((3, 0), (0, 0), (1, 16))),
+    ],
+)
+def test_a_rollback_needs_checkpoints_from_before_its_margin(tmp_path, rules, message):
+    settings = {f"checkpoint__{key}": value for key, value in rules.items()}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, tmp_path / "run", guard__level="rollback", **settings)
 
 
 @pytest.mark.parametrize(
