@@ -41,6 +41,7 @@ KEYS = {
 LOOK_SECONDS = 1.0  # between looks at metrics.jsonl
 RETRY_SECONDS = 30.0  # after a failure
 READ_BYTES = 16 << 20  # of metrics.jsonl at once
+END_BYTES = 256  # of what was read, that must still be there: a rollback cuts the file, and it grows again
 
 Ended = Callable[[float], bool]  # waits up to this many seconds; True if no further step will come
 
@@ -104,18 +105,19 @@ class Lines:
     """Lines that were added to metrics.jsonl. A file that was replaced or cut is read from its start again."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file, self._read = path, -1, 0
+        self._path, self._file, self._read, self._end = path, -1, 0, b""  # `_end`: of what was read
 
     def new(self) -> list[Scalars]:
         """Scalars of the next lines; empty if there are none so far."""
         with open(self._path, "rb") as file:
             about = os.fstat(file.fileno())
-            if about.st_ino != self._file or about.st_size < self._read:
-                self._file, self._read = about.st_ino, 0
+            file.seek(self._read - len(self._end))
+            if about.st_ino != self._file or file.read(len(self._end)) != self._end:
+                self._file, self._read, self._end = about.st_ino, 0, b""
             file.seek(self._read)
             data = file.read(READ_BYTES)
         whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
+        self._read, self._end = self._read + len(whole), whole[-END_BYTES:] or self._end
         return list(_scalars(whole))
 
 

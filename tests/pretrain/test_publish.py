@@ -66,6 +66,24 @@ def mlflow_run(store: Path) -> tuple[Path, dict[str, list[tuple[int, float]]]]:
     return folder, metrics
 
 
+def test_lines_after_a_rollback_are_all_read(tmp_path):
+    """The file is cut, and has grown beyond its old size before the next look."""
+    path = tmp_path / "metrics.jsonl"
+
+    def steps(*numbers: int, loss: float) -> str:
+        return "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step in numbers)
+
+    path.write_text(steps(*range(1, 41), loss=1.5))
+    lines = publish.Lines(path)
+    assert [line["step"] for line in lines.new()] == [*range(1, 41)] and lines.new() == []
+    path.write_text("")
+    assert lines.new() == []
+    path.write_text(steps(*range(1, 41), loss=1.5))
+    assert len(lines.new()) == 40
+    path.write_text(steps(*range(1, 31), loss=1.5) + steps(*range(31, 60), loss=1.25))
+    assert lines.new()[-29:] == [{"step": step, "loss": 1.25} for step in range(31, 60)]
+
+
 def points(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """The points that a target should have, by MLflow's names."""
     found: dict[str, list[tuple[int, float]]] = {}
