@@ -41,7 +41,7 @@ KEYS = {
     "seeds": "trainings per width, whose sizes are averaged; default: 1",
     "out": "HTML file to write; default: coordinate_check.html",
 }
-FIXED = ("run.dir", "train.steps", "init_from", "decay_from", "resume")  # settings of the check itself
+FIXED = ("run.dir", "train.steps", "train.stop_after", "init_from", "decay_from", "resume")  # the check has its own
 GROW = ("heads", "kv_heads", "inner")  # sizes of a model that grow with its width
 LONGEST = 256  # tokens of the text
 

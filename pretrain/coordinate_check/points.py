@@ -91,7 +91,13 @@ def verdict(found: Iterable[Coordinate]) -> list[str]:
     if not steep:
         return [f"No activation depends on the width: all slopes are within ±{STEEP} after the last step."]
     return [
-        f"{one.name}: {'grows' if one.at_end + one.of_change > 0 else 'shrinks'} with the width"
+        f"{one.name}: {_trend(one.at_end + one.of_change)}"
         f" (slope of the size {one.at_end:+.2f}, of the change {one.of_change:+.2f})"
         for one in steep
     ]
+
+
+def _trend(slope: float) -> str:
+    if math.isnan(slope):
+        return "is 0 or not finite at a width"
+    return f"{'grows' if slope > 0 else 'shrinks'} with the width"
