@@ -204,6 +204,7 @@ class HeatMaps:
                     self.measured[scalars["step"]] = scalars
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
+        self.measured = {at: values for at, values in self.measured.items() if at < step}  # others: rolled back
         self.measured[step] = scalars
         for name, title in HEAT_MAPS.items():
             begin = f"lens_{name}/"

@@ -21,7 +21,7 @@ from pretrain.corpora import validation_windows, vocab_rows
 from pretrain.data import IGNORED, Windows, open_data
 from pretrain.data.loader import MicroBatch
 from pretrain.hooks import Run, lens
-from pretrain.hooks.lens import BINS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
+from pretrain.hooks.lens import BINS, HEAT_MAPS, ROWS, HeatMaps, LensMonitor, fixed_windows, frequency_bins, heat_map
 from pretrain.lens.lens import run_lens
 from pretrain.monitor import MetricsLog
 from pretrain.monitor.scalars import map_tag, tag_of
@@ -248,9 +248,12 @@ def test_heat_maps_read_the_input_of_an_earlier_version(tmp_path):
         '{"step": 5, "lens_kl_final/positions": 1.5, "lens_kl_final/output": 0.0}\n'
     )
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 5, 10)
-    measured = HeatMaps(log).measured
+    maps = HeatMaps(log)
+    assert maps.measured == {5: {"step": 5, "lens_kl_final/input": 1.5, "lens_kl_final/output": 0.0}}
+    for step in (10, 15, 10):  # the last after a rollback
+        maps.add(step, {f"lens_{name}/input": 1.0 * step for name in HEAT_MAPS})
     log.close()
-    assert measured == {5: {"step": 5, "lens_kl_final/input": 1.5, "lens_kl_final/output": 0.0}}
+    assert list(maps.measured) == [5, 10]
 
 
 def test_a_heat_map_ends_at_the_last_step_with_colours_of_its_data():
