@@ -37,8 +37,6 @@ class MetricsLog:
         self._tokens = TokenTexts(None)
         self._open(step)
         self._followers = Followers(run, config)
-        with _no_more_than_a_warning():
-            self._tell_restarts(run, step)
 
     def _open(self, step: int) -> None:
         """Opens the files, to write what comes after `step`."""
@@ -53,6 +51,8 @@ class MetricsLog:
             self._board = Board(self._run, step + 1)
         self._charts, self._best, self._listed = Charts(()), dict[str, float](), set[str]()
         self._read_back()
+        with _no_more_than_a_warning():
+            self._tell_restarts(self._run, step)
 
     def rewind(self, step: int) -> None:
         """Continues after an earlier step, without what was logged after it."""

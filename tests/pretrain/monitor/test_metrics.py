@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -94,6 +95,11 @@ def test_tensorboard_shows_the_restarts(tmp_path):
     assert event.step == 3
     *_, row = text.decode().splitlines()
     assert "KILLED, rank 1 on n2: killed by SIGKILL | restart: n2 is excluded |" in row
+    log = MetricsLog(tmp_path, LogConfig(), 6, 100)
+    log.rewind(2)  # to before these starts: TensorBoard drops what was written after that step
+    log.close()
+    shown = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Tensors("about/restarts/text_summary")] == [2]
 
 
 def test_the_line_on_the_terminal(tmp_path, capsys):
