@@ -20,15 +20,15 @@ class CheckpointConfig:
             if not getattr(self, key) >= 0:
                 raise ValueError(f"checkpoint.{key}={getattr(self, key)} must not be negative")
 
-    def check_reach(self, user: str, key: str, steps: int) -> None:
-        """Raises ValueError if the rules keep no checkpoint that is `steps` steps old. user, key: settings that ask."""
+    def check_rollback(self, margin: int) -> None:
+        """Raises ValueError if the rules keep no checkpoint that is guard.margin steps old."""
         if not self.every:
-            raise ValueError(f"{user} needs older checkpoints: checkpoint.every=0 must be positive")
-        least = 1 - (-steps // self.every)
+            raise ValueError("guard.level=rollback needs older checkpoints: checkpoint.every=0 must be positive")
+        least = 1 - (-margin // self.every)
         if 0 < self.keep < least and not self.keep_every:
             raise ValueError(
-                f"{user} needs older checkpoints: checkpoint.keep={self.keep} must be at least {least} (or 0: all), to"
-                f" reach back {key}={steps} steps with checkpoint.every={self.every}"
+                f"guard.level=rollback needs older checkpoints: checkpoint.keep={self.keep} must be at least {least}"
+                f" (or 0: all), to reach back guard.margin={margin} steps with checkpoint.every={self.every}"
             )
 
     def kept(self, val_losses: Mapping[int, float | None]) -> set[int]:

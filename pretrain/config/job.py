@@ -73,7 +73,7 @@ class JobConfig:
         self.vocab.check_steps(self.train.steps)
         self.profile.check_steps(self.train.last_step)
         if self.guard.level == "rollback":
-            self.checkpoint.check_reach("guard.level=rollback", "guard.margin", self.guard.margin)
+            self.checkpoint.check_rollback(self.guard.margin)
         limit, reserve = self.train.time_limit_seconds, self.checkpoint.reserve_seconds
         if limit is not None and limit <= reserve:
             raise ValueError(

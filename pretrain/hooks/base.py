@@ -83,7 +83,7 @@ class Hook:
         """Called once per start, after the last step, before the last save; also if no step was left."""
 
     def state_dict(self) -> HookState:
-        """Returns the state to save, by names that begin with `monitor.` or `ema.`: DTensors, and numbers.
+        """Returns the state to save, by names that begin with `monitor.` or `ema.`: DTensors, numbers, lists of them.
 
         Numbers go into the manifest. Called at each save, and before a load, which fills the tensors in place. A save
         may read them until the update of the next step, so do not change them in place before it.
