@@ -31,13 +31,14 @@ class GuardHook(Hook):
     these samples in data.skip. Leaving out some hundred batches around a spike follows PaLM (Chowdhery et al.,
     arXiv:2204.02311, 5.1); judging by a window of 128 steps, OLMo 2 (arXiv:2501.00656).
 
-    A new stage of the data, or other data or batches after a resume, have other losses: then the window starts again.
+    A new stage of the data, or other data, batches or terms of the loss after a resume, have other losses: then the
+    window starts again.
     """
 
     def __init__(
         self, config: GuardConfig, run: Run, stages: Iterable[int], data: int, skipped: Iterable[Interval] = ()
     ) -> None:
-        """data: number that names corpora and batch. skipped: `data.skip`."""
+        """data: number that names corpora, batch and loss. skipped: `data.skip`."""
         self.config, self.run, self.stages, self.data = config, run, sorted(stages), data
         self.skipped = merged(skipped)
         self.news: Counter[str] = Counter()  # since the last finished step
@@ -182,6 +183,6 @@ def build(config: JobConfig, run: Run) -> GuardHook | None:
     """The hook, unless guard.level is off."""
     if config.guard.level == "off":
         return None
-    data, train = config.data, config.train
-    settings = data.paths, data.weights, data.documents, data.packing, train.global_batch, config.seq_len
+    data, train, loss = config.data, config.train, (config.vocab.label_smoothing, config.vocab.z_loss)
+    settings = data.paths, data.weights, data.documents, data.packing, train.global_batch, config.seq_len, loss
     return GuardHook(config.guard, run, data.stages, zlib.crc32(repr(settings).encode()), data.skip)

@@ -38,7 +38,7 @@ def sample(
     lowest id, but all ties at the edge of `top_p` are kept. Memory: SCORE_BYTES of scores, and a few times as much to
     draw from them; n positions are processed at once. Collectives for n positions: one gather of the winners, 3·n
     floats; for `top_k` one gather of k·n; for `top_p` one of 2·n, and another of n and of winners for each rejected
-    draw, 1 / top_p draws on average at most. Raises ValueError if a setting is out of range.
+    draw; a position takes 1 / top_p draws on average at most. Raises ValueError if a setting is out of range.
 
     >>> rows, shard = torch.eye(4), VocabShard.of(rank=0, world=1, vocab_size=4, multiple=1)
     >>> hidden = torch.tensor([[0.0, 3.0, 1.0, 2.0]])  # with these rows, the logits

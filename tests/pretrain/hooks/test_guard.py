@@ -20,7 +20,7 @@ from pretrain.config.guard import GuardConfig
 from pretrain.config.job import JobConfig
 from pretrain.exits import restarts_in
 from pretrain.hooks.culprits import Culprits
-from pretrain.hooks.guard import GuardHook
+from pretrain.hooks.guard import GuardHook, build
 from pretrain.models.language_model import LanguageModel
 from tests.pretrain.tiny import VOCAB, saved_tensors, tiny_config, train_rank
 from tests.ranks import run_ranks
@@ -198,6 +198,12 @@ def test_a_stop_after_a_batch_left_out_keeps_the_margin():
     resumed.load_state_dict(hook.state_dict())
     resumed.before_training(trainer_at(10, 44))
     assert [*resumed.steps] == [*hook.steps] == [(7, 28), (8, 32), (9, 36), (10, 40)]
+
+
+def test_another_loss_starts_another_window(tmp_path):
+    changes = [{}, {}, {"vocab__label_smoothing": 0.1}, {"vocab__z_loss": 1e-4}, {"train__global_batch": 24}]
+    hooks = [build(tiny_config(tmp_path, tmp_path, **some), None) for some in changes]
+    assert hooks[0].data == hooks[1].data and len({hook.data for hook in hooks}) == 4
 
 
 def test_samples_that_were_skipped_are_not_the_guards():
