@@ -9,9 +9,9 @@ LEVELS = ("off", "warn", "clip", "skip", "rollback")
 class GuardConfig:
     """Reaction of a run to a step whose loss or gradient norm is far above those of the steps before it."""
 
-    #: off: only a norm that is not finite ends the run; warn: report a spike; clip: also limit its gradient to the
-    #: median norm; skip: leave its batch out instead, also if loss or norm is not finite; rollback: as skip, and if all
-    #: batches spike, return to a checkpoint from before and leave out the samples in between
+    #: off: only a norm or loss that is not finite ends the run; warn: report a spike; clip: also limit its gradient to
+    #: the median norm; skip: leave its batch out instead, also if loss or norm is not finite; rollback: as skip, and if
+    #: all batches spike, return to a checkpoint from before and leave out the samples in between
     level: str = "skip"
     window: int = 128  # steps that are compared with; nothing finite is judged before there are as many
     #: spike: above the median by this many robust standard deviations (1.4826 · MAD, at least 0.02 nats; for the norm,
