@@ -118,6 +118,7 @@ def test_command_compares_widths_on_two_ranks(tmp_path):
         ("steps=0", "steps=0 and seeds=1 must be at least 1"),
         ("optim.lr=null", "optim.lr is missing: give the rate to check"),
         ("train.steps=5", "train.steps must not be given: the check has its own"),
+        ("train.stop_after=5", "train.stop_after must not be given: the check has its own"),
         ("out={tmp}", "out={tmp} is a folder: name a file"),
         ("out={tmp}/no/a.html", "must be in a folder that exists: {tmp}/no does not"),
         ("optim.base_width=0", "optim.base_width=0 must be at least 1"),
