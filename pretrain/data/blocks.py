@@ -1,7 +1,8 @@
 """Token files of a store, fetched by blocks when they are needed and kept on this node's disk.
 
     FOLDER/train-00000.bin   of its full size from the beginning, but sparse: only the fetched blocks take space
-    FOLDER/blocks            8 bytes per block: 1 and the CRC-32 of its bytes; 0: not fetched
+    FOLDER/blocks            8 bytes per block: 1 and the CRC-32 of its bytes; 0: not fetched. Then 8 bytes per file: 1
+                             if it matched its hash as a whole
 
 All processes of a node share the folder. A lock on the block's 8 bytes lets one of them fetch it; the system releases
 the lock of a killed process. The bytes are written before their CRC. Each process compares a block with its CRC before
@@ -13,6 +14,7 @@ import itertools
 import mmap
 import os
 import queue
+import random
 import threading
 import time
 import zlib
@@ -37,6 +39,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts
 POLL_SECONDS = 0.01  # between looks at a block that another process fetches
 RECORDS_FILE = "blocks"
 SOON, NOW = 1, 0  # priorities
+_spread = random.Random()  # of its own: the state of the module's generator belongs to the training
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class BlockCache:
         self._firsts = [0, *accumulate(counts)]
         self._numbers = {file.name: i for i, file in enumerate(self.files)}
         self._descriptor = os.open(folder / RECORDS_FILE, os.O_RDWR)
-        self._records = np.frombuffer(mmap.mmap(self._descriptor, max(8, 8 * self._firsts[-1])), "<u8")
+        size = 8 * max(1, self._firsts[-1] + len(self.files))
+        # mapped to be read only: a write to a map dies by SIGBUS if the disk is full
+        self._records = np.frombuffer(mmap.mmap(self._descriptor, size, access=mmap.ACCESS_READ), "<u8")
         self._have = bytearray(self._firsts[-1])  # 1: compared with its CRC by this process
         self._pending: dict[int, Future[None]] = {}
         self._running: set[int] = set()
@@ -73,23 +78,24 @@ class BlockCache:
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._threads: list[threading.Thread] = []
+        self._comparing: set[int] = set()  # numbers of the files whose hash this process computes
         self._fault: DataError | None = None
 
     @staticmethod
     def prepare(folder: Path, files: Iterable[RemoteFile]) -> None:
         """Makes the empty files. Raises OSError if the disk does not take files of this size."""
-        blocks = 0
+        records = 0
         for file in files:
             with open(folder / file.name, "ab") as stream:
                 stream.truncate(file.size)
-            blocks += -(-file.size // BLOCK)
-        with open(folder / RECORDS_FILE, "ab") as stream:
-            stream.truncate(max(8, 8 * blocks))
+            records += -(-file.size // BLOCK) + 1
+        with open(folder / RECORDS_FILE, "wb") as stream:
+            stream.write(bytes(8 * max(1, records)))  # not sparse: a record must find room on a full disk
 
     @property
     def missing(self) -> int:
         """Bytes that were not fetched yet."""
-        there = self._records != 0
+        there = self._records[: self._firsts[-1]] != 0
         total = (self._firsts[-1] - int(there.sum())) * BLOCK
         for file, end in zip(self.files, self._firsts[1:], strict=True):
             total -= 0 if there[end - 1] else -file.size % BLOCK  # its last block is shorter
@@ -158,9 +164,9 @@ class BlockCache:
                 if future is None or block in self._running:  # asked for twice
                     continue
                 self._running.add(block)
-            error, fetched = None, False
+            error = None
             try:
-                fetched = self._bring(block)
+                self._bring(block)
             except BaseException as found:
                 error = found
             with self._mutex:
@@ -168,7 +174,7 @@ class BlockCache:
                 self._running.discard(block)
                 del self._pending[block]
             future.set_result(None) if error is None else future.set_exception(error)
-            if fetched:
+            if error is None:
                 self._check_whole(block)
 
     def _place(self, block: int) -> tuple[RemoteFile, int, int]:
@@ -186,27 +192,31 @@ class BlockCache:
             data = os.pread(stream.fileno(), size, start)
         return record == _record(data)
 
-    def _bring(self, block: int) -> bool:
-        """Returns when the block is stored: True if this process has fetched it."""
+    def _bring(self, block: int) -> None:
+        """Returns when the block is stored."""
         if self._stored(block):
-            return False
+            return
         with self._locked(block):
             if self._stored(block):  # by another process, meanwhile
-                return False
+                return
             file, start, size = self._place(block)
             data = attempted(file, start, start + size)
-            self._records[block] = 0  # if it is damaged, nobody must take the file for whole now
             try:
+                if self._records[block]:  # it is damaged: nobody must take the file for whole now
+                    self._write(block, 0)
+                    self._write(self._firsts[-1] + bisect_right(self._firsts, block) - 1, 0)
                 with open(self.folder / file.name, "r+b") as stream:
                     stream.seek(start)
                     stream.write(data)
+                self._write(block, _record(data))
             except OSError as error:
                 raise DataError(
                     f"{self.folder} cannot be written: {error.strerror}; data.cache must be on a disk with room for"
                     f" {self.missing / 2**30:.1f} GiB more"
                 ) from error
-            self._records[block] = _record(data)
-        return True
+
+    def _write(self, record: int, value: int) -> None:
+        os.pwrite(self._descriptor, value.to_bytes(8, "little"), 8 * record)
 
     @contextmanager
     def _locked(self, block: int) -> Iterator[None]:
@@ -214,31 +224,58 @@ class BlockCache:
         where there are none.
         """
         late = time.monotonic() + 2 * GIVE_UP_SECONDS
-        while True:
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 8, 8 * block)
-                break
-            except (BlockingIOError, PermissionError) as error:  # POSIX allows both
-                if time.monotonic() > late:
-                    url = self._place(block)[0].url
-                    raise ConnectionError(f"{url}: another process fetches a block, without an end") from error
-                time.sleep(POLL_SECONDS)
+        while not self._lock(block):
+            if time.monotonic() > late:
+                raise ConnectionError(f"{self._place(block)[0].url}: another process fetches a block, without an end")
+            time.sleep(POLL_SECONDS)
         try:
             yield
         finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 8, 8 * block)
+            self._unlock(block)
+
+    def _lock(self, record: int) -> bool:
+        """Locks a record against other processes. Returns False if one of them has it."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 8, 8 * record)
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            return False
+        return True
+
+    def _unlock(self, record: int) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 8, 8 * record)
 
     def _check_whole(self, block: int) -> None:
-        """Compares the file of the block with its hash, if this block was the last one to come."""
+        """Compares the file of the block with its hash if all its blocks are there, and no process has done it yet."""
         number = bisect_right(self._firsts, block) - 1
-        file, records = self.files[number], self._records[self._firsts[number] : self._firsts[number + 1]]
+        blocks, mark = range(*self._firsts[number : number + 2]), self._firsts[-1] + number
+        if self._records[mark] or not self._records[blocks.start : blocks.stop].all():
+            return
         with suppress(OSError):  # the folder was removed
-            if records.all() and sha256_of(self.folder / file.name) != file.sha256:
-                records[:] = 0
-                self._fault = DataError(
-                    f"{file.url}: its sha256 does not match the manifest: the file in the store is damaged, or of"
-                    " another corpus; upload the folder again"
-                )
+            with self._mutex:
+                if number in self._comparing or not self._lock(mark):
+                    return
+                self._comparing.add(number)
+            try:
+                self._compare(self.files[number], blocks, mark)
+            finally:
+                self._comparing.discard(number)
+                self._unlock(mark)
+
+    def _compare(self, file: RemoteFile, blocks: range, mark: int) -> None:
+        damaged: list[int] = []
+        for _ in range(2):  # another process may have mended a block meanwhile
+            if sha256_of(self.folder / file.name) == file.sha256:
+                self._write(mark, 1)
+                return
+            damaged = damaged or [block for block in blocks if not self._stored(block)]  # here, not in the store
+        for block in damaged or blocks:
+            self._have[block] = 0
+            self._write(block, 0)
+        if not damaged:  # others are fetched when they are read, and then the file is compared again
+            self._fault = DataError(
+                f"{file.url}: its sha256 does not match the manifest: the file in the store is damaged, or of another"
+                " corpus; upload the folder again"
+            )
 
 
 def attempted(file: RemoteFile, start: int, stop: int) -> bytes:
@@ -261,7 +298,7 @@ def attempted(file: RemoteFile, start: int, stop: int) -> bytes:
                 f"{file.url}: cannot be read for {GIVE_UP_SECONDS:g} s: {fault}; the same command resumes the run when"
                 " the store answers again"
             )
-        time.sleep(pause)
+        time.sleep(pause * _spread.uniform(0.5, 1))  # not all ranks at once
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -1,6 +1,5 @@
 """Corpora of a real S3 server on loopback: the same batches as from the disk, and one clear error for each fault."""
 
-import errno
 import json
 import os
 import re
@@ -246,15 +245,6 @@ def test_whole_file_is_compared_with_its_hash(store, local, url, cache):
             for _ in range(500):  # the threads read the whole file after its last block
                 corpus.train[0].tokens  # noqa: B018
                 time.sleep(0.01)
-
-
-def test_full_disk_names_the_cache(store, url, cache):
-    corpus = open_corpus(url, cache=cache)
-    path = corpus.train[0].prefix.with_suffix(".bin")
-    path.unlink()
-    path.symlink_to("/dev/full")
-    with pytest.raises(DataError, match=rf"{cache}/.* cannot be written: {os.strerror(errno.ENOSPC)}; data.cache must"):
-        corpus.train[0].read(0, 10)
 
 
 def test_cache_without_room_is_refused(store, url, cache, tmp_path, monkeypatch):
