@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from .dataset import IGNORED, Window, Windows
 from .samples import Samples
 
 LOOK_AHEAD = 32  # batches whose blocks are fetched in advance, if they come from a store
+CLOSE_SECONDS = 5.0  # for which `close` waits for the thread: it may wait for a store
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class BatchLoader:
     def __next__(self) -> Batch:
         if self._ready is None:
             self._ready = queue.Queue(self.prefetch)
-            self._thread = threading.Thread(target=self._fill, args=(self.consumed,), daemon=True, name="loader")
+            arguments = self.consumed, self._ready, self._stop
+            self._thread = threading.Thread(target=self._fill, args=arguments, daemon=True, name="loader")
             self._thread.start()
         batch = self._ready.get()
         if isinstance(batch, Exception):
@@ -100,27 +103,31 @@ class BatchLoader:
         return Batch([sent(micro, self.device) for micro in batch.micro_batches], batch.n_targets)
 
     def close(self) -> None:
-        """Stops the thread."""
+        """Stops the thread. One that waits for a store is left alone: it ends when it has its answer."""
         self._stop.set()
-        while self._ready is not None and self._thread.is_alive():
+        late = time.monotonic() + CLOSE_SECONDS
+        while self._ready is not None and self._thread.is_alive() and time.monotonic() < late:
             try:
                 self._ready.get(timeout=0.05)  # makes room: the thread may be blocked in put
             except queue.Empty:
                 continue
 
-    def _fill(self, consumed: dict[str, int]) -> None:
-        assert self._ready is not None
+    def _fill(self, consumed: dict[str, int], ready: "queue.Queue[Batch | Exception]", stop: threading.Event) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a new thread uses GPU 0; pinning memory would allocate there
         ahead, batches = consumed, 0  # the look-ahead's position, and how many batches it is in front
-        while not self._stop.is_set():
+        while not stop.is_set():
             try:
                 while self.samples.remote and batches < LOOK_AHEAD:
                     self._prefetch(ahead)
                     ahead, batches = self._after(ahead), batches + 1
-                self._ready.put(self._batch(consumed))
+                made: Batch | Exception = self._batch(consumed)
             except Exception as error:
-                self._ready.put(error)
+                made = error
+            if stop.is_set():  # nobody will take it
+                return
+            ready.put(made)
+            if isinstance(made, Exception):
                 return
             consumed, batches = self._after(consumed), batches - 1
 

@@ -145,6 +145,33 @@ def test_close_stops_thread(loader):
     assert set(threading.enumerate()) == before
 
 
+class Stuck(Windows):
+    """Waits after its first batch, as for a store that does not answer."""
+
+    def batch(self, indices):
+        self.asked += 1
+        assert self.asked == 1 or self.answers.wait(30)
+        return super().batch(indices)
+
+
+def test_close_does_not_wait_for_a_store(loader, windows, monkeypatch):
+    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
+    stuck = Stuck(windows.files, SEQ_LEN)
+    stuck.asked, stuck.answers = 0, threading.Event()
+    closed = loader(global_batch=1, data=stuck)
+    next(closed)
+    closing = threading.Thread(target=closed.close)
+    closing.start()
+    closing.join(10)
+    try:
+        assert not closing.is_alive()
+        closed.restart({}, Samples({"a": (windows, Order(WINDOWS, seed=0, corpus="a"))}, Blend({0: [1]})))
+        again = samples(next(closed))
+    finally:
+        stuck.answers.set()
+    assert again == samples(next(loader(global_batch=1)))
+
+
 class Broken(Windows):
     def batch(self, indices):
         raise OSError("the disk is gone")
