@@ -24,7 +24,7 @@ from .compilers import check_compilers
 from .config.engine import DeepSpeedConfig, FSDP2Config
 from .config.evaluation import check_tasks
 from .config.job import CONFIG_FILE, JobConfig
-from .corpora import check_room, validation_windows, vocab_rows
+from .corpora import check_room, share_of_node, validation_windows, vocab_rows
 from .data import Data, open_data
 from .evaluate.tasks import check_names
 from .exits import RESTARTS_FILE
@@ -64,9 +64,10 @@ def check_job(
             raise ValueError(f"eval.tasks={','.join(config.eval.tasks)} need the tokenizer of the data: it has none")
         if config.eval.tasks_path:  # to list lm-eval's own tasks takes it half a minute
             check_names("eval.", config.eval.tasks, config.eval.tasks_path)
+    group = _check_with_torch(config, rows, world, device_type, bf16, environment)
     if environment is not None:
-        check_room(config, data, int(environment.get("LOCAL_WORLD_SIZE", world)) / world)
-    _check_with_torch(config, rows, world, device_type, bf16, environment)
+        local = int(environment.get("LOCAL_WORLD_SIZE", world))
+        check_room(config, data, share_of_node(local, group, world))
     if unchecked:
         warn(unchecked)
     return data
@@ -120,8 +121,11 @@ def _check_with_torch(
     device_type: str,
     bf16: bool | None,
     environment: Mapping[str, str] | None,
-) -> None:
-    """Checks the rules that need torch. They come last, because its import takes longer than all others."""
+) -> int:
+    """Checks the rules that need torch. They come last, because its import takes longer than all others.
+
+    Returns the number of ranks of a vocab group.
+    """
     from .build import vocab_parallel
     from .precision import compute_dtype
 
@@ -133,7 +137,8 @@ def _check_with_torch(
     if environment is not None:
         compiles = isinstance(config.engine, FSDP2Config) and config.engine.compile
         check_compilers(device_type, compiles, config.data.masked, environment)
-    vocab_parallel(config, rows, world, world, device_type, bf16)
+    node = int((environment or {}).get("LOCAL_WORLD_SIZE", world))
+    return vocab_parallel(config, rows, world, node, device_type, bf16).ranks
 
 
 def check_logs(config: JobConfig, environment: Mapping[str, str] | None = None) -> None:

@@ -42,20 +42,31 @@ def validation_windows(config: JobConfig, data: Data) -> dict[str, Windows]:
     return {title: split for title, split in windows.items() if len(split)}
 
 
+def share_of_node(local: int, group: int, world: int) -> float:
+    """Returns an upper bound of the share of all samples that a node with `local` of `world` ranks reads: a rank reads
+    those of its whole vocab group of `group` ranks.
+    """
+    whole = local % group == 0 or group % local == 0
+    return min(1.0, (max(local, group) if whole else local + group) / world)
+
+
 def check_room(config: JobConfig, data: Data, share: float) -> None:
     """Raises ValueError if data.cache has too little room on this node for what the run reads from stores.
 
-    share: of the run's ranks, those on this node. A window needs its blocks, but never more than the corpus.
+    share: of all samples, those that this node reads. A window needs its blocks, but never more than the corpus.
     """
-    windows = config.train.batches.samples_after(config.train.steps) * share
-    for title, corpus in data.corpora.items():
+    counts = data.blend.counts(0, config.train.batches.samples_after(config.train.steps))
+    needed, urls, folder = 0, [], None
+    for (title, corpus), windows in zip(data.corpora.items(), counts, strict=True):
         if (cache := corpus.cache) is None:
             continue
-        needed, free = cache.missing, shutil.disk_usage(cache.folder).free
+        most = cache.missing
         if config.data.packing == "none":  # a packed window may have documents of many blocks
-            needed = min(needed, max(0, cache.bytes_for(windows, config.seq_len) - (cache.size - cache.missing)))
-        if needed > free:
-            raise ValueError(
-                f"data.cache={cache.folder.parent} must have room for {needed / 2**30:.1f} GiB of"
-                f" {config.data.paths[title]}, but has {free / 2**30:.1f}: name a folder on a larger disk"
-            )
+            most = min(most, max(0, cache.bytes_for(windows * share, config.seq_len) - (cache.size - cache.missing)))
+        needed, folder = needed + most, cache.folder.parent
+        urls.append(config.data.paths[title])
+    if folder is not None and needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"data.cache={folder} must have room for {needed / 2**30:.1f} GiB of {', '.join(urls)}, but has"
+            f" {free / 2**30:.1f}: name a folder on a larger disk"
+        )

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 
 @dataclass
@@ -37,6 +38,10 @@ class DataConfig:
             raise ValueError(f"data.path={self.path} must not be given together with data.corpora: add it there")
         if not all(self.corpora.values()):
             raise ValueError("data.corpora must give a path for each corpus: a folder made by data_prep/tokenize.py")
+        for title, path in self.paths.items():
+            _check_url(self.key_of(title), path)
+        if "://" in self.cache:
+            raise ValueError(f"data.cache={self.cache} must be a folder of the node, not a URL")
         given = {"data.weights": self.weights} if self.weights else {}
         given |= {f"data.stages.{begin}": stage for begin, stage in self.stages.items()}
         for key, weights in given.items():
@@ -81,7 +86,7 @@ class DataConfig:
         """Makes the paths absolute, because a job may run in another folder."""
         self.path = self.path and _absolute(self.path)
         self.corpora = {title: _absolute(path) for title, path in self.corpora.items()}
-        self.cache = self.cache and _absolute(self.cache)
+        self.cache = self.cache and _absolute(os.path.expanduser(self.cache))
 
     @property
     def reads(self) -> list[str]:
@@ -92,6 +97,18 @@ class DataConfig:
     @property
     def masked(self) -> bool:
         return self.documents == "masked"
+
+
+def _check_url(key: str, path: str) -> None:
+    """Raises ValueError if a URL has a password, or a token behind a question mark. Does not print them."""
+    if "://" not in path:
+        return
+    parts = urlsplit(path)
+    if parts.password or (parts.query and parts.scheme in ("http", "https")):
+        raise ValueError(
+            f"{key}={parts.scheme}://{parts.hostname}… must not have a password or a query: settings are saved and"
+            " shown; give credentials to the store's client (docs/data.md, Object stores)"
+        )
 
 
 def _absolute(path: str) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,6 @@ import pytest
 
 from data_prep.errors import DataError
 from pretrain.commands.data import main as show_batch
-from pretrain.config.data import DataConfig
 from pretrain.config.job import JobConfig
 from pretrain.corpora import check_room, samples
 from pretrain.data import PackedWindows, Windows, blocks, dataset, loader, open_corpus, open_data, remote
@@ -254,6 +254,15 @@ def test_cache_without_room_is_refused(store, url, cache, tmp_path, monkeypatch)
     data = open_data(config.data)
     with pytest.raises(ValueError, match=rf"data.cache={cache} must have room for 0.0 GiB of {url}, but has 0.0"):
         check_room(config, data, 1.0)
+    second = store.upload(make_corpus(tmp_path / "b", train=4002), "second")
+    config.data.path, config.data.corpora, config.train.steps = "", {"a": url, "b": second}, 1000
+    both = open_data(config.data)
+    for size, fits in ((18_000, False), (19_000, True)):  # each takes 9.2 kB
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, size=size: shutil._ntuple_diskusage(0, 0, size))
+        with nullcontext() if fits else pytest.raises(ValueError, match=f"of {url}, {second}, but has"):
+            check_room(config, both, 1.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 30, 1 << 30, 4096))
+    config.data.path, config.data.corpora, config.train.steps = url, {}, 1
     check_room(config, data, 0.0)  # nothing is read here
     for file in (*data.corpora[url].train, *data.corpora[url].val):
         file.tokens  # noqa: B018
@@ -288,7 +297,7 @@ def test_faulty_folder_is_refused(store, local, url, cache, fault):
             "data.path=s3://corpora/none: manifest.json is missing: it must be a folder of token files",
         ),
         ("s3://no-bucket/a", "data.path=s3://no-bucket/a: manifest.json is missing"),
-        ("nothing://a/b", "nothing"),
+        ("nothing://a/b", "data.path=nothing://a/b cannot be read: Protocol not known: nothing"),
     ],
 )
 def test_wrong_url_is_refused(store, cache, path, said):
@@ -317,11 +326,3 @@ def test_cache_must_be_a_folder_of_the_node(store, url, tmp_path, monkeypatch):
         open_corpus(url, cache="$NO_SUCH_DISK/x")
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
     assert remote.cache_folder("") == tmp_path / "rowshard"
-
-
-def test_settings_keep_urls_and_variables():
-    config = DataConfig(corpora={"a": "s3://b/c", "d": "e"}, cache="$TMPDIR/f")
-    config.resolve()
-    assert config.corpora == {"a": "s3://b/c", "d": os.path.abspath("e")}
-    assert config.cache == "$TMPDIR/f"
-    assert config.reads == [os.path.abspath("e")]
