@@ -15,18 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.durable import check_folder, durable
+from data_prep.durable import TEMPORARY_MARK, check_folder, durable
 from data_prep.errors import DataError, headline
 from data_prep.source import WEB, filesystem, takes_ranges
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, token_dtype
 from data_prep.tokenizer_spec import RANKS_FILE, SPEC_FILE
 
-from .blocks import THREADS, BlockCache, RemoteFile, attempted
+from .blocks import BLOCK, THREADS, BlockCache, RemoteFile, attempted
 
 TOKENIZER_FILES = (f"{TOKENIZER_FOLDER}/{RANKS_FILE}", f"{TOKENIZER_FOLDER}/{SPEC_FILE}")
 DEFAULT_CACHES = ("$SLURM_TMPDIR/rowshard", "~/.cache/rowshard")
 PIECE_BYTES = 1 << 23  # of an index, fetched at once
-VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+VERSIONS = (
+    *("ETag", "etag", "md5Hash", "content_md5"),
+    *("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
+)
 REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 CREDENTIALS = "the store's client takes credentials and address from its own settings (docs/data.md, Object stores)"
 
@@ -49,9 +52,9 @@ def fetched(url: str, key: str, cache: str) -> BlockCache:
     Raises DataError if the folder is missing, faulty or refused, ConnectionError if the store does not answer.
     """
     url = url.rstrip("/")
-    system, inner = filesystem(url)
     where = cache_folder(cache)
     with _reading(key, url, f"{MANIFEST_FILE} is missing: it must be a folder of token files, uploaded whole"):
+        system, inner = filesystem(url)
         text = system.cat_file(f"{inner}/{MANIFEST_FILE}")
     manifest = Manifest.parse(f"{url}/{MANIFEST_FILE}", text)
     dtype = token_dtype(manifest.vocab_size)
@@ -67,20 +70,23 @@ def fetched(url: str, key: str, cache: str) -> BlockCache:
             raise DataError(f"{key}={url}: {name} has {found[name].size} bytes, but the manifest says {size}")
     files = [RemoteFile(name, f"{url}/{name}", f.size, hashes.get(name, ""), f.fetch) for name, f in found.items()]
     versions = "".join(f"\n{name} {file.size} {file.version}" for name, file in found.items())
-    digest = hashlib.sha256(f"{url}\n".encode() + text + versions.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{url}\n{BLOCK}\n".encode() + text + versions.encode()).hexdigest()[:16]
     folder = where / f"{url.rpartition('/')[2]}-{digest}"
     bins = [file for file in files if file.name.endswith(".bin")]
     try:
         with _alone(folder):
             if not (folder / MANIFEST_FILE).is_file():
                 BlockCache.prepare(folder, bins)
-                _fetch_whole(folder, [file for file in files if file not in bins])
+                _fetch_whole(folder, [file for file in files if not file.name.endswith(".bin")])
                 with durable(folder / MANIFEST_FILE) as file:
                     file.write(text)
     except OSError as error:
         if isinstance(error, ConnectionError):
             raise
-        raise DataError(f"data.cache={folder}: {error.strerror or error}: it must be on a disk with room") from error
+        raise DataError(
+            f"data.cache={folder}: {error.strerror or error}: it must be on a disk with room and locks, and of this"
+            " user"
+        ) from error
     with _opening:
         if (os.getpid(), folder) not in _open:
             _open[os.getpid(), folder] = BlockCache(folder, bins)
@@ -129,7 +135,11 @@ def _described(system: Any, key: str, url: str, inner: str, name: str) -> _Store
 
 
 def _fetch_whole(folder: Path, files: list[RemoteFile]) -> None:
-    """Fetches files that are not in the folder, and compares them with their hashes."""
+    """Fetches files that are not in the folder, and compares them with their hashes. Removes what a killed process has
+    left of others.
+    """
+    for path in folder.rglob(f"*{TEMPORARY_MARK}*"):
+        path.unlink()
 
     def fetch(file: RemoteFile) -> None:
         place = folder / file.name
@@ -164,6 +174,8 @@ def _reading(key: str, url: str, missing: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{key}={url}: {missing} ({headline(error)})") from error
+    except ValueError as error:  # from fsspec: no such protocol, or a client lacks a setting
+        raise DataError(f"{key}={url} cannot be read: {headline(error)}; {CREDENTIALS}") from error
     except Exception as error:
         what = f"{key}={url} cannot be read: {type(error).__name__}: {headline(error)}"
         if isinstance(error, PermissionError) or type(error).__name__ in REFUSALS:
