@@ -71,6 +71,9 @@ class TokenizeConfig:
     part: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("out", "verify", "stats"):
+            if "://" in (path := getattr(self, key) or ""):
+                raise DataError(f"{key}={path} must be a folder on the disk: upload or download all of it")
         if [self.out, self.verify, self.stats].count(None) != 2:
             raise DataError("give out=FOLDER to tokenise, verify=FOLDER to check one, or stats=FOLDER to count in one")
         if not 0 <= self.val_fraction < 1:

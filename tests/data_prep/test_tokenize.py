@@ -328,6 +328,7 @@ ERRORS = {
     "missing paths": (["corpus=files"], ["corpus.paths must be given"]),
     "no such file": (["corpus=files", "corpus.paths=[/nowhere/x.txt]"], ["'/nowhere/x.txt' matches no file"]),
     "no such tokenizer": (["tokenizer=file", "tokenizer.path=/nowhere"], ["/nowhere is missing"]),
+    "URL": (["verify=s3://b/c"], ["verify=s3://b/c must be a folder on the disk"]),
     "out and verify": (["verify=x"], ["out=FOLDER", "verify=FOLDER"]),
     "multirun": (["--multirun"], ["--multirun"]),
     "bad pattern": (["tokenizer.pattern='(('"], ["tokenizer.pattern='((' must be a regular expression"]),
