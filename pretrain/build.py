@@ -107,8 +107,10 @@ def batch_loader(
     config: JobConfig, data: Data, mesh: Mesh, vocab: VocabParallelEmbedding, left_out: Sequence[list[int]] = ()
 ) -> BatchLoader:
     """Builds the loader of this rank's batches, at the first sample. left_out: samples that the guard left out."""
+    drawn = samples(config, data).without(left_out)
+    end = drawn.after_steps({}, config.train.steps, config.train.batches)
     return BatchLoader(
-        samples(config, data).without(left_out),
+        drawn,
         batches=config.train.batches,
         micro_batch=config.train.micro_batch,
         rank=mesh.data_rank,
@@ -117,4 +119,5 @@ def batch_loader(
         dtype=vocab.compute_dtype,
         device=mesh.device,
         prefetch=config.data.prefetch,
+        end=sum(end.values()),
     )

@@ -1,5 +1,6 @@
 """Batches of this rank, prepared by a thread during the previous step."""
 
+import math
 import queue
 import threading
 import time
@@ -50,7 +51,8 @@ class BatchLoader:
     of the group's lookup, of rows in `dtype`, without communication.
 
     The state is only the number of samples served per corpus. A run can continue with another number of ranks,
-    micro-batch or global batch. Raises ValueError if a token id is not below the vocabulary size.
+    micro-batch or global batch. end: first sample behind the run's last step; it is not fetched in advance. Raises
+    ValueError if a token id is not below the vocabulary size.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class BatchLoader:
         dtype: torch.dtype,
         device: torch.device,
         prefetch: int,
+        end: float = math.inf,
     ) -> None:
-        self.samples, self.device, self.prefetch = samples, device, prefetch
+        self.samples, self.device, self.prefetch, self.end = samples, device, prefetch, end
         self.batches, self.micro_batch, self.rank, self.world = batches, micro_batch, rank, world
         self.shard, self.dtype = shard, dtype
         self.consumed: dict[str, int] = {}
@@ -118,7 +121,7 @@ class BatchLoader:
         ahead, batches = consumed, 0  # the look-ahead's position, and how many batches it is in front
         while not stop.is_set():
             try:
-                while self.samples.remote and batches < LOOK_AHEAD:
+                while self.samples.remote and batches < LOOK_AHEAD and sum(ahead.values()) < self.end:
                     self._prefetch(ahead)
                     ahead, batches = self._after(ahead), batches + 1
                 made: Batch | Exception = self._batch(consumed)

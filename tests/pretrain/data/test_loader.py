@@ -145,6 +145,24 @@ def test_close_stops_thread(loader):
     assert set(threading.enumerate()) == before
 
 
+class Remote(Windows):
+    """Takes note of what is asked for in advance."""
+
+    def prefetch(self, indices):
+        self.asked += indices
+
+
+def test_nothing_is_fetched_behind_the_last_step(loader, windows):
+    remote = Remote(windows.files, SEQ_LEN)
+    remote.remote, remote.asked = True, []
+    near_its_end = loader(data=remote)
+    near_its_end.end = 24
+    for _ in range(4):  # the guard may have left out some before
+        next(near_its_end)
+    near_its_end.close()
+    assert remote.asked == Order(WINDOWS, seed=0, corpus="a")(0, 24).tolist()
+
+
 class Stuck(Windows):
     """Waits after its first batch, as for a store that does not answer."""
 
