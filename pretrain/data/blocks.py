@@ -19,9 +19,9 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -74,6 +74,7 @@ class BlockCache:
         self._have = bytearray(self._firsts[-1])  # 1: compared with its CRC by this process
         self._pending: dict[int, Future[None]] = {}
         self._running: set[int] = set()
+        self._awaited: set[int] = set()  # asked for NOW
         self._mutex = threading.Lock()
         self._queue: queue.PriorityQueue[tuple[int, int, int]] = queue.PriorityQueue()
         self._order = itertools.count()
@@ -146,6 +147,8 @@ class BlockCache:
             for block in blocks:
                 if self._have[block]:
                     continue
+                if priority == NOW:
+                    self._awaited.add(block)
                 known = self._pending.get(block)
                 if known is None or (priority == NOW and block not in self._running):
                     self._queue.put((priority, next(self._order), block))
@@ -164,15 +167,22 @@ class BlockCache:
                 if future is None or block in self._running:  # asked for twice
                     continue
                 self._running.add(block)
-            error = None
+            error, there = None, True
             try:
-                self._bring(block)
+                there = self._bring(block)
             except BaseException as found:
                 error = found
             with self._mutex:
-                self._have[block] = error is None
                 self._running.discard(block)
-                del self._pending[block]
+                if not there:  # another process fetches it: this thread takes another one meanwhile
+                    self._queue.put((NOW if block in self._awaited else SOON, next(self._order), block))
+                else:
+                    self._have[block] = error is None
+                    self._awaited.discard(block)
+                    del self._pending[block]
+            if not there:
+                time.sleep(POLL_SECONDS)
+                continue
             future.set_result(None) if error is None else future.set_exception(error)
             if error is None:
                 self._check_whole(block)
@@ -192,13 +202,17 @@ class BlockCache:
             data = os.pread(stream.fileno(), size, start)
         return record == _record(data)
 
-    def _bring(self, block: int) -> None:
-        """Returns when the block is stored."""
+    def _bring(self, block: int) -> bool:
+        """Returns True when the block is stored, False if another process fetches it and nobody waits for it here."""
         if self._stored(block):
-            return
-        with self._locked(block):
+            return True
+        while not self._lock(block):
+            if block not in self._awaited:
+                return False
+            time.sleep(POLL_SECONDS)
+        try:
             if self._stored(block):  # by another process, meanwhile
-                return
+                return True
             file, start, size = self._place(block)
             data = attempted(file, start, start + size)
             try:
@@ -214,27 +228,17 @@ class BlockCache:
                     f"{self.folder} cannot be written: {error.strerror}; data.cache must be on a disk with room for"
                     f" {self.missing / 2**30:.1f} GiB more"
                 ) from error
+            return True
+        finally:
+            self._unlock(block)
 
     def _write(self, record: int, value: int) -> None:
         os.pwrite(self._descriptor, value.to_bytes(8, "little"), 8 * record)
 
-    @contextmanager
-    def _locked(self, block: int) -> Iterator[None]:
-        """Holds the lock of a block. `lockf` could wait itself, but sees deadlocks between the threads of two processes
-        where there are none.
-        """
-        late = time.monotonic() + 2 * GIVE_UP_SECONDS
-        while not self._lock(block):
-            if time.monotonic() > late:
-                raise ConnectionError(f"{self._place(block)[0].url}: another process fetches a block, without an end")
-            time.sleep(POLL_SECONDS)
-        try:
-            yield
-        finally:
-            self._unlock(block)
-
     def _lock(self, record: int) -> bool:
-        """Locks a record against other processes. Returns False if one of them has it."""
+        """Locks a record against other processes. Returns False if one of them has it. `lockf` could wait itself, but
+        sees deadlocks between the threads of two processes where there are none.
+        """
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 8, 8 * record)
         except (BlockingIOError, PermissionError):  # POSIX allows both

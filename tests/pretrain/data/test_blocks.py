@@ -3,6 +3,8 @@
 import hashlib
 import os
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +36,7 @@ def opened(folder: Path, sha256: str = RIGHT) -> BlockCache:
 
 
 def until(true: Callable[[], object]) -> None:
-    late = time.monotonic() + 30
+    late = time.monotonic() + 10
     while not true():
         assert time.monotonic() < late
         time.sleep(0.01)
@@ -96,3 +98,30 @@ def test_full_disk_names_the_cache(tmp_path):
         until(lambda: compared(cache))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX, 8, 0)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_thread_takes_another_block_if_a_process_fetches_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "THREADS", 1)
+    cache = opened(tmp_path)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / blocks.RECORDS_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdout.readline()
+        cache.prefetch(NAME, 0, len(CONTENT))
+        until(lambda: cache.missing == SMALL_BLOCK)
+        waiting = threading.Thread(target=cache.wait, args=(NAME, 0, 1))
+        waiting.start()
+        until(lambda: 0 in cache._awaited)
+        assert cache.missing == SMALL_BLOCK
+        other.stdin.close()
+    waiting.join(30)
+    assert not cache.missing and not waiting.is_alive()
