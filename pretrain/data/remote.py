@@ -21,7 +21,8 @@ from data_prep.source import WEB, filesystem, takes_ranges
 from data_prep.token_file import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, token_dtype
 from data_prep.tokenizer_spec import RANKS_FILE, SPEC_FILE
 
-from .blocks import BLOCK, THREADS, BlockCache, RemoteFile, attempted
+from . import blocks
+from .blocks import THREADS, BlockCache, RemoteFile, attempted
 
 TOKENIZER_FILES = (f"{TOKENIZER_FOLDER}/{RANKS_FILE}", f"{TOKENIZER_FOLDER}/{SPEC_FILE}")
 DEFAULT_CACHES = ("$SLURM_TMPDIR/rowshard", "~/.cache/rowshard")
@@ -70,7 +71,7 @@ def fetched(url: str, key: str, cache: str) -> BlockCache:
             raise DataError(f"{key}={url}: {name} has {found[name].size} bytes, but the manifest says {size}")
     files = [RemoteFile(name, f"{url}/{name}", f.size, hashes.get(name, ""), f.fetch) for name, f in found.items()]
     versions = "".join(f"\n{name} {file.size} {file.version}" for name, file in found.items())
-    digest = hashlib.sha256(f"{url}\n{BLOCK}\n".encode() + text + versions.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{url}\n{blocks.BLOCK}\n".encode() + text + versions.encode()).hexdigest()[:16]
     folder = where / f"{url.rpartition('/')[2]}-{digest}"
     bins = [file for file in files if file.name.endswith(".bin")]
     try:
