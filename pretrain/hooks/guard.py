@@ -184,5 +184,6 @@ def build(config: JobConfig, run: Run) -> GuardHook | None:
     if config.guard.level == "off":
         return None
     data, train, loss = config.data, config.train, (config.vocab.label_smoothing, config.vocab.z_loss)
-    settings = data.paths, data.weights, data.documents, data.packing, train.global_batch, config.seq_len, loss
+    tokens = [corpus.name for corpus in run.data.corpora.values()]  # not the paths: a corpus may move, or come by URL
+    settings = tokens, data.weights, data.documents, data.packing, train.global_batch, config.seq_len, loss
     return GuardHook(config.guard, run, data.stages, zlib.crc32(repr(settings).encode()), data.skip)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from pretrain.checks import check_job
 from pretrain.commands.data import Request, show
 from pretrain.config.guard import GuardConfig
 from pretrain.config.job import JobConfig
+from pretrain.data import open_data
 from pretrain.exits import restarts_in
 from pretrain.hooks.culprits import Culprits
 from pretrain.hooks.guard import GuardHook, build
@@ -202,7 +204,8 @@ def test_a_stop_after_a_batch_left_out_keeps_the_margin():
 
 def test_another_loss_starts_another_window(tmp_path):
     changes = [{}, {}, {"vocab__label_smoothing": 0.1}, {"vocab__z_loss": 1e-4}, {"train__global_batch": 24}]
-    hooks = [build(tiny_config(tmp_path, tmp_path, **some), None) for some in changes]
+    run = SimpleNamespace(data=SimpleNamespace(corpora={}))
+    hooks = [build(tiny_config(tmp_path, tmp_path, **some), run) for some in changes]
     assert hooks[0].data == hooks[1].data and len({hook.data for hook in hooks}) == 4
 
 
@@ -242,3 +245,15 @@ def test_changing_left_out_samples_of_the_past_is_refused(poisoned, tmp_path):
         run_ranks(1, train_rank, past)
     run_ranks(1, train_rank, tiny_config(poisoned, tmp_path / "run", data__skip=[[12, 14]], **settings))
     assert sum(read_manifest(checkpoints(tmp_path / "run")[-1])["samples"].values()) == 6 * 6 + 2
+
+
+def test_history_survives_a_move_of_the_corpus(poisoned, tmp_path):
+    moved = shutil.copytree(poisoned.parent, tmp_path / "moved") / poisoned.name
+    with TokenFileWriter(tmp_path / "other", VOCAB) as file:
+        file.add(np.arange(400) % 8)
+    marks = []
+    for path in (poisoned, moved, tmp_path / "other"):
+        config = tiny_config(path, tmp_path / "run", guard__level="warn")
+        hook = build(config, SimpleNamespace(data=open_data(config.data)))
+        marks.append(hook.data)
+    assert marks[0] == marks[1] != marks[2]
