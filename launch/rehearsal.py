@@ -80,6 +80,17 @@ def rehearse(config: JobConfig, rows: int, parallel: int, world: int) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch use one thread: a mode such as FakeTensorMode holds for the thread that has entered it alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def staged(
     config: JobConfig,
     rows: int,
@@ -106,7 +117,8 @@ def staged(
         with ExitStack() as stack:
             for mode in (fake, watching):
                 stack.enter_context(mode or nullcontext())
-            engine, model, vocab_optimizer = build_model(config, mesh, rows)
+            with one_thread():
+                engine, model, vocab_optimizer = build_model(config, mesh, rows)
             model.vocab.kernels = kernels
             if config.vocab.untie_at is not None:  # a run must have memory for it
                 vocab_optimizer.add_copy(model.vocab.untie(), model.vocab.weight)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -26,6 +27,18 @@ def test_a_step_goes_through(parallel, world, settings):
     config = configured("model=gpt2", "train.micro_batch=1", "train.seq_len=64", "train.global_batch=2048", *settings)
     rehearse(config, 50_257, parallel, world)
     assert not dist.is_initialized()
+
+
+def test_a_step_goes_through_where_torch_has_several_threads():
+    """Every test runs with OMP_NUM_THREADS=1, a user's machine does not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = configured("model=nano", "train.micro_batch=1", "train.seq_len=32", "train.global_batch=2")
+        rehearse(config, 300, 1, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
