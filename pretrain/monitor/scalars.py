@@ -265,7 +265,6 @@ SCALARS = (
         "spikes",
         "Batches that spiked since the last finished step, this step's included. Logged only after a spike.",
         "Absent. restarts.jsonl has the samples, documents and rows of each.",
-        f"{TRAINING}/guard/spikes",
     ),
     Scalar(
         "guard_left_out",

@@ -104,9 +104,9 @@ def test_lens_and_generate_start_with_bos_and_stop_at_any_eos(llama3, tmp_path, 
         def sample(*args: object, drawn=drawn, **kwargs: object) -> torch.Tensor:
             return torch.tensor([next(drawn)])
 
-        def recorded(self, ids, seen=seen, **options):
+        def recorded(self, ids, *plan, seen=seen, **options):
             seen.append(ids.flatten().tolist())
-            return real(self, ids, **options)
+            return real(self, ids, *plan, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr("pretrain.decoding.sample", sample)
