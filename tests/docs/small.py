@@ -75,6 +75,7 @@ def _training(name: str, arguments: list[str], typed: dict[str, str]) -> dict[st
         chosen = [word for word in arguments if re.match(r"\+?(model|recipe)=", word)]
         changed = dict(BODY if compose_settings("train", chosen).model.family == "gpt2" else LLAMA)
         changed |= BATCH | STEPS if local else {"train.seq_len": "16"}
+        changed |= {"guard.margin": "1"} if typed.get("guard.level") == "rollback" else {}
         changed |= {"vocab.size": "300"} if {"init_from", "vocab.size"} <= set(typed) else {}
     return changed | ({"nproc": "2"} if local else {"dry_run": "true"} if name == "launch/slurm.py" else {})
 
