@@ -214,34 +214,39 @@ def test_a_hang_shows_the_stacks_of_all_ranks_and_names_the_one_that_others_wait
     assert stacks.count("Current thread") == 2 and "in all_reduce" in stacks and "in lost_in_thought" in stacks
 
 
-def lost_in_thought(waits: str) -> str:
-    """Returns code in which rank 0 waits for rank 1 in this way, and rank 1 sleeps."""
+def lost_in_thought(folder: Path, waits: str) -> str:
+    """Returns code in which rank 0 waits for rank 1 in this way, and rank 1 sleeps. The watchdogs of both start when
+    rank 0 waits: a busy machine may need seconds to get there.
+    """
     return (
         WATCHED
         + "from functools import partial\nfrom threading import Event, Thread\nfrom types import SimpleNamespace\n"
-        "from pretrain.vocab.collectives import on_host\n"
+        "from pathlib import Path\nfrom pretrain.vocab.collectives import on_host\n"
+        f"waiting = Path('{folder}/waiting')\n"
         "device = SimpleNamespace(cpu=partial(time.sleep, 60))\n"  # as a number that depends on a collective of NCCL's
-        "def lost_in_thought():\n    time.sleep(60)\n"
-        f"watchdog.alive()\nif rank == 0:\n    {waits}\nelse:\n    lost_in_thought()\n"
+        "def begin():\n    waiting.touch()\n    watchdog.alive()\n"
+        "def read():\n    begin()\n    on_host(device)\n"
+        "def lost_in_thought():\n    begin()\n    time.sleep(60)\n"
+        f"if rank == 0:\n    {waits}\nwhile not waiting.exists():\n    time.sleep(0.01)\nlost_in_thought()\n"
     )
 
 
 @pytest.mark.parametrize(
     "waits",
-    ["on_host(device)", "Thread(target=on_host, args=[device], daemon=True).start(); Event().wait()"],
+    ["read()", "Thread(target=read, daemon=True).start(); Event().wait()"],
     ids=["training", "the checkpoint's thread"],
 )
 def test_a_host_that_reads_from_the_gpu_waits_for_the_rank_elsewhere(tmp_path, waits):
     """NCCL's collectives do not block the host: the next read does."""
-    records = ranks(tmp_path, lost_in_thought(waits), SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    records = ranks(tmp_path, lost_in_thought(tmp_path, waits), SECONDS="1", PYTHONPATH=str(ROOT)).run()
     assert {record.rank: record.waits for record in records} == {0: True, 1: False}
     assert cause(records).rank == 1 and cause(records).how.startswith("hung in lost_in_thought, <string>")
 
 
 def test_rank_with_hanging_thread_is_at_fault(tmp_path):
     """The main thread waits for another thread, which reads a file for example."""
-    waits = "Thread(target=time.sleep, args=[60], daemon=True).start(); Event().wait()"
-    records = ranks(tmp_path, lost_in_thought(waits), world=1, SECONDS="1", PYTHONPATH=str(ROOT)).run()
+    waits = "Thread(target=lost_in_thought, daemon=True).start(); Event().wait()"
+    records = ranks(tmp_path, lost_in_thought(tmp_path, waits), world=1, SECONDS="1", PYTHONPATH=str(ROOT)).run()
     assert [(record.ending, record.waits) for record in records] == [(Exit.HUNG, False)]
 
 
