@@ -33,10 +33,10 @@ from data_prep.tokenizer import Tokenizer  # noqa: E402
 from launch.supervisor import own_code  # noqa: E402
 
 DATA, RUN = Path("data/stdlib"), Path("runs/demo")
-STEPS = 360
-SETTINGS = "train.global_batch=8 train.micro_batch=4 optim=muon optim.lr=2e-3 optim.vocab.lr=6e-3"
-SCHEDULE = "optim.warmup_steps=40 optim.min_lr_ratio=0.02"
-CADENCE = "log.every=20 eval.every=180 checkpoint.every=100"
+STEPS = 380
+SETTINGS = "train.global_batch=8 train.micro_batch=4 optim=muon optim.lr=3e-3 optim.vocab.lr=1e-2"
+SCHEDULE = "optim.warmup_steps=30 optim.min_lr_ratio=0.02"
+CADENCE = "log.every=20 eval.every=190 checkpoint.every=100"
 
 
 def main() -> None:
