@@ -203,7 +203,7 @@ class BlockCache:
         return record == _record(data)
 
     def _bring(self, block: int) -> bool:
-        """Returns True when the block is stored, False if another process fetches it and nobody waits for it here."""
+        """Stores the block. Returns False if another process fetches it and no reader waits for it here."""
         if self._stored(block):
             return True
         while not self._lock(block):
@@ -216,7 +216,7 @@ class BlockCache:
             file, start, size = self._place(block)
             data = attempted(file, start, start + size)
             try:
-                if self._records[block]:  # it is damaged: nobody must take the file for whole now
+                if self._records[block]:  # it is damaged, so the file is no longer complete
                     self._write(block, 0)
                     self._write(self._firsts[-1] + bisect_right(self._firsts, block) - 1, 0)
                 with open(self.folder / file.name, "r+b") as stream:

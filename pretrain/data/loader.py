@@ -127,7 +127,7 @@ class BatchLoader:
                 made: Batch | Exception = self._batch(consumed)
             except Exception as error:
                 made = error
-            if stop.is_set():  # nobody will take it
+            if stop.is_set():  # no step will read the batch
                 return
             ready.put(made)
             if isinstance(made, Exception):

@@ -64,7 +64,7 @@ class GuardHook(Hook):
 
     def _note(self, trainer: TrainerView) -> None:
         step = trainer.state.step
-        if not self.steps or self.steps[-1][0] != step:  # a batch that is left out moves the position, but is no step
+        if not self.steps or self.steps[-1][0] != step:  # not for a batch that is left out: it moves the position only
             self.steps.append((step, sum(trainer.state.samples.values())))
 
     def allows(self, trainer: TrainerView, report: StepReport) -> bool:

@@ -7,7 +7,7 @@ from . import ema, embedding, evaluation, guard, lens, log, profile, save, tasks
 from .base import Hook, Run
 
 BUILDERS: tuple[Callable[[JobConfig, Run], Hook | None], ...] = (
-    guard.build,  # first: a step that it leaves out is no step for the others
+    guard.build,  # first: the other hooks do not see a batch that it leaves out
     profile.build,  # before the next: a trace ends before the work of the others after its last step
     ema.build,  # before the evaluation, which measures it as well
     evaluation.build,

@@ -37,7 +37,7 @@ def body_factors(optim: OptimConfig, body: nn.Module, hidden: Container[str], wh
       that it matches, and so does its effect (spectral condition: Yang et al., arXiv:2310.17813). Rate · weight decay
       is unchanged (Dey et al., arXiv:2505.01618, table 1).
     - Logits have a factor 1/m. The final norm brings it: its scale begins at 1/m, and its rate falls with m, which for
-      Adam equals a factor behind the norm. So the model stays an ordinary one for everything that reads it.
+      Adam equals a factor behind the norm. The logits need no factor elsewhere, and exports none at all.
     - Gradients fall with m, except those of the final norm, and so does eps.
     """
     names = [name for name, _ in body.named_parameters()]
